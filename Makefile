@@ -1,0 +1,40 @@
+# make venv   the pinned environment and the package, in .venv
+# make demo   the whole distillation chain on synthetic faces; ends in a table and runs/demo/report.html
+# make test   every check: ruff, pyright, pytest, and once more without the extension
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: venv demo test bench format clean
+
+venv: .venv/installed
+
+# Rebuilt when the pins, the build or a kernel change; Python sources are used in place (editable install).
+.venv/installed: requirements.txt pyproject.toml setup.py $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' requirements.txt)"
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	$(BIN)/python -m kdkernels
+	touch $@
+
+demo: venv
+	$(BIN)/python -m kdtrain demo
+
+test: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest
+	PYTHONPATH=tests/without_native $(BIN)/python -m pytest tests/test_contract.py tests/test_import.py
+
+bench: venv
+	$(BIN)/python -m bench
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/*.inc
+
+clean:
+	rm -rf build .venv kdkernels.egg-info kdkernels/_build_info.py kdkernels/*.so

@@ -1,0 +1,56 @@
+// Arguments of the fused row kernel; the formula is kdkernels/kd_cross_entropy/eager.py, the derivation docs/ops.md.
+#pragma once
+
+#include "types.h"
+
+// One row's statistics, 8 floats: what blocks, row chunks and class shards need to be merged (architecture, decision 5).
+struct RowStatistics {
+  float student_max;    // m_S
+  float student_sum;    // sum_c exp(s_c - m_S)
+  float softened_sum;   // sum_c exp((s_c - m_S) / tau)
+  float teacher_max;    // m_T
+  float teacher_sum;    // sum_c exp((t_c - m_T) / tau)
+  float cross;          // sum_c exp((t_c - m_T) / tau) (s_c - m_S)
+  float label_logit;    // s_y - m_S, -inf where the label is elsewhere
+  float logit_sum;      // sum_c (s_c - m_S), for label smoothing; 0 where none is asked
+};
+
+// Per-row values that return_terms reports.
+struct RowTerms {
+  float hard, soft, entropy, hit;
+};
+
+struct KdCrossEntropyArgs {
+  Matrix student;
+  Matrix teacher;         // data null: plain cross-entropy
+  const void* target;     // int64 or int32 labels, null: the soft term alone
+  bool target_is_int64;
+  int64_t target_stride;
+  int64_t rows, classes;
+  float temperature, alpha;  // alpha already holds tau^2 where that is asked
+  float label_smoothing;
+  int64_t ignore_index;
+  float gradient_scale;   // 1/n of a mean, or the power of two that float16 is stored with
+  float* loss;            // (rows,)
+  RowTerms* terms;        // (rows,)
+  RowStatistics* statistics;  // (rows,) or null
+  void* gradient;         // (rows, classes) contiguous in the student's dtype, null: loss alone
+};
+
+namespace v4 {
+void kd_cross_entropy_rows(const KdCrossEntropyArgs& args, int64_t begin, int64_t end, float* scratch);
+}
+namespace v3 {
+void kd_cross_entropy_rows(const KdCrossEntropyArgs& args, int64_t begin, int64_t end, float* scratch);
+}
+namespace base {
+void kd_cross_entropy_rows(const KdCrossEntropyArgs& args, int64_t begin, int64_t end, float* scratch);
+}
+
+constexpr int64_t kBlock = 2048;  // 8 KB of each network's logits: a block pair stays in L1 between its two readings
+
+// Floats of scratch that one thread needs for rows of `classes`.
+static inline constexpr int64_t kd_cross_entropy_scratch(int64_t classes) {
+  const int64_t padded = (classes + kBlock - 1) / kBlock * kBlock;
+  return 3 * padded + 3 * kBlock + 2 * (padded / kBlock) + 64;
+}

@@ -1,0 +1,26 @@
+// Plain types that launchers and row kernels exchange: no functions, so safe to share across instruction-set levels.
+#pragma once
+
+#include <cstdint>
+
+enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// A matrix of any dtype, strides in elements.
+struct Matrix {
+  const void* data;
+  DType dtype;
+  int64_t stride_row;
+  int64_t stride_col;
+};
+
+// Names of one kernel at every level: LEVELS(kd_cross_entropy_rows) declares v4::, v3:: and base:: of it.
+#if defined(KDK_HAVE_V4)
+#define KDK_IF_V4(x) x
+#else
+#define KDK_IF_V4(x)
+#endif
+#if defined(KDK_HAVE_V3)
+#define KDK_IF_V3(x) x
+#else
+#define KDK_IF_V3(x)
+#endif

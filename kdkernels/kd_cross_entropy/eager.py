@@ -1,0 +1,79 @@
+"""The specification of kd_cross_entropy in plain PyTorch, and the oracle of its kernels."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class KDTerms(NamedTuple):
+    """What the same sweep yields beside the loss: detached 0-d tensors on the logits' device.
+
+    hard, soft, entropy are means over the counted rows (0 where none counts): H(softmax(s), y) with
+    label smoothing, H(softmax(s/tau), softmax(t/tau)) without alpha and tau^2, and the entropy of
+    softmax(t/tau); so soft - entropy is the Kullback-Leibler divergence. hits counts rows whose
+    first largest logit is the label's, count the counted rows.
+    """
+
+    hard: Tensor
+    soft: Tensor
+    entropy: Tensor
+    hits: Tensor
+    count: Tensor
+
+
+def cross_entropy_of(log_probs: Tensor, probs: Tensor) -> Tensor:
+    """-sum_c probs_c log_probs_c with 0 log 0 = 0, for (N, C) inputs: (N,)."""
+    log_probs = log_probs.masked_fill(probs == 0, 0.0)
+    return -(probs * log_probs).sum(dim=1)  # (N,)
+
+
+def kd_cross_entropy(
+    student: Tensor,
+    teacher: Tensor | None,
+    target: Tensor | None,
+    *,
+    temperature: float,
+    alpha: float,
+    tau_squared: bool,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+) -> tuple[Tensor, KDTerms]:
+    """Loss and terms by eq. (2) of arXiv 1709.02929; arguments as op.py checks them."""
+    rows = student.shape[0]
+    compute = torch.float64 if student.dtype == torch.float64 else torch.float32
+    s = student.to(compute)
+    counts = torch.ones(rows, dtype=torch.bool, device=student.device)
+    hard = soft = entropy = s.new_zeros(rows)
+    hits = torch.zeros(rows, dtype=torch.bool, device=student.device)
+
+    if target is not None:
+        counts = target != ignore_index
+        label = torch.where(counts, target, 0).long()
+        log_probs = torch.log_softmax(s, dim=1)  # (N, C)
+        hard = -log_probs.gather(1, label[:, None])[:, 0]
+        if label_smoothing != 0.0:
+            smooth = -log_probs.mean(dim=1)
+            hard = (1.0 - label_smoothing) * hard + label_smoothing * smooth
+        hits = (s.detach().argmax(dim=1) == label) & ~s.detach().isnan().any(dim=1)
+
+    if teacher is not None:
+        t = teacher.detach().to(compute) / temperature
+        probs = torch.softmax(t, dim=1)  # (N, C)
+        soft = cross_entropy_of(torch.log_softmax(s / temperature, dim=1), probs)
+        entropy = cross_entropy_of(torch.log_softmax(t, dim=1), probs)
+
+    weight = alpha * temperature**2 if tau_squared else alpha
+    loss = hard + weight * soft if teacher is not None and weight != 0.0 else hard
+    loss, hard, soft, entropy = (torch.where(counts, x, 0.0) for x in (loss, hard, soft, entropy))
+    count = counts.sum()
+    divisor = count.clamp(min=1)
+    terms = KDTerms(
+        *((x.detach().sum() / divisor).to(compute) for x in (hard, soft, entropy)),
+        hits=(hits & counts).sum().to(compute),
+        count=count.to(compute),
+    )
+    if reduction == "none":
+        return loss, terms
+    return (loss.sum() / divisor if reduction == "mean" else loss.sum()), terms

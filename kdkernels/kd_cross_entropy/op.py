@@ -1,0 +1,340 @@
+"""kd_cross_entropy: schema, autograd, functional and modules."""
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from kdkernels import library as lib
+from kdkernels.kd_cross_entropy import eager
+from kdkernels.kd_cross_entropy.eager import KDTerms
+
+NAME = "kd_cross_entropy"
+
+# loss is (N,) for "none" and 0-d else; terms is (5,) float32; gradient is (N, C) in the student's
+# dtype, empty where none is wanted; post_scale is what backward multiplies by.
+lib.library.define(
+    "kd_cross_entropy(Tensor student, Tensor? teacher, Tensor? target, float temperature, "
+    "float alpha, int ignore_index, float label_smoothing, str reduction, bool want_gradient) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.register_fake("kdkernels::kd_cross_entropy", lib=lib.library)
+def _fake(
+    student,
+    teacher,
+    target,
+    temperature,
+    alpha,
+    ignore_index,
+    label_smoothing,
+    reduction,
+    want_gradient,
+):
+    floats = {"dtype": torch.float32, "device": student.device}
+    loss = torch.empty(student.shape[0] if reduction == "none" else (), **floats)
+    gradient = torch.empty(
+        student.shape if want_gradient else (0,), dtype=student.dtype, device=student.device
+    )
+    return loss, torch.empty(5, **floats), gradient, torch.empty((), **floats)
+
+
+def _cpu(
+    student: Tensor,
+    teacher: Tensor | None,
+    target: Tensor | None,
+    temperature: float,
+    alpha: float,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+    want_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    assert lib.native is not None
+    rows, classes = student.shape
+    per_row = torch.empty(rows)
+    row_terms = torch.empty(rows, 4)
+    reduced = torch.empty(6)
+    post_scale = torch.empty(())
+    gradient = torch.empty((rows, classes) if want_gradient else (0,), dtype=student.dtype)
+    bad_row = lib.native.kd_cross_entropy(
+        lib.matrix(student),
+        lib.matrix(teacher),
+        0 if target is None or rows == 0 else target.data_ptr(),
+        target is not None and target.dtype == torch.int64,
+        0 if target is None else target.stride(0),
+        rows,
+        classes,
+        temperature,
+        alpha,
+        label_smoothing,
+        ignore_index,
+        reduction == "mean",
+        per_row.data_ptr(),
+        row_terms.data_ptr(),
+        0,
+        gradient.data_ptr() if want_gradient and rows else 0,
+        reduced.data_ptr(),
+        post_scale.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if bad_row >= 0:
+        assert target is not None
+        raise lib.reject(
+            NAME,
+            f"target must lie in [0, {classes}) or be ignore_index ({ignore_index}), "
+            f"got {int(target[bad_row])} in row {bad_row}",
+        )
+    loss = per_row if reduction == "none" else reduced[0].clone()
+    return loss, reduced[1:].clone(), gradient, post_scale
+
+
+lib.library.impl(NAME, _cpu, "CPU")
+
+
+class _KDCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student, teacher, target, *options):
+        loss, terms, gradient, post_scale = torch.ops.kdkernels.kd_cross_entropy(
+            student, teacher, target, *options, True
+        )
+        ctx.save_for_backward(gradient, post_scale)
+        ctx.mark_non_differentiable(terms)
+        return loss, terms
+
+    @staticmethod
+    def backward(ctx, incoming, _):  # pyright: ignore[reportIncompatibleMethodOverride]
+        lib.claim_gradients(ctx, NAME)
+        gradient, post_scale = ctx.saved_tensors
+        return lib.give_gradient(gradient, incoming, post_scale), *(None,) * 8
+
+
+@overload
+def kd_cross_entropy(
+    student: Tensor,
+    teacher: Tensor | None,
+    target: Tensor | None,
+    *,
+    temperature: float = ...,
+    alpha: float = ...,
+    tau_squared: bool = ...,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    reduction: str = ...,
+    return_terms: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def kd_cross_entropy(
+    student: Tensor,
+    teacher: Tensor | None,
+    target: Tensor | None,
+    *,
+    temperature: float = ...,
+    alpha: float = ...,
+    tau_squared: bool = ...,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    reduction: str = ...,
+    return_terms: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, KDTerms]: ...
+def kd_cross_entropy(
+    student: Tensor,
+    teacher: Tensor | None,
+    target: Tensor | None,
+    *,
+    temperature: float = 3.0,
+    alpha: float = 1.0,
+    tau_squared: bool = False,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    return_terms: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, KDTerms]:
+    """Cross entropy with the labels plus one with the teacher's softened prediction, in one pass.
+
+        loss_n = H(softmax(s_n), y_n) + alpha * H(softmax(s_n / tau), softmax(t_n / tau)),
+        H(p, q) = -sum_c q_c log p_c
+
+    Eq. (2) of "Model Distillation with Knowledge Transfer" (arXiv 1709.02929); tau_squared=True
+    multiplies the second term by tau^2 as Hinton et al. 2015 do. It is cross-entropy, not the
+    Kullback-Leibler divergence: the gradient is the same, the value larger by the teacher's entropy
+    (see return_terms).
+
+    student, teacher: (N, C) logits, float32, bfloat16 or float16, each its own dtype and strides
+    (float64 runs on eager). teacher=None leaves plain cross-entropy. target: (N,) int32 or int64;
+    rows that hold ignore_index count for nothing in either term; target=None leaves the soft term
+    alone. label_smoothing acts on the hard term as in F.cross_entropy. A logit of -inf is
+    probability 0, with 0 log 0 = 0.
+
+    Returns a float32 scalar ("mean" over the rows that count: 0, with gradient 0, if none does;
+    "sum") or (N,) ("none"). With return_terms=True also KDTerms: detached device scalars hard,
+    soft, entropy, hits, count.
+
+    The gradient flows to `student` only, in its dtype. It is formed in forward; backward scales it
+    in place and gives it away, so a second backward or a double backward raises an error (use
+    backend="eager" for either). Inputs are never written to. Under autocast logits are taken as
+    they are given.
+
+    Raises ValueError where shapes, dtypes, devices, options or (on the CPU) the label range are
+    wrong.
+    """
+    lib.check_tensor(NAME, "student", student, dims=2)
+    if student.shape[1] == 0:
+        raise lib.reject(NAME, f"student must have at least one class, got {tuple(student.shape)}")
+    if teacher is None and target is None:
+        raise lib.reject(NAME, "teacher and target are both None: there is nothing to compare with")
+    if teacher is not None:
+        lib.check_like(NAME, "teacher", teacher, student, "student")
+    if target is not None:
+        lib.check_labels(NAME, "target", target, student.shape[0], student.device)
+    temperature = lib.check_number(NAME, "temperature", temperature, above=0.0)
+    alpha = lib.check_number(NAME, "alpha", alpha)
+    label_smoothing = lib.check_number(
+        NAME, "label_smoothing", label_smoothing, at_least=0.0, at_most=1.0
+    )
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise lib.reject(NAME, f"ignore_index must be an int, got {ignore_index!r}")
+    lib.check_choice(NAME, "reduction", reduction, lib.REDUCTIONS)
+    tensors = [student] if teacher is None else [student, teacher]
+    if lib.choose_backend(NAME, backend, tensors) == "eager":
+        if target is not None:
+            check_label_range(target, student.shape[1], ignore_index)
+        loss, terms = eager.kd_cross_entropy(
+            student,
+            teacher,
+            target,
+            temperature=temperature,
+            alpha=alpha,
+            tau_squared=tau_squared,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+        )
+        return (loss, terms) if return_terms else loss
+
+    weight = alpha * temperature**2 if tau_squared else alpha
+    options = (temperature, weight, ignore_index, label_smoothing, reduction)
+    teacher = None if teacher is None else teacher.detach()
+    if lib.wants_gradient(student):
+        loss, terms = _KDCrossEntropy.apply(student, teacher, target, *options)
+    else:
+        loss, terms, _, _ = torch.ops.kdkernels.kd_cross_entropy(
+            student, teacher, target, *options, False
+        )
+    return (loss, KDTerms(*terms.unbind())) if return_terms else loss
+
+
+def check_label_range(target: Tensor, classes: int, ignore_index: int) -> None:
+    """Raises ValueError where a label is neither a class nor ignore_index.
+
+    On the CPU only: elsewhere it would wait for the device.
+    """
+    if target.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bad = (target != ignore_index) & ((target < 0) | (target >= classes))
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise lib.reject(
+            NAME,
+            f"target must lie in [0, {classes}) or be ignore_index ({ignore_index}), "
+            f"got {int(target[row])} in row {row}",
+        )
+
+
+class KDCrossEntropyLoss(nn.Module):
+    """kd_cross_entropy as a module: `loss(student, teacher, target)`; arguments and errors as
+    there.
+
+    Replaces the pair nn.CrossEntropyLoss()(s, y) and nn.CrossEntropyLoss()(s / tau, softmax(t /
+    tau)) and their sum. Differences: float32 loss for 16-bit logits; a batch without counted rows
+    gives 0, not NaN; one backward a forward.
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 3.0,
+        alpha: float = 1.0,
+        tau_squared: bool = False,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        return_terms: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.temperature = lib.check_number(NAME, "temperature", temperature, above=0.0)
+        self.alpha = lib.check_number(NAME, "alpha", alpha)
+        self.tau_squared = tau_squared
+        self.ignore_index = ignore_index
+        self.label_smoothing = lib.check_number(
+            NAME, "label_smoothing", label_smoothing, at_least=0.0, at_most=1.0
+        )
+        self.reduction = lib.check_choice(NAME, "reduction", reduction, lib.REDUCTIONS)
+        self.return_terms = return_terms
+        self.backend = backend
+
+    def forward(
+        self, student: Tensor, teacher: Tensor | None, target: Tensor | None
+    ) -> Tensor | tuple[Tensor, KDTerms]:
+        return kd_cross_entropy(
+            student,
+            teacher,
+            target,
+            temperature=self.temperature,
+            alpha=self.alpha,
+            tau_squared=self.tau_squared,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            reduction=self.reduction,
+            return_terms=self.return_terms,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"temperature={self.temperature}, alpha={self.alpha}, tau_squared={self.tau_squared}, "
+            f"reduction={self.reduction!r}"
+        )
+
+
+class CrossEntropyLoss(nn.CrossEntropyLoss):
+    """Drop-in for torch.nn.CrossEntropyLoss on (N, C) logits and class indices.
+
+    Constructor, defaults, positional call and results are torch's: the loss has the logits' dtype,
+    and a "mean" in which no row counts is NaN. What the kernel does not cover (class weights, class
+    probabilities as target, (C,) or K-dimensional input, int target types other than int32 and
+    int64) runs torch's own code. One difference: a second backward through the same graph raises.
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        if not self._covers(input, target):
+            return super().forward(input, target)
+        loss, terms = kd_cross_entropy(
+            input,
+            None,
+            target,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            reduction=self.reduction,
+            return_terms=True,
+        )
+        if self.reduction == "mean":
+            loss = loss + torch.where(terms.count == 0, torch.nan, 0.0)
+        return loss.to(input.dtype)
+
+    def _covers(self, input: Tensor, target: Tensor) -> bool:
+        return (
+            self.weight is None
+            and input.dim() == 2
+            and input.shape[1] > 0
+            and input.dtype in lib.DTYPE_CODES
+            and target.dtype in (torch.int32, torch.int64)
+            and target.shape == input.shape[:1]
+            and target.device == input.device
+            and lib.backends(NAME, input.device.type)[0] != "eager"
+        )

@@ -1,0 +1,30 @@
+"""Fixtures of the whole suite."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import kdkernels
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _same_threads_and_level():
+    """A test that changes the thread count or the SIMD level does not change the next one."""
+    threads, level = torch.get_num_threads(), kdkernels.isa()
+    yield
+    torch.set_num_threads(threads)
+    if level:
+        kdkernels.set_isa(level)
+
+
+@pytest.fixture(scope="session")
+def faces() -> Path:
+    """The folder with real photographs, in CelebA's layout; tests that ask for it skip without."""
+    root = Path(os.environ.get("KDTRAIN_FACES", ROOT.parent / "shared" / "faces"))
+    if not (root / "list_landmarks_align_celeba.txt").exists():
+        pytest.skip(f"no photographs at {root}: set KDTRAIN_FACES to a folder in CelebA's layout")
+    return root

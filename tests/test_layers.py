@@ -1,0 +1,78 @@
+"""Who may import whom, read from the imports (docs/architecture.md, "Layers")."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+OPS = sorted(p.name for p in (ROOT / "kdkernels").iterdir() if (p / "op.py").exists())
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that the file imports, anywhere in it, as absolute dotted names."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def ours(path: Path) -> set[str]:
+    return {
+        m for m in imports(path) if m.split(".")[0] in ("kdkernels", "kdtrain", "tests", "bench")
+    }
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_specification_and_the_samples_know_torch_only(op):
+    for name in ("eager.py", "samples.py"):
+        allowed = ("kdkernels.sample", f"kdkernels.{op}.eager")
+        for module in ours(ROOT / "kdkernels" / op / name):
+            assert module.startswith(allowed), f"{op}/{name} imports {module}"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_imports_no_other_op(op):
+    for path in (ROOT / "kdkernels" / op).glob("*.py"):
+        for module in ours(path):
+            other = module.split(".")[1]
+            assert other not in OPS or other == op, f"{path.name} of {op} imports {module}"
+
+
+def test_the_oracle_shares_no_code_with_the_kernels():
+    for op in OPS:
+        text = (ROOT / "kdkernels" / op / "eager.py").read_text()
+        assert "torch.ops.kdkernels" not in text
+        assert "native" not in text
+
+
+def test_kdkernels_imports_nothing_above_it():
+    for path in (ROOT / "kdkernels").rglob("*.py"):
+        for module in ours(path):
+            assert module.startswith("kdkernels"), f"{path} imports {module}"
+
+
+def test_in_kdtrain_only_the_loss_layer_imports_kdkernels_and_only_public_names():
+    allowed = {"tasks.py", "targets.py", "heads.py", "evaluate.py"}
+    for path in (ROOT / "kdtrain").rglob("*.py"):
+        for module in ours(path):
+            if not module.startswith("kdkernels"):
+                assert module.startswith("kdtrain"), f"{path} imports {module}"
+            elif path.name in allowed:
+                assert module.count(".") == 1, f"{path.name} imports a private {module}"
+            else:
+                version = ("kdkernels.__version__", "kdkernels.isa")
+                assert module in version, f"{path.name} imports {module}"
+
+
+def test_the_engine_knows_no_task_by_name():
+    engine = ROOT / "kdtrain" / "engine.py"
+    if not engine.exists():
+        pytest.skip("no kdtrain yet")
+    text = engine.read_text()
+    for task in ("classification", "alignment", "verification"):
+        assert f'"{task}"' not in text

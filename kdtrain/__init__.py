@@ -1,0 +1,1 @@
+"""Trains and distils face networks for three tasks: `python -m kdtrain`."""

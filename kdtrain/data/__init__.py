@@ -1,0 +1,32 @@
+"""Labelled face pictures: sources, splits, the picture store, transforms and samplers."""
+
+from kdtrain.data.celeba import read_celeba
+from kdtrain.data.folder import read_folder
+from kdtrain.data.grid import sample_grid
+from kdtrain.data.samplers import balanced_batches, left_out, random_batches
+from kdtrain.data.source import DataError, FaceSource, build_source
+from kdtrain.data.split import split_indices, training_labels
+from kdtrain.data.store import PictureStore
+from kdtrain.data.synthetic import synthetic_faces
+from kdtrain.data.transforms import Frame, augment, center, to_original, uncrop
+
+__all__ = [
+    "DataError",
+    "FaceSource",
+    "Frame",
+    "PictureStore",
+    "augment",
+    "balanced_batches",
+    "build_source",
+    "center",
+    "left_out",
+    "random_batches",
+    "read_celeba",
+    "read_folder",
+    "sample_grid",
+    "split_indices",
+    "synthetic_faces",
+    "to_original",
+    "training_labels",
+    "uncrop",
+]

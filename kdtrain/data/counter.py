@@ -1,0 +1,71 @@
+"""Random numbers as a pure function of counters: no generator, no state, the same on any device.
+
+A draw depends only on the words it is keyed by (a seed, an epoch, a picture's index ...), so a
+batch, a worker, a resumed run or another order of work cannot change it.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+# the second multiplier less 2^32: |product| stays under 2^63, the low 32 bits are the same
+_FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - (1 << 32)
+_WEYL = 0x9E3779B9
+
+
+def mix(words: Tensor) -> Tensor:
+    """Returns a bijective 32-bit scrambling of int64 words in [0, 2^32) (Wellons' lowbias32)."""
+    words = words ^ (words >> 16)
+    words = (words * _FIRST) & _MASK
+    words = words ^ (words >> 15)
+    words = (words * _SECOND) & _MASK
+    return words ^ (words >> 16)
+
+
+def counter_hash(*keys: int | Tensor, device: torch.device | None = None) -> Tensor:
+    """Returns 32-bit hashes, int64 in [0, 2^32), of the broadcast keys.
+
+    keys: ints or int64 tensors, at least one; every key counts with its full 64 bits and by its
+    place. Raises ValueError without a key.
+    """
+    if not keys:
+        raise ValueError("counter_hash: expected at least one key, got none")
+    if device is None:
+        device = next((key.device for key in keys if isinstance(key, Tensor)), torch.device("cpu"))
+    state = torch.zeros((), dtype=torch.int64, device=device)
+    for place, key in enumerate(keys):
+        if isinstance(key, Tensor):
+            low, high = key.long() & _MASK, (key.long() >> 32) & _MASK
+        else:
+            low = torch.tensor(key & _MASK, device=device)
+            high = torch.tensor((key >> 32) & _MASK, device=device)
+        state = mix((state + _WEYL * (2 * place + 1)) & _MASK ^ mix(low))
+        state = mix((state + _WEYL * (2 * place + 2)) & _MASK ^ mix(high))
+    return state
+
+
+def counter_uniform(*keys: int | Tensor, draws: int) -> Tensor:
+    """Returns uniform float32 numbers in [0, 1), multiples of 2^-24, of shape (*broadcast keys,
+    draws).
+    """
+    base = counter_hash(*keys).unsqueeze(-1)
+    number = torch.arange(draws, device=base.device)
+    return (mix((base + _WEYL * (number + 1)) & _MASK) >> 8).float() * 2.0**-24
+
+
+def counter_normal(*keys: int | Tensor, draws: int) -> Tensor:
+    """Returns standard normal float64 numbers of shape (*broadcast keys, draws), within +-5.3 by
+    construction.
+    """
+    uniform = counter_uniform(*keys, draws=draws).double() + 2.0**-25
+    return math.sqrt(2.0) * torch.erfinv(2 * uniform - 1)
+
+
+def counter_permutation(count: int, *keys: int) -> Tensor:
+    """Returns a permutation of range(count), an int64 CPU tensor: the order of the hashes of (keys,
+    position).
+    """
+    positions = torch.arange(count)
+    return torch.argsort(counter_hash(*keys, positions), stable=True)

@@ -1,0 +1,201 @@
+"""Reads the list files beside face pictures: identities, landmarks, partitions, index tables; .txt
+or .csv.
+
+.txt is CelebA's own form (runs of spaces, CRLF line ends, for landmarks a count and a header before
+the rows), .csv the mirrors' (commas, a header). Blank lines and a byte order mark are ignored.
+"""
+
+import csv
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kdtrain.data.source import (
+    LANDMARKS,
+    DataError,
+    FaceSource,
+    Issues,
+    decode_picture,
+    number_classes,
+    probe_pictures,
+)
+
+POINT_COLUMNS = tuple(f"{point}_{axis}" for point in LANDMARKS for axis in "xy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows of a list file by picture name: name -> (line number, the other fields); columns names
+    those fields.
+    """
+
+    path: Path
+    columns: list[str]
+    rows: dict[str, tuple[int, list[str]]]
+
+
+def find_list(root: Path, stem: str) -> Path | None:
+    """Returns root/stem.txt or root/stem.csv, whichever is there first, or None."""
+    return next((p for p in (root / f"{stem}.txt", root / f"{stem}.csv") if p.is_file()), None)
+
+
+def read_table(path: Path, issues: Issues, *, fields: int | None = None) -> Table:
+    """Returns the Table in a list file.
+
+    fields: how many fields must follow the picture's name (None: as many as the header has). A
+    header is a line without any number after its first field; a first line that is a lone integer
+    is the row count, and is checked. Raises DataError naming file and line (or reports it to
+    `issues`) for a wrong field count, a repeated picture, a wrong count.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot read this list: {error}") from error
+    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
+    lines = [(number, line) for number, line in lines if line]
+    if path.suffix == ".csv":
+        split = [(number, [f.strip() for f in next(csv.reader([line]))]) for number, line in lines]
+    else:
+        split = [(number, line.split()) for number, line in lines]
+
+    announced = None
+    if split and len(split[0][1]) == 1 and split[0][1][0].isdecimal():
+        announced = (split[0][0], int(split[0][1][0]))
+        split = split[1:]
+    columns: list[str] = []
+    if split and len(split[0][1]) > 1 and not any(_is_number(f) for f in split[0][1][1:]):
+        first = split.pop(0)[1]
+        # CelebA's landmark header names the columns only, a .csv header the picture's column too
+        columns = first if len(first) == fields else first[1:]
+    if fields is None:
+        if not columns:
+            raise DataError(f"{path}: expected a header line that names the columns")
+        fields = len(columns)
+    rows: dict[str, tuple[int, list[str]]] = {}
+    for number, parts in split:
+        if len(parts) != fields + 1:
+            expected = f"expected a picture and {fields} field(s)"
+            issues.report(
+                f"{path}:{number}: {expected}, got {len(parts)} in {' '.join(parts)[:80]!r}"
+            )
+        elif parts[0] in rows:
+            issues.report(f"{path}:{number}: {parts[0]} is already on line {rows[parts[0]][0]}")
+        else:
+            rows[parts[0]] = (number, parts[1:])
+    if announced is not None and announced[1] != len(split):
+        issues.report(
+            f"{path}:{announced[0]}: announces {announced[1]} rows, the file has {len(split)}"
+        )
+    return Table(path=path, columns=columns, rows=rows)
+
+
+def read_points(path: Path, issues: Issues) -> dict[str, list[float]]:
+    """Returns five landmarks per picture, name -> 10 floats in POINT_COLUMNS' order, as the file
+    states them.
+
+    Columns are taken by name when the header has all ten names, else in that order. Raises
+    DataError as read_table, and for a field that is not a finite number.
+    """
+    table = read_table(path, issues, fields=10)
+    order = list(range(10))
+    if set(POINT_COLUMNS) <= set(table.columns):
+        order = [table.columns.index(column) for column in POINT_COLUMNS]
+    points: dict[str, list[float]] = {}
+    for name, (number, parts) in table.rows.items():
+        wrong = [part for part in parts if not _is_number(part)]
+        if wrong:
+            issues.report(f"{path}:{number}: expected 10 finite numbers, got {wrong[0]!r}")
+        else:
+            points[name] = [float(parts[k]) for k in order]
+    return points
+
+
+def assemble(
+    name: str,
+    root: Path,
+    pictures: dict[str, tuple[str, Path, str]],
+    *,
+    points: tuple[Path, dict[str, list[float]]] | None,
+    split_file: str | None,
+    issues: Issues,
+    workers: int,
+) -> FaceSource:
+    """Returns the FaceSource of listed pictures, after the checks that every file source shares.
+
+    pictures: name -> (identity, picture file, where it is listed). points: the landmark file and
+    its rows, or None. index.csv in root, if any, gives the groups (its columns `video` within an
+    identity) and its columns as splits, and so does split_file. A picture without file, landmarks
+    or row in a table is an issue; with on_error "skip" every picture is decoded once here, so that
+    the set that remains is sound.
+    """
+    wanted = {split_file} if split_file else set()
+    if (root / "index.csv").is_file():
+        wanted.add("index.csv")
+    tables: dict[str, Table] = {}
+    for file in sorted(wanted):
+        fields = 1 if file.endswith(".txt") else None
+        tables[file] = read_table(root / file, issues, fields=fields)
+
+    probed = probe_pictures(
+        [path for _, path, _ in pictures.values()], full=issues.on_error == "skip", workers=workers
+    )
+    kept: list[str] = []
+    sizes: list[tuple[int, int]] = []
+    for (picture, (_, _, listed)), size in zip(pictures.items(), probed, strict=True):
+        missing = [table.path for table in tables.values() if picture not in table.rows]
+        if points is not None and picture not in points[1]:
+            missing.append(points[0])
+        if isinstance(size, str):
+            issues.report(f"{listed}: {size}")
+        elif missing:
+            issues.report(f"{missing[0]}: no row for {picture}, which is listed in {listed}")
+        else:
+            kept.append(picture)
+            sizes.append(size)
+    if not kept:
+        raise DataError(
+            f"{root}: no usable picture; first problem: {[*issues.messages, 'none listed'][0]}"
+        )
+
+    identities = [pictures[picture][0] for picture in kept]
+    labels, class_names = number_classes(identities)
+    splits = {file: _columns(table, kept) for file, table in tables.items()}
+    videos = splits.get("index.csv", {}).get("video")
+    groups = None
+    if videos is not None:
+        keys = list(zip(identities, videos, strict=True))
+        number = {key: k for k, key in enumerate(dict.fromkeys(keys))}
+        groups = torch.tensor([number[key] for key in keys], dtype=torch.int64)
+    paths = [pictures[picture][1] for picture in kept]
+    return FaceSource(
+        name=name,
+        names=kept,
+        labels=labels,
+        class_names=class_names,
+        landmarks=_stack(points[1], kept) if points is not None else None,
+        sizes=torch.tensor(sizes, dtype=torch.int64),
+        groups=groups,
+        skipped=issues.messages,
+        splits=splits,
+        read=lambda picture: decode_picture(paths[picture]),
+    )
+
+
+def _columns(table: Table, names: list[str]) -> dict[str, list[str]]:
+    columns = table.columns or ["partition"]  # list_eval_partition.txt has no header
+    return {column: [table.rows[name][1][k] for name in names] for k, column in enumerate(columns)}
+
+
+def _stack(points: dict[str, list[float]], names: list[str]) -> Tensor:
+    values = torch.tensor([points[name] for name in names], dtype=torch.float32)
+    return values.reshape(-1, 5, 2) + 0.5  # the files hold pixel indices; see FaceSource
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False

@@ -1,0 +1,190 @@
+"""A set of labelled face pictures, whatever it is read from, and how one is built from the data
+section of a config.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+LANDMARKS = ("lefteye", "righteye", "nose", "leftmouth", "rightmouth")
+# what Pillow raises on damaged pictures; struct.error and EOFError come from cut-off headers
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+class DataError(ValueError):
+    """Something wrong with a data file; the message names the file and, for a list, the line."""
+
+
+@dataclass(kw_only=True)
+class Issues:
+    """What to do about a bad line or picture: on_error "raise" stops at the first, "skip" collects
+    the messages.
+    """
+
+    on_error: str = "raise"
+    messages: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.on_error not in ("raise", "skip"):
+            raise ValueError(f"data.on_error: expected 'raise' or 'skip', got {self.on_error!r}")
+
+    def report(self, message: str) -> None:
+        """Raises DataError(message) or keeps the message, by on_error."""
+        if self.on_error == "raise":
+            raise DataError(f"{message} (data.on_error: skip leaves such pictures out)")
+        self.messages.append(message)
+
+
+@dataclass(kw_only=True)
+class FaceSource:
+    """N pictures of C people. Nothing is decoded until `load`.
+
+    names: one per picture, for errors and the fingerprint. labels: (N,) int64, 0..C-1 without gaps;
+    class_names: C. landmarks: (N, 5, 2) float32 or None, x and y in original pixels, order lefteye,
+    righteye, nose, leftmouth, rightmouth (left is the viewer's). Coordinates are continuous, pixel
+    i spans [i, i + 1), so a mirror is x -> width - x and a resize is a plain scaling; lists that
+    hold pixel indices are read as index + 0.5. sizes: (N, 2) int64 original width and height.
+    groups: (N,) int64 or None, the video a frame comes from, unique over the whole set. skipped:
+    messages of what on_error "skip" left out. splits: file name -> column -> one value per picture.
+    read: picture number -> uint8 (H, W, 3) RGB. read_batch, where the source has one: int64 (B,) ->
+    uint8 (B, 3, H, W).
+    """
+
+    name: str
+    names: list[str]
+    labels: Tensor
+    class_names: list[str]
+    landmarks: Tensor | None
+    sizes: Tensor
+    groups: Tensor | None = None
+    skipped: list[str] = field(default_factory=list)
+    splits: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    read: Callable[[int], np.ndarray]
+    read_batch: Callable[[Tensor], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            raise DataError(f"{self.name}: no picture left; skipped {len(self.skipped)}")
+        present = torch.unique(self.labels)
+        assert torch.equal(present, torch.arange(len(self.class_names))), "labels must have no gaps"
+        assert len(self.names) == len(self.labels) == len(self.sizes)
+
+    @property
+    def num_pictures(self) -> int:
+        return len(self.names)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def load(self, picture: int) -> np.ndarray:
+        """Returns picture number `picture` as uint8 (H, W, 3), RGB. Raises DataError naming a file
+        that cannot be read.
+        """
+        return self.read(picture)
+
+    def fingerprint(self) -> str:
+        """Returns a hex digest of names, sizes, labels and landmarks: the same set read again gives
+        the same digest.
+        """
+        digest = hashlib.sha256("\n".join([self.name, *self.names, *self.class_names]).encode())
+        for array in (self.sizes, self.labels, self.landmarks, self.groups):
+            digest.update(b"none" if array is None else array.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def decode_picture(path: Path) -> np.ndarray:
+    """Returns a picture file as uint8 (H, W, 3), RGB, orientation tags ignored (landmarks refer to
+    the stored pixels).
+
+    Raises DataError naming the file when it is missing, not a picture, or cut off.
+    """
+    try:
+        with Image.open(path) as picture:
+            return np.array(picture.convert("RGB"))
+    except _DECODE_ERRORS as error:
+        raise DataError(f"{path}: cannot read this picture: {error}") from error
+
+
+def probe_pictures(
+    paths: Sequence[Path], *, full: bool, workers: int
+) -> list[tuple[int, int] | str]:
+    """Returns (width, height) of each picture file, or what is wrong with it.
+
+    Reads headers alone; `full` decodes everything (which is what finds a cut-off file), with
+    `workers` threads.
+    """
+
+    def probe(path: Path) -> tuple[int, int] | str:
+        try:
+            with Image.open(path) as picture:
+                if full:
+                    picture.load()
+                return picture.size
+        except FileNotFoundError:
+            return f"{path}: no such picture"
+        except _DECODE_ERRORS as error:
+            return f"{path}: cannot read this picture: {error}"
+
+    if workers < 2:
+        return [probe(path) for path in paths]
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(probe, paths))
+
+
+def number_classes(identities: Sequence[str]) -> tuple[Tensor, list[str]]:
+    """Returns labels (N,) int64 without gaps and the class names; ids that are all integers are
+    ordered as numbers.
+    """
+    distinct = set(identities)
+    numeric = all(identity.isdecimal() for identity in distinct)
+    ordered = sorted(distinct, key=(lambda name: (int(name), name)) if numeric else None)
+    number = {identity: k for k, identity in enumerate(ordered)}
+    return torch.tensor([number[identity] for identity in identities], dtype=torch.int64), ordered
+
+
+def build_source(config: Any) -> FaceSource:
+    """Returns the FaceSource that a config's data section describes (its attributes as in
+    DataConfig).
+
+    kind: "synthetic" (people, pictures, synthetic_seed, store_size), "celeba" or "folder" (root,
+    landmark_file, split, on_error, workers). Raises DataError or ValueError naming what is missing
+    or malformed.
+    """
+    # the readers import this module for FaceSource
+    from kdtrain.data.celeba import read_celeba
+    from kdtrain.data.folder import read_folder
+    from kdtrain.data.synthetic import synthetic_faces
+
+    if config.kind == "synthetic":
+        if config.split.startswith("file:"):
+            raise ValueError(
+                f"data.split: synthetic faces have no split file, got {config.split!r}"
+            )
+        return synthetic_faces(
+            people=config.people,
+            pictures=config.pictures,
+            seed=config.synthetic_seed,
+            size=config.store_size,
+        )
+    readers = {"celeba": read_celeba, "folder": read_folder}
+    if config.kind not in readers:
+        raise ValueError(f"data.kind: expected synthetic, celeba or folder, got {config.kind!r}")
+    if not config.root:
+        raise ValueError(f"data.root: kind {config.kind!r} needs the folder of the pictures")
+    split_file = config.split.split(":")[1] if config.split.startswith("file:") else None
+    return readers[config.kind](
+        config.root,
+        landmark_file=config.landmark_file,
+        split_file=split_file,
+        on_error=config.on_error,
+        workers=config.workers,
+    )

@@ -1,0 +1,197 @@
+"""Crops and flips of picture batches with their landmarks, on any device, and the way back to the
+original pixels.
+
+Augmentation is a pure function of (seed, phase, epoch, picture): no generator, so batches, workers
+and a resumed run see the same crops, and a teacher's answers to them can be kept.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdtrain.data.counter import counter_uniform
+
+_STREAM_AUGMENT = 21
+_MIRROR = (1, 0, 2, 4, 3)  # where each landmark goes in a mirrored picture
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """How crops lie in their pictures: store = crop * scale + offset, after a flipped crop is
+    mirrored back.
+
+    scale: (B,) store pixels per crop pixel. offset: (B, 2) store coordinates (x, y) of the crop's
+    corner. flipped: (B,) bool. input_size: side of the crop in crop pixels.
+    """
+
+    scale: Tensor
+    offset: Tensor
+    flipped: Tensor
+    input_size: int
+
+
+def augment(
+    pictures: Tensor,
+    landmarks: Tensor | None,
+    indices: Tensor,
+    *,
+    seed: int,
+    phase: int,
+    epoch: int,
+    config: Any,
+    input_size: int,
+) -> tuple[Tensor, Tensor | None, Frame]:
+    """Returns (crops float32 (B, 3, s, s) in [0, 255], landmarks (B, 5, 2) in crop pixels or None,
+    frame) for training.
+
+    pictures: uint8 (B, 3, S, S). landmarks: (B, 5, 2) store pixels. indices: (B,) int64, the
+    pictures' numbers in their source, on any device. config (AugmentConfig): crop "random" is an s
+    x s window at a uniform whole-pixel place; "jitter" a square of side S * u, u uniform in
+    [scale_min, scale_max], at a uniform place within the picture, resampled bilinearly; flip
+    mirrors half of the pictures and swaps left and right landmarks. Raises ValueError for shapes,
+    an input_size larger than the store for "random", or a bad scale range.
+    """
+    _check(pictures, landmarks, config, input_size, "augment")
+    if indices.shape != (len(pictures),):
+        raise ValueError(
+            f"augment: indices must be ({len(pictures)},) like pictures, got {tuple(indices.shape)}"
+        )
+    side = pictures.shape[-1]
+    draw = counter_uniform(
+        seed, _STREAM_AUGMENT, phase, epoch, indices.to(pictures.device), draws=4
+    )  # (B, 4)
+    flipped = (draw[:, 0] < 0.5) & bool(config.flip)
+    if config.crop == "random":
+        places = side - input_size + 1
+        offset = (draw[:, 2:4] * places).floor_()
+        scale = torch.ones_like(draw[:, 0])
+    else:
+        width = side * (config.scale_min + (config.scale_max - config.scale_min) * draw[:, 1])
+        offset = draw[:, 2:4] * (side - width).unsqueeze(1)
+        scale = width / input_size
+    frame = Frame(scale=scale, offset=offset, flipped=flipped, input_size=input_size)
+    return _crop(pictures, landmarks, frame, config.crop == "random")
+
+
+def center(
+    pictures: Tensor, landmarks: Tensor | None, input_size: int, config: Any
+) -> tuple[Tensor, Tensor | None, Frame]:
+    """Returns what augment returns, for evaluation: the centre crop, never flipped.
+
+    crop "random": the middle s x s window (an odd rest goes right and down); "jitter": the middle
+    square of mean side S * (scale_min + scale_max) / 2. Raises ValueError as augment does.
+    """
+    _check(pictures, landmarks, config, input_size, "center")
+    side, count = pictures.shape[-1], len(pictures)
+    if config.crop == "random":
+        corner, scale = float((side - input_size) // 2), 1.0
+    else:
+        width = side * (config.scale_min + config.scale_max) / 2
+        corner, scale = (side - width) / 2, width / input_size
+    device = pictures.device
+    frame = Frame(
+        scale=torch.full((count,), scale, device=device),
+        offset=torch.full((count, 2), corner, device=device),
+        flipped=torch.zeros(count, dtype=torch.bool, device=device),
+        input_size=input_size,
+    )
+    return _crop(pictures, landmarks, frame, config.crop == "random")
+
+
+def uncrop(points: Tensor, frame: Frame) -> Tensor:
+    """Returns store-pixel coordinates (B, 5, 2) of crop-pixel points: the inverse of what augment
+    does to landmarks.
+
+    Differentiable in points; the result has the order of the unflipped face.
+    """
+    points = _mirror(points, frame)
+    return points * frame.scale.reshape(-1, 1, 1) + frame.offset.unsqueeze(1)
+
+
+def to_original(points: Tensor, frame: Frame, sizes: Tensor, store_size: int) -> Tensor:
+    """Returns original-pixel coordinates (B, 5, 2) of crop-pixel points; sizes: (B, 2) original
+    width and height.
+    """
+    factor = sizes.to(points.device, points.dtype) / store_size
+    return uncrop(points, frame) * factor.unsqueeze(1)
+
+
+def _check(
+    pictures: Tensor, landmarks: Tensor | None, config: Any, input_size: int, who: str
+) -> None:
+    if pictures.dim() != 4 or pictures.shape[1] != 3 or pictures.shape[2] != pictures.shape[3]:
+        raise ValueError(f"{who}: pictures must be (B, 3, S, S), got {tuple(pictures.shape)}")
+    if landmarks is not None and landmarks.shape != (len(pictures), 5, 2):
+        raise ValueError(
+            f"{who}: landmarks must be ({len(pictures)}, 5, 2), got {tuple(landmarks.shape)}"
+        )
+    side = pictures.shape[-1]
+    if config.crop == "random":
+        if not 0 < input_size <= side:
+            raise ValueError(
+                f"{who}: data.input_size must be at most data.store_size {side}, got {input_size}"
+            )
+    elif config.crop != "jitter":
+        raise ValueError(f"{who}: augment.crop must be random or jitter, got {config.crop!r}")
+    elif not 0 < config.scale_min <= config.scale_max <= 1:
+        raise ValueError(
+            f"{who}: expected 0 < augment.scale_min <= augment.scale_max <= 1, got "
+            f"{config.scale_min} and {config.scale_max}"
+        )
+
+
+def _mirror(points: Tensor, frame: Frame) -> Tensor:
+    """Mirrors the points of flipped crops, left and right swapped; its own inverse."""
+    mirrored = points[:, _MIRROR]
+    mirrored = torch.stack([frame.input_size - mirrored[..., 0], mirrored[..., 1]], -1)
+    return torch.where(frame.flipped.reshape(-1, 1, 1), mirrored, points)
+
+
+def _crop(
+    pictures: Tensor, landmarks: Tensor | None, frame: Frame, whole_pixels: bool
+) -> tuple[Tensor, Tensor | None, Frame]:
+    size = frame.input_size
+    ticks = torch.arange(size, device=pictures.device)
+    across = torch.where(frame.flipped.unsqueeze(1), size - 1 - ticks, ticks)  # (B, s)
+    down = ticks.expand(len(pictures), size)
+    if whole_pixels:
+        columns, rows = across + frame.offset[:, :1].long(), down + frame.offset[:, 1:].long()
+        crops = _take(_take(pictures, rows, 2), columns, 3).float()
+    else:
+        scale = frame.scale.unsqueeze(1)
+        crops = _sample(pictures.float(), (down + 0.5) * scale + frame.offset[:, 1:], 2)
+        crops = _sample(crops, (across + 0.5) * scale + frame.offset[:, :1], 3)
+    if landmarks is not None:
+        landmarks = landmarks.to(pictures.device)
+        landmarks = (landmarks - frame.offset.unsqueeze(1)) / frame.scale.reshape(-1, 1, 1)
+        landmarks = _mirror(landmarks, frame)
+    return crops, landmarks, frame
+
+
+def _take(pictures: Tensor, places: Tensor, axis: int) -> Tensor:
+    """Rows (axis 2) or columns (axis 3) of each picture at its own places (B, s)."""
+    shape = list(pictures.shape)
+    shape[axis] = places.shape[1]
+    view = [len(pictures), 1, 1, 1]
+    view[axis] = places.shape[1]
+    return pictures.gather(axis, places.reshape(view).expand(shape))
+
+
+def _sample(pictures: Tensor, places: Tensor, axis: int) -> Tensor:
+    """Linear interpolation along one axis at continuous coordinates (B, s); pixel i's centre is i +
+    0.5, edges repeat.
+
+    Elementwise after two gathers, so a picture's bits do not depend on its batch (a batched matrix
+    product's may).
+    """
+    last = pictures.shape[axis] - 1
+    places = (places - 0.5).clamp(0, last)
+    low = places.floor().clamp(max=max(last - 1, 0))
+    view = [len(pictures), 1, 1, 1]
+    view[axis] = places.shape[1]
+    part = (places - low).reshape(view)
+    low = low.long()
+    first = _take(pictures, low, axis)
+    return first + (_take(pictures, (low + 1).clamp(max=last), axis) - first) * part

@@ -1,0 +1,106 @@
+"""The picture store: one picture in every mode, errors with names, landmark scaling."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kdtrain.data import DataError, PictureStore, read_folder, synthetic_faces
+
+
+@pytest.fixture
+def folder(tmp_path):
+    noise = np.random.default_rng(0)
+    for person in "ab":
+        (tmp_path / person).mkdir()
+        for k in range(4):
+            pixels = noise.integers(0, 256, (40 + k, 30, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / person / f"{k}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("cache", "workers"), [("memory", 2), ("auto", 0), ("none", 0), ("none", 2)]
+)
+def test_every_mode_gives_pillows_antialiased_resize(folder, cache, workers):
+    source = read_folder(folder)
+    store = PictureStore(source, 16, cache, workers)
+    indices = torch.tensor([6, 0, 3, 0])
+    store.prefetch(indices)
+    got = store.get(indices)
+    expected = [
+        np.asarray(Image.fromarray(source.load(k)).resize((16, 16), Image.Resampling.BILINEAR))
+        for k in indices.tolist()
+    ]
+    assert got.dtype == torch.uint8
+    assert np.array_equal(got.permute(0, 2, 3, 1).numpy(), np.stack(expected))
+    assert store.in_memory == (cache != "none")
+    store.close()
+
+
+def test_batches_read_ahead_are_found_in_any_order_and_once(folder):
+    source = read_folder(folder)
+    reads = []
+    original = source.read
+
+    def counted(picture):
+        reads.append(picture)
+        return original(picture)
+
+    source.read = counted
+    store = PictureStore(source, 16, "none", 2)
+    first, second, third = torch.tensor([0, 1]), torch.tensor([2, 3]), torch.tensor([4])
+    store.prefetch(first)
+    store.prefetch(second)
+    assert torch.equal(store.get(second), PictureStore(source, 16, "memory").get(second))
+    reads.clear()
+    store.get(first)
+    assert reads == []  # decoded before it was asked for
+    store.prefetch(first)
+    store.prefetch(second)
+    store.prefetch(third)  # the batch that nobody fetched makes room
+    assert len(store.get(first)) == 2
+    store.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_corrupt_picture_is_named_by_both_modes(folder, workers):
+    path = folder / "b" / "1.png"
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    source = read_folder(folder)
+    with pytest.raises(DataError, match=r"b/1\.png: cannot read"):
+        PictureStore(source, 16, "memory", workers)
+    store = PictureStore(source, 16, "none", workers)
+    assert len(store.get(torch.tensor([0, 7]))) == 2
+    store.prefetch(torch.tensor([5]))
+    with pytest.raises(DataError, match=r"b/1\.png: cannot read"):
+        store.get(torch.tensor([5]))
+    store.close()
+
+
+def test_landmarks_are_scaled_by_width_and_height(folder):
+    source = read_folder(folder)
+    store = PictureStore(source, 16)
+    with pytest.raises(ValueError, match="no landmarks"):
+        store.landmarks_in_store()
+    source.landmarks = torch.tensor([15.0, 10.0]).expand(8, 5, 2)
+    scaled = store.landmarks_in_store()
+    assert torch.allclose(scaled[1, 0], torch.tensor([8.0, 16 * 10 / 41]))  # picture 1 is 30 x 41
+
+
+def test_synthetic_faces_of_another_size_are_resized():
+    source = synthetic_faces(people=2, pictures=2, seed=0, size=48)
+    small, whole = PictureStore(source, 24), PictureStore(source, 48, "none")
+    indices = torch.tensor([3, 1])
+    assert small.get(indices).shape == (2, 3, 24, 24)
+    halved = torch.nn.functional.avg_pool2d(whole.get(indices).float(), 2)
+    assert (small.get(indices).float() - halved).abs().mean() < 4  # triangle against box filter
+
+
+def test_bad_arguments_are_named(folder):
+    source = read_folder(folder)
+    with pytest.raises(ValueError, match="cache"):
+        PictureStore(source, 16, "disk")
+    with pytest.raises(ValueError, match="size"):
+        PictureStore(source, 0)

@@ -3,23 +3,38 @@
 `python -m kdkernels` prints which backend each op has here, and why the rest is missing.
 """
 
+from kdkernels.hidden_l2.op import HiddenL2Loss, hidden_l2
 from kdkernels.kd_cross_entropy.eager import KDTerms
 from kdkernels.kd_cross_entropy.op import (
     CrossEntropyLoss,
     KDCrossEntropyLoss,
     kd_cross_entropy,
 )
-from kdkernels.library import backends, isa, isa_levels, set_isa
+from kdkernels.library import backends, empty_cache, isa, isa_levels, set_isa
+from kdkernels.nearest_neighbor.eager import Nearest
+from kdkernels.nearest_neighbor.op import nearest_neighbor
+from kdkernels.triplet.batch_op import BatchTripletLoss, batch_triplet_loss
+from kdkernels.triplet.op import TripletLoss, TripletMarginLoss, triplet_loss
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchTripletLoss",
     "CrossEntropyLoss",
+    "HiddenL2Loss",
     "KDCrossEntropyLoss",
     "KDTerms",
+    "Nearest",
+    "TripletLoss",
+    "TripletMarginLoss",
     "backends",
+    "batch_triplet_loss",
+    "empty_cache",
+    "hidden_l2",
     "isa",
     "isa_levels",
     "kd_cross_entropy",
+    "nearest_neighbor",
     "set_isa",
+    "triplet_loss",
 ]

@@ -22,7 +22,7 @@ except ModuleNotFoundError as error:
         raise
     native = None  # not built; one that is there but does not load raises ImportError, to be seen
 
-OPS = ("kd_cross_entropy",)
+OPS = ("kd_cross_entropy", "hidden_l2", "triplet_loss", "batch_triplet_loss", "nearest_neighbor")
 BACKENDS = ("native", "eager")  # in the order of preference
 REDUCTIONS = ("mean", "sum", "none")
 LEVELS = ("baseline", "v3", "v4")  # KDKERNELS_ISA; x86-64-v3 is AVX2, x86-64-v4 is AVX-512
@@ -178,7 +178,8 @@ def check_number(
     """`value` as a finite float within the bounds, or a ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise reject(op, f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    # no math.isfinite: torch.compile cannot trace it once an option varies between calls
+    if not -math.inf < value < math.inf:
         raise reject(op, f"{name} must be finite, got {value}")
     if above is not None and not value > above:
         raise reject(op, f"{name} must be greater than {above:g}, got {value}")
@@ -209,6 +210,31 @@ def matrix(t: Tensor | None) -> tuple[int, int, int, int]:
     if t is None:
         return (0, 0, 0, 0)
     return (t.data_ptr(), DTYPE_CODES[t.dtype], t.stride(0), t.stride(1))
+
+
+POOLED_BYTES = 2**20  # smaller gradients come from torch's allocator
+
+
+def new_gradient(
+    shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int] | None = None
+) -> Tensor:
+    """Uninitialised CPU memory for a gradient, contiguous or with the given (gapless) strides.
+
+    A large one comes from a pool that keeps freed memory (1 GiB at most), so that a training step
+    does not pay for fresh pages; `kdkernels.empty_cache()` gives the idle part back.
+    """
+    if native is None or math.prod(shape) * dtype.itemsize < POOLED_BYTES:
+        if strides is None:
+            return torch.empty(shape, dtype=dtype)
+        return torch.empty_strided(shape, strides, dtype=dtype)
+    if strides is None:
+        strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    return torch.from_dlpack(native.pooled(list(shape), list(strides), DTYPE_CODES[dtype]))
+
+
+def empty_cache() -> int:
+    """Frees the memory kept for the next gradients; returns its size in bytes."""
+    return native.empty_pool() if native is not None else 0
 
 
 class GivenAway(RuntimeError):

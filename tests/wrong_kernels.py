@@ -175,6 +175,111 @@ def loss_in_the_inputs_dtype(student, teacher, target, **options):
     return kd(student, teacher, target, **options).to(student.dtype)
 
 
+def triplet(anchor, positive, negative, **options):
+    return kdkernels.triplet_loss(anchor, positive, negative, **{**options, "backend": "eager"})
+
+
+def margin_forgotten(anchor, positive, negative, **options):
+    return triplet(anchor, positive, negative, **{**options, "margin": 0.0})
+
+
+def squared_ignored(anchor, positive, negative, **options):
+    return triplet(anchor, positive, negative, **{**options, "squared": True})
+
+
+def no_gradient_to_the_negative(anchor, positive, negative, **options):
+    return triplet(anchor, positive, negative.detach() + 0.0 * negative, **options)
+
+
+def batch(embeddings, labels, **options):
+    return kdkernels.batch_triplet_loss(embeddings, labels, **{**options, "backend": "eager"})
+
+
+def tie_to_the_highest_index(embeddings, labels, **options):
+    if options.get("reduction") == "none":
+        return batch(embeddings.flip(0), labels.flip(0), **options).flip(0)
+    return batch(embeddings.flip(0), labels.flip(0), **options)
+
+
+def mean_over_positive_hinges(embeddings, labels, **options):
+    if options.get("reduction", "mean") == "mean":
+        options["reduction"] = "nonzero"
+    return batch(embeddings, labels, **options)
+
+
+def semihard_mined_as_hard(embeddings, labels, **options):
+    if options.get("mining", "hard") == "semihard":
+        options["mining"] = "hard"
+    return batch(embeddings, labels, **options)
+
+
+class _AnchorsOnly(torch.autograd.Function):
+    """The mined loss with a gradient that counts each row as an anchor only."""
+
+    @staticmethod
+    def forward(ctx, embeddings, labels, options):
+        with torch.enable_grad():
+            rows = []
+            for row in range(len(embeddings)):
+                leaf = embeddings.detach().requires_grad_()
+                each = batch(leaf, labels, **{**options, "reduction": "none"})
+                (gradient,) = torch.autograd.grad(each[row], leaf)
+                rows.append(gradient[row])
+        ctx.save_for_backward(torch.stack(rows) if rows else embeddings.detach())
+        ctx.rows = options.get("reduction") == "none"
+        return batch(embeddings.detach(), labels, **options)
+
+    @staticmethod
+    def backward(ctx, incoming):
+        (gradient,) = ctx.saved_tensors
+        return gradient * (incoming[:, None] if ctx.rows else incoming), None, None
+
+
+def gradient_to_anchors_only(embeddings, labels, **options):
+    return _AnchorsOnly.apply(embeddings, labels, options)
+
+
+def hidden(students, teachers, **options):
+    return kdkernels.hidden_l2(students, teachers, **{**options, "backend": "eager"})
+
+
+def mean_for_batchmean(students, teachers, **options):
+    if options.get("reduction", "batchmean") == "batchmean":
+        options["reduction"] = "mean"
+    return hidden(students, teachers, **options)
+
+
+def weights_ignored(students, teachers, **options):
+    return hidden(students, teachers, **{**options, "weights": None})
+
+
+def last_pair_dropped(students, teachers, **options):
+    if len(students) < 2 or options.get("weights") is not None:
+        return hidden(students, teachers, **options)
+    kept = hidden(students[:-1], teachers[:-1], **options)
+    return kept + 0.0 * students[-1].float().sum()
+
+
+def nearest(queries, gallery, **options):
+    return kdkernels.nearest_neighbor(queries, gallery, backend="eager")
+
+
+def the_query_finds_itself(queries, gallery, **options):
+    return nearest(queries, queries if gallery is None else gallery)
+
+
+def nearest_tie_to_the_highest_index(queries, gallery, **options):
+    if gallery is None or not len(queries):
+        return nearest(queries, gallery)
+    distance, index = nearest(queries, gallery.flip(0))
+    return distance, len(gallery) - 1 - index
+
+
+def root_of_the_distance(queries, gallery, **options):
+    distance, index = nearest(queries, gallery)
+    return distance.sqrt(), index
+
+
 _KD = [
     (last_column_dropped, accurate),
     (alpha_missing, accurate),
@@ -200,4 +305,26 @@ _KD = [
     ),
 ]
 
-ALL = [Wrong(function.__name__, "kd_cross_entropy", function, promise) for function, promise in _KD]
+_OTHERS = {
+    "triplet_loss": [margin_forgotten, squared_ignored, no_gradient_to_the_negative],
+    "batch_triplet_loss": [
+        tie_to_the_highest_index,
+        mean_over_positive_hinges,
+        semihard_mined_as_hard,
+        gradient_to_anchors_only,
+    ],
+    "hidden_l2": [mean_for_batchmean, weights_ignored, last_pair_dropped],
+    "nearest_neighbor": [
+        the_query_finds_itself,
+        nearest_tie_to_the_highest_index,
+        root_of_the_distance,
+    ],
+}
+
+ALL = [
+    Wrong(function.__name__, "kd_cross_entropy", function, promise) for function, promise in _KD
+] + [
+    Wrong(function.__name__, op, function, accurate)
+    for op, functions in _OTHERS.items()
+    for function in functions
+]

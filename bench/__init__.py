@@ -1,0 +1,1 @@
+"""Benchmarks of kdkernels against what users write today: `python -m bench`."""

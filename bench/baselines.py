@@ -1,0 +1,172 @@
+"""What users write today, fixed: every speed-up is measured against these lines and every result is
+checked first.
+
+They are written apart from kdkernels' eager.py on purpose: that file is the specification, this one
+is practice. All take the case's tensors and options by name and return the loss;
+nearest_neighbor returns the distances alone.
+"""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def kd_cross_entropy(
+    student: Tensor, teacher: Tensor, target: Tensor, *, temperature: float
+) -> Tensor:
+    """F.cross_entropy with the labels plus that with the teacher's softened probabilities."""
+    soft_target = torch.softmax(teacher / temperature, dim=1)
+    return F.cross_entropy(student, target) + F.cross_entropy(student / temperature, soft_target)
+
+
+@cache
+def compiled(temperature: float):
+    """`kd_cross_entropy` at one temperature under torch.compile, for static shapes."""
+
+    def loss(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        return kd_cross_entropy(student, teacher, target, temperature=temperature)
+
+    return torch.compile(loss, fullgraph=True, dynamic=False)
+
+
+def kd_cross_entropy_compiled(
+    student: Tensor, teacher: Tensor, target: Tensor, *, temperature: float
+) -> Tensor:
+    """The compiled baseline; the first call compiles and is never timed."""
+    return compiled(temperature)(student, teacher, target)
+
+
+def triplet_loss(anchor: Tensor, positive: Tensor, negative: Tensor, *, margin: float) -> Tensor:
+    """Squared differences, sums, relu, mean."""
+    to_positive = (anchor - positive).square().sum(dim=1)
+    to_negative = (anchor - negative).square().sum(dim=1)
+    return F.relu(to_positive - to_negative + margin).mean()
+
+
+def squared_distances(embeddings: Tensor) -> Tensor:
+    """(N, N) squared distances from the Gram matrix."""
+    gram = embeddings @ embeddings.T
+    norms = gram.diagonal()
+    return (norms[:, None] + norms[None, :] - 2 * gram).clamp(min=0)
+
+
+def label_masks(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, N) masks: another picture of the same person, and a picture of another person."""
+    same = labels[:, None] == labels[None, :]
+    others = ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    return same & others, ~same
+
+
+def mine(distances: Tensor, labels: Tensor, mining: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Anchor, positive and negative indices of the hard or the semi-hard triplets."""
+    positives, negatives = label_masks(labels)
+    inf = float("inf")
+    if mining == "hard":
+        usable = positives.any(dim=1) & negatives.any(dim=1)
+        positive = distances.masked_fill(~positives, -inf).argmax(dim=1)
+        negative = distances.masked_fill(~negatives, inf).argmin(dim=1)
+        anchor = usable.nonzero()[:, 0]
+        return anchor, positive[anchor], negative[anchor]
+    anchor, positive = positives.nonzero(as_tuple=True)
+    rows = distances[anchor]  # (P, N)
+    candidates = negatives[anchor] & (rows > distances[anchor, positive][:, None])
+    nearest, negative = rows.masked_fill(~candidates, inf).min(dim=1)
+    found = nearest < inf
+    return anchor[found], positive[found], negative[found]
+
+
+def batch_triplet_loss(embeddings: Tensor, labels: Tensor, *, margin: float, mining: str) -> Tensor:
+    """Gram matrix, masks and index selection; "all" as (N, K-1, N), K pictures of everyone."""
+    distances = squared_distances(embeddings)
+    if mining == "all":
+        hinge, negatives = all_hinges(distances, labels, margin)
+        return hinge[negatives.expand_as(hinge)].mean()
+    anchor, positive, negative = mine(distances.detach(), labels, mining)
+    return F.relu(distances[anchor, positive] - distances[anchor, negative] + margin).mean()
+
+
+def all_hinges(distances: Tensor, labels: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+    """relu(d(a,p) - d(a,n) + margin) (N, K-1, N) and the (N, 1, N) mask of true negatives."""
+    positives, negatives = label_masks(labels)
+    index = positives.nonzero()[:, 1].view(len(labels), -1)  # (N, K-1)
+    hinge = F.relu(distances.gather(1, index)[:, :, None] - distances[:, None, :] + margin)
+    return hinge, negatives[:, None, :]
+
+
+def batch_triplet_loss_masked(
+    embeddings: Tensor, labels: Tensor, *, margin: float, mining: str
+) -> Tensor:
+    """All triplets with the mask multiplied in, not selected: the fastest of the plain ways."""
+    assert mining == "all"
+    hinge, negatives = all_hinges(squared_distances(embeddings), labels, margin)
+    return (hinge * negatives).sum() / (negatives.sum() * hinge.shape[1])
+
+
+def batch_triplet_loss_mined_apart(
+    embeddings: Tensor, labels: Tensor, *, margin: float, mining: str
+) -> Tensor:
+    """Mining without gradient, then triplet_loss on the selected rows: no GEMM in backward."""
+    with torch.no_grad():
+        anchor, positive, negative = mine(squared_distances(embeddings), labels, mining)
+    return triplet_loss(
+        embeddings[anchor], embeddings[positive], embeddings[negative], margin=margin
+    )
+
+
+@cache
+def metric_learning(margin: float, mining: str):
+    """pytorch-metric-learning's TripletMarginLoss on squared distances with its miner for `mining`.
+
+    Its semi-hard miner returns every negative inside the margin, not the nearest one:
+    semihard_inside_margin is its truth.
+    """
+    from pytorch_metric_learning import (  # pyright: ignore[reportMissingImports]
+        distances,
+        losses,
+        miners,
+        reducers,
+    )
+
+    squared = distances.LpDistance(normalize_embeddings=False, p=2, power=2)
+    loss = losses.TripletMarginLoss(margin=margin, distance=squared, reducer=reducers.MeanReducer())
+    miner = {
+        "hard": lambda: miners.BatchHardMiner(distance=squared),
+        "semihard": lambda: miners.TripletMarginMiner(
+            margin=margin, type_of_triplets="semihard", distance=squared
+        ),
+        "all": lambda: None,
+    }[mining]()
+    return loss, miner
+
+
+def batch_triplet_loss_metric_learning(
+    embeddings: Tensor, labels: Tensor, *, margin: float, mining: str
+) -> Tensor:
+    """The same loss by pytorch-metric-learning."""
+    loss, miner = metric_learning(margin, mining)
+    return loss(embeddings, labels, None if miner is None else miner(embeddings, labels))
+
+
+def semihard_inside_margin(
+    embeddings: Tensor, labels: Tensor, *, margin: float, mining: str
+) -> Tensor:
+    """The mean hinge over every triplet with d(a,p) < d(a,n) <= d(a,p) + margin."""
+    assert mining == "semihard"
+    positives, negatives = label_masks(labels)
+    index = positives.nonzero()[:, 1].view(len(labels), -1)  # (N, K-1)
+    distances = squared_distances(embeddings)
+    gap = distances[:, None, :] - distances.gather(1, index)[:, :, None]  # (N, K-1, N)
+    return (margin - gap[negatives[:, None, :] & (gap > 0) & (gap <= margin)]).mean()
+
+
+def hidden_l2(students: list[Tensor], teachers: list[Tensor], *, reduction: str) -> Tensor:
+    """F.mse_loss summed over the pairs."""
+    terms = [F.mse_loss(s, t, reduction=reduction) for s, t in zip(students, teachers, strict=True)]
+    return torch.stack(terms).sum()
+
+
+def nearest_neighbor(queries: Tensor, gallery: Tensor) -> tuple[Tensor]:
+    """torch.cdist in chunks of 1024 queries, then the minimum: squared distances (N,)."""
+    return (torch.cat([torch.cdist(q, gallery).amin(dim=1) for q in queries.split(1024)]).square(),)

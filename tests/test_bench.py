@@ -1,0 +1,445 @@
+"""The bookkeeping of `python -m bench`, and that what it compares is right; nothing is timed."""
+
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import kdkernels
+from kdkernels import library
+
+sys.path.append(str(ROOT))  # bench is no installed package
+
+from bench import __main__ as command
+from bench import report, rows, timing, worker
+from bench.cases import CASES, OWN, Case, Contender, find_cases
+from bench.targets import FASTER, FLOOR, MEMORY, SLOWER, TARGETS, Target, targets_of
+
+SHARED = {
+    "date": "2026-01-31",
+    "machine": "Some CPU (family 1 model 2)",
+    "cores": "2",
+    "device": "cpu",
+    "torch": "2.0",
+    "kdkernels": "0.1.0",
+    "commit": "abc1234",
+}
+KD = CASES[0]
+# Compiling takes half a minute: what is compiled has a test of its own, the rest is checked by
+# `python -m bench` itself.
+PAIRS = [(case, x) for case in CASES for x in case.contenders if not x.compiles]
+
+
+def answer(native: float = 2.0, baseline: float = 20.0, **changes) -> dict:
+    """A worker's answer with constant times: the floor takes 1 ms."""
+    times = [
+        [name, gradient, [ms] * 5]
+        for name, ms in (("native", native), ("torch", baseline))
+        for gradient in (1.0, 0.37)
+    ]
+    times.append(["floor: copies", None, [1.0] * 5])
+    facts = {"load": 0.1, "isa": "v4", "threads": 2, "sets": 4, "set_mb": 20.0}
+    return {"times": times, **facts, **changes}
+
+
+def rows_of(timed: dict, targets=(), peaks=None, shared=SHARED) -> list[rows.Row]:
+    return rows.build_rows(
+        shared, KD.op, KD.name, "floor: copies", timed, peaks or {}, list(targets)
+    )
+
+
+def found(table: list[rows.Row], contender: str, gradient: str = "1") -> rows.Row:
+    (row,) = [r for r in table if (r["contender"], r["gradient"]) == (contender, gradient)]
+    return row
+
+
+# Statistics
+
+
+def test_quartiles_are_the_median_and_the_quarters():
+    assert timing.quartiles(np.array([5.0, 1.0, 2.0, 4.0, 3.0])) == (3.0, 2.0, 4.0)
+
+
+def test_the_ratio_is_of_medians_and_its_interval_holds_it():
+    generator = np.random.default_rng(1)
+    over, under = 6 + generator.random(31), 2 + generator.random(31)
+    ratio, low, high = timing.ratio_of_medians(over, under)
+    assert ratio == np.median(over) / np.median(under)
+    assert 6 / 3 < low < ratio < high < 7 / 2
+    assert timing.ratio_of_medians(over, under) == (ratio, low, high)
+
+
+def test_noise_that_hits_both_in_the_same_round_cancels_out_of_the_interval():
+    noise = 1 + np.random.default_rng(2).random(30)
+    _, low, high = timing.ratio_of_medians(6 * noise, 2 * noise)
+    assert low == pytest.approx(3)
+    assert high == pytest.approx(3)
+
+
+def test_interleaving_rotates_the_order_and_takes_every_input_set():
+    calls = []
+
+    def timed(contender: int, inputs: int):
+        def call() -> float:
+            calls.append((contender, inputs))
+            return float(len(calls))
+
+        return call
+
+    times = timing.interleave([[timed(c, i) for i in range(4)] for c in range(3)], 4, warmup=2)
+    assert times.shape == (3, 4)
+    assert len(calls) == 2 * 3 * (4 + 2)
+    settling, measured = calls[12::2], calls[13::2]
+    assert settling != measured
+    assert [c for c, _ in settling] == [c for c, _ in measured]
+    assert [c for c, _ in measured] == [0, 1, 2, 1, 2, 0, 2, 0, 1, 0, 1, 2]
+    assert [i for _, i in calls] == [n % 4 for n in range(36)]
+    # The warm-up's twelve calls and each turn's first call are not kept.
+    assert times[0].tolist() == [14.0, 24.0, 28.0, 32.0]
+
+
+def test_input_sets_exceed_the_cache():
+    assert timing.sets_needed(10 << 20, 32 << 20) == 7
+    assert timing.sets_needed(1 << 30, 32 << 20) == 1
+    assert timing.CpuDevice().cache_bytes() >= 1 << 18
+
+
+def test_peak_memory_counts_what_a_step_allocates_and_frees():
+    def step():
+        torch.ones(16 << 20)  # 64 MiB, released before the step ends
+
+    measured = timing.CpuDevice().peak_mb(step)
+    if measured is None:
+        pytest.skip("needs Linux with a writable /proc/self/clear_refs")
+    assert 60 < measured < 90
+
+
+def test_the_load_of_others_is_a_share_of_the_cores():
+    load = timing.OtherLoad().per_core()
+    if load is None:
+        pytest.skip("needs Linux's /proc/stat")
+    assert load >= 0
+
+
+# Rows
+
+
+def test_a_row_compares_with_native_at_the_same_gradient_and_with_the_floor():
+    timed = answer(native=2.0, baseline=20.0)
+    timed["times"][1][2] = [4.0] * 5  # native at 0.37
+    table = rows_of(timed, peaks={"native": 12.0})
+    assert len(table) == 5
+    assert all(set(row) == set(rows.COLUMNS) for row in table)
+    assert found(table, "torch")["ratio"] == "10"
+    assert found(table, "torch", "0.37")["ratio"] == "5"
+    assert found(table, "native")["ratio"] == ""
+    assert found(table, "native")["over_floor"] == "2"
+    assert found(table, "native", "0.37")["over_floor"] == "4"
+    assert found(table, "native")["peak_mb"] == "12"
+    assert found(table, "torch")["peak_mb"] == ""
+    assert found(table, "floor: copies", "")["ratio"] == "0.5"
+
+
+@pytest.mark.parametrize(
+    ("target", "contender", "verdict"),
+    [
+        (Target(KD.op, KD.name, FASTER, "torch", 10), "torch", "met"),
+        (Target(KD.op, KD.name, FASTER, "torch", 10.5), "torch", "missed"),
+        (Target(KD.op, KD.name, SLOWER, "torch", 0.1), "torch", "met"),
+        (Target(KD.op, KD.name, SLOWER, "torch", 0.09), "torch", "missed"),
+        (Target(KD.op, KD.name, FLOOR, "", 2), "native", "met"),
+        (Target(KD.op, KD.name, FLOOR, "", 1.9), "native", "missed"),
+        (Target(KD.op, KD.name, MEMORY, "", 12), "native", "met"),
+        (Target(KD.op, KD.name, MEMORY, "", 11), "native", "missed"),
+    ],
+)
+def test_a_target_is_judged_beside_the_contender_it_names(target, contender, verdict):
+    table = rows_of(answer(), [target], {"native": 12.0})
+    assert {r["contender"] for r in table if r["met"]} == {contender}
+    assert found(table, contender)["met"] == verdict
+    assert found(table, contender)["target"] == target.text()
+
+
+def test_a_target_is_unknown_without_memory_and_left_out_at_another_level():
+    target = Target(KD.op, KD.name, MEMORY, "", 12)
+    assert found(rows_of(answer(), [target]), "native")["met"] == "unknown"
+    table = rows_of(answer(isa="v3"), [target], {"native": 12.0})
+    assert {row["met"] for row in table} == {""}
+
+
+def test_a_case_measured_again_replaces_its_rows_in_the_file(tmp_path):
+    path = tmp_path / "new" / "rows.csv"
+    rows.write_rows(path, rows_of(answer(native=2.0)))
+    rows.write_rows(path, rows_of(answer(native=8.0, isa="v3")))
+    rows.write_rows(path, rows_of(answer(native=4.0)))
+    assert path.read_text().splitlines()[0] == ",".join(rows.COLUMNS)
+    table = rows.read_rows(path)
+    assert len(table) == 10
+    native = [r for r in table if (r["contender"], r["gradient"]) == ("native", "1")]
+    assert {r["isa"]: r["median_ms"] for r in native} == {"v3": "8", "v4": "4"}
+
+
+def test_a_file_with_other_columns_is_refused(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("op,case\na,b\n")
+    with pytest.raises(ValueError, match=r"bench: .*rows\.csv must have the columns date,machine"):
+        rows.read_rows(path)
+
+
+# Cases and targets
+
+
+def test_every_target_names_a_case_and_what_it_is_compared_with():
+    for target in TARGETS:
+        (case,) = [c for c in CASES if (c.op, c.name) == (target.op, target.case)]
+        others = [c.name for c in case.contenders[1:]] + [case.floor.name]
+        if target.kind in (FASTER, SLOWER):
+            assert target.against in others, target
+        else:
+            assert target.against == "", target
+        assert target.isa == (case.isa or "v4"), target
+
+
+def test_every_case_has_a_target_and_native_comes_first():
+    assert len({(c.op, c.name) for c in CASES}) == len(CASES)
+    for case in CASES:
+        assert targets_of(case.op, case.name), case.name
+        assert case.contenders[0].name == OWN
+        assert set(case.sizes) == set(case.quick)
+
+
+def test_every_op_has_a_case():
+    covered = {case.op for case in CASES}
+    for op in library.OPS:
+        assert op in covered, f"bench/cases.py has no case of {op}"
+
+
+def test_the_resnet_feature_maps_have_the_size_that_the_case_states():
+    (case,) = find_cases(["hidden_l2"], [])
+    count = sum(n * c * side * side for n, c, side in case.sizes["shapes"]) * case.sizes["batch"]
+    assert sum(n for n, _, _ in case.sizes["shapes"]) == 16
+    assert round(count / 1e6) == 177
+
+
+def test_an_unknown_op_or_case_is_an_error_that_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"no op 'kd'; there are batch_triplet_loss, hidden_l2"):
+        find_cases(["kd"], [])
+    with pytest.raises(ValueError, match=r"no case 'x'; there are .*256x10575"):
+        find_cases([], ["x"])
+
+
+# What is compared
+
+
+def errors_of(case: Case, contender: Contender) -> dict[str, float]:
+    """The errors that the check finds at the quick sizes."""
+    alone = replace(case, contenders=(contender,))
+    return worker.check(alone, [contender.name], case.quick)[contender.name]["errors"]
+
+
+@pytest.mark.parametrize(
+    ("case", "contender"), PAIRS, ids=[f"{c.op}-{c.name}-{x.name}" for c, x in PAIRS]
+)
+def test_every_contender_agrees_with_eager_in_float64(case, contender):
+    if case.op not in library.OPS:
+        pytest.skip(f"runs once kdkernels has {case.op}")
+    if contender.name.startswith(OWN) and not library.isa_levels():
+        pytest.skip(f"needs the native kernels: {library.native_missing()}")
+    if contender.missing():
+        pytest.skip(contender.missing())
+    if case.isa in library.isa_levels():
+        kdkernels.set_isa(case.isa)
+    errors = errors_of(case, contender)
+    inputs = worker.make_inputs(case, contender, 0, case.quick)
+    compared = len(worker.wanted_tensors(case, inputs)) * len(case.gradients)
+    assert sum(name.startswith("gradient") for name in errors) == compared
+    assert "result 0" in errors
+    dtype = torch.bfloat16 if "bf16" in case.name else torch.float32
+    assert max(errors.values()) <= worker.TOLERANCES[dtype], errors
+
+
+def test_a_sampled_check_compares_rows_of_the_whole_result():
+    (case,) = find_cases(["nearest_neighbor"], [])
+    case = replace(case, check_rows=10)  # of 40 quick queries
+
+    def wrong_at(row: int) -> Contender:
+        def call(queries, gallery):
+            result = kdkernels.nearest_neighbor(queries, gallery, backend="eager")
+            distance = result.distance.clone()
+            distance[row] += 1
+            return distance, result.index
+
+        return replace(case.contenders[0], call=call)
+
+    assert errors_of(case, wrong_at(36))["result 0"] > 1e-2
+    assert errors_of(case, wrong_at(37))["result 0"] < 1e-6
+    assert errors_of(replace(case, check_rows=0), wrong_at(37))["result 0"] > 1e-2
+
+
+def test_the_compiled_baseline_is_the_eager_one(monkeypatch):
+    from bench import baselines
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    baselines.compiled.cache_clear()
+    contender = KD.contender("torch.compile")
+    try:
+        errors = errors_of(KD, contender)
+    finally:
+        baselines.compiled.cache_clear()
+    assert max(errors.values()) <= worker.TOLERANCES[torch.float32]
+
+
+def test_a_wrong_contender_is_found():
+    torch_call = KD.contender("torch").call
+
+    def no_temperature(student, teacher, target, *, temperature):
+        return torch_call(student, teacher, target, temperature=1.0)
+
+    def stale_scale(student, teacher, target, *, temperature):
+        loss = torch_call(student, teacher, target, temperature=temperature)
+        return loss.detach() + 1.001 * (loss - loss.detach())
+
+    for call in (no_temperature, stale_scale):
+        contender = replace(KD.contender("torch"), call=call)
+        errors = errors_of(KD, contender)
+        assert max(errors.values()) > worker.TOLERANCES[torch.float32], call.__name__
+
+
+def test_an_error_outside_the_largest_elements_is_not_covered_up():
+    truth = torch.full((1000,), 1e-4)
+    truth[0] = 1.0
+    value = truth.clone()
+    value[1:] *= 1.5
+    assert worker.relative_error(value, truth) == pytest.approx(0.5, rel=1e-5)
+    assert worker.relative_error(truth * float("nan"), truth) == float("inf")
+    assert worker.relative_error(truth[:10], truth) == float("inf")
+
+
+def test_the_copy_floor_writes_every_byte_once_and_half_of_them_again():
+    inputs = {"student": torch.arange(10.0)}
+    copied = []
+    original = torch.Tensor.copy_
+
+    def counting(self, source):
+        copied.append(source.numel())
+        return original(self, source)
+
+    run = KD.floor.prepare(inputs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "copy_", counting)
+        run()
+    assert copied == [10, 5]
+
+
+# The command
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Workers run inside this process; `wrong` names contenders that are reported as wrong."""
+    wrong: set[str] = set()
+
+    def answer_of(job: dict, level: str) -> dict:
+        result = worker.run(job)
+        if job["part"] == "check":
+            for name in wrong & set(result):
+                result[name]["right"] = False
+        return result
+
+    monkeypatch.setattr(command, "answer_of", answer_of)
+    return wrong
+
+
+SPREAD = ["kd_cross_entropy", "--case", "256x10575-spread64", "--quick", "--rounds", "2"]
+
+
+@pytest.mark.skipif(not library.isa_levels(), reason="needs the native kernels")
+def test_a_quick_run_writes_rows_of_every_contender(in_process, tmp_path, capsys):
+    out = tmp_path / "rows.csv"
+    assert command.main([*SPREAD, "--out", str(out)]) == 0
+    table = rows.read_rows(out)
+    assert {r["contender"] for r in table} == {
+        "native",
+        "native, ordinary logits",
+        "torch",
+        "floor: copies",
+    }
+    assert all(r["rounds"] == "2" and float(r["median_ms"]) > 0 for r in table)
+    assert {r["target"] for r in table} == {""}  # tiny sizes are held to no promise
+    assert "native is faster by" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not library.isa_levels(), reason="needs the native kernels")
+def test_a_wrong_contender_is_not_timed_and_fails_the_run(in_process, tmp_path, capsys):
+    in_process.add("torch")
+    out = tmp_path / "rows.csv"
+    assert command.main([*SPREAD, "--out", str(out)]) == 1
+    assert "torch" not in {r["contender"] for r in rows.read_rows(out)}
+    assert "torch: WRONG" in capsys.readouterr().out
+    in_process.add(OWN)
+    out.unlink()
+    assert command.main([*SPREAD, "--out", str(out)]) == 1
+    assert not out.exists()
+
+
+def test_an_op_that_is_not_there_is_skipped_by_name(monkeypatch, capsys):
+    monkeypatch.setattr(library, "OPS", ())
+    assert command.main(["triplet_loss", "--quick"]) == 0
+    printed = capsys.readouterr().out
+    assert "triplet_loss 1024x512: skipped, kdkernels has no triplet_loss yet" in printed
+
+
+def test_a_worker_that_dies_is_reported_with_its_last_words():
+    job = {"part": "time", "op": "no such op", "case": KD.name, "device": "cpu", "quick": True}
+    with pytest.raises(command.PartFailed, match=r"time ended with status 1[\s\S]*no op 'no such"):
+        command.answer_of(job, "")
+
+
+def test_the_list_shows_every_case_and_target(capsys):
+    assert command.main(["--list"]) == 0
+    printed = capsys.readouterr().out
+    for case in CASES:
+        assert f"{case.op} --case {case.name}\n" in printed
+    assert printed.count(" at v") == len(TARGETS)
+    assert command.main(["no_such_op"]) == 2
+
+
+# The report
+
+
+def test_the_report_renders_tables_and_a_chart(tmp_path, capsys):
+    targets = targets_of(KD.op, KD.name)
+    old = {**SHARED, "date": "2026-01-30"}
+    results, docs = tmp_path / "results", tmp_path / "docs"
+    rows.write_rows(results / "2026-01-30-some-cpu.csv", rows_of(answer(native=77.0), shared=old))
+    rows.write_rows(
+        results / "2026-01-31-some-cpu.csv",
+        rows_of(answer(native=2.0, baseline=10.0, load=0.9), targets, {"native": 11.0}),
+    )
+    assert report.main(["--results", str(results), "--docs", str(docs)]) == 0
+    page = (docs / "benchmarks.md").read_text()
+    assert "## Some CPU (family 1 model 2), 2 threads of 2 cores, cpu" in page
+    assert "2 of 4 targets met." in page  # twice at most 2.2x floor; 5x of 9x twice
+    assert (
+        "| 256x10575 | torch | 1 | 10 (10 to 10) | 5x (5 to 5) | 10x |  | >= 9x | missed (busy) |"
+    ) in page
+    assert "77" not in page, "the older file's rows of the same case are replaced"
+    assert (docs / "benchmarks.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_report_without_rows_is_an_error(tmp_path, capsys):
+    assert report.main(["--results", str(tmp_path), "--docs", str(tmp_path)]) == 1
+    assert "has no rows yet: run python -m bench" in capsys.readouterr().err
+
+
+def test_a_terminal_gets_a_rich_table_and_a_file_plain_text(monkeypatch, capsys):
+    table = rows_of(answer())
+    report.show(table)
+    plain = capsys.readouterr().out
+    assert plain.splitlines()[2].startswith("case ")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    report.show(table)
+    assert "┃" in capsys.readouterr().out

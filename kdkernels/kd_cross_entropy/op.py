@@ -57,7 +57,7 @@ def _cpu(
     row_terms = torch.empty(rows, 4)
     reduced = torch.empty(6)
     post_scale = torch.empty(())
-    gradient = torch.empty((rows, classes) if want_gradient else (0,), dtype=student.dtype)
+    gradient = lib.new_gradient((rows, classes) if want_gradient else (0,), student.dtype)
     bad_row = lib.native.kd_cross_entropy(
         lib.matrix(student),
         lib.matrix(teacher),

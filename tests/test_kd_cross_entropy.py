@@ -249,6 +249,16 @@ def test_networks_of_different_dtypes(backend):
     assert float(got) == pytest.approx(float(want), rel=1e-6)
 
 
+def test_another_default_dtype_changes_nothing():
+    s, t, y = make(5, 77).tensors.values()
+    want = kd_cross_entropy(s, t, y)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(kd_cross_entropy(s, t, y), want)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_module_passes_its_options_on():
     s, t, y = make(5, 77).tensors.values()
     module = KDCrossEntropyLoss(temperature=2.0, alpha=0.3, tau_squared=True, reduction="sum")

@@ -53,10 +53,11 @@ def _cpu(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     assert lib.native is not None
     rows, classes = student.shape
-    per_row = torch.empty(rows)
-    row_terms = torch.empty(rows, 4)
-    reduced = torch.empty(6)
-    post_scale = torch.empty(())
+    floats = {"dtype": torch.float32}  # whatever the default dtype is
+    per_row = torch.empty(rows, **floats)
+    row_terms = torch.empty(rows, 4, **floats)
+    reduced = torch.empty(6, **floats)
+    post_scale = torch.empty((), **floats)
     gradient = lib.new_gradient((rows, classes) if want_gradient else (0,), student.dtype)
     bad_row = lib.native.kd_cross_entropy(
         lib.matrix(student),

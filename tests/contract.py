@@ -352,6 +352,21 @@ def no_gradient_without_asking(op: Op, backend: str) -> None:
             torch.testing.assert_close(got, want.detach(), rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
+def unmoved_by_the_default_dtype(op: Op, backend: str) -> None:
+    """With another default dtype the outputs have the same dtypes and the same bits."""
+    for sample in small_first(op, 3):
+        plain = run(op, backend, sample)
+        torch.set_default_dtype(torch.float64)
+        try:
+            again = run(op, backend, sample)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        pairs = zip(plain.outputs + plain.gradients, again.outputs + again.gradients, strict=True)
+        for want, got in pairs:
+            assert got.dtype == want.dtype
+            torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
 def unmoved_by_autocast(op: Op, backend: str) -> None:
     """Under autocast inputs are taken as given: the same numbers."""
     for sample in small_first(op, 3):

@@ -20,6 +20,7 @@ from contract import (
     same_bits_twice,
     second_backward_raises,
     unmoved_by_autocast,
+    unmoved_by_the_default_dtype,
     wide_strides,
 )
 
@@ -88,6 +89,7 @@ def test_same_bits_twice(op, backend, dtype):
         compiles_whole,
         no_gradient_without_asking,
         unmoved_by_autocast,
+        unmoved_by_the_default_dtype,
         rejects_bad_arguments,
     ],
     ids=lambda f: f.__name__,

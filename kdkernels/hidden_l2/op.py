@@ -71,7 +71,9 @@ def _cpu(
                 eager.scale_of(student.shape, reduction),
             )
         )
-    loss, terms, post_scale = torch.empty(()), torch.empty(len(pairs)), torch.empty(len(pairs))
+    floats = {"dtype": torch.float32}
+    loss = torch.empty((), **floats)
+    terms, post_scale = torch.empty(len(pairs), **floats), torch.empty(len(pairs), **floats)
     lib.native.hidden_l2(
         pairs, loss.data_ptr(), terms.data_ptr(), post_scale.data_ptr(), torch.get_num_threads()
     )

@@ -28,7 +28,7 @@ def _fake(queries, gallery):
 
 
 def _cpu(queries: Tensor, gallery: Tensor | None) -> tuple[Tensor, Tensor]:
-    distance = torch.empty(queries.shape[0])
+    distance = torch.empty(queries.shape[0], dtype=torch.float32)
     index = torch.empty(queries.shape[0], dtype=torch.int64)
     search = _Search(queries, gallery)
     for first in range(0, queries.shape[0], BLOCK_QUERIES):
@@ -51,11 +51,13 @@ class _Search:
         self.tile_queries = min(TILE_QUERIES, len(queries))
         self.tile_gallery = min(TILE_GALLERY, len(self.gallery))
         self.tile_columns = min(TILE_COLUMNS, self.columns)
-        self.centre = torch.empty(self.columns)
-        self.gallery_norms = torch.empty(self.tile_gallery)
-        self.products = torch.empty(self.tile_queries * self.tile_gallery)
-        self.query_factor = torch.empty(self.tile_queries * self.tile_columns)
-        self.gallery_factor = torch.empty(self.tile_gallery * self.tile_columns)
+        self.centre = torch.empty(self.columns, dtype=torch.float32)
+        self.gallery_norms = torch.empty(self.tile_gallery, dtype=torch.float32)
+        self.products = torch.empty(self.tile_queries * self.tile_gallery, dtype=torch.float32)
+        self.query_factor = torch.empty(self.tile_queries * self.tile_columns, dtype=torch.float32)
+        self.gallery_factor = torch.empty(
+            self.tile_gallery * self.tile_columns, dtype=torch.float32
+        )
         everything = self.rows(self.gallery, 0, len(self.gallery))
         assert lib.native is not None
         self.native = lib.native
@@ -86,7 +88,7 @@ class _Search:
     def block(self, start: int, count: int, distance: Tensor, index: Tensor) -> None:
         """Searches the whole gallery for queries [start, start + count)."""
         nearest = torch.empty(count, 2, dtype=torch.int64)  # csrc's Nearest, 16 bytes each
-        query_norms = torch.empty(count)
+        query_norms = torch.empty(count, dtype=torch.float32)
         self.norms(self.rows(self.queries, start, count), query_norms)
         self.native.nearest_begin(nearest.data_ptr(), count)
         relative, absolute = error_of_products(self.columns)

@@ -1,0 +1,158 @@
+"""A run's pictures: source, split and store put together, served as device batches for training
+and evaluation.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdtrain.config import Config
+from kdtrain.data import (
+    FaceSource,
+    Frame,
+    PictureStore,
+    augment,
+    balanced_batches,
+    build_source,
+    center,
+    random_batches,
+    split_indices,
+    to_original,
+    training_labels,
+)
+from kdtrain.keys import data_key
+from kdtrain.observe import EvalBatch
+
+EVAL_BATCH = 256
+
+
+class Batch(NamedTuple):
+    """One training step's input on the device, and the seconds spent waiting for it."""
+
+    pictures: Tensor
+    """(B, 3, s, s) float32 in [0, 255]."""
+    labels: Tensor
+    """(B,) int64."""
+    points: Tensor | None
+    """(B, 5, 2) landmarks in pixels of the crop."""
+    waited_s: float
+
+
+def split(source: FaceSource, config: Config) -> tuple[Tensor, Tensor]:
+    """Training and test indices; identity:random is the random split within the training people of
+    identity.
+    """
+    data = config.data
+    if data.split != "identity:random":
+        return split_indices(source, data)
+    people, _ = split_indices(source, replace(data, split="identity"))
+    train, test = split_indices(source, replace(data, split="random"))
+    return train[torch.isin(train, people)], test[torch.isin(test, people)]
+
+
+class RunData:
+    """The pictures of one run and how they are cut into batches.
+
+    Everything served is a pure function of the config and of (phase, epoch, step), so a resumed
+    run meets the same pictures.
+    """
+
+    def __init__(self, config: Config, source: FaceSource | None = None) -> None:
+        """source: taken instead of building it from config.data."""
+        self.config = config
+        self.source = build_source(config.data) if source is None else source
+        self.train, self.test = split(self.source, config)
+        self.key = data_key(self.source.fingerprint(), self.train, self.test)
+        self.labels = training_labels(self.source, self.train, config.data)
+        self.device = torch.device(config.train.device)
+        self.store = PictureStore(
+            self.source, config.data.store_size, config.data.cache, config.data.workers
+        )
+        landmarks = self.source.landmarks
+        self.points = None if landmarks is None else self.store.landmarks_in_store()
+
+    def epoch(self, number: int, balanced: bool) -> list[Tensor]:
+        """Index lists of the batches of epoch `number`, counted from the start of the run."""
+        config = self.config
+        if balanced:
+            people, pictures = config.triplet.people, config.triplet.pictures
+            return balanced_batches(self.train, self.labels, people, pictures, config.seed, number)
+        return random_batches(
+            self.train, config.optim.batch_size, config.seed, number, config.train.drop_last
+        )
+
+    def batch(self, indices: Tensor, phase: int, epoch: int, following: Tensor | None) -> Batch:
+        """The augmented pictures of one step; `following` are read ahead where pictures are not
+        kept in memory.
+        """
+        started = time.perf_counter()
+        stored = self.store.get(indices)
+        if following is not None:
+            self.store.prefetch(following)
+        points = None if self.points is None else self.points[indices].to(self.device)
+        pictures, points, _ = augment(
+            stored.to(self.device),
+            points,
+            indices,
+            seed=self.config.seed,
+            phase=phase,
+            epoch=epoch,
+            config=self.config.augment,
+            input_size=self.config.data.input_size,
+        )
+        labels = self.labels[indices].to(self.device)
+        return Batch(pictures, labels, points, time.perf_counter() - started)
+
+    def evaluation(self, indices: Tensor) -> Iterator[EvalBatch]:
+        """Centre crops of the pictures `indices`, in order."""
+        source, data = self.source, self.config.data
+        for part in indices.split(EVAL_BATCH):
+            stored = self.store.get(part).to(self.device)
+            points = None if self.points is None else self.points[part].to(self.device)
+            pictures, _, frame = center(stored, points, data.input_size, self.config.augment)
+            sizes = source.sizes[part]
+            yield EvalBatch(
+                pictures=pictures,
+                labels=source.labels[part].to(self.device),
+                points_original=None if source.landmarks is None else source.landmarks[part],
+                indices=part,
+                groups=None if source.groups is None else source.groups[part],
+                to_original=partial(
+                    _to_original, frame=frame, sizes=sizes, store_size=data.store_size
+                ),
+                sizes=sizes,
+            )
+
+    def unseen(self) -> int:
+        """Test pictures of people without a training picture: none can be classified right."""
+        labels = self.source.labels
+        return int((~torch.isin(labels[self.test], labels[self.train])).sum())
+
+    def names(self, indices: Tensor, limit: int = 4) -> str:
+        """The first pictures of a batch by name, for messages."""
+        shown = [self.source.names[int(i)] for i in indices[:limit]]
+        rest = len(indices) - len(shown)
+        return ", ".join(shown) + (f" and {rest} more" if rest else "")
+
+    def summary(self) -> dict[str, object]:
+        """What results.json says about the pictures."""
+        return {
+            "name": self.source.name,
+            "pictures": self.source.num_pictures,
+            "classes": self.source.num_classes,
+            "train": len(self.train),
+            "test": len(self.test),
+            "test_of_unseen_people": self.unseen(),
+            "skipped": len(self.source.skipped),
+        }
+
+
+def _to_original(points: Tensor, *, frame: Frame, sizes: Tensor, store_size: int) -> Tensor:
+    return to_original(points, frame, sizes, store_size)

@@ -1,0 +1,388 @@
+"""The commands: demo, train, eval, pipeline, data, recipes, report.
+
+Exit status: 0 done; 1 the run could not go on (one line says why); 2 wrong usage; 130 interrupted,
+to be continued.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from kdtrain import settings
+from kdtrain.arguments import (
+    PARENT,
+    PROGRAM,
+    UsageError,
+    command_parser,
+    parse,
+    take_stage_keys,
+    value_of,
+)
+from kdtrain.config import Config, ConfigError
+from kdtrain.settings import add_keys, nearest
+
+RUN_FILES = (
+    "config.yaml",
+    "run.json",
+    "results.json",
+    "progress.json",
+    "metrics.jsonl",
+    "timing.jsonl",
+    "samples.npz",
+    "last",
+    "best",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0 if argv else 2
+    try:
+        if argv[0] not in COMMANDS:
+            raise UsageError(f"no command {argv[0]!r}; {nearest(argv[0], COMMANDS)}")
+        return COMMANDS[argv[0]](argv[1:])
+    except (UsageError, ConfigError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        name = f"{argv[0]} " if argv[0] in COMMANDS else ""
+        print(f"see {PROGRAM} {name}--help", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    except (RuntimeError, ValueError, OSError) as error:
+        if os.environ.get("KDTRAIN_TRACEBACK"):
+            traceback.print_exc()
+        elif not _is_ours(error):
+            # not one of the errors that name their cause: keep where it came from
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            where = f" ({Path(last.filename).name}:{last.lineno}; KDTRAIN_TRACEBACK=1 shows all)"
+            print(f"error: {type(error).__name__}: {_line(error)}{where}", file=sys.stderr)
+            return 1
+        print(f"error: {_line(error)}", file=sys.stderr)
+        return 1
+
+
+def train(argv: Sequence[str]) -> int:
+    """Train one run."""
+    parser = command_parser(
+        "train",
+        "RECIPE [--section.key value ...]",
+        """Train one run from a recipe. RECIPE: a name (see `recipes`), a YAML file, or a run
+        folder, 
+        """
+        "whose config.yaml is then the recipe.",
+    )
+    parser.add_argument("recipe", help="recipe name, YAML file or run folder")
+    parser.add_argument("--run-dir", type=str, help="run folder (default: runs/RECIPE)")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the unfinished run in the run folder"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="throw away the run in the run folder"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved config and do nothing"
+    )
+    add_keys(parser)
+    options, overrides = parse(parser, argv)
+    path = settings.recipe_path(options["recipe"])
+    config = settings.build({**settings.read_recipe(path), **overrides})
+    if options.get("dry_run"):
+        print(settings.to_yaml(config), end="")
+        return 0
+    if options.get("resume") and options.get("overwrite"):
+        raise UsageError("--resume and --overwrite exclude each other")
+    run_dir = Path(options.get("run_dir") or _default_run_dir(options["recipe"], path))
+    resume = bool(options.get("resume"))
+    again = shlex.join([*PROGRAM.split(), "train", str(run_dir), "--resume"])
+
+    from kdtrain import checkpoint, engine
+    from kdtrain.journal import Screen, number
+
+    finished = checkpoint.read_json(run_dir / "results.json")
+    if options.get("overwrite"):
+        _clear(run_dir)
+    elif (run_dir / "config.yaml").exists():
+        _require_same(config, run_dir)
+        if finished:
+            name = finished["metric"]["name"]
+            value = number(name, finished["metrics"].get(name))
+            print(
+                f"{run_dir}: finished before, reused: {name} {value} (--overwrite trains it anew)"
+            )
+            return 0
+        if not resume:
+            raise UsageError(
+                f"{run_dir}: holds an unfinished run; pass --resume to continue it "
+                "or --overwrite to throw it away"
+            )
+    elif resume:
+        raise UsageError(f"{run_dir}: no run to resume there; leave --resume out to begin one")
+    elif run_dir.exists() and _has_files(run_dir):
+        raise UsageError(f"{run_dir}: not empty and not a run folder; choose another --run-dir")
+    screen = Screen(run_dir.name)
+    try:
+        with asked_to_stop() as stop:
+            results = engine.train(config, run_dir, resume=resume, stop=stop, screen=screen)
+    except engine.Interrupted:
+        screen.close()
+        print(f"stopped; to continue: {again}", file=sys.stderr)
+        return 130
+    finally:
+        screen.close()
+    _print_results(results, f"{run_dir}: finished")
+    return 0
+
+
+def evaluate_run(argv: Sequence[str]) -> int:
+    """Measure a trained run again."""
+    parser = command_parser(
+        "eval",
+        "RUN [--section.key value ...]",
+        "Measure a run's network on its test split, or on other pictures given by keys. RUN: a run "
+        "folder (its last weights) or its checkpoint RUN/best.",
+    )
+    parser.add_argument("run", help="run folder, or its best/")
+    add_keys(parser)
+    options, overrides = parse(parser, argv)
+    from kdtrain import engine
+
+    run = Path(options["run"])
+    found = [f for f in (run / "config.yaml", run.parent / "config.yaml") if f.is_file()]
+    if not found:
+        raise UsageError(f"{run}: no run folder (no config.yaml there)")
+    config = settings.build({**settings.read_recipe(found[0]), **overrides})
+    _print_results(engine.evaluate(config, run), f"{run}: test split of {config.data.kind}")
+    return 0
+
+
+def pipeline(argv: Sequence[str]) -> int:
+    """Run the whole chain on drawn faces or your own pictures."""
+    return _pipeline("pipeline", argv, "two-cores")
+
+
+def demo(argv: Sequence[str]) -> int:
+    """Run the whole chain on drawn faces in a few minutes."""
+    return _pipeline("demo", argv, "demo")
+
+
+def data(argv: Sequence[str]) -> int:
+    """Show what a recipe's pictures are: counts, split, floors, samples."""
+    parser = command_parser(
+        "data",
+        "[RECIPE] [--grid FILE.png] [--section.key value ...]",
+        "Count the pictures, people and splits of a recipe, measure the floors that learn nothing, "
+        "and draw a grid of pictures.",
+    )
+    parser.add_argument("recipe", nargs="?", help="recipe (default: two-cores/cls_teacher)")
+    parser.add_argument("--grid", type=str, default="faces.png", help="where the grid is written")
+    add_keys(parser)
+    options, overrides = parse(parser, argv)
+    recipe = settings.recipe_path(options.get("recipe") or "two-cores/cls_teacher")
+    config = settings.build({**settings.read_recipe(recipe), **overrides})
+    from kdtrain import inspection
+
+    inspection.show(config, Path(options.get("grid") or "faces.png"))
+    return 0
+
+
+def recipes(argv: Sequence[str]) -> int:
+    """List the packaged recipes."""
+    parser = command_parser("recipes", "", "List the packaged recipes with their head comments.")
+    parse(parser, argv)
+    for name in settings.recipe_names():
+        print(name)
+        for line in settings.head_comment(settings.recipe_path(name)).splitlines():
+            print(f"    {line}")
+    return 0
+
+
+def report(argv: Sequence[str]) -> int:
+    """Write report.html for a folder of runs."""
+    parser = command_parser(
+        "report", "RUN_ROOT", "Write RUN_ROOT/report.html from the runs below RUN_ROOT."
+    )
+    parser.add_argument("root", help="folder of run folders, as runs/demo")
+    options, _ = parse(parser, argv)
+    from kdtrain.report import report as write_report
+
+    print(write_report(Path(options["root"])))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "demo": demo,
+    "train": train,
+    "eval": evaluate_run,
+    "pipeline": pipeline,
+    "data": data,
+    "recipes": recipes,
+    "report": report,
+}
+
+
+def _pipeline(command: str, argv: Sequence[str], preset: str) -> int:
+    parser = command_parser(
+        command,
+        "[--section.key value ...] [--STAGE.section.key value ...]",
+        "Train every stage of a preset and end in a table and report.html. Run again, it reuses "
+        "finished stages and continues unfinished ones. Keys count for every stage; "
+        "--STAGE.section.key value for one (--cls_teacher.optim.batch_size 32).",
+    )
+    if command == "pipeline":
+        names = ", ".join(settings.preset_names())
+        parser.add_argument("--preset", type=str, default=preset, help=f"{names}, or a folder")
+    parser.add_argument("--run-dir", type=str, help=f"root of the run folders (runs/{preset})")
+    parser.add_argument(
+        "--jobs", type=int, help="stages side by side (default: one per core, <= 4)"
+    )
+    parser.add_argument("--divide", type=int, help="kernels of the students: 2, 4 or 8 times fewer")
+    parser.add_argument("--resume", action="store_true", help="continue, as it does by itself")
+    parser.add_argument("--overwrite", action="store_true", help="train every stage anew")
+    parser.add_argument("--dry-run", action="store_true", help="print the stages and do nothing")
+    add_keys(parser)
+    again = shlex.join(a for a in (*PROGRAM.split(), command, *argv) if a != "--overwrite")
+    argv = list(argv)
+    chosen = value_of(argv, "--preset") if command == "pipeline" else None
+    preset = chosen or preset
+    from kdtrain import pipeline as chain
+
+    stage_names = [f.stem for f in chain.stage_files(preset)]
+    special = take_stage_keys(argv, stage_names)
+    options, common = parse(parser, argv, stage_names)
+    stages = chain.plan(preset, common, special, options.get("divide"))
+    root = Path(options.get("run_dir") or f"runs/{Path(preset).name}")
+    if options.get("dry_run"):
+        for stage in stages:
+            needs = f" after {', '.join(stage.inputs)}" if stage.inputs else ""
+            print(f"# {stage.name}{needs}\n{settings.to_yaml(stage.config)}")
+        return 0
+    jobs = options.get("jobs") or max(1, min(4, chain.cores()))
+    overwrite = bool(options.get("overwrite"))
+    status, outcomes = chain.run(stages, root, jobs=jobs, overwrite=overwrite)
+    if status == 130:
+        print(f"stopped; to continue: {again}", file=sys.stderr)
+        return status
+    chain.finish(root, outcomes)
+    for name, outcome in outcomes.items():
+        if outcome.state in ("failed", "skipped"):
+            print(f"error: {name} {outcome.state}: {outcome.note}", file=sys.stderr)
+    return status
+
+
+def _default_run_dir(recipe: str, path: Path) -> Path:
+    """runs/two-cores/cls_teacher for a packaged recipe, runs/NAME for NAME.yaml, the folder itself
+    for a run folder.
+    """
+    if Path(recipe).is_dir():
+        return Path(recipe)
+    if path.is_relative_to(settings.RECIPES):
+        return Path("runs") / path.relative_to(settings.RECIPES).with_suffix("")
+    return Path("runs") / path.stem
+
+
+def _require_same(config: Config, run_dir: Path) -> None:
+    """Refuse to continue or reuse a run of another config."""
+    from kdtrain.keys import differences
+
+    theirs = settings.to_flat(settings.build(settings.read_recipe(run_dir / "config.yaml")))
+    lines = differences(config, theirs)
+    if lines:
+        raise UsageError(
+            f"{run_dir}: holds a run of another config ({'; '.join(lines[:3])}"
+            f"{'; ...' if len(lines) > 3 else ''}); choose another --run-dir, "
+            "or pass --overwrite to throw it away"
+        )
+
+
+def _has_files(run_dir: Path) -> bool:
+    """Anything but the lock and what a cut-short write left behind."""
+    return any(not f.name.startswith(".") for f in run_dir.iterdir())
+
+
+def _clear(run_dir: Path) -> None:
+    """Remove what a run wrote, and nothing else."""
+    if not run_dir.exists():
+        return
+    if _has_files(run_dir) and not (run_dir / "config.yaml").exists():
+        raise UsageError(f"{run_dir}: not a run folder, so --overwrite removes nothing there")
+    from kdtrain import checkpoint
+
+    with checkpoint.lock(run_dir, wait_s=2.0):
+        # results.json first: a half removed run must not look finished
+        for name in ("results.json", *RUN_FILES):
+            path = run_dir / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """A question that is answered yes after Ctrl-C, a polite kill, or the death of the pipeline
+    that started this process. A second signal stops at once. Outside, signals do what they did
+    before.
+    """
+    asked = False
+    parent = os.environ.get(PARENT)
+
+    def on_signal(number: int, _: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        print("stopping after this step (press again to stop at once)", file=sys.stderr)
+
+    earlier = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked or (parent is not None and os.getppid() != int(parent))
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+def _print_results(results: dict[str, Any], title: str) -> None:
+    from kdtrain.journal import number
+
+    floors = results["floors"]
+    print(title)
+    for name, value in results["metrics"].items():
+        floor = floors.get(name)
+        beside = "" if floor is None or floor == value else f"   (floor {number(name, floor)})"
+        print(f"  {name:24} {number(name, value):>9}{beside}")
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Errors whose message is written for users: our own classes, and ValueError or OSError raised
+    on purpose.
+    """
+    if type(error).__module__.startswith("kdtrain"):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    raised_here = f"{os.sep}kdtrain{os.sep}" in frames[-1].filename if frames else False
+    return isinstance(error, OSError) or (isinstance(error, ValueError) and raised_here)
+
+
+def _overview() -> str:
+    lines = [f"usage: {PROGRAM} COMMAND ...", ""]
+    for name, command in COMMANDS.items():
+        lines.append(f"  {name:9} {(command.__doc__ or '').splitlines()[0]}")
+    lines += ["", f"{PROGRAM} COMMAND --help lists a command's options."]
+    return "\n".join(lines)

@@ -1,0 +1,335 @@
+"""The one schema of a run: frozen dataclasses with a help text under every field, and their checks.
+
+settings.py turns YAML recipes and command-line keys into a Config.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+class ConfigError(ValueError):
+    """A recipe, key or value that cannot be used; the message says which, and what to write
+    instead.
+    """
+
+
+def _require(holds: bool, key: str, expected: str, got: object) -> None:
+    if not holds:
+        raise ConfigError(f"{key}: expected {expected}, got {got!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which pictures, how they are split, and how large they are kept."""
+
+    kind: Literal["synthetic", "celeba", "folder"] = "synthetic"
+    """synthetic draws faces; celeba reads CelebA's layout; folder reads one folder per class
+    (ImageFolder).
+    """
+    root: str | None = None
+    "Folder of the pictures (celeba, folder)."
+    split: str = "random"
+    """random by picture | identity (disjoint people) | identity:random (by picture, among the
+    training people of identity) | file:NAME.csv:COLUMN, whose column holds train or test.
+    """
+    test_fraction: float = 0.2
+    "Share of the pictures (of the people, for identity) that is held out."
+    split_seed: int = 0
+    "Seed of the split alone, so that runs with other seeds are tested on the same pictures."
+    on_error: Literal["raise", "skip"] = "raise"
+    "A missing or damaged picture stops the run, or is left out, counted and reported."
+    store_size: int = 36
+    "Pictures are resized to this square once, pixels."
+    input_size: int = 32
+    """Side of the network's input, cropped from the stored picture: anywhere in training, the
+    centre in evaluation.
+    """
+    cache: Literal["auto", "memory", "none"] = "auto"
+    "Keep resized pictures in memory; auto does so up to 2 GiB."
+    workers: int = 0
+    "Threads that decode pictures ahead when they are not kept in memory."
+    people: int = 350
+    "Number of people (synthetic only)."
+    pictures: int = 20
+    "Pictures of each person (synthetic only)."
+    noise: float = 0.04
+    "Share of pictures with a wrong label (synthetic only)."
+    synthetic_seed: int = 0
+    "Seed of the drawn faces (synthetic only)."
+    landmark_file: str | None = None
+    "Landmark list inside root (celeba); null takes list_landmarks_align_celeba.txt."
+
+    def __post_init__(self) -> None:
+        by_file = self.split.startswith("file:") and self.split.count(":") >= 2
+        _require(
+            by_file or self.split in ("random", "identity", "identity:random"),
+            "data.split",
+            "random, identity, identity:random or file:NAME.csv:COLUMN",
+            self.split,
+        )
+        _require(0 < self.test_fraction < 1, "data.test_fraction", "0 < x < 1", self.test_fraction)
+        _require(self.input_size >= 8, "data.input_size", "at least 8", self.input_size)
+        _require(
+            self.store_size >= self.input_size,
+            "data.store_size",
+            f"at least data.input_size ({self.input_size})",
+            self.store_size,
+        )
+        _require(self.workers >= 0, "data.workers", "0 or more", self.workers)
+        _require(self.people >= 2, "data.people", "at least 2", self.people)
+        _require(self.pictures >= 2, "data.pictures", "at least 2", self.pictures)
+        _require(0 <= self.noise < 1, "data.noise", "0 <= x < 1", self.noise)
+        if self.kind != "synthetic":
+            _require(
+                self.root is not None, "data.root", f"a folder, for data.kind {self.kind}", None
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """How a training picture is cropped: a pure function of (seed, phase, epoch, picture)."""
+
+    flip: bool = True
+    "Mirror half of the training pictures; left and right landmarks change places."
+    crop: Literal["random", "jitter"] = "random"
+    "random: a shifted crop of the input size; jitter: also scaled, always inside the picture."
+    scale_min: float = 0.85
+    "Smallest crop side as a fraction of the picture's (jitter)."
+    scale_max: float = 0.95
+    "Largest crop side as a fraction of the picture's (jitter)."
+
+    def __post_init__(self) -> None:
+        _require(
+            0 < self.scale_min <= self.scale_max <= 1,
+            "augment.scale_min, augment.scale_max",
+            "0 < min <= max <= 1",
+            (self.scale_min, self.scale_max),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The residual network; every layer has 1 / divide of the kernels that width stands for."""
+
+    depth: Literal[50, 14] = 50
+    "Bottleneck blocks (3, 4, 6, 3), or (1, 1, 1, 1) for small pictures and demos."
+    width: int = 64
+    "Kernels of the first stage before division; 64 is ResNet-50's own."
+    divide: Literal[1, 2, 4, 8] = 1
+    "The papers' /2, /4, /8 students."
+    stem: Literal["imagenet", "small"] = "imagenet"
+    "imagenet: 7x7 stride 2 and 3x3 stride 2 max pooling; small: 3x3 stride 2 alone."
+
+    def __post_init__(self) -> None:
+        _require(
+            self.width >= self.divide and self.width % self.divide == 0,
+            "model.width",
+            f"a multiple of model.divide ({self.divide})",
+            self.width,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetConfig:
+    """Weights and form of every term beside the task's own loss."""
+
+    alpha: float = 0.0
+    "Weight of the soft target: cross-entropy with the teacher's softened prediction."
+    beta: float = 0.0
+    "Weight of the hidden target: squared distance of the pooled features."
+    gamma: float = 1.0
+    """Weight of the softmax loss with the labels: the task loss of classification, the joint
+    softmax elsewhere.
+    """
+    logits: float = 0.0
+    "Weight of the logits target: squared distance of the logits."
+    temperature: float = 3.0
+    "Temperature of the soft target."
+    tau_squared: bool = False
+    "Multiply the soft target by temperature^2 (Hinton et al. 2015)."
+    hidden_proj: Literal["linear", "none"] = "linear"
+    """Learnt projection of the student's feature onto the teacher's, where widths differ; dropped
+    after training.
+    """
+    hidden_normalize: bool = False
+    "Scale both features to unit length before the hidden target."
+    hidden_reduction: Literal["batchmean", "mean", "sum"] = "batchmean"
+    "batchmean divides by the pictures (the papers' norm), mean also by the feature's length."
+    logits_reduction: Literal["batchmean", "mean", "sum"] = "batchmean"
+    "The same for the logits target."
+    label_smoothing: float = 0.0
+    "Share of the label's probability that is spread over all classes."
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta", "gamma", "logits"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value >= 0, f"target.{name}", "0 or more", value)
+        finite = math.isfinite(self.temperature)
+        _require(
+            finite and self.temperature > 0, "target.temperature", "more than 0", self.temperature
+        )
+        smooth = self.label_smoothing
+        _require(0 <= smooth < 1, "target.label_smoothing", "0 <= x < 1", smooth)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """True when a term that the teacher yields has a weight."""
+        return self.alpha > 0 or self.beta > 0 or self.logits > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TripletConfig:
+    """The triplet loss of verification and its identity-balanced batches."""
+
+    margin: float = 0.4
+    "lambda of eq. 8."
+    mining: Literal["hard", "semihard", "all"] = "semihard"
+    "Which triplets of the batch count."
+    squared: bool = True
+    "Squared distances, as in eq. 8; false takes their roots."
+    reduction: Literal["mean", "nonzero", "sum"] = "mean"
+    "mean over the mined triplets, nonzero over those with a positive hinge."
+    normalize: bool = True
+    "Scale features to unit length first."
+    people: int = 32
+    "People of a batch."
+    pictures: int = 4
+    "Pictures of each person in a batch."
+
+    def __post_init__(self) -> None:
+        _require(self.margin >= 0, "triplet.margin", "0 or more", self.margin)
+        _require(self.people >= 2, "triplet.people", "at least 2", self.people)
+        _require(self.pictures >= 2, "triplet.pictures", "at least 2", self.pictures)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A stretch of epochs at one learning rate."""
+
+    epochs: int
+    "Passes over the training pictures."
+    lr: float
+    "Learning rate."
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, "optim.phases: epochs", "at least 1", self.epochs)
+        _require(math.isfinite(self.lr) and self.lr > 0, "optim.phases: lr", "more than 0", self.lr)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Nesterov SGD and its schedule."""
+
+    phases: list[Phase] = field(default_factory=lambda: [Phase(epochs=30, lr=0.1)])
+    "Schedule, one {epochs, lr} after another: the papers' 0.1 from scratch, 0.01 when initialised."
+    batch_size: int = 256
+    "Pictures of a step; verification takes triplet.people x triplet.pictures instead."
+    momentum: float = 0.9
+    "Nesterov momentum."
+    weight_decay: float = 5e-4
+    "L2 penalty on every parameter."
+    clip_norm: float | None = None
+    "Scale the gradient down to at most this norm; null leaves it."
+
+    def __post_init__(self) -> None:
+        _require(len(self.phases) > 0, "optim.phases", "at least one {epochs, lr}", self.phases)
+        _require(self.batch_size >= 2, "optim.batch_size", "at least 2", self.batch_size)
+        _require(0 < self.momentum < 1, "optim.momentum", "0 < x < 1 (Nesterov)", self.momentum)
+        _require(self.weight_decay >= 0, "optim.weight_decay", "0 or more", self.weight_decay)
+        clip = self.clip_norm
+        _require(clip is None or clip > 0, "optim.clip_norm", "more than 0, or null", clip)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Where and how a run computes; none of it changes what is optimised."""
+
+    threads: int = 0
+    "Processor threads; 0 leaves torch's own choice."
+    device: str = "cpu"
+    "torch device, as cpu or cuda:0."
+    deterministic: bool = True
+    "Deterministic algorithms only; exact resume needs it."
+    log_every: int = 10
+    "Steps between two lines of metrics.jsonl; terms are read from the device only then."
+    eval_every: int = 1
+    "Epochs between two evaluations; the end of each phase is always evaluated."
+    save_every: int = 200
+    "Steps between two checkpoints; the end of each epoch always saves one."
+    drop_last: bool = True
+    "Leave out the last batch of an epoch when it is not full."
+
+    def __post_init__(self) -> None:
+        _require(self.threads >= 0, "train.threads", "0 or more", self.threads)
+        for name in ("log_every", "eval_every", "save_every"):
+            _require(getattr(self, name) >= 1, f"train.{name}", "at least 1", getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """How results are measured."""
+
+    normalizer: Literal["interocular", "diagonal", "side"] = "interocular"
+    "What landmark errors are divided by: eye distance, or diagonal or side of the picture."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run."""
+
+    task: Literal["classification", "alignment", "verification"] = "classification"
+    "What is trained: eq. 2-4, eq. 6-7 or eq. 8-9 of arXiv 1709.02929."
+    seed: int = 0
+    "Seed of the weights, the order of pictures and their crops."
+    fused: bool = True
+    "false runs every kdkernels op on backend eager."
+    init_from: str | None = None
+    """Run folder whose last weights start the network (RUN/best: its best); @NAME is the run
+    beside this one.
+    """
+    teacher: str | None = None
+    "Run folder of the teacher; @NAME is the run beside this one."
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
+    triplet: TripletConfig = field(default_factory=TripletConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        if self.target.needs_teacher and self.teacher is None:
+            raise ConfigError(
+                """target.alpha, target.beta and target.logits need a teacher: set --teacher to its
+                run folder, 
+                """
+                "or the weights to 0"
+            )
+        if self.teacher is not None and not self.target.needs_teacher:
+            raise ConfigError(
+                """teacher is set but target.alpha, target.beta and target.logits are all 0: weigh
+                one, or drop it
+                """
+            )
+        if self.task == "classification":
+            if self.data.split == "identity":
+                raise ConfigError(
+                    "data.split identity tests on people without a class of their own: "
+                    "use identity:random, random or file: for classification"
+                )
+            _require(
+                self.target.gamma > 0,
+                "target.gamma",
+                "more than 0 for classification",
+                self.target.gamma,
+            )
+
+
+def run_folder(name: str, run_dir: Path) -> Path:
+    """The folder that init_from or teacher names; @NAME is the run beside run_dir."""
+    return run_dir.parent / name[1:] if name.startswith("@") else Path(name)

@@ -1,0 +1,101 @@
+"""What a run computes in: torch's settings, random state, and a record of everything that its last
+bits depend on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdkernels import __version__ as kdkernels_version
+from kdkernels import isa
+from kdtrain.config import Config, ConfigError
+
+
+def environment(config: Config) -> dict[str, Any]:
+    """What bit-identity depends on beside the config."""
+    on_cuda = config.train.device.startswith("cuda")
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "kdkernels": kdkernels_version,
+        "simd": isa(),
+        "threads": torch.get_num_threads(),
+        "workers": config.data.workers,
+        "device": torch.cuda.get_device_name(config.train.device) if on_cuda else _processor(),
+    }
+
+
+def check_device(config: Config) -> None:
+    """Raises ConfigError when train.device cannot be used here, and says what can."""
+    try:
+        torch.empty(0, device=config.train.device)
+    except (RuntimeError, AssertionError) as error:
+        here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise ConfigError(
+            f"train.device {config.train.device}: cannot be used here "
+            f"({str(error).splitlines()[0]}); there is: {', '.join(here)}"
+        ) from None
+
+
+@contextlib.contextmanager
+def computing(config: Config) -> Iterator[None]:
+    """Threads, denormals and determinism as the config says; torch's own settings come back
+    afterwards.
+    """
+    threads = torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    try:
+        # worker threads inherit the flag from the thread that starts them, so it is set first
+        torch.set_flush_denormal(True)
+        if config.train.threads:
+            torch.set_num_threads(config.train.threads)
+        torch.use_deterministic_algorithms(config.train.deterministic)
+        _fill_uninitialized(False)
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+        _fill_uninitialized(filling)
+
+
+def _fill_uninitialized(fill: bool) -> None:
+    """Whether deterministic mode fills new tensors with NaN: a sweep over each that nothing
+    needs.
+    """
+    torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """torch's random state, of the processor and of the run's device."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_random(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put back what random_state returned."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

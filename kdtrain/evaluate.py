@@ -1,0 +1,364 @@
+"""The metrics, as pure functions of tensors: classification, landmarks, nearest neighbours, pairs,
+and their floors.
+
+Every figure is a fraction (0.85, not 85 %). Where protocols of the field differ, the docstring says
+which one this is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdkernels import nearest_neighbor
+
+NORMALIZERS = ("interocular", "diagonal", "side")
+
+
+def hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """(N,) whether the largest of a row's scores (N, C) is its label's; of equal scores the lowest
+    class wins.
+
+    A row that holds NaN is no hit.
+    """
+    return (logits.argmax(1) == labels) & ~logits.isnan().any(1)
+
+
+def top1(logits: Tensor, labels: Tensor) -> float:
+    """Share of rows that are `hits`. ValueError when there is no row."""
+    _need_rows("top1", len(logits))
+    return hits(logits, labels).double().mean().item()
+
+
+def normalizer(true: Tensor, sizes: Tensor, kind: str = "interocular") -> Tensor:
+    """(N,) length in original pixels that landmark errors are divided by.
+
+    true (N, 5, 2) landmarks, eyes first; sizes (N, 2) picture width and height. interocular:
+    distance of the two eyes (Wu et al. 2015). diagonal: that of the landmarks' bounding box. side:
+    sqrt(width * height) of the picture. ValueError for another kind or a length that is not
+    positive.
+    """
+    true = true.double()
+    if kind == "interocular":
+        length = (true[:, 0] - true[:, 1]).norm(dim=1)
+    elif kind == "diagonal":
+        length = (true.amax(1) - true.amin(1)).norm(dim=1)
+    elif kind == "side":
+        length = sizes.double().prod(1).sqrt()
+    else:
+        raise ValueError(f"normalizer: expected one of {', '.join(NORMALIZERS)}, got {kind!r}")
+    if not bool((length > 0).all()):
+        row = int((~(length > 0)).nonzero()[0, 0])
+        raise ValueError(
+            f"normalizer: the {kind} length of picture {row} is {length[row].item()}; "
+            "correct its landmarks or choose another normalizer"
+        )
+    return length
+
+
+def per_point_error(predicted: Tensor, true: Tensor) -> Tensor:
+    """(N, 5) Euclidean distance of each predicted landmark to the true one, both (N, 5, 2), in
+    their pixels.
+    """
+    if predicted.shape != true.shape or true.dim() != 3 or true.shape[2] != 2:
+        raise ValueError(
+            "per_point_error: predicted and true must both be (N, points, 2), "
+            f"got {tuple(predicted.shape)} and {tuple(true.shape)}"
+        )
+    return (predicted.double() - true.double()).norm(dim=2)
+
+
+def nrmse_per_picture(
+    predicted: Tensor, true: Tensor, sizes: Tensor, kind: str = "interocular"
+) -> Tensor:
+    """(N,) sqrt(mean_i e_i^2) / d: e_i the distances of `per_point_error`, d the picture's
+    `normalizer`.
+    """
+    return per_point_error(predicted, true).square().mean(1).sqrt() / normalizer(true, sizes, kind)
+
+
+def nrmse(predicted: Tensor, true: Tensor, sizes: Tensor, kind: str = "interocular") -> float:
+    """Normalised root mean squared error: mean over pictures of `nrmse_per_picture`. Lower is
+    better.
+
+    All points in the original pixel frame, after crop and resize are undone: the aspect ratio
+    matters.
+    """
+    _need_rows("nrmse", len(true))
+    return nrmse_per_picture(predicted, true, sizes, kind).mean().item()
+
+
+def failure_rate(errors: Tensor, limit: float = 0.1) -> float:
+    """Share of pictures whose error (N,) is above `limit` or not a number."""
+    _need_rows("failure_rate", len(errors))
+    return (~(errors <= limit)).double().mean().item()
+
+
+def ced(errors: Tensor, limit: float = 0.1, steps: int = 101) -> tuple[Tensor, Tensor, float]:
+    """Cumulative error distribution: thresholds (steps,), share of errors (N,) at or below each,
+    and its area.
+
+    The area is the exact integral of the step curve over [0, limit], divided by limit: 1 when every
+    error is 0.
+    """
+    _need_rows("ced", len(errors))
+    errors = errors.double().nan_to_num(nan=float("inf"))
+    thresholds = torch.linspace(0, limit, steps, dtype=torch.float64)
+    below = torch.searchsorted(errors.sort().values, thresholds, right=True).double() / len(errors)
+    area = (1 - errors / limit).clamp(min=0).mean().item()
+    return thresholds, below, area
+
+
+def neighbours(rows: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """Squared Euclidean distance (N,) and index (N,) of each row's nearest other row, of (N, D)
+    with N >= 2.
+    """
+    distance, index = nearest_neighbor(rows, backend=backend)
+    return distance, index
+
+
+def nn_top1(
+    features: Tensor, labels: Tensor, groups: Tensor | None = None, *, backend: str | None = None
+) -> dict[str, float]:
+    """Leave-one-out nearest-neighbour accuracy by Euclidean distance within one set.
+
+    features (N, D), labels (N,). A lone query, whose person has no other picture, can never be
+    right: it is left out of the accuracy, counted in "lone", and stays in the gallery of the
+    others. Returns "nn_top1" (nan without a query), "nn_queries", "nn_lone". With groups (N,), the
+    video that a picture comes from, also "nn_top1_other_video", "nn_queries_other_video",
+    "nn_lone_other_video": there pictures of the query's own video are no neighbours. ValueError for
+    fewer than two rows.
+    """
+    labels = labels.to(features.device)
+    nearest = neighbours(features, backend=backend)[1]
+    people = torch.unique(labels, return_inverse=True)[1]
+    mates = torch.bincount(people)[people] - 1
+    result = _nn_result(labels[nearest] == labels, mates > 0, "")
+    if groups is not None:
+        groups = groups.to(features.device)
+        video = torch.unique(torch.stack([people, groups], 1), dim=0, return_inverse=True)[1]
+        mates = mates + 1 - torch.bincount(video)[video]
+        nearest = _nearest_other_group(features, groups)
+        result |= _nn_result(labels[nearest] == labels, mates > 0, "_other_video")
+    return result
+
+
+def _nn_result(right: Tensor, has_mate: Tensor, suffix: str) -> dict[str, float]:
+    queries = int(has_mate.sum())
+    share = right[has_mate].double().mean().item() if queries else float("nan")
+    return {
+        f"nn_top1{suffix}": share,
+        f"nn_queries{suffix}": queries,
+        f"nn_lone{suffix}": len(has_mate) - queries,
+    }
+
+
+def _nearest_other_group(features: Tensor, groups: Tensor, chunk: int = 512) -> Tensor:
+    """(N,) index of the nearest row of another group; itself where there is none. Memory: chunk x N
+    distances.
+    """
+    # distances do not change when the mean is taken off, and the Gram form then cancels less
+    centred = features.float() - features.float().mean(0)
+    squares = centred.square().sum(1)
+    nearest = []
+    for start in range(0, len(centred), chunk):
+        block = slice(start, start + chunk)
+        distance = torch.addmm(
+            squares, centred[block], centred.T, alpha=-2
+        )  # + |query|^2, constant
+        distance[groups[block, None] == groups] = float("inf")
+        best, index = distance.min(1)
+        own = torch.arange(start, start + len(index), device=index.device)
+        nearest.append(torch.where(best == float("inf"), own, index))
+    return torch.cat(nearest) if nearest else groups.new_zeros(0)
+
+
+def make_pairs(
+    labels: Tensor, seed: int, folds: int = 10, per_fold: int = 300
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs for verification, laid out as LFW's: per fold first the same-person pairs, then as many
+    of two people.
+
+    labels (N,). Returns two index tensors (P,) and `same` (P,) bool, P = folds * 2 * pairs, no pair
+    twice, a pure function of the arguments. The people of one fold are in no other fold. `per_fold`
+    of each kind, or as many as the poorest fold can give (at most 100 pictures of a person are
+    looked at). ValueError where a fold has not one pair of each kind.
+    """
+    random = np.random.RandomState(seed)  # the legacy stream: numpy promises never to change it
+    values = labels.cpu().numpy()
+    order = random.permutation(len(values))
+    order = order[np.argsort(values[order], kind="stable")]
+    people = np.split(order, np.flatnonzero(np.diff(values[order])) + 1)
+    people = [people[i][:100] for i in random.permutation(len(people))]
+    people.sort(key=len, reverse=True)  # stable: equal people stay in random order
+    members: list[list[np.ndarray]] = [[] for _ in range(folds)]
+    for rank, person in enumerate(people):
+        lap, seat = divmod(rank, folds)
+        members[seat if lap % 2 == 0 else folds - 1 - seat].append(person)
+    sames, pictures, available = [], [], []
+    for fold in members:
+        same = [person[np.stack(np.triu_indices(len(person), 1), 1)] for person in fold]
+        sames.append(np.concatenate([*same, np.zeros((0, 2), order.dtype)]))
+        pictures.append(np.concatenate([*fold, np.zeros(0, order.dtype)]))
+        count = len(pictures[-1])
+        available.append(min(len(sames[-1]), count * (count - 1) // 2 - len(sames[-1])))
+    number = min(per_fold, *available)
+    if number < 1:
+        raise ValueError(
+            f"make_pairs: each of {folds} folds needs a pair of one and one of two people; "
+            f"{len(people)} people with {len(values)} pictures do not give that, so ask for fewer"
+        )
+    pairs = []
+    for same, pool in zip(sames, pictures, strict=True):
+        pairs.append(same[random.permutation(len(same))[:number]])
+        pairs.append(_different_pairs(random, pool, values, number))
+    index = torch.from_numpy(np.concatenate(pairs).astype(np.int64))
+    same_person = torch.tensor(([True] * number + [False] * number) * folds)
+    return index[:, 0], index[:, 1], same_person
+
+
+def _different_pairs(
+    random: np.random.RandomState, pool: np.ndarray, values: np.ndarray, number: int
+) -> np.ndarray:
+    """`number` distinct pairs of two people among the pictures `pool`, in the order in which they
+    are drawn.
+    """
+    found: dict[tuple[int, int], None] = {}
+    while len(found) < number:
+        drawn = np.sort(pool[random.randint(len(pool), size=(2 * number, 2))], axis=1)
+        for a, b in drawn[values[drawn[:, 0]] != values[drawn[:, 1]]].tolist():
+            found.setdefault((a, b))
+    return np.array(list(found)[:number])
+
+
+def cosine(features_a: Tensor, features_b: Tensor) -> Tensor:
+    """(P,) cosine similarity of corresponding rows in float64; 0 where a row is all zero."""
+    a, b = F.normalize(features_a.double(), dim=1), F.normalize(features_b.double(), dim=1)
+    return (a * b).sum(1)
+
+
+def best_threshold(scores: Tensor, same: Tensor) -> float:
+    """The t for which "score >= t means same" is right most often; of equally good ones the lowest.
+
+    Every cut between two distinct scores is tried, and placed in the middle of its gap; -inf and
+    +inf are cuts too.
+    """
+    scores, order = scores.double().sort()
+    same = same[order]
+    distinct = torch.cat([torch.ones_like(same[:1]), scores[1:] != scores[:-1]])
+    start = distinct.nonzero()[:, 0]  # a cut at i calls rows i.. the same person
+    negatives = torch.cat([torch.zeros(1, dtype=torch.long), (~same).long().cumsum(0)])
+    positives = torch.cat([torch.zeros(1, dtype=torch.long), same.long().cumsum(0)])
+    cuts = torch.cat([start, torch.tensor([len(scores)])])
+    right = negatives[cuts] + positives[-1] - positives[cuts]
+    cut = int(cuts[int(right.argmax())])
+    if cut == 0:
+        return float("-inf")
+    if cut == len(scores):
+        return float("inf")
+    return (0.5 * (scores[cut - 1] + scores[cut])).item()
+
+
+def pair_accuracy(
+    features_a: Tensor, features_b: Tensor, same: Tensor, folds: int = 10
+) -> tuple[float, float]:
+    """Mean and population standard deviation over folds of the share of pairs told right by cosine.
+
+    features_a, features_b (P, D); same (P,) bool, in contiguous folds (the first P % folds get one
+    more). A fold is judged with the `best_threshold` of the other folds. ValueError for fewer than
+    two folds, fewer pairs than folds, or a feature that is not finite.
+    """
+    count = len(same)
+    if not 2 <= folds <= count:
+        raise ValueError(
+            f"pair_accuracy: folds must be between 2 and the {count} pairs, got {folds}"
+        )
+    scores, same = cosine(features_a, features_b).cpu(), same.bool().cpu()
+    if not bool(scores.isfinite().all()):
+        raise ValueError("pair_accuracy: features must be finite, got nan or inf in them")
+    accuracies = []
+    for fold in torch.arange(count).tensor_split(folds):
+        others = torch.ones(count, dtype=torch.bool)
+        others[fold] = False
+        told_same = scores[fold] >= best_threshold(scores[others], same[others])
+        accuracies.append((told_same == same[fold]).double().mean())
+    result = torch.stack(accuracies)
+    return result.mean().item(), result.std(correction=0).item()
+
+
+def roc(scores: Tensor, same: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """False accept rate, true accept rate and threshold at every distinct score, thresholds falling
+    from +inf.
+
+    "score >= threshold" accepts. ValueError unless both same and different pairs are there.
+    """
+    scores, same = scores.double().cpu(), same.bool().cpu()
+    genuine = int(same.sum())
+    if genuine in (0, len(same)):
+        raise ValueError(
+            f"roc: same and different pairs are both needed, got {genuine} same of {len(same)}"
+        )
+    scores, order = scores.sort(descending=True)
+    same = same[order]
+    last = torch.cat([scores[1:] != scores[:-1], torch.ones(1, dtype=torch.bool)])
+    tar = torch.cat([torch.zeros(1), same.double().cumsum(0)[last] / genuine]).double()
+    far = torch.cat([torch.zeros(1), (~same).double().cumsum(0)[last] / (len(same) - genuine)])
+    return far.double(), tar, torch.cat([scores.new_full((1,), float("inf")), scores[last]])
+
+
+def tar_at_far(scores: Tensor, same: Tensor, target: float) -> float:
+    """True accept rate at the lowest threshold whose false accept rate is at most `target`; no
+    interpolation.
+    """
+    far, tar, _ = roc(scores, same)
+    return tar[far <= target].max().item()
+
+
+def raw_pixels(pictures: Tensor, side: int = 32) -> Tensor:
+    """(N, 3 * s * s) pixels as features; a picture wider than `side` is averaged down to it."""
+    pictures = pictures.float()
+    if pictures.shape[-1] > side:
+        pictures = F.interpolate(pictures, size=(side, side), mode="area")
+    return pictures.flatten(1)
+
+
+def gallery_top1(
+    queries: Tensor,
+    labels: Tensor,
+    gallery: Iterable[tuple[Tensor, Tensor]],
+    *,
+    backend: str | None = None,
+) -> float:
+    """Share of queries (N, D) whose nearest gallery row has their label: with raw pixels,
+    classification's floor.
+
+    gallery: any number of (rows (M, D), labels (M,)), looked at one after the other and not kept.
+    Ties go to the first.
+    """
+    _need_rows("gallery_top1", len(queries))
+    labels = labels.to(queries.device)
+    best = queries.new_full((len(queries),), float("inf"), dtype=torch.float32)
+    found = torch.full_like(labels, -1)
+    for rows, row_labels in gallery:
+        distance, index = nearest_neighbor(queries, rows.to(queries), backend=backend)
+        closer = distance < best
+        best = torch.where(closer, distance, best)
+        found = torch.where(closer, row_labels.to(found)[index], found)
+    return (found == labels).double().mean().item()
+
+
+def mean_shape(points: Tensor) -> Tensor:
+    """(5, 2) average of training landmarks (N, 5, 2) in the crop's frame: the prediction that never
+    looks.
+    """
+    _need_rows("mean_shape", len(points))
+    return points.double().mean(0)
+
+
+def _need_rows(function: str, rows: int) -> None:
+    if rows == 0:
+        raise ValueError(f"{function}: at least one row is needed, got none")

@@ -1,0 +1,120 @@
+"""The key of a run: what it was computed from. A finished run is reused while its key stands."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from kdtrain.checkpoint import WEIGHTS, CheckpointError, read_json, run_weights
+from kdtrain.config import Config, run_folder
+from kdtrain.settings import to_flat
+
+# How and where a run computes, shows and finds things; the pictures themselves are in the data's
+# fingerprint.
+NOT_IN_KEY = (
+    "init_from",
+    "teacher",
+    "data.root",
+    "data.cache",
+    "data.workers",
+    "train.threads",
+    "train.log_every",
+    "train.save_every",
+)
+# Sources that show or order runs and cannot change a trained number.
+NOT_HASHED = (
+    "__main__.py",
+    "arguments.py",
+    "cli.py",
+    "inspection.py",
+    "journal.py",
+    "pipeline.py",
+    "plots.py",
+    "report.py",
+    "runs.py",
+    "scheduler.py",
+    "settings.py",
+)
+
+
+def data_key(fingerprint: str, train: Tensor, test: Tensor) -> str:
+    """Names the pictures and their split: the source's fingerprint and both index lists (int64)."""
+    digest = hashlib.sha256(fingerprint.encode())
+    for part in (train, test):
+        digest.update(part.numpy().tobytes())
+        digest.update(b"|")
+    return digest.hexdigest()
+
+
+def run_key(config: Config, inputs: Mapping[str, str], data: str) -> str:
+    """16 hex digits over the settings that count, the input runs' keys, the data's key, versions
+    and sources.
+
+    inputs: key of the run that `init_from` and `teacher` name, where set.
+    """
+    settings = {k: v for k, v in to_flat(config).items() if k not in NOT_IN_KEY}
+    record = {"settings": settings, "inputs": dict(inputs), "data": data, "sources": source_hash()}
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def input_folders(config: Config, run_dir: Path) -> dict[str, Path]:
+    """The run folders that a run reads, by the setting that names them."""
+    names = {"init_from": config.init_from, "teacher": config.teacher}
+    return {k: run_folder(name, run_dir) for k, name in names.items() if name is not None}
+
+
+def input_key(folder: Path) -> str:
+    """The key of a finished run folder; of a lone checkpoint, a hash of its weights.
+
+    Raises CheckpointError when there are no weights, or the run is not finished.
+    """
+    weights = run_weights(folder)
+    if weights == folder:
+        return hashlib.sha256((weights / WEIGHTS).read_bytes()).hexdigest()[:16]
+    results = read_json(folder / "results.json")
+    if results is None:
+        raise CheckpointError(
+            f"{folder}: that run is not finished; finish it with --resume, "
+            f"or name its checkpoint {folder}/best"
+        )
+    return results["key"]
+
+
+def differences(ours: Config, theirs: Mapping[str, Any]) -> list[str]:
+    """'optim.batch_size: 64 here, 32 there' for every setting of the key in which a config differs
+    from dotted keys.
+    """
+    lines = []
+    for key, value in to_flat(ours).items():
+        if key not in NOT_IN_KEY and theirs.get(key) != value:
+            lines.append(f"{key}: {value} here, {theirs.get(key)} there")
+    return lines
+
+
+@cache
+def source_hash() -> str:
+    """Hash of this package's and kdkernels' sources (its compiled module included), and torch's
+    version.
+    """
+    import torch
+
+    digest = hashlib.sha256(torch.__version__.encode())
+    for package in ("kdtrain", "kdkernels"):
+        spec = importlib.util.find_spec(package)
+        assert spec is not None
+        assert spec.origin is not None
+        root = Path(spec.origin).parent
+        files = [f for f in root.rglob("*") if f.suffix in (".py", ".so", ".pyd")]
+        for file in sorted(files):
+            if package == "kdtrain" and file.name in NOT_HASHED and file.parent == root:
+                continue
+            digest.update(file.relative_to(root).as_posix().encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()

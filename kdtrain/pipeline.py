@@ -1,0 +1,293 @@
+"""The whole chain: a preset's recipes as stages with inputs, their keys, what is reused, and the
+result table.
+
+A preset is a folder of recipes. A recipe whose `init_from` or `teacher` is @NAME takes stage NAME
+as an input; stages run in an order that respects this. Stages run as processes of their own
+(scheduler.py), each in its own run folder below the root.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from kdtrain import checkpoint, keys, settings
+from kdtrain.config import Config, ConfigError
+from kdtrain.journal import duration
+from kdtrain.scheduler import Outcome, Work, run_all
+
+# The result table: columns by task and metric, rows by the end of the stage's name.
+COLUMNS = (
+    ("classification top-1", "classification", "top1"),
+    ("alignment NRMSE", "alignment", "nrmse"),
+    ("verification NN top-1", "verification", "nn_top1"),
+    ("pair accuracy", "verification", "pair_accuracy"),
+)
+ROWS = (
+    ("teacher", ("_teacher",)),
+    ("scratch student", ("_student", "_scratch")),
+    ("control student, no teacher", ("_control",)),
+    ("distilled student", ("_distilled",)),
+)
+FLOOR = "floor (raw pixels, mean shape)"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of the chain: its name, config, and the stages whose networks it reads."""
+
+    name: str
+    config: Config
+    inputs: tuple[str, ...]
+
+
+def plan(
+    preset: str,
+    common: Mapping[str, Any],
+    special: Mapping[str, Mapping[str, Any]],
+    divide: int | None = None,
+) -> list[Stage]:
+    """The stages of a preset in an order that can be run.
+
+    preset: a packaged one or a folder of recipes. common: dotted keys for every stage; special: by
+    stage name, on top.
+    divide: the students' division of kernels. With data.split identity, classification is split by
+    picture among the training people (identity:random), as nobody can be classified without a
+    class. Raises ConfigError for an unknown preset, stage or key, an input that is not there, or a
+    circle.
+    """
+    fixed = [key for key in ("task", "init_from", "teacher") if key in common]
+    if fixed:
+        raise ConfigError(
+            f"{fixed[0]} is each stage's own; set it for one stage: --STAGE.{fixed[0]}"
+        )
+    recipes = {f.stem: settings.read_recipe(f) for f in stage_files(preset)}
+    unknown = [name for name in special if name not in recipes]
+    if unknown:
+        raise ConfigError(f"no stage {unknown[0]!r}; {settings.nearest(unknown[0], recipes)}")
+    stages = {}
+    for name, recipe in recipes.items():
+        flat = {**recipe, **common, **special.get(name, {})}
+        if flat.get("task") == "classification" and flat.get("data.split") == "identity":
+            flat["data.split"] = "identity:random"
+        if divide is not None and flat.get("model.divide", 1) != 1:
+            flat["model.divide"] = divide
+        try:
+            config = settings.build(flat)
+        except ConfigError as error:
+            raise ConfigError(f"stage {name}: {error}") from None
+        named = [v[1:] for v in (config.init_from, config.teacher) if v and v.startswith("@")]
+        missing = [n for n in named if n not in recipes]
+        if missing:
+            raise ConfigError(f"stage {name}: no stage {missing[0]!r} to take weights from")
+        stages[name] = Stage(name, config, tuple(dict.fromkeys(named)))
+    return _ordered(stages)
+
+
+def stage_files(preset: str) -> list[Path]:
+    """The recipes of a preset; files that begin with _ are only bases of others."""
+    packaged = settings.RECIPES / preset
+    folder = packaged if packaged.is_dir() else Path(preset)
+    files = sorted(f for f in folder.glob("*.yaml") if not f.name.startswith("_"))
+    if not files:
+        raise ConfigError(
+            f"no preset {preset!r}; {settings.nearest(preset, settings.preset_names())}"
+        )
+    return files
+
+
+def stage_keys(stages: Sequence[Stage], root: Path) -> dict[str, str]:
+    """The key that each stage's run will have, worked out from the configs, the pictures and the
+    inputs' keys.
+    """
+    from kdtrain.batches import split
+    from kdtrain.data import build_source
+
+    sources: dict[Any, Any] = {}
+    found: dict[str, str] = {}
+    for stage in stages:
+        data = stage.config.data
+        drawn = replace(data, split="random", store_size=data.input_size, cache="auto")
+        if drawn not in sources:
+            sources[drawn] = build_source(data)
+        source = sources[drawn]
+        data_key = keys.data_key(source.fingerprint(), *split(source, stage.config))
+        inputs = {}
+        for setting, folder in keys.input_folders(stage.config, root / stage.name).items():
+            own = folder.parent == root and folder.name in found
+            inputs[setting] = found[folder.name] if own else keys.input_key(folder)
+        found[stage.name] = keys.run_key(stage.config, inputs, data_key)
+    return found
+
+
+def run(
+    stages: Sequence[Stage], root: Path, *, jobs: int = 1, overwrite: bool = False
+) -> tuple[int, dict[str, Outcome]]:
+    """Bring every stage below `root` to its end; exit status (0, 1 a stage failed, 130
+    interrupted) and what happened.
+
+    A finished stage whose key stands is reused, an unfinished one continues, one whose key changed
+    is moved to root/previous and trained anew. jobs: stages side by side, each with its share of
+    the processors.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    threads = max(1, cores() // jobs)
+    with checkpoint.lock(root, wait_s=2.0):
+        recipes = root / "recipes"
+        recipes.mkdir(exist_ok=True)
+        wanted = stage_keys(stages, root)
+        works, reused = [], {}
+        for stage in stages:
+            folder, key = root / stage.name, wanted[stage.name]
+            state = "new" if overwrite else stage_state(folder, key)
+            if state == "reused":
+                results = checkpoint.read_json(folder / "results.json") or {}
+                reused[stage.name] = Outcome("reused", "", results.get("seconds", 0.0))
+                console.print(f"{stage.name}: reused, {headline(results)}")
+                continue
+            if state in ("changed", "new"):
+                set_aside(folder, root / "previous" / stage.name, console)
+            config = stage.config
+            if config.train.threads == 0:
+                config = replace(config, train=replace(config.train, threads=threads))
+            recipe = recipes / f"{stage.name}.yaml"
+            checkpoint.write_text(recipe, settings.to_yaml(config))
+            inputs = tuple(name for name in stage.inputs if name not in reused)
+            cost = _cost(stage.config)
+            works.append(Work(stage.name, recipe, folder, inputs, state == "resume", threads, cost))
+        status, outcomes = run_all(works, root, jobs, console)
+    return status, {s.name: {**reused, **outcomes}[s.name] for s in stages}
+
+
+def stage_state(folder: Path, key: str) -> str:
+    """reused (finished under this key) | resume (begun under it) | changed (another key) | new."""
+    results = checkpoint.read_json(folder / "results.json")
+    begun = results or checkpoint.read_json(folder / "run.json")
+    if begun is None:
+        return "new"
+    if begun.get("key") != key:
+        return "changed"
+    return "reused" if results else "resume"
+
+
+def set_aside(folder: Path, place: Path, console: Console) -> None:
+    """Move a run folder that is to be trained anew out of the way, replacing an earlier one
+    there.
+    """
+    import shutil
+
+    if not folder.exists() or all(f.name.startswith(".") for f in folder.iterdir()):
+        return
+    place.parent.mkdir(exist_ok=True)
+    shutil.rmtree(place, ignore_errors=True)
+    os.rename(folder, place)
+    console.print(
+        f"{folder.name}: settings, pictures, sources or inputs changed; earlier run kept in {place}"
+    )
+
+
+def headline(results: Mapping[str, Any]) -> str:
+    """'top1 93.1 % in 1:02' from results.json."""
+    name = results.get("metric", {}).get("name", "")
+    value = results.get("metrics", {}).get(name)
+    shown = "-" if value is None else f"{100 * value:.1f} %"
+    return f"{name} {shown} after {duration(results.get('seconds', 0.0))} of training"
+
+
+def result_table(root: Path, outcomes: Mapping[str, Outcome]) -> Table:
+    """Teacher, scratch, control and distilled student and the floor, by task; '-' where a stage
+    has no result.
+    """
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="test split, end of training, %")
+    table.add_column("")
+    for title, _, _ in COLUMNS:
+        table.add_column(title.replace(" ", "\n", 1), justify="right", no_wrap=True)
+    found = {name: checkpoint.read_json(root / name / "results.json") or {} for name in outcomes}
+    for row, endings in ROWS:
+        cells = []
+        for _, task, metric in COLUMNS:
+            stages = [n for n in outcomes if n.endswith(endings) and _task(n, root, found) == task]
+            cells.append(_cell(stages, found, outcomes, metric))
+        if any(cell != "-" for cell in cells):
+            table.add_row(row, *cells)
+    floors = []
+    for _, task, metric in COLUMNS:
+        values = [r["floors"].get(metric) for r in found.values() if r.get("task") == task]
+        known = [v for v in values if v is not None]
+        floors.append(f"{100 * known[0]:.1f}" if known else "-")
+    table.add_row(FLOOR, *floors)
+    return table
+
+
+def finish(root: Path, outcomes: Mapping[str, Outcome]) -> None:
+    """Print the result table and write report.html."""
+    from kdtrain.report import report
+
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 100  # a file has no width of its own, and the table needs 86
+    console.print(result_table(root, outcomes))
+    seconds = sum(outcome.seconds for outcome in outcomes.values())
+    console.print(f"training, all stages: {duration(seconds)}")
+    if any(outcome.state in ("reused", "done") for outcome in outcomes.values()):
+        console.print(f"report: {report(root)}")
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _task(name: str, root: Path, found: Mapping[str, Mapping[str, Any]]) -> str:
+    known = found[name].get("task")
+    if known is None:
+        known = settings.read_recipe(root / "recipes" / f"{name}.yaml").get("task", "")
+    return known
+
+
+def _cell(
+    stages: Sequence[str],
+    found: Mapping[str, Mapping[str, Any]],
+    outcomes: Mapping[str, Outcome],
+    metric: str,
+) -> str:
+    for name in stages:
+        value = found[name].get("metrics", {}).get(metric)
+        if value is not None:
+            return f"{100 * value:.1f}"
+        if outcomes[name].state == "failed":
+            return "diverged" if outcomes[name].note.startswith("diverged") else "failed"
+    return "-"
+
+
+def _ordered(stages: Mapping[str, Stage]) -> list[Stage]:
+    """The heaviest chain of followers first: inputs come before what reads them, and two jobs end
+    together.
+    """
+    chains: dict[str, float] = {}
+
+    def chain(name: str, above: tuple[str, ...] = ()) -> float:
+        if name in above:
+            raise ConfigError(f"stages wait for each other in a circle: {', '.join(above)}")
+        if name not in chains:
+            after = [chain(s.name, (*above, name)) for s in stages.values() if name in s.inputs]
+            chains[name] = _cost(stages[name].config) + max(after, default=0.0)
+        return chains[name]
+
+    return sorted(stages.values(), key=lambda stage: (-chain(stage.name), stage.name))
+
+
+def _cost(config: Config) -> float:
+    """A rough weight of a stage; only the display of time left uses it."""
+    epochs = sum(phase.epochs for phase in config.optim.phases)
+    kernels = config.model.width / config.model.divide
+    # a small network's time per picture is half overhead: measured 5.2, 1.2 and 0.9 ms at 32, 8
+    # and 4 kernels
+    return epochs * (1 + (kernels / 14) ** 2) * (config.data.input_size / 32) ** 2

@@ -1,0 +1,169 @@
+"""The report's pictures: curves drawn by matplotlib, faces and landmarks as small inline images."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from PIL import Image
+
+ROLE_COLOURS = {
+    "teacher": "#475569",
+    "scratch": "#2563eb",
+    "control": "#d97706",
+    "distilled": "#059669",
+}
+OTHER_COLOURS = ("#7c3aed", "#db2777", "#0891b2", "#65a30d")
+TERM_COLOURS = {
+    "loss": "#111827",
+    "hard": "#2563eb",
+    "soft": "#059669",
+    "hidden": "#d97706",
+    "logits": "#7c3aed",
+    "triplet": "#db2777",
+    "points": "#0891b2",
+}
+TRUE_COLOUR, PREDICTED_COLOUR = "#ffffff", "#ff5a1f"
+WIDTH_IN, HEIGHT_IN, DPI = 11.0, 2.5, 150
+
+
+class Curve(NamedTuple):
+    """One line of a plot; y may hold nan."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: str
+
+
+class Panel(NamedTuple):
+    """One plot: lines, what its axes say, and marks."""
+
+    title: str
+    x_label: str
+    y_label: str
+    curves: Sequence[Curve]
+    floor: float | None = None
+    """A dashed horizontal line."""
+    breaks: Sequence[float] = ()
+    """Dotted vertical lines, where the learning rate changes."""
+    log_x: bool = False
+    log_y: bool = False
+    dots: bool = False
+
+
+def panels(plots: Sequence[Panel], columns: int) -> str:
+    """Plots in rows of `columns`, as a data URI of one PNG as wide as the page."""
+    rows = -(-len(plots) // columns)
+    figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN * rows), dpi=DPI, layout="constrained")
+    figure.subplots(rows, columns, squeeze=False)
+    for number, axis in enumerate(figure.axes):
+        if number < len(plots):
+            _draw(axis, plots[number])
+        else:
+            axis.set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return _uri(buffer.getvalue())
+
+
+def _draw(axis: Axes, plot: Panel) -> None:
+    few = all(len(curve.x) < 40 for curve in plot.curves)
+    for curve in plot.curves:
+        axis.plot(
+            curve.x,
+            curve.y,
+            label=curve.name,
+            color=curve.colour,
+            linewidth=1.4,
+            marker="o" if plot.dots and few else None,
+            markersize=2.5,
+        )
+    if plot.floor is not None:
+        axis.axhline(plot.floor, color="#9ca3af", linestyle="--", linewidth=1.1, label="floor")
+    for place in plot.breaks:
+        axis.axvline(place, color="#9ca3af", linestyle=":", linewidth=1)
+    if plot.log_x:
+        axis.set_xscale("log")
+    else:
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    if plot.log_y:
+        _logarithmic(axis, [value for curve in plot.curves for value in curve.y])
+    axis.set_title(plot.title, fontsize=9, loc="left", color="#1f2937")
+    axis.set_xlabel(plot.x_label, fontsize=8, color="#4b5563")
+    axis.set_ylabel(plot.y_label, fontsize=8, color="#4b5563")
+    axis.tick_params(which="both", labelsize=7, colors="#4b5563")
+    axis.grid(True, color="#e5e7eb", linewidth=0.6)
+    axis.set_axisbelow(True)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axis.spines[side].set_color("#9ca3af")
+    if plot.curves:
+        axis.legend(fontsize=6.5, frameon=False, labelcolor="#374151")
+
+
+def _logarithmic(axis: Axes, values: Sequence[float]) -> None:
+    """A logarithmic y axis with plain numbers, a few of them however short or long it is."""
+    axis.set_yscale("log")
+    axis.yaxis.set_minor_locator(NullLocator())
+    if np.nanmax(values) < 8 * np.nanmin(values):
+        axis.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    else:
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+
+
+def face(picture: np.ndarray) -> str:
+    """A (3, H, W) uint8 picture as a data URI."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(picture.transpose(1, 2, 0))).save(buffer, format="png")
+    return _uri(buffer.getvalue())
+
+
+def marked_face(picture: np.ndarray, true: np.ndarray, predicted: np.ndarray) -> str:
+    """SVG of a (3, H, W) picture with (5, 2) true points as rings and predicted ones as dots.
+
+    A line joins the two. Points are in pixels of the picture, pixel centres at whole numbers + 0.5.
+    """
+    height, width = picture.shape[1:]
+    unit = width / 100
+    marks = []
+    for (x, y), (u, v) in zip(true.tolist(), predicted.tolist(), strict=True):
+        marks.append(
+            f'<line x1="{x:.2f}" y1="{y:.2f}" x2="{u:.2f}" y2="{v:.2f}" '
+            f'stroke="{PREDICTED_COLOUR}" stroke-width="{1.6 * unit:.2f}"/>'
+            f'<circle cx="{x:.2f}" cy="{y:.2f}" r="{4.2 * unit:.2f}" fill="none" '
+            f'stroke="#000" stroke-opacity="0.55" stroke-width="{3.2 * unit:.2f}"/>'
+            f'<circle cx="{x:.2f}" cy="{y:.2f}" r="{4.2 * unit:.2f}" fill="none" '
+            f'stroke="{TRUE_COLOUR}" stroke-width="{1.8 * unit:.2f}"/>'
+            f'<circle cx="{u:.2f}" cy="{v:.2f}" r="{2.6 * unit:.2f}" fill="{PREDICTED_COLOUR}"/>'
+        )
+    return (
+        f'<svg viewBox="0 0 {width} {height}" role="img">'
+        f'<image href="{face(picture)}" width="{width}" height="{height}"/>{"".join(marks)}</svg>'
+    )
+
+
+def term_curves(
+    records: Sequence[Mapping[str, float | None]], names: Sequence[str], steps_per_epoch: float
+) -> list[Curve]:
+    """Curves of loss terms from the train lines of a journal, over epochs."""
+    x = [float(record["step"] or 0) / steps_per_epoch for record in records]
+    curves = []
+    for number, name in enumerate(names):
+        values = [record.get(name) for record in records]
+        y = [float("nan") if value is None else value for value in values]
+        colour = TERM_COLOURS.get(name, OTHER_COLOURS[number % len(OTHER_COLOURS)])
+        curves.append(Curve(name, x, y, colour))
+    return curves
+
+
+def _uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()

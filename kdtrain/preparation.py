@@ -1,0 +1,68 @@
+"""Before the first step: the task with its teacher and inherited weights, and whether the pictures
+serve it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from kdtrain import checkpoint, keys, settings
+from kdtrain.batches import RunData
+from kdtrain.config import Config
+from kdtrain.journal import Screen
+from kdtrain.models import FaceNetwork, inherit, network_from_state
+from kdtrain.tasks import Task, build_task
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; the message says where it stopped and what to do."""
+
+
+def prepare_task(config: Config, data: RunData, run_dir: Path, screen: Screen) -> Task:
+    """The task with its teacher and inherited weights, on its device. Raises TrainingError where
+    the data do not serve it.
+    """
+    folders = keys.input_folders(config, run_dir)
+    teacher = load_network(folders["teacher"]) if "teacher" in folders else None
+    task = build_task(config, data.source.num_classes, teacher)
+    check_data(task, data)
+    if "init_from" in folders:
+        weights = checkpoint.load_weights(checkpoint.run_weights(folders["init_from"]))
+        for line in inherit(task.network, weights):
+            screen.say(f"not taken from {folders['init_from']}: {line}")
+    task.to(data.device)
+    return task
+
+
+def load_network(run: Path) -> FaceNetwork:
+    """The network of a run folder, with its last weights (RUN/best: its best)."""
+    weights = checkpoint.run_weights(run)
+    recipe = next(
+        (f for f in (run / "config.yaml", run.parent / "config.yaml") if f.is_file()), None
+    )
+    if recipe is None:
+        raise checkpoint.CheckpointError(
+            f"{run}: no config.yaml beside its weights; name a run folder"
+        )
+    model = settings.build(settings.read_recipe(recipe)).model
+    return network_from_state(model, checkpoint.load_weights(weights))
+
+
+def without_teacher(config: Config) -> Config:
+    """The config with every teacher target off, for measuring a network by itself."""
+    target = dataclasses.replace(config.target, alpha=0.0, beta=0.0, logits=0.0)
+    return dataclasses.replace(config, teacher=None, init_from=None, target=target)
+
+
+def check_data(task: Task, data: RunData) -> None:
+    """Raises TrainingError where the pictures cannot serve the task, ValueError where they fill no
+    batch.
+    """
+    source = data.source
+    if task.needs_landmarks and source.landmarks is None:
+        raise TrainingError(
+            f"{source.name}: task {data.config.task} needs landmarks and these pictures have none; "
+            "use data.kind celeba or synthetic"
+        )
+    data.epoch(0, task.needs_balanced_batches)

@@ -1,0 +1,190 @@
+"""What a student is pulled towards: labels and the teacher's soft prediction, and squared distances
+of vectors.
+
+Every piece of "L = Phi(task) + alpha soft + beta hidden" (eq. 5 of arXiv 1709.02929) that more than
+one task uses is here. Terms are returned without their weights, as detached float32 scalars on the
+device: nothing waits for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdkernels import hidden_l2, kd_cross_entropy
+
+
+class Objective(NamedTuple):
+    """A part of the loss, and what it is made of."""
+
+    loss: Tensor
+    """Weighted scalar with gradient."""
+    terms: dict[str, Tensor]
+    """Unweighted detached scalars by name."""
+
+
+class Pair(NamedTuple):
+    """Two tensors of one shape whose squared distance is a term of the loss; the gradient goes to
+    `student` only.
+    """
+
+    name: str
+    student: Tensor
+    teacher: Tensor
+    weight: float
+    reduction: str
+    """"batchmean" (divide by rows, the papers' norm), "mean" (by elements) or "sum"."""
+
+
+def softmax_objective(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    *,
+    gamma: float,
+    alpha: float,
+    temperature: float = 3.0,
+    tau_squared: bool = False,
+    label_smoothing: float = 0.0,
+    backend: str | None = None,
+) -> Objective | None:
+    """gamma H(softmax(s), y) + alpha [tau^2] H(softmax(s / tau), softmax(t / tau)) by one
+    kd_cross_entropy call (eq. 2).
+
+    student, teacher (N, C) logits; labels (N,). A part of weight 0 is not computed; None when both
+    are 0. Terms: "hard" and "top1" with labels; "soft" and "teacher_entropy" with a teacher (soft -
+    teacher_entropy is the KL).
+    """
+    labels = labels if gamma else None
+    teacher = teacher if alpha else None
+    if labels is None and teacher is None:
+        return None
+    # the op gives its hard term the weight 1, so gamma is put in front of both
+    loss, record = kd_cross_entropy(
+        student,
+        teacher,
+        labels,
+        temperature=temperature,
+        alpha=alpha if labels is None else alpha / gamma,
+        tau_squared=tau_squared,
+        label_smoothing=label_smoothing if labels is not None else 0.0,
+        return_terms=True,
+        backend=backend,
+    )
+    terms: dict[str, Tensor] = {}
+    if labels is not None:
+        terms["hard"] = record.hard
+        terms["top1"] = record.hits / record.count.clamp(min=1)
+    if teacher is not None:
+        terms["soft"] = record.soft
+        terms["teacher_entropy"] = record.entropy
+    return Objective(loss if labels is None or gamma == 1 else gamma * loss, terms)
+
+
+def squared_objective(pairs: Sequence[Pair], backend: str | None = None) -> Objective | None:
+    """sum_i weight_i r_i |S_i - T_i|^2 over all pairs in one hidden_l2 launch; r_i by each pair's
+    own reduction.
+
+    Regression, hidden and logit targets of a step share the launch. Pairs of weight 0 are left out;
+    None when none is left. Terms: r_i |S_i - T_i|^2 under each pair's name.
+    """
+    pairs = [pair for pair in pairs if pair.weight]
+    if not pairs:
+        return None
+    # the op has one reduction for all, and divides by the rows; the others follow from it by a
+    # constant
+    factors = [_per_batchmean(pair) for pair in pairs]
+    loss, terms = hidden_l2(
+        [pair.student for pair in pairs],
+        [pair.teacher for pair in pairs],
+        weights=[pair.weight * factor for pair, factor in zip(pairs, factors, strict=True)],
+        reduction="batchmean",
+        return_terms=True,
+        backend=backend,
+    )
+    named = zip(pairs, terms, factors, strict=True)
+    return Objective(loss, {pair.name: term * factor for pair, term, factor in named})
+
+
+def _per_batchmean(pair: Pair) -> float:
+    """What turns the sum over rows divided by rows into the pair's own reduction."""
+    rows = max(1, len(pair.student))
+    if pair.reduction == "batchmean":
+        return 1.0
+    if pair.reduction == "mean":
+        return rows / max(1, pair.student.numel())
+    if pair.reduction == "sum":
+        return float(rows)
+    raise ValueError(
+        f"squared_objective: the reduction of {pair.name!r} must be batchmean, mean or sum, "
+        f"got {pair.reduction!r}"
+    )
+
+
+class HiddenTarget(nn.Module):
+    """Psi of eq. 7 and 9: |P K_S - K_T|^2 with a learnt linear map P where the widths differ.
+
+    The paper leaves open how 256 features meet 2048; P is trained with the student and dropped
+    afterwards, and has no bias. projection "none" allows equal widths only. normalize scales P K_S
+    and K_T to unit length first.
+    """
+
+    def __init__(
+        self, student_width: int, teacher_width: int, *, projection: str, normalize: bool
+    ) -> None:
+        super().__init__()
+        if projection not in ("linear", "none"):
+            raise ValueError(f"HiddenTarget: projection must be linear or none, got {projection!r}")
+        if projection == "none" and student_width != teacher_width:
+            raise ValueError(
+                f"HiddenTarget: the student has {student_width} features, the teacher "
+                f"{teacher_width}; set target.hidden_proj to linear, or target.beta to 0"
+            )
+        self.normalize = normalize
+        self.projection: nn.Module = nn.Identity()
+        if student_width != teacher_width:
+            self.projection = nn.Linear(student_width, teacher_width, bias=False)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """The two (N, K_T) tensors to be compared, from features (N, K_S) and (N, K_T)."""
+        projected = self.projection(student)
+        if self.normalize:
+            return F.normalize(projected, dim=1), F.normalize(teacher, dim=1)
+        return projected, teacher
+
+
+def distillation_pairs(
+    student: Any, teacher: Any, hidden: HiddenTarget | None, target: Any
+) -> list[Pair]:
+    """The hidden and logit pairs of a step that `target` gives a weight.
+
+    student, teacher: outputs of the networks (`hidden`, `logits`); teacher None gives no pair.
+    target: a TargetConfig.
+    """
+    pairs = []
+    if teacher is not None and hidden is not None:
+        ours, theirs = hidden(student.hidden, teacher.hidden)
+        pairs.append(Pair("hidden", ours, theirs, target.beta, target.hidden_reduction))
+    if teacher is not None and target.logits:
+        pairs.append(
+            Pair("logits", student.logits, teacher.logits, target.logits, target.logits_reduction)
+        )
+    return pairs
+
+
+def total(parts: Sequence[Objective | None]) -> Objective:
+    """The sum of the parts that are there. ValueError when none is."""
+    present = [part for part in parts if part is not None]
+    if not present:
+        raise ValueError("total: every term of the loss has weight 0, so there is nothing to train")
+    loss = present[0].loss
+    for part in present[1:]:
+        loss = loss + part.loss
+    terms: dict[str, Tensor] = {}
+    for part in present:
+        terms |= part.terms
+    return Objective(loss, {name: term.detach().to(torch.float32) for name, term in terms.items()})

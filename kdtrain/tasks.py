@@ -1,0 +1,307 @@
+"""The three tasks: what one step optimises, how the network is measured, and which floor it must
+beat.
+
+One objective covers them: Phi(task) + alpha soft + beta hidden + logits + gamma softmax (eq. 5 of
+arXiv 1709.02929). Teachers run online, in eval mode and without gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdkernels import batch_triplet_loss
+from kdtrain import evaluate, observe
+from kdtrain.models import FaceNetwork, Outputs, seeded
+from kdtrain.observe import EvalBatch, Seen, look
+from kdtrain.targets import (
+    HiddenTarget,
+    Objective,
+    Pair,
+    distillation_pairs,
+    softmax_objective,
+    squared_objective,
+    total,
+)
+
+FLOOR_QUERIES = 5000
+CURVE_LIMIT = 0.3  # NRMSE up to which a report draws errors
+POINT_NAMES = ("lefteye", "righteye", "nose", "leftmouth", "rightmouth")
+
+
+class StepResult(NamedTuple):
+    """One step's loss and what it consists of."""
+
+    loss: Tensor
+    """Scalar with gradient."""
+    terms: dict[str, Tensor]
+    """Unweighted detached float32 scalars on the device, the same names at every step."""
+
+
+class Task(ABC):
+    """A network, its teacher, and the loss, metrics and floor of one task.
+
+    network: what is trained and saved. extra: modules that are trained but dropped afterwards.
+    teacher: eval mode, no gradient, in neither state nor optimiser; None where no target needs it.
+    """
+
+    metric: tuple[str, int]
+    """Name of the metric that judges a run, and +1 where more is better, -1 where less is."""
+    needs_balanced_batches = False
+    needs_landmarks = False
+
+    def __init__(self, config: Any, num_classes: int, teacher: FaceNetwork | None = None) -> None:
+        target = config.target
+        if target.needs_teacher and teacher is None:
+            raise ValueError(
+                "build_task: target.alpha, beta or logits is above 0, which needs a teacher network"
+            )
+        if (
+            teacher is not None
+            and (target.alpha or target.logits)
+            and teacher.num_classes != num_classes
+        ):
+            raise ValueError(
+                f"build_task: the teacher tells {teacher.num_classes} people apart and the data "
+                f"has {num_classes}; train the teacher on the same people, or set target.alpha and "
+                "target.logits to 0"
+            )
+        self.config = config
+        self.target = target
+        self.backend = None if config.fused else "eager"
+        with seeded(config.seed):
+            self.network = FaceNetwork(config.model, num_classes, self.needs_landmarks)
+        self.teacher = teacher if target.needs_teacher else None
+        if self.teacher is not None:
+            self.teacher.eval().requires_grad_(False)
+        self._hidden: HiddenTarget | None = None
+        if self.teacher is not None and target.beta:
+            with seeded(config.seed + 1):
+                self._hidden = HiddenTarget(
+                    self.network.width,
+                    self.teacher.width,
+                    projection=target.hidden_proj,
+                    normalize=target.hidden_normalize,
+                )
+        self.extra = nn.ModuleDict({} if self._hidden is None else {"hidden": self._hidden})
+        self._samples: dict[str, np.ndarray] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self.network.classifier.weight.device
+
+    def to(self, device: torch.device | str) -> Task:
+        """Moves network, teacher and extra modules."""
+        for module in (self.network, self.teacher, self.extra):
+            if module is not None:
+                module.to(device)
+        return self
+
+    def step(self, pictures: Tensor, labels: Tensor, points: Tensor | None = None) -> StepResult:
+        """Loss of a training batch with its gradient graph.
+
+        pictures (N, 3, s, s) float in [0, 255]; labels (N,); points (N, 5, 2) landmarks in crop
+        pixels, for alignment.
+        """
+        outputs: Outputs = self.network(pictures)
+        guide = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                guide = self.teacher(pictures)
+        softmax = softmax_objective(
+            outputs.logits,
+            None if guide is None else guide.logits,
+            labels,
+            gamma=self.target.gamma,
+            alpha=self.target.alpha,
+            temperature=self.target.temperature,
+            tau_squared=self.target.tau_squared,
+            label_smoothing=self.target.label_smoothing,
+            backend=self.backend,
+        )
+        pairs = distillation_pairs(outputs, guide, self._hidden, self.target)
+        pairs += self._regression(outputs, pictures, points)
+        squared = squared_objective(pairs, self.backend)
+        return StepResult(*total([self._metric_loss(outputs, labels), softmax, squared]))
+
+    def evaluate(self, batches: Iterable[EvalBatch]) -> dict[str, float]:
+        """Metrics over a split, in eval mode and without gradient; fractions, all finite.
+
+        A metric that cannot be measured on this data (no landmarks, too few pairs) is absent.
+        ValueError without a picture.
+        """
+        return self._evaluate(look(self.network, batches, self.device))
+
+    @abstractmethod
+    def floors(self, train: Iterable[EvalBatch], test: Iterable[EvalBatch]) -> dict[str, float]:
+        """The same metrics for a method that learns nothing: raw pixels, or the mean shape of the
+        training split.
+        """
+
+    def artifacts(self) -> dict[str, np.ndarray]:
+        """Small arrays of the last `evaluate` for the report: pictures with what the network made
+        of them, and curves.
+        """
+        return dict(self._samples)
+
+    @abstractmethod
+    def _evaluate(self, seen: Seen) -> dict[str, float]: ...
+
+    def _metric_loss(self, outputs: Outputs, labels: Tensor) -> Objective | None:
+        """Phi where it is neither the softmax loss nor a squared distance."""
+        return None
+
+    def _regression(self, outputs: Outputs, pictures: Tensor, points: Tensor | None) -> list[Pair]:
+        """Phi where it is a squared distance."""
+        return []
+
+
+class Classification(Task):
+    """Eq. 2-4: the softmax loss, with soft, hidden or logit targets where they have a weight."""
+
+    metric = ("top1", +1)
+
+    def _evaluate(self, seen: Seen) -> dict[str, float]:
+        self._samples = observe.neighbour_samples(seen.hidden, seen, self.backend)
+        return {
+            "top1": seen.hits.double().mean().item(),
+            "cross_entropy": seen.surprise.double().mean().item(),
+            **observe.pair_metrics(seen.hidden, seen.labels),
+        }
+
+    def floors(self, train: Iterable[EvalBatch], test: Iterable[EvalBatch]) -> dict[str, float]:
+        """top1 by the nearest training picture in raw pixels, of at most 5,000 test pictures; pairs
+        by pixels.
+        """
+        pixels, labels, _ = observe.pixels(test)
+        asked = observe.evenly(len(labels), FLOOR_QUERIES)
+        gallery = ((evaluate.raw_pixels(b.pictures), b.labels) for b in train)
+        share = evaluate.gallery_top1(pixels[asked], labels[asked], gallery, backend=self.backend)
+        return {"top1": share, **observe.pair_metrics(pixels, labels)}
+
+
+class Alignment(Task):
+    """Eq. 6-7: |R - y|^2 over the 10 coordinates, with hidden or soft targets where they have a
+    weight.
+
+    y = (x / W - 0.5, y / H - 0.5) of the crop. The classifier stays beside the landmark head: the
+    soft target is on it.
+    """
+
+    metric = ("nrmse", -1)
+    needs_landmarks = True
+
+    def _regression(self, outputs: Outputs, pictures: Tensor, points: Tensor | None) -> list[Pair]:
+        if points is None:
+            raise ValueError("alignment: landmarks are needed, and this data has none")
+        assert outputs.points is not None
+        height, width = pictures.shape[-2:]
+        side = torch.tensor([width, height], dtype=torch.float32, device=points.device)
+        truth = (points.float() / side - 0.5).flatten(1)  # (N, 10)
+        # "batchmean" is the sum over the coordinates and the mean over the pictures, as the paper
+        # has
+        # it; as a pair it shares one launch with the hidden and logit targets
+        return [Pair("points", outputs.points, truth, 1.0, "batchmean")]
+
+    def _evaluate(self, seen: Seen) -> dict[str, float]:
+        assert seen.landmarks is not None
+        kind = self.config.eval.normalizer
+        true, predicted, *_, sizes = seen.landmarks
+        errors = evaluate.nrmse_per_picture(predicted, true, sizes, kind)
+        lengths = evaluate.normalizer(true, sizes, kind)
+        per_point = (evaluate.per_point_error(predicted, true) / lengths[:, None]).mean(0)
+        thresholds, below, _ = evaluate.ced(errors, CURVE_LIMIT)
+        self._samples = observe.landmark_samples(seen, errors)
+        self._samples |= {"ced_threshold": thresholds.numpy(), "ced_share": below.numpy()}
+        return {
+            "nrmse": errors.mean().item(),
+            "nme": per_point.mean().item(),
+            "failure_rate": evaluate.failure_rate(errors),
+            "ced_area": evaluate.ced(errors)[2],
+            **{f"nme_{name}": per_point[i].item() for i, name in enumerate(POINT_NAMES)},
+        }
+
+    def floors(self, train: Iterable[EvalBatch], test: Iterable[EvalBatch]) -> dict[str, float]:
+        """nrmse and failure_rate of the training split's mean shape on every test crop, unseen."""
+        shape = evaluate.mean_shape(torch.cat([observe.true_points(batch)[1] for batch in train]))
+        errors = []
+        for batch in test:
+            true, _ = observe.true_points(batch)
+            guess = observe.original(batch, shape.float().expand(len(true), -1, -1))
+            kind = self.config.eval.normalizer
+            errors.append(evaluate.nrmse_per_picture(guess, true, batch.sizes.cpu(), kind))
+        every = torch.cat(errors)
+        return {"nrmse": every.mean().item(), "failure_rate": evaluate.failure_rate(every)}
+
+
+class Verification(Task):
+    """Eq. 8-9: the triplet loss on pooled features, with joint softmax and targets where they have
+    a weight.
+
+    Features are scaled to unit length first, unless triplet.normalize is off; so are those whose
+    neighbours are sought.
+    """
+
+    metric = ("nn_top1", +1)
+    needs_balanced_batches = True
+
+    def _metric_loss(self, outputs: Outputs, labels: Tensor) -> Objective:
+        options = self.config.triplet
+        loss = batch_triplet_loss(
+            self._embedding(outputs.hidden),
+            labels,
+            margin=options.margin,
+            mining=options.mining,
+            squared=options.squared,
+            reduction=options.reduction,
+            backend=self.backend,
+        )
+        return Objective(loss, {"triplet": loss})
+
+    def _embedding(self, hidden: Tensor) -> Tensor:
+        return F.normalize(hidden, dim=1) if self.config.triplet.normalize else hidden
+
+    def _evaluate(self, seen: Seen) -> dict[str, float]:
+        rows = self._embedding(seen.hidden)
+        self._samples = observe.neighbour_samples(rows, seen, self.backend)
+        self._samples |= observe.roc_samples(seen.hidden, seen.labels)
+        nearest = evaluate.nn_top1(rows, seen.labels, seen.groups, backend=self.backend)
+        return _measurable(nearest) | observe.pair_metrics(seen.hidden, seen.labels)
+
+    def floors(self, train: Iterable[EvalBatch], test: Iterable[EvalBatch]) -> dict[str, float]:
+        """The same metrics on raw pixels instead of features."""
+        pixels, labels, groups = observe.pixels(test)
+        nearest = evaluate.nn_top1(pixels, labels, groups, backend=self.backend)
+        return _measurable(nearest) | observe.pair_metrics(pixels, labels)
+
+
+def _measurable(metrics: dict[str, float]) -> dict[str, float]:
+    """Without those that had nothing to be measured on (nan)."""
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+
+TASKS: dict[str, type[Task]] = {
+    "classification": Classification,
+    "alignment": Alignment,
+    "verification": Verification,
+}
+
+
+def build_task(config: Any, num_classes: int, teacher: FaceNetwork | None = None) -> Task:
+    """The task that `config.task` names, its network freshly initialised from `config.seed`.
+
+    teacher: the network that a target with weight needs (models.network_from_state of its run's
+    weights). Raises ValueError for an unknown task, a missing teacher, or one that knows other
+    classes.
+    """
+    if config.task not in TASKS:
+        raise ValueError(f"build_task: task must be one of {', '.join(TASKS)}, got {config.task!r}")
+    return TASKS[config.task](config, num_classes, teacher)

@@ -1,0 +1,289 @@
+"""The chain: order of stages, what is reused, what a failure or an interruption leaves, the
+table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+from tiny_runs import TASK_KEYS, TINY, environment, tiny_config
+
+from kdtrain import checkpoint, keys, pipeline, settings
+from kdtrain.config import ConfigError
+from kdtrain.scheduler import Outcome
+
+
+def _preset(folder: Path, **stages: dict) -> Path:
+    """A preset folder; each stage is the tiny run with its own keys (section__key)."""
+    folder.mkdir(exist_ok=True)
+    for name, own in stages.items():
+        flat = {**TINY, "optim.phases": [{"epochs": 1, "lr": 0.05}]}
+        own = {key.replace("__", "."): value for key, value in own.items()}
+        flat |= {"task": "classification", **TASK_KEYS[own.get("task", "classification")], **own}
+        tree: dict = {}
+        for key, value in flat.items():
+            section, _, leaf = key.rpartition(".")
+            (tree.setdefault(section, {}) if section else tree)[leaf] = value
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(tree))
+    return folder
+
+
+def _command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "kdtrain", *map(str, arguments)]
+
+
+def _run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        _command(*arguments),
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_every_stage_comes_after_its_inputs():
+    for preset in settings.preset_names():
+        stages = pipeline.plan(preset, {}, {})
+        names = [stage.name for stage in stages]
+        assert len(names) == 10
+        for stage in stages:
+            assert all(names.index(n) < names.index(stage.name) for n in stage.inputs)
+        inputs = {stage.name: set(stage.inputs) for stage in stages}
+        assert inputs["cls_distilled"] == {"cls_student", "cls_teacher"}
+        assert inputs["cls_control"] == {"cls_student"}
+        assert inputs["ali_distilled"] == {"cls_distilled", "ali_teacher"}
+        assert inputs["ver_distilled"] == {"cls_distilled", "ver_teacher"}
+        assert inputs["ver_teacher"] == {"cls_teacher"}
+        assert inputs["ali_scratch"] == inputs["ver_scratch"] == set()
+
+
+def test_common_keys_reach_every_stage_and_special_keys_one():
+    special = {"ali_teacher": {"seed": 9}}
+    stages = pipeline.plan("two-cores", {"seed": 3, "data.people": 50}, special)
+    seeds = {stage.name: stage.config.seed for stage in stages}
+    assert seeds.pop("ali_teacher") == 9
+    assert set(seeds.values()) == {3}
+    assert {stage.config.data.people for stage in stages} == {50}
+
+
+def test_divide_reaches_the_students_only():
+    stages = pipeline.plan("two-cores", {}, {}, divide=4)
+    for stage in stages:
+        assert stage.config.model.divide == (1 if stage.name.endswith("_teacher") else 4)
+
+
+def test_identity_split_keeps_classification_among_the_training_people():
+    stages = pipeline.plan("two-cores", {"data.split": "identity"}, {})
+    for stage in stages:
+        expected = "identity:random" if stage.name.startswith("cls") else "identity"
+        assert stage.config.data.split == expected
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ({"a": {"init_from": "@b"}, "b": {"init_from": "@a"}}, "circle"),
+        ({"a": {"init_from": "@c"}}, "no stage 'c'"),
+        ({"a": {"optim__batch_size": 0}}, "stage a: optim.batch_size"),
+    ],
+)
+def test_a_preset_that_cannot_be_run_is_refused(stages, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        pipeline.plan(str(_preset(tmp_path / "p", **stages)), {}, {})
+
+
+def test_the_key_changes_with_what_counts_and_with_nothing_else():
+    config = tiny_config()
+    key = keys.run_key(config, {"teacher": "x"}, "data")
+    train = dataclasses.replace(config.train, threads=4, log_every=1, save_every=1)
+    data = dataclasses.replace(config.data, root="elsewhere", workers=3, cache="none")
+    moved = dataclasses.replace(config, train=train, data=data, init_from="@other")
+    assert keys.run_key(moved, {"teacher": "x"}, "data") == key
+    assert keys.run_key(config, {"teacher": "y"}, "data") != key
+    assert keys.run_key(config, {"teacher": "x"}, "other data") != key
+    reseeded = dataclasses.replace(config, seed=1)
+    assert keys.run_key(reseeded, {"teacher": "x"}, "data") != key
+    assert keys.differences(reseeded, settings.to_flat(config)) == ["seed: 1 here, 0 there"]
+
+
+def test_the_keys_worked_out_beforehand_are_those_of_the_runs(chain):
+    root, preset = chain
+    stages = pipeline.plan(str(preset), {}, {})
+    for name, key in pipeline.stage_keys(stages, root).items():
+        results = checkpoint.read_json(root / name / "results.json")
+        assert results is not None
+        assert results["key"] == key
+
+
+@pytest.mark.parametrize(
+    ("results", "begun", "state"),
+    [
+        ("k", "k", "reused"),
+        ("other", "other", "changed"),
+        (None, "k", "resume"),
+        (None, "other", "changed"),
+        (None, None, "new"),
+    ],
+)
+def test_the_state_of_a_stage_follows_from_its_folder(results, begun, state, tmp_path):
+    if results:
+        checkpoint.write_json(tmp_path / "results.json", {"key": results})
+    if begun:
+        checkpoint.write_json(tmp_path / "run.json", {"key": begun})
+    assert pipeline.stage_state(tmp_path, "k") == state
+
+
+def test_an_earlier_run_is_kept_aside_not_destroyed(tmp_path):
+    folder, place = tmp_path / "stage", tmp_path / "previous" / "stage"
+    for content in ("first", "second"):
+        folder.mkdir()
+        (folder / "results.json").write_text(content)
+        pipeline.set_aside(folder, place, Console(file=io.StringIO()))
+        assert not folder.exists()
+        assert (place / "results.json").read_text() == content
+
+
+def test_the_table_has_teacher_student_control_distilled_and_floor(tmp_path):
+    def stage(name: str, task: str, floor: float, **metrics: float) -> None:
+        (tmp_path / name).mkdir()
+        results = {"task": task, "metrics": metrics, "floors": {m: floor for m in metrics}}
+        checkpoint.write_json(tmp_path / name / "results.json", results)
+
+    stage("cls_teacher", "classification", 0.2, top1=0.931)
+    stage("cls_student", "classification", 0.2, top1=0.5)
+    stage("cls_control", "classification", 0.2, top1=0.61)
+    stage("cls_distilled", "classification", 0.2, top1=0.62)
+    stage("ver_teacher", "verification", 0.1, nn_top1=0.4, pair_accuracy=0.7)
+    (tmp_path / "recipes").mkdir()
+    for name in ("ali_teacher", "ali_distilled"):
+        (tmp_path / "recipes" / f"{name}.yaml").write_text("task: alignment\n")
+    names = ("cls_teacher", "cls_student", "cls_control", "cls_distilled", "ver_teacher")
+    outcomes = {name: Outcome("done", "", 1.0) for name in names}
+    outcomes["ali_teacher"] = Outcome("failed", "diverged at step 3: loss term 'points' is nan", 0)
+    outcomes["ali_distilled"] = Outcome("skipped", "needs ali_teacher", 0)
+    stream = io.StringIO()
+    Console(file=stream, width=120).print(pipeline.result_table(tmp_path, outcomes))
+    rows = {}
+    for line in stream.getvalue().splitlines():
+        cells = line.split("  ")
+        cells = [cell.strip() for cell in cells if cell.strip()]
+        rows[cells[0] if cells else ""] = cells[1:]
+    assert rows["teacher"] == ["93.1", "diverged", "40.0", "70.0"]
+    assert rows["scratch student"] == ["50.0", "-", "-", "-"]
+    assert rows["control student, no teacher"] == ["61.0", "-", "-", "-"]
+    assert rows["distilled student"] == ["62.0", "-", "-", "-"]
+    assert rows[pipeline.FLOOR] == ["20.0", "-", "10.0", "10.0"]
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """A preset of five tiny stages of all three tasks, run once by the command."""
+    folder = tmp_path_factory.mktemp("chain")
+    preset = _preset(
+        folder / "preset",
+        cls_teacher={"model__width": 16},
+        cls_distilled={"teacher": "@cls_teacher", "target__alpha": 1.0},
+        ali_distilled={
+            **{"task": "alignment", "init_from": "@cls_distilled", "teacher": "@cls_teacher"},
+            "target__beta": 1.0,
+        },
+        ver_distilled={
+            **{"task": "verification", "init_from": "@cls_distilled", "teacher": "@cls_teacher"},
+            "target__alpha": 1.0,
+        },
+    )
+    result = _run(
+        *("pipeline", "--preset", preset, "--run-dir", folder / "root", "--jobs", "2"), cwd=folder
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "distilled student" in result.stdout
+    assert (folder / "root" / "report.html").stat().st_size > 10_000
+    return folder / "root", preset
+
+
+def test_a_second_run_reuses_every_stage_and_touches_none(chain):
+    root, preset = chain
+    weights = sorted(root.glob("*/last/*"))
+    before = {path: path.stat().st_mtime_ns for path in weights}
+    result = _run("pipeline", "--preset", preset, "--run-dir", root, cwd=root)
+    assert result.returncode == 0
+    assert result.stdout.count(": reused, ") == 4
+    assert {path: path.stat().st_mtime_ns for path in sorted(root.glob("*/last/*"))} == before
+
+
+def test_train_refuses_to_destroy_what_is_in_the_run_folder(chain):
+    root, _ = chain
+    recipe, folder = root / "recipes" / "cls_teacher.yaml", root / "cls_teacher"
+    before = (folder / "last" / checkpoint.WEIGHTS).read_bytes()
+    same = _run("train", recipe, "--run-dir", folder, cwd=root)
+    assert same.returncode == 0
+    assert "finished before, reused" in same.stdout
+    other = _run("train", recipe, "--run-dir", folder, "--seed", "5", cwd=root)
+    assert other.returncode == 2
+    assert "seed: 5 here, 0 there" in other.stderr
+    assert "--overwrite" in other.stderr
+    strange = _run("train", recipe, "--run-dir", root, "--overwrite", cwd=root)
+    assert strange.returncode == 2
+    assert "not a run folder" in strange.stderr
+    assert (folder / "last" / checkpoint.WEIGHTS).read_bytes() == before
+
+
+def test_a_stage_that_fails_leaves_the_others_and_is_named(tmp_path):
+    preset = _preset(
+        tmp_path / "preset",
+        cls_teacher={"optim__phases": [{"epochs": 1, "lr": 1e30}]},
+        cls_distilled={"teacher": "@cls_teacher", "target__alpha": 1.0},
+        cls_student={},
+    )
+    result = _run("pipeline", "--preset", preset, "--run-dir", "root", "--jobs", "2", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "error: cls_teacher failed: diverged at step " in result.stderr
+    assert "error: cls_distilled skipped: needs cls_teacher" in result.stderr
+    assert "cls_student: done" in result.stdout
+    assert "diverged" in result.stdout
+
+
+def test_ctrl_c_stops_the_children_cleanly_and_the_same_command_continues(tmp_path):
+    phases = [{"epochs": 3, "lr": 0.05}]
+    # many people make the epochs long enough to be interrupted in
+    slow = {"optim__phases": phases, "data__people": 60, "data__pictures": 8}
+    preset = _preset(tmp_path / "preset", cls_teacher=slow)
+    arguments = ("pipeline", "--preset", preset, "--run-dir", "root", "--jobs", "2")
+    process = subprocess.Popen(
+        _command(*arguments),
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    folder = tmp_path / "root" / "cls_teacher"
+    deadline = time.monotonic() + 60
+    while not (folder / "last").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "stopped; to continue: python -m kdtrain pipeline --preset" in err
+    assert "Traceback" not in err
+    assert not (folder / "results.json").exists()
+    result = _run(*arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (folder / "results.json").exists()
+    assert "resumed in epoch" in (tmp_path / "root" / "logs" / "cls_teacher.txt").read_text()

@@ -79,10 +79,8 @@ def train(argv: Sequence[str]) -> int:
     parser = command_parser(
         "train",
         "RECIPE [--section.key value ...]",
-        """Train one run from a recipe. RECIPE: a name (see `recipes`), a YAML file, or a run
-        folder, 
-        """
-        "whose config.yaml is then the recipe.",
+        "Train one run from a recipe. RECIPE: a name (see `recipes`), a YAML file, or a run "
+        "folder, whose config.yaml is then the recipe.",
     )
     parser.add_argument("recipe", help="recipe name, YAML file or run folder")
     parser.add_argument("--run-dir", type=str, help="run folder (default: runs/RECIPE)")

@@ -71,9 +71,9 @@ def _cpu(
                 eager.scale_of(student.shape, reduction),
             )
         )
-    floats = {"dtype": torch.float32}
-    loss = torch.empty((), **floats)
-    terms, post_scale = torch.empty(len(pairs), **floats), torch.empty(len(pairs), **floats)
+    loss = torch.empty((), dtype=torch.float32)
+    terms = torch.empty(len(pairs), dtype=torch.float32)
+    post_scale = torch.empty(len(pairs), dtype=torch.float32)
     lib.native.hidden_l2(
         pairs, loss.data_ptr(), terms.data_ptr(), post_scale.data_ptr(), torch.get_num_threads()
     )

@@ -53,11 +53,10 @@ def _cpu(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     assert lib.native is not None
     rows, classes = student.shape
-    floats = {"dtype": torch.float32}  # whatever the default dtype is
-    per_row = torch.empty(rows, **floats)
-    row_terms = torch.empty(rows, 4, **floats)
-    reduced = torch.empty(6, **floats)
-    post_scale = torch.empty((), **floats)
+    per_row = torch.empty(rows, dtype=torch.float32)  # whatever the default dtype is
+    row_terms = torch.empty(rows, 4, dtype=torch.float32)
+    reduced = torch.empty(6, dtype=torch.float32)
+    post_scale = torch.empty((), dtype=torch.float32)
     gradient = lib.new_gradient((rows, classes) if want_gradient else (0,), student.dtype)
     bad_row = lib.native.kd_cross_entropy(
         lib.matrix(student),

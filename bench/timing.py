@@ -109,9 +109,8 @@ def interleave(timed: Sequence[Sequence[Timed]], rounds: int, warmup: int) -> np
     """Milliseconds (contenders, rounds): every contender once a round, in rotating order.
 
     timed[i] holds contender i's call on each input set; every call takes the set after the one used
-    last. A contender's turn is two calls, the second one counts: the first brings the allocator to
-    where this contender's own loop keeps it. (After another contender's turn the native gradient of
-    256 x 10,575 came on fresh pages: 7 ms instead of 2.5.)
+    last. A contender's turn is one call, so each finds the allocator as other work has left it, as
+    a loss does in a training step between two passes through a network.
     """
     times = np.zeros((len(timed), rounds))
     turn = 0
@@ -119,10 +118,8 @@ def interleave(timed: Sequence[Sequence[Timed]], rounds: int, warmup: int) -> np
         for number in range(-warmup, rounds):
             for place in range(len(timed)):
                 which = (number + place) % len(timed)
-                ms = 0.0
-                for _ in range(2):
-                    ms = timed[which][turn % len(timed[which])]()
-                    turn += 1
+                ms = timed[which][turn % len(timed[which])]()
+                turn += 1
                 if number >= 0:
                     times[which, number] = ms
     return times

@@ -3,16 +3,17 @@
 
 #include "types.h"
 
-// One row's statistics, 8 floats: what blocks, row chunks and class shards need to be merged (architecture, decision 5).
+// One row's statistics, 8 floats: what blocks, row chunks and class shards need to be merged (architecture, decision
+// 5).
 struct RowStatistics {
-  float student_max;    // m_S
-  float student_sum;    // sum_c exp(s_c - m_S)
-  float softened_sum;   // sum_c exp((s_c - m_S) / tau)
-  float teacher_max;    // m_T
-  float teacher_sum;    // sum_c exp((t_c - m_T) / tau)
-  float cross;          // sum_c exp((t_c - m_T) / tau) (s_c - m_S)
-  float label_logit;    // s_y - m_S, -inf where the label is elsewhere
-  float logit_sum;      // sum_c (s_c - m_S), for label smoothing; 0 where none is asked
+  float student_max;   // m_S
+  float student_sum;   // sum_c exp(s_c - m_S)
+  float softened_sum;  // sum_c exp((s_c - m_S) / tau)
+  float teacher_max;   // m_T
+  float teacher_sum;   // sum_c exp((t_c - m_T) / tau)
+  float cross;         // sum_c exp((t_c - m_T) / tau) (s_c - m_S)
+  float label_logit;   // s_y - m_S, -inf where the label is elsewhere
+  float logit_sum;     // sum_c (s_c - m_S), for label smoothing; 0 where none is asked
 };
 
 // Per-row values that return_terms reports.
@@ -22,19 +23,19 @@ struct RowTerms {
 
 struct KdCrossEntropyArgs {
   Matrix student;
-  Matrix teacher;         // data null: plain cross-entropy
-  const void* target;     // int64 or int32 labels, null: the soft term alone
+  Matrix teacher;      // data null: plain cross-entropy
+  const void* target;  // int64 or int32 labels, null: the soft term alone
   bool target_is_int64;
   int64_t target_stride;
   int64_t rows, classes;
   float temperature, alpha;  // alpha already holds tau^2 where that is asked
   float label_smoothing;
   int64_t ignore_index;
-  float gradient_scale;   // 1/n of a mean, or the power of two that float16 is stored with
-  float* loss;            // (rows,)
-  RowTerms* terms;        // (rows,)
+  float gradient_scale;       // 1/n of a mean, or the power of two that float16 is stored with
+  float* loss;                // (rows,)
+  RowTerms* terms;            // (rows,)
   RowStatistics* statistics;  // (rows,) or null
-  void* gradient;         // (rows, classes) contiguous in the student's dtype, null: loss alone
+  void* gradient;             // (rows, classes) contiguous in the student's dtype, null: loss alone
 };
 
 namespace v4 {

@@ -12,6 +12,6 @@ Level current_level();
 bool set_level(Level level);
 
 // The current level's copy of a row kernel.
-#define KDK_AT_LEVEL(function)                                                  \
-  (KDK_IF_V4(current_level() >= kV4Level ? v4::function :)                      \
-       KDK_IF_V3(current_level() >= kV3Level ? v3::function :) base::function)
+#define KDK_AT_LEVEL(function)                                                                                     \
+  (KDK_IF_V4(current_level() >= kV4Level ? v4::function :) KDK_IF_V3(current_level() >= kV3Level ? v3::function :) \
+       base::function)

@@ -22,8 +22,8 @@ T* address(uintptr_t value) {
 
 // (address, dtype code, row stride, column stride), strides in elements
 Matrix matrix(const py::tuple& t) {
-  return Matrix{address<const void>(t[0].cast<uintptr_t>()), static_cast<DType>(t[1].cast<int>()),
-                t[2].cast<int64_t>(), t[3].cast<int64_t>()};
+  return Matrix{address<const void>(t[0].cast<uintptr_t>()), static_cast<DType>(t[1].cast<int>()), t[2].cast<int64_t>(),
+                t[3].cast<int64_t>()};
 }
 
 void bind_kd_cross_entropy(py::module_& m) {
@@ -60,8 +60,9 @@ void bind_give_gradient(py::module_& m) {
       "give_gradient",
       [](uintptr_t data, int dtype, int64_t rows, int64_t columns, float factor, uintptr_t per_row,
          int64_t per_row_stride, int threads) {
-        const GiveGradientArgs args{address<void>(data), static_cast<DType>(dtype),  rows,          columns, factor,
-                                    address<const float>(per_row), per_row_stride};
+        const GiveGradientArgs args{
+            address<void>(data), static_cast<DType>(dtype), rows, columns, factor, address<const float>(per_row),
+            per_row_stride};
         const py::gil_scoped_release release;
         give_gradient(args, threads);
       },
@@ -100,8 +101,13 @@ void bind_batch_triplet(py::module_& m) {
       "batch_triplet_centre",
       [](const py::tuple& embeddings, int64_t rows, int64_t features, uintptr_t staged, uintptr_t shift,
          uintptr_t centred, uintptr_t norms, int threads) {
-        const CentreArgs args{matrix(embeddings), rows, features, address<float>(staged), address<float>(shift),
-                              address<float>(centred), address<float>(norms)};
+        const CentreArgs args{matrix(embeddings),
+                              rows,
+                              features,
+                              address<float>(staged),
+                              address<float>(shift),
+                              address<float>(centred),
+                              address<float>(norms)};
         const py::gil_scoped_release release;
         return batch_triplet_centre(args, threads);
       },
@@ -184,7 +190,8 @@ void bind_hidden_l2(py::module_& m) {
         const py::gil_scoped_release release;
         hidden_l2(inputs, address<float>(loss), address<float>(terms), address<float>(post_scale), threads);
       },
-      "Weighted squared distances and gradients of all pairs: (student, teacher, gradient, sizes, weight, scale) each.");
+      "Weighted squared distances and gradients of all pairs: (student, teacher, gradient, sizes, weight, scale) "
+      "each.");
   m.def(
       "hidden_l2_give",
       [](const py::list& gradients, int threads) {
@@ -229,8 +236,9 @@ void bind_nearest_neighbor(py::module_& m) {
       "nearest_stage",
       [](const py::tuple& rows, int64_t column, int64_t width, uintptr_t centre, uintptr_t norms, float factor,
          uintptr_t out, int threads) {
-        const StageArgs args{row_range(rows),      column, width, address<const float>(centre), address<const float>(norms),
-                             factor, address<float>(out)};
+        const StageArgs args{
+            row_range(rows),    column, width, address<const float>(centre), address<const float>(norms), factor,
+            address<float>(out)};
         const py::gil_scoped_release release;
         nearest_stage(args, threads);
       },

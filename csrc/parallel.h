@@ -54,8 +54,9 @@ class Scratch {
   int64_t size_ = 0;
 };
 
-// Calls body(begin, end, scratch) on contiguous shares of [0, count). Shares depend on `threads` alone. `scratch_floats`
-// are allocated before the parallel region's work, and a failed allocation is thrown to the caller, not into OpenMP.
+// Calls body(begin, end, scratch) on contiguous shares of [0, count). Shares depend on `threads` alone.
+// `scratch_floats` are allocated before the parallel region's work, and a failed allocation is thrown to the caller,
+// not into OpenMP.
 template <typename Body>
 void parallel_rows(int64_t count, int threads, int64_t scratch_floats, const Body& body) {
   if (threads > count) threads = static_cast<int>(count);

@@ -6,6 +6,10 @@
 #include "ops.h"
 #include "parallel.h"
 
+namespace {
+constexpr int64_t kStreamBytes = 8 << 20;  // gradients from which on none would wait in a cache for backward
+}
+
 // The op: label check, count of the rows that matter, row kernel in parallel, reduction in row order.
 // reduced: 6 floats: loss (mean or sum), hard, soft, entropy (means over counted rows), hits, counted rows.
 // post_scale: what backward multiplies by besides the incoming gradient.
@@ -34,6 +38,7 @@ int64_t kd_cross_entropy(KdCrossEntropyArgs args, bool mean, float* reduced, flo
     args.gradient_scale = static_cast<float>(power);
     *post_scale = static_cast<float>(1.0 / (power * divisor));
   }
+  args.stream = args.student.dtype == kFloat32 && args.rows * args.classes * 4 >= kStreamBytes;
   const auto rows = KDK_AT_LEVEL(kd_cross_entropy_rows);
   parallel_rows(args.rows, threads, kd_cross_entropy_scratch(args.classes),
                 [&](int64_t begin, int64_t end, float* scratch) { rows(args, begin, end, scratch); });

@@ -35,6 +35,7 @@ struct KdCrossEntropyArgs {
   float* loss;                // (rows,)
   RowTerms* terms;            // (rows,)
   RowStatistics* statistics;  // (rows,) or null
+  bool stream;                // store a float32 gradient past the caches
   void* gradient;             // (rows, classes) contiguous in the student's dtype, null: loss alone
 };
 

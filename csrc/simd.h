@@ -33,6 +33,18 @@ constexpr float kLowest = -3.402823466e38f;
 
 inline Vec load(const float* p) { return *reinterpret_cast<const VecUnaligned*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<VecUnaligned*>(p) = v; }
+// A store past the caches: the line is not read first, and nothing that is still needed is pushed out.
+#if defined(__AVX512F__)
+inline void stream(float* p, Vec v) { _mm512_stream_ps(p, (__m512)v); }
+inline void stream_fence() { _mm_sfence(); }
+#elif defined(__AVX2__)
+inline void stream(float* p, Vec v) { _mm256_stream_ps(p, (__m256)v); }
+inline void stream_fence() { _mm_sfence(); }
+#else
+inline void stream(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
+inline void stream_fence() {}
+#endif
+
 inline Vec splat(float x) { return Vec{} + x; }
 
 // NaN in `a` yields `b`: a NaN never becomes the maximum, it surfaces in the exponentials instead.

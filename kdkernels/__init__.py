@@ -10,7 +10,7 @@ from kdkernels.kd_cross_entropy.op import (
     KDCrossEntropyLoss,
     kd_cross_entropy,
 )
-from kdkernels.library import backends, empty_cache, isa, isa_levels, set_isa
+from kdkernels.library import backends, empty_cache, isa, isa_levels, set_isa, validate
 from kdkernels.nearest_neighbor.eager import Nearest
 from kdkernels.nearest_neighbor.op import nearest_neighbor
 from kdkernels.triplet.batch_op import BatchTripletLoss, batch_triplet_loss
@@ -37,4 +37,5 @@ __all__ = [
     "nearest_neighbor",
     "set_isa",
     "triplet_loss",
+    "validate",
 ]

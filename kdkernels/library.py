@@ -197,6 +197,23 @@ def check_choice(op: str, name: str, value: object, choices: Sequence[str]) -> s
     return str(value)
 
 
+_validates = False
+
+
+def validate(on: bool) -> None:
+    """Whether values that only the device knows (the range of labels) are checked off the CPU too.
+
+    The check waits for the device at every call; without it a bad label makes its row NaN.
+    """
+    global _validates
+    _validates = bool(on)
+
+
+def validates() -> bool:
+    """What validate() was last told; False at first."""
+    return _validates
+
+
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether a gradient is wanted; to be asked outside the autograd.Function.
 

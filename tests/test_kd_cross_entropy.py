@@ -11,9 +11,11 @@ from contract import accuracy, find_op
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import kdkernels
 from kdkernels import CrossEntropyLoss, KDCrossEntropyLoss, kd_cross_entropy
+from kdkernels.kd_cross_entropy import eager
 from kdkernels.kd_cross_entropy.samples import make
-from kdkernels.library import backends
+from kdkernels.library import backends, validates
 from kdkernels.sample import Sample
 
 BACKENDS = backends("kd_cross_entropy", "cpu")
@@ -247,6 +249,34 @@ def test_networks_of_different_dtypes(backend):
     want = kd_cross_entropy(s.bfloat16().double(), t.half().double(), y, backend="eager")
     assert got.dtype == torch.float32
     assert float(got) == pytest.approx(float(want), rel=1e-6)
+
+
+def test_an_unchecked_bad_label_spoils_its_row_alone():
+    # what eager does off the CPU, where the functional does not look at the labels
+    s = torch.randn(3, 8, requires_grad=True)
+    options = {"temperature": 3.0, "alpha": 1.0, "tau_squared": False, "ignore_index": -100}
+    loss, _ = eager.kd_cross_entropy(
+        s,
+        torch.randn(3, 8),
+        torch.tensor([1, 9, -100]),
+        **options,
+        label_smoothing=0.1,
+        reduction="none",
+    )
+    loss.sum().backward()
+    assert loss.isnan().tolist() == [False, True, False]
+    assert s.grad.isnan().all(dim=1).tolist() == [False, True, False]
+    assert s.grad[0].isfinite().all()
+    assert s.grad[2].eq(0).all()
+
+
+def test_validate_switches_the_check():
+    assert not validates()
+    kdkernels.validate(True)
+    try:
+        assert validates()
+    finally:
+        kdkernels.validate(False)
 
 
 def test_another_default_dtype_changes_nothing():

@@ -50,12 +50,16 @@ def kd_cross_entropy(
 
     if target is not None:
         counts = target != ignore_index
-        label = torch.where(counts, target, 0).long()
+        in_range = (target >= 0) & (target < student.shape[1])
+        label = torch.where(counts & in_range, target, 0).long()
         log_probs = torch.log_softmax(s, dim=1)  # (N, C)
         hard = -log_probs.gather(1, label[:, None])[:, 0]
         if label_smoothing != 0.0:
             smooth = -log_probs.mean(dim=1)
             hard = (1.0 - label_smoothing) * hard + label_smoothing * smooth
+        # Where nobody has checked the labels (on CUDA it would wait), a bad one spoils its row: a
+        # factor, for NaN in the other branch of a torch.where would reach every gradient.
+        hard = hard * torch.where(counts & ~in_range, torch.nan, 1.0).to(compute)
         hits = (s.detach().argmax(dim=1) == label) & ~s.detach().isnan().any(dim=1)
 
     if teacher is not None:

@@ -179,6 +179,9 @@ def kd_cross_entropy(
     backend="eager" for either). Inputs are never written to. Under autocast logits are taken as
     they are given.
 
+    A label out of range raises on the CPU and under kdkernels.validate(True); elsewhere it makes
+    the row's loss and gradient NaN, without waiting for the device.
+
     Raises ValueError where shapes, dtypes, devices, options or (on the CPU) the label range are
     wrong.
     """
@@ -231,9 +234,9 @@ def kd_cross_entropy(
 def check_label_range(target: Tensor, classes: int, ignore_index: int) -> None:
     """Raises ValueError where a label is neither a class nor ignore_index.
 
-    On the CPU only: elsewhere it would wait for the device.
+    On the CPU; elsewhere it would wait for the device, so only under kdkernels.validate(True).
     """
-    if target.device.type != "cpu" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not (target.device.type == "cpu" or lib.validates()):
         return
     bad = (target != ignore_index) & ((target < 0) | (target >= classes))
     if bool(bad.any()):

@@ -26,8 +26,8 @@ How to read it:
   with the float64 specification before it was timed; a wrong one is not timed.
 - A time is one call forward and backward together, at an incoming gradient of 1 and of 0.37
   (nearest_neighbor: forward alone), with its gradients released inside. Median and quartiles over
-  rounds; in a round every contender has one call, and the
-  order rotates. **native is faster by** is the ratio of medians within the run, with a 95 %
+  rounds; in a round every contender has one call, in a
+  new order each time. **native is faster by** is the ratio of medians within the run, with a 95 %
   bootstrap interval.
 - Every case runs in a fresh process. Inputs rotate over so many sets that they come from memory,
   not from the last-level cache. torch.compile's compilation and every contender's first rounds are

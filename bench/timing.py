@@ -106,7 +106,7 @@ def no_collection():
 
 
 def interleave(timed: Sequence[Sequence[Timed]], rounds: int, warmup: int) -> np.ndarray:
-    """Milliseconds (contenders, rounds): every contender once a round, in rotating order.
+    """Milliseconds (contenders, rounds): every contender once a round, in a new order each time.
 
     timed[i] holds contender i's call on each input set; every call takes the set after the one used
     last. A contender's turn is one call, so each finds the allocator as other work has left it, as
@@ -114,10 +114,11 @@ def interleave(timed: Sequence[Sequence[Timed]], rounds: int, warmup: int) -> np
     """
     times = np.zeros((len(timed), rounds))
     turn = 0
+    # A rotation would keep each contender behind the same neighbour, whose caches it then finds.
+    shuffle = np.random.default_rng(0)
     with no_collection():
         for number in range(-warmup, rounds):
-            for place in range(len(timed)):
-                which = (number + place) % len(timed)
+            for which in shuffle.permutation(len(timed)):
                 ms = timed[which][turn % len(timed[which])]()
                 turn += 1
                 if number >= 0:

@@ -13,6 +13,8 @@ from kdkernels import library
 
 sys.path.append(str(ROOT))  # bench is no installed package
 
+import itertools
+
 from bench import __main__ as command
 from bench import report, rows, timing, worker
 from bench.cases import CASES, OWN, Case, Contender, find_cases
@@ -79,7 +81,7 @@ def test_noise_that_hits_both_in_the_same_round_cancels_out_of_the_interval():
     assert high == pytest.approx(3)
 
 
-def test_interleaving_rotates_the_order_and_takes_every_input_set():
+def test_interleaving_changes_the_order_and_takes_every_input_set():
     calls = []
 
     def timed(contender: int, inputs: int):
@@ -89,13 +91,14 @@ def test_interleaving_rotates_the_order_and_takes_every_input_set():
 
         return call
 
-    times = timing.interleave([[timed(c, i) for i in range(4)] for c in range(3)], 4, warmup=2)
-    assert times.shape == (3, 4)
-    assert len(calls) == 3 * (4 + 2)
-    measured = calls[6:]  # the warm-up is not kept
-    assert [c for c, _ in measured] == [0, 1, 2, 1, 2, 0, 2, 0, 1, 0, 1, 2]
-    assert [i for _, i in calls] == [n % 4 for n in range(18)]
-    assert times[0].tolist() == [7.0, 12.0, 14.0, 16.0]
+    times = timing.interleave([[timed(c, i) for i in range(4)] for c in range(3)], 8, warmup=2)
+    assert times.shape == (3, 8)
+    assert [i for _, i in calls] == [n % 4 for n in range(30)]
+    rounds = [[c for c, _ in calls[n : n + 3]] for n in range(6, 30, 3)]  # the warm-up is not kept
+    assert all(sorted(order) == [0, 1, 2] for order in rounds)
+    followers = {pair for order in rounds for pair in itertools.pairwise(order)}
+    assert len(followers) == 6  # each behind each
+    assert times[rounds[0][0], 0] == 7.0
 
 
 def test_input_sets_exceed_the_cache():

@@ -50,7 +50,8 @@ def test_a_broken_extension_is_not_mistaken_for_a_missing_one(tmp_path):
         target.parent.mkdir(exist_ok=True)
         target.write_text(path.read_text())
     (package / "_native.py").write_text("raise ImportError('libgomp.so.1: cannot open')")
-    done = python(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import kdkernels")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import kdkernels"
+    done = python(code, PYTHONPATH="")  # not where a run without the extension hides it
     assert done.returncode != 0
     assert "libgomp.so.1: cannot open" in done.stderr
 

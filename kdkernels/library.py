@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 native: Any
 try:
@@ -102,20 +103,38 @@ def choose_backend(op: str, backend: str | None, tensors: Sequence[Tensor]) -> s
     available = backends(op, device_type)
     takes_dtypes = all(t.dtype in DTYPE_CODES for t in tensors if t.is_floating_point())
     if backend is None:
-        return available[0] if takes_dtypes else "eager"
+        backend = available[0] if takes_dtypes else "eager"
     if backend not in available:
         known = "" if backend in BACKENDS else f"; the backends are {', '.join(sorted(BACKENDS))}"
         raise ValueError(
             f"{op}: backend {backend!r} has no kernel for {device_type!r} tensors; "
             f"available here: {', '.join(available)}{known}"
         )
-    if backend != "eager" and not takes_dtypes:
+    if backend == "eager":
+        return backend
+    if not takes_dtypes:
         raise ValueError(
             f"{op}: backend {backend!r} takes float32, bfloat16 and float16; "
             f"use backend='eager' for "
             f"{', '.join(sorted({str(t.dtype) for t in tensors}))}"
         )
+    refuse_transforms(op, tensors)
     return backend
+
+
+def refuse_transforms(op: str, tensors: Sequence[Tensor]) -> None:
+    """Raises where a kernel would drop derivatives: forward-mode duals, torch.func's wrappers."""
+    if torch.compiler.is_compiling():
+        return
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    for t in tensors:
+        wrapped = functorch.is_gradtrackingtensor(t) or functorch.is_batchedtensor(t)
+        dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None
+        if wrapped or dual:
+            raise RuntimeError(
+                f"{op}: forward-mode derivatives and torch.func transforms are not available in "
+                f'kernels: use backend="eager"'
+            )
 
 
 def reject(op: str, message: str) -> ValueError:

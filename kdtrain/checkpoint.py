@@ -92,7 +92,10 @@ def load_state(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: no {STATE} there, nothing to resume from")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except (
+        *(RuntimeError, EOFError, OSError, pickle.UnpicklingError),
+        *(LookupError, ValueError, TypeError, AttributeError),  # the unpickler's, on any rubbish
+    ) as error:
         message = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{path}: damaged ({message}); start again with --overwrite"
@@ -106,7 +109,10 @@ def run_weights(run: Path) -> Path:
     for folder in (_whole(run / "last"), run):
         if (folder / WEIGHTS).is_file():
             return folder
-    raise CheckpointError(f"{run}: no trained weights there; train that run first, or name another")
+    raise CheckpointError(
+        f"{run}: no trained weights there, which init_from or teacher asks for (@NAME is the run "
+        "beside this one); train that run first, or name its folder"
+    )
 
 
 def write_text(path: Path, text: str) -> None:

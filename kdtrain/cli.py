@@ -162,7 +162,14 @@ def evaluate_run(argv: Sequence[str]) -> int:
     if not found:
         raise UsageError(f"{run}: no run folder (no config.yaml there)")
     config = settings.build({**settings.read_recipe(found[0]), **overrides})
-    _print_results(engine.evaluate(config, run), f"{run}: test split of {config.data.kind}")
+    results = engine.evaluate(config, run)
+    _print_results(results, f"{run}: test split of {config.data.kind}")
+    trained, found = results["trained_classes"], results["data"]["classes"]
+    if trained != found:
+        print(
+            f"  the classifier's own metrics are left out: it knows {trained} people, these "
+            f"pictures show {found}"
+        )
     return 0
 
 

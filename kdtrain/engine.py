@@ -105,7 +105,13 @@ def evaluate(config: Config, run: Path) -> dict[str, Any]:
         floors = task.floors(data.evaluation(data.train), data.evaluation(data.test))
         if trained.num_classes != data.source.num_classes:
             metrics = {k: v for k, v in metrics.items() if k not in CLASSIFIER_METRICS}
-        return {"task": config.task, "metrics": metrics, "floors": floors, "data": data.summary()}
+        return {
+            "task": config.task,
+            "metrics": metrics,
+            "floors": floors,
+            "data": data.summary(),
+            "trained_classes": trained.num_classes,
+        }
 
 
 class Run:

@@ -39,6 +39,8 @@ def check_device(config: Config) -> None:
     """Raises ConfigError when train.device cannot be used here, and says what can."""
     try:
         torch.empty(0, device=config.train.device)
+        if torch.device(config.train.device).type == "meta":
+            raise RuntimeError("meta tensors hold no numbers")
     except (RuntimeError, AssertionError) as error:
         here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         raise ConfigError(

@@ -65,4 +65,9 @@ def check_data(task: Task, data: RunData) -> None:
             f"{source.name}: task {data.config.task} needs landmarks and these pictures have none; "
             "use data.kind celeba or synthetic"
         )
+    if data.config.task == "classification" and source.num_classes < 2:
+        raise TrainingError(
+            f"{source.name}: task classification needs at least 2 people (classes), found "
+            f"{source.num_classes}"
+        )
     data.epoch(0, task.needs_balanced_batches)

@@ -352,6 +352,32 @@ def no_gradient_without_asking(op: Op, backend: str) -> None:
             torch.testing.assert_close(got, want.detach(), rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
+def refuses_forward_mode(op: Op, backend: str) -> None:
+    """A forward-mode derivative or a torch.func transform is refused by kernels, not dropped."""
+    if backend == "eager":
+        return
+    for sample in small_first(op, 1):
+        for name in sample.differentiable:
+            value = sample.tensors[name]
+            first = value[0] if isinstance(value, list) else value
+
+            def call(x, name=name, value=value, sample=sample):
+                new = [x, *value[1:]] if isinstance(value, list) else x
+                arguments = {**sample.tensors, name: new}
+                return flatten(op.function(**arguments, **sample.options, backend=backend))[0].sum()
+
+            for transform in (
+                lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),)),
+                lambda f, x: torch.func.grad(f)(x),
+            ):
+                try:
+                    transform(call, first)
+                except RuntimeError as error:
+                    assert 'backend="eager"' in str(error), f"{op.name}: {error}"
+                else:
+                    raise AssertionError(f"{op.name}: a transform passed silently")
+
+
 def unmoved_by_the_default_dtype(op: Op, backend: str) -> None:
     """With another default dtype the outputs have the same dtypes and the same bits."""
     for sample in small_first(op, 3):

@@ -180,7 +180,7 @@ def test_a_damaged_file_is_named(name, load, tmp_path):
     folder = tmp_path / "last"
     _save(folder, 1.0)
     content = (folder / name).read_bytes()
-    for damaged in (content[: len(content) // 2], b"", b"x" * 500):
+    for damaged in (content[: len(content) // 2], b"", b"x" * 500, b"hello world garbage\n"):
         (folder / name).write_bytes(damaged)
         with pytest.raises(CheckpointError, match=f"{name}: damaged"):
             load(folder)

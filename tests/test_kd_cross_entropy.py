@@ -111,6 +111,18 @@ def test_a_row_of_only_minus_infinity_is_nan_and_leaves_its_neighbours_alone(bac
 
 
 @both
+def test_a_nan_in_an_ignored_row_reaches_nothing(backend):
+    s, t, y = make(3, 40, ignored=1).tensors.values()
+    s[0], t[0] = math.nan, math.nan
+    s.requires_grad_()
+    loss = kd_cross_entropy(s, t, y, backend=backend)
+    loss.backward()
+    assert loss.isfinite()
+    assert s.grad.isfinite().all()
+    assert s.grad[0].eq(0).all()
+
+
+@both
 def test_the_teacher_gets_no_gradient(backend):
     s, t, y = make(3, 40).tensors.values()
     s.requires_grad_()
@@ -157,6 +169,9 @@ def test_the_gradient_is_given_away_without_a_copy():
 
 BAD = {
     "temperature must be greater than 0, got 0": {"temperature": 0},
+    "temperature must be at least 1e-06, got 1e-39": {"temperature": 1e-39},
+    "temperature must be at most 1e+06, got 1e+300": {"temperature": 1e300, "tau_squared": True},
+    "alpha must be at most 1e+06, got 1e+300": {"alpha": 1e300},
     "temperature must be finite, got nan": {"temperature": math.nan},
     "temperature must be a number, got str": {"temperature": "3"},
     "alpha must be finite, got inf": {"alpha": math.inf},
@@ -339,6 +354,13 @@ class TestDropIn:
             CrossEntropyLoss()(torch.randn(2, 4).bfloat16(), torch.tensor([0, 1])).dtype
             == torch.bfloat16
         )
+
+    def test_under_autocast_the_loss_is_float32_as_in_torch(self):
+        s, y = torch.randn(2, 4).bfloat16(), torch.tensor([0, 1])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got, want = CrossEntropyLoss()(s, y), torch.nn.CrossEntropyLoss()(s, y)
+        assert got.dtype == want.dtype == torch.float32
+        torch.testing.assert_close(got, want)
 
     def test_is_torchs_class(self):
         assert isinstance(CrossEntropyLoss(), torch.nn.CrossEntropyLoss)

@@ -477,3 +477,12 @@ def test_modules_equal_their_functions(backend):
     batch = list(make_batch([3, 3, 2], 11, seed=4).tensors.values())
     options["mining"] = "all"
     assert torch.equal(BatchTripletLoss(**options)(*batch), batch_triplet_loss(*batch, **options))
+
+
+@pytest.mark.parametrize("backend", backends("batch_triplet_loss", "cpu"))
+@pytest.mark.parametrize("mining", ["hard", "all"])
+def test_a_loss_beyond_float32_is_not_finite_and_no_error(backend, mining):
+    generator = torch.Generator().manual_seed(0)
+    huge = torch.randn(8, 5, generator=generator) * 1e25
+    loss = batch_triplet_loss(huge, torch.arange(8) // 2, mining=mining, backend=backend)
+    assert not bool(loss.isfinite())

@@ -52,6 +52,8 @@ def kd_cross_entropy(
         counts = target != ignore_index
         in_range = (target >= 0) & (target < student.shape[1])
         label = torch.where(counts & in_range, target, 0).long()
+        # A NaN in a row that counts for nothing must not reach any gradient.
+        s = torch.where(counts[:, None], s, 0.0)
         log_probs = torch.log_softmax(s, dim=1)  # (N, C)
         hard = -log_probs.gather(1, label[:, None])[:, 0]
         if label_smoothing != 0.0:
@@ -63,7 +65,7 @@ def kd_cross_entropy(
         hits = (s.detach().argmax(dim=1) == label) & ~s.detach().isnan().any(dim=1)
 
     if teacher is not None:
-        t = teacher.detach().to(compute) / temperature
+        t = torch.where(counts[:, None], teacher.detach().to(compute), 0.0) / temperature
         probs = torch.softmax(t, dim=1)  # (N, C)
         soft = cross_entropy_of(torch.log_softmax(s / temperature, dim=1), probs)
         entropy = cross_entropy_of(torch.log_softmax(t, dim=1), probs)

@@ -10,6 +10,7 @@ from kdkernels.kd_cross_entropy import eager
 from kdkernels.kd_cross_entropy.eager import KDTerms
 
 NAME = "kd_cross_entropy"
+LARGEST = 1e6  # of alpha, the temperature and its inverse: beyond, float32 statistics overflow
 
 # loss is (N,) for "none" and 0-d else; terms is (5,) float32; gradient is (N, C) in the student's
 # dtype, empty where none is wanted; post_scale is what backward multiplies by.
@@ -194,8 +195,8 @@ def kd_cross_entropy(
         lib.check_like(NAME, "teacher", teacher, student, "student")
     if target is not None:
         lib.check_labels(NAME, "target", target, student.shape[0], student.device)
-    temperature = lib.check_number(NAME, "temperature", temperature, above=0.0)
-    alpha = lib.check_number(NAME, "alpha", alpha)
+    temperature = check_temperature(temperature)
+    alpha = lib.check_number(NAME, "alpha", alpha, at_least=-LARGEST, at_most=LARGEST)
     label_smoothing = lib.check_number(
         NAME, "label_smoothing", label_smoothing, at_least=0.0, at_most=1.0
     )
@@ -229,6 +230,12 @@ def kd_cross_entropy(
             student, teacher, target, *options, False
         )
     return (loss, KDTerms(*terms.unbind())) if return_terms else loss
+
+
+def check_temperature(temperature: object) -> float:
+    """A temperature whose square and inverse float32 can hold."""
+    value = lib.check_number(NAME, "temperature", temperature, above=0.0)
+    return lib.check_number(NAME, "temperature", value, at_least=1 / LARGEST, at_most=LARGEST)
 
 
 def check_label_range(target: Tensor, classes: int, ignore_index: int) -> None:
@@ -270,8 +277,8 @@ class KDCrossEntropyLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        self.temperature = lib.check_number(NAME, "temperature", temperature, above=0.0)
-        self.alpha = lib.check_number(NAME, "alpha", alpha)
+        self.temperature = check_temperature(temperature)
+        self.alpha = lib.check_number(NAME, "alpha", alpha, at_least=-LARGEST, at_most=LARGEST)
         self.tau_squared = tau_squared
         self.ignore_index = ignore_index
         self.label_smoothing = lib.check_number(
@@ -311,7 +318,8 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     Constructor, defaults, positional call and results are torch's: the loss has the logits' dtype,
     and a "mean" in which no row counts is NaN. What the kernel does not cover (class weights, class
     probabilities as target, (C,) or K-dimensional input, int target types other than int32 and
-    int64) runs torch's own code. One difference: a second backward through the same graph raises.
+    int64) runs torch's own code. Two differences: a second backward through the same graph raises,
+    and a label out of range is a ValueError.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -328,7 +336,9 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         )
         if self.reduction == "mean":
             loss = loss + torch.where(terms.count == 0, torch.nan, 0.0)
-        return loss.to(input.dtype)
+        # torch's own runs in float32 under autocast
+        autocast = torch.is_autocast_enabled(input.device.type)
+        return loss if autocast else loss.to(input.dtype)
 
     def _covers(self, input: Tensor, target: Tensor) -> bool:
         return (

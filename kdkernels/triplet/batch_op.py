@@ -186,7 +186,9 @@ def _cpu(
             torch.get_num_threads(),
         )
         divisor = max(1, {"mean": triplets, "nonzero": active}.get(reduction, 1))
-        loss = per_anchor if is_none else _floats().fill_(total / divisor)
+        # by way of float64: a loss beyond float32 is inf, not an error
+        total_loss = torch.tensor(total / divisor, dtype=torch.float64).to(torch.float32)
+        loss = per_anchor if is_none else total_loss
         if want_gradient and is_none:
             kept = gram
         elif want_gradient:

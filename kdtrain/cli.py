@@ -267,6 +267,8 @@ def _pipeline(command: str, argv: Sequence[str], preset: str) -> int:
     stage_names = [f.stem for f in chain.stage_files(preset)]
     special = take_stage_keys(argv, stage_names)
     options, common = parse(parser, argv, stage_names)
+    if options.get("jobs") is not None and options["jobs"] < 1:
+        raise UsageError(f"--jobs: at least 1, got {options['jobs']}")
     stages = chain.plan(preset, common, special, options.get("divide"))
     root = Path(options.get("run_dir") or f"runs/{Path(preset).name}")
     if options.get("dry_run"):

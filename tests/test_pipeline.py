@@ -19,6 +19,7 @@ from rich.console import Console
 from tiny_runs import TASK_KEYS, TINY, environment, tiny_config
 
 from kdtrain import checkpoint, keys, pipeline, settings
+from kdtrain.cli import main
 from kdtrain.config import ConfigError
 from kdtrain.scheduler import Outcome
 
@@ -287,3 +288,9 @@ def test_ctrl_c_stops_the_children_cleanly_and_the_same_command_continues(tmp_pa
     assert result.returncode == 0, result.stderr
     assert (folder / "results.json").exists()
     assert "resumed in epoch" in (tmp_path / "root" / "logs" / "cls_teacher.txt").read_text()
+
+
+@pytest.mark.parametrize("jobs", ["0", "-3"])
+def test_no_jobs_at_all_is_wrong_usage(jobs, capsys):
+    assert main(["pipeline", "--jobs", jobs, "--dry-run"]) == 2
+    assert f"--jobs: at least 1, got {jobs}" in capsys.readouterr().err

@@ -94,7 +94,8 @@ def test_a_run_killed_at_random_moments_ends_with_the_bits_of_an_unkilled_one(
     moments = random.Random(task)
     killed, resume = 0, []
     for _ in range(40):
-        after = moments.uniform(0.1, 0.6) * whole_s if killed < 4 else None
+        # short enough that the run cannot end before its second death
+        after = moments.uniform(0.05, 0.3) * whole_s if killed < 5 else None
         run = tmp_path / "parts"
         status = lives.live([*arguments, str(run), *resume], after)
         if status == 0:

@@ -11,9 +11,8 @@
 
 namespace {
 
-constexpr int64_t kChunk = 65536;          // elements: one thread's unit of work, and of the fixed summation order
-constexpr int64_t kSmall = 32768;          // below that a second thread costs more than it brings
-constexpr int64_t kStreamBytes = 8 << 20;  // gradients of a call from which on none would wait in a cache for backward
+constexpr int64_t kChunk = 65536;  // elements: one thread's unit of work, and of the fixed summation order
+constexpr int64_t kSmall = 32768;  // below that a second thread costs more than it brings
 constexpr float kLargestHalf = 65504.0f;
 
 int64_t bytes_of(DType dtype) { return dtype == kFloat32 ? 4 : 2; }

@@ -6,10 +6,6 @@
 #include "ops.h"
 #include "parallel.h"
 
-namespace {
-constexpr int64_t kStreamBytes = 8 << 20;  // gradients from which on none would wait in a cache for backward
-}
-
 // The op: label check, count of the rows that matter, row kernel in parallel, reduction in row order.
 // reduced: 6 floats: loss (mean or sum), hard, soft, entropy (means over counted rows), hits, counted rows.
 // post_scale: what backward multiplies by besides the incoming gradient.

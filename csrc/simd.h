@@ -50,6 +50,8 @@ inline Vec splat(float x) { return Vec{} + x; }
 // NaN in `a` yields `b`: a NaN never becomes the maximum, it surfaces in the exponentials instead.
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
+inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
+
 inline float reduce_add(Vec v) {
   float total = 0.0f;
   for (int i = 0; i < kWidth; ++i) total += v[i];
@@ -59,6 +61,12 @@ inline float reduce_add(Vec v) {
 inline float reduce_max(Vec v) {
   float best = v[0];
   for (int i = 1; i < kWidth; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+inline float reduce_min(Vec v) {
+  float best = v[0];
+  for (int i = 1; i < kWidth; ++i) best = v[i] < best ? v[i] : best;
   return best;
 }
 

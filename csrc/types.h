@@ -3,6 +3,9 @@
 
 #include <cstdint>
 
+// Gradients of one call from which on none would wait in a cache for backward: they are streamed past it.
+constexpr int64_t kStreamBytes = 8 << 20;
+
 enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // A matrix of any dtype, strides in elements.

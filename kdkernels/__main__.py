@@ -1,5 +1,6 @@
 """`python -m kdkernels`: the backends of each op here, and why the rest is missing."""
 
+import importlib.metadata
 import platform
 
 import torch
@@ -28,7 +29,16 @@ def table() -> str:
     else:
         lines.append(f"native on cpu: missing, {library.native_missing()}")
     lines.append("native on cuda: missing, this version has no CUDA kernels yet")
-    lines.append("triton: missing, this version has no Triton kernels yet")
+    missing = library.triton_missing()
+    if missing:
+        lines.append(f"triton: missing, {missing}")
+    elif library.is_interpreted():
+        lines.append("triton on cpu: in Triton's interpreter (TRITON_INTERPRET=1), for tests")
+    else:
+        version = importlib.metadata.version("triton")
+        lines.append(f"triton on cuda: {version}, for NVIDIA GPUs from sm_80 on and AMD's gfx942")
+    if not torch.version.cuda and not torch.version.hip:
+        lines.append("cuda: this build of torch has no GPU support, so no tensor will be there")
     return "\n".join(lines)
 
 

@@ -1,14 +1,16 @@
 """What every op shares: registration, choice of backend, argument checks, backward's hand-over.
 
 Backends: "eager" is plain differentiable PyTorch on any device, "native" the C++ kernels of csrc/
-on the CPU. Which op has which backend on which device is decided once, at import: asking later
-would break `torch.compile(fullgraph=True)`.
+on the CPU, "triton" the Triton kernels on NVIDIA and AMD GPUs (and, under TRITON_INTERPRET=1, on
+CPU tensors, for tests). Which op has which backend on which device is decided once, at import, and
+without touching a GPU: asking later would break `torch.compile(fullgraph=True)`.
 """
 
 import importlib
+import importlib.util
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ except ModuleNotFoundError as error:
     native = None  # not built; one that is there but does not load raises ImportError, to be seen
 
 OPS = ("kd_cross_entropy", "hidden_l2", "triplet_loss", "batch_triplet_loss", "nearest_neighbor")
-BACKENDS = ("native", "eager")  # in the order of preference
+BACKENDS = ("native", "triton", "eager")  # in the order of preference
 REDUCTIONS = ("mean", "sum", "none")
 LEVELS = ("baseline", "v3", "v4")  # KDKERNELS_ISA; x86-64-v3 is AVX2, x86-64-v4 is AVX-512
 
@@ -45,6 +47,18 @@ def native_missing() -> str:
     return (
         NATIVE_MISSING or "kdkernels._native is missing although it was built: reinstall kdkernels"
     )
+
+
+def triton_missing() -> str:
+    """Why there are no Triton kernels here; empty where they can be compiled."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed: pip install triton (Linux)"
+    return ""
+
+
+def is_interpreted() -> bool:
+    """Whether Triton kernels run on CPU tensors, in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1" and not triton_missing()
 
 
 def set_isa(name: str) -> None:
@@ -77,9 +91,14 @@ def isa_levels() -> list[str]:
 
 
 def _find_backends() -> dict[tuple[str, str], tuple[str, ...]]:
+    on_cpu = [name for name, there in (("native", native is not None), ("eager", True)) if there]
+    if is_interpreted():
+        on_cpu.append("triton")  # slow, so never the default
+    on_gpu = ("eager",) if triton_missing() else ("triton", "eager")
     table = {}
     for op in OPS:
-        table[op, "cpu"] = ("native", "eager") if native is not None else ("eager",)
+        table[op, "cpu"] = tuple(on_cpu)
+        table[op, "cuda"] = on_gpu  # ROCm devices are "cuda" to torch
     return table
 
 
@@ -135,6 +154,35 @@ def refuse_transforms(op: str, tensors: Sequence[Tensor]) -> None:
                 f"{op}: forward-mode derivatives and torch.func transforms are not available in "
                 f'kernels: use backend="eager"'
             )
+
+
+def define(
+    name: str, signature: str, fake: Callable, *, native: Callable | None, triton: str | None
+) -> None:
+    """Registers a raw op for each backend: `name` for native, `name`_triton for triton.
+
+    signature: "(Tensor student, ...) -> (...)". triton: "module:function", imported at the first
+    call, as importing Triton takes longer than importing kdkernels.
+    """
+    if native is not None:
+        library.define(f"{name}{signature}")
+        torch.library.register_fake(f"kdkernels::{name}", fake, lib=library)
+        library.impl(name, native, "CPU")
+    if triton is not None:
+        module, function = triton.split(":")
+
+        def launch(*arguments: Any) -> Any:
+            return getattr(importlib.import_module(module), function)(*arguments)
+
+        library.define(f"{name}_triton{signature}")
+        torch.library.register_fake(f"kdkernels::{name}_triton", fake, lib=library)
+        for key in ("CPU", "CUDA"):  # on the CPU only choose_backend lets it through, interpreted
+            library.impl(f"{name}_triton", launch, key)
+
+
+def raw(name: str, backend: str) -> Callable:
+    """The raw op of that name on a backend."""
+    return getattr(torch.ops.kdkernels, name if backend == "native" else f"{name}_{backend}")
 
 
 def reject(op: str, message: str) -> ValueError:
@@ -295,10 +343,6 @@ def claim_gradients(ctx, op: str) -> None:
     ctx.given_away = True
 
 
-library.define("give_gradient_(Tensor(a!) gradient, Tensor incoming, Tensor post_scale) -> ()")
-
-
-@torch.library.register_fake("kdkernels::give_gradient_", lib=library)
 def _give_gradient_fake(gradient: Tensor, incoming: Tensor, post_scale: Tensor) -> None:
     return None
 
@@ -327,13 +371,19 @@ def _give_gradient_cpu(gradient: Tensor, incoming: Tensor, post_scale: Tensor) -
     )
 
 
-library.impl("give_gradient_", _give_gradient_cpu, "CPU")
+define(
+    "give_gradient_",
+    "(Tensor(a!) gradient, Tensor incoming, Tensor post_scale) -> ()",
+    _give_gradient_fake,
+    native=_give_gradient_cpu,
+    triton="kdkernels.triton_rows:give_gradient_",
+)
 
 
-def give_gradient(gradient: Tensor, incoming: Tensor, post_scale: Tensor) -> Tensor:
+def give_gradient(gradient: Tensor, incoming: Tensor, post_scale: Tensor, backend: str) -> Tensor:
     """`gradient` times the incoming one (0-d, or one a row) and `post_scale`, in place.
 
     Returns at once where both are 1.
     """
-    torch.ops.kdkernels.give_gradient_(gradient, incoming, post_scale)
+    raw("give_gradient_", backend)(gradient, incoming, post_scale)
     return gradient

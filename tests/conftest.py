@@ -3,12 +3,22 @@
 import os
 from pathlib import Path
 
+import interpreted
 import pytest
 import torch
 
 import kdkernels
+from kdkernels import library
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # NumPy, which the interpreter computes with, warns of the infinities and NaNs that samples hold
+    # on purpose; a GPU does not.
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+    if library.is_interpreted():
+        interpreted.prepare()
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,9 @@
-"""Every promise x op x backend x SIMD level x dtype; and wrong kernels, each caught by its
-promise."""
+"""Every promise x op x backend x device x SIMD level x dtype; and wrong kernels, each caught by its
+promise.
+
+Under TRITON_INTERPRET=1 the Triton kernels run on CPU tensors. Where there is a GPU its backends
+are judged as well, with what only a GPU can break: `-k cuda` runs these alone.
+"""
 
 import pytest
 import torch
@@ -22,20 +26,40 @@ from contract import (
     second_backward_raises,
     unmoved_by_autocast,
     unmoved_by_the_default_dtype,
+)
+from contract_device import (
+    bad_labels_are_caught,
+    memory_for,
+    no_host_synchronisation,
+    past_two_to_the_31,
+    same_bits_from_a_graph,
+    same_bits_on_another_stream,
     wide_strides,
 )
 
 import kdkernels
 from kdkernels import library
 
+KD = "kd_cross_entropy"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+GPUS = 0 if library.is_interpreted() else torch.cuda.device_count()
+DEVICES = ["cpu", "cuda"] if GPUS else ["cpu"]
 # eager is the specification itself; it is run too where the extension is hidden, and always once.
-BACKENDS = [(op, backend) for op in library.OPS for backend in available_backends(op)]
-LEVELS = [
-    (op, backend, level)
-    for op, backend in BACKENDS
-    for level in (kdkernels.isa_levels() if backend == "native" else [""])
+BACKENDS = [
+    (op, backend, device)
+    for device in DEVICES
+    for op in library.OPS
+    for backend in available_backends(op, device)
 ]
+KERNELS = [case for case in BACKENDS if case[1] != "eager"]
+ON_CUDA = [case for case in KERNELS if case[2] == "cuda"]
+LEVELS = [
+    (*case, level)
+    for case in BACKENDS
+    for level in (kdkernels.isa_levels() if case[1] == "native" else [""])
+]
+each = pytest.mark.parametrize(("op", "backend", "device"), BACKENDS)
+each_level = pytest.mark.parametrize(("op", "backend", "device", "level"), LEVELS)
 
 
 def at_level(level: str) -> None:
@@ -44,41 +68,41 @@ def at_level(level: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("op", "backend", "level"), LEVELS)
-def test_accuracy_is_within_twice_eagers_own_error(op, backend, level, dtype):
+@each_level
+def test_accuracy_is_within_twice_eagers_own_error(op, backend, device, level, dtype):
     at_level(level)
-    accuracy(find_op(op), backend, dtype)
+    accuracy(find_op(op, device), backend, dtype)
 
 
 @pytest.mark.parametrize("incoming", ["one", "expanded"])
-@pytest.mark.parametrize(("op", "backend"), BACKENDS)
-def test_accuracy_at_other_incoming_gradients(op, backend, incoming):
-    accuracy(find_op(op), backend, torch.float32, incoming)
+@each
+def test_accuracy_at_other_incoming_gradients(op, backend, device, incoming):
+    accuracy(find_op(op, device), backend, torch.float32, incoming)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("op", "backend"), BACKENDS)
-def test_outputs_have_the_promised_form(op, backend, dtype):
-    output_form(find_op(op), backend, dtype)
+@each
+def test_outputs_have_the_promised_form(op, backend, device, dtype):
+    output_form(find_op(op, device), backend, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("op", "backend"), BACKENDS)
-def test_inputs_are_never_written_to(op, backend, dtype):
-    inputs_unmodified(find_op(op), backend, dtype)
+@each
+def test_inputs_are_never_written_to(op, backend, device, dtype):
+    inputs_unmodified(find_op(op, device), backend, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("op", "backend", "level"), LEVELS)
-def test_every_output_element_is_written(op, backend, level, dtype):
+@each_level
+def test_every_output_element_is_written(op, backend, device, level, dtype):
     at_level(level)
-    every_element_written(find_op(op), backend, dtype)
+    every_element_written(find_op(op, device), backend, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("op", "backend"), BACKENDS)
-def test_same_bits_twice(op, backend, dtype):
-    same_bits_twice(find_op(op), backend, dtype)
+@each
+def test_same_bits_twice(op, backend, device, dtype):
+    same_bits_twice(find_op(op, device), backend, dtype)
 
 
 @pytest.mark.parametrize(
@@ -96,21 +120,57 @@ def test_same_bits_twice(op, backend, dtype):
     ],
     ids=lambda f: f.__name__,
 )
-@pytest.mark.parametrize(("op", "backend"), BACKENDS)
+@each
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:torch.*")
-def test_promise(op, backend, promise):
-    promise(find_op(op), backend)
+def test_promise(op, backend, device, promise):
+    promise(find_op(op, device), backend)
 
 
-@pytest.mark.parametrize("op", [op for op, backend in BACKENDS if backend == "native"])
-def test_offsets_beyond_two_to_the_31(op):
-    if op == "hidden_l2":
-        pytest.skip("hidden_l2 takes lists: tests/test_hidden_l2.py addresses beyond 2^31")
-    wide_strides(find_op(op), "native")
+@pytest.mark.parametrize(("op", "backend", "device"), KERNELS)
+def test_offsets_beyond_two_to_the_31(op, backend, device):
+    wide_strides(find_op(op, device), backend)
 
 
-def test_float16_soft_gradient_survives_a_loss_scale():
-    half_survives_loss_scale(find_op("kd_cross_entropy"))
+@pytest.mark.parametrize(("op", "backend", "device"), KERNELS)
+def test_the_far_end_of_large_tensors(op, backend, device):
+    elements = 2**31 if device == "cuda" else 2**12
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < memory_for(elements):
+        pytest.skip(f"needs {memory_for(elements) >> 30} GiB of free GPU memory")
+    past_two_to_the_31(find_op(op, device), backend, elements)
+
+
+@pytest.mark.parametrize(("op", "backend", "device"), [c for c in BACKENDS if c[0] == KD])
+def test_float16_soft_gradient_survives_a_loss_scale(op, backend, device):
+    half_survives_loss_scale(find_op(op, device), backend)
+
+
+@pytest.mark.parametrize(("op", "backend", "device"), [c for c in BACKENDS if c[0] == KD])
+def test_bad_labels_are_caught(op, backend, device):
+    bad_labels_are_caught(find_op(op, device), backend)
+
+
+if GPUS:
+
+    @pytest.mark.parametrize(
+        "promise",
+        [no_host_synchronisation, same_bits_from_a_graph, same_bits_on_another_stream],
+        ids=lambda f: f.__name__,
+    )
+    @pytest.mark.parametrize(("op", "backend", "device"), ON_CUDA)
+    @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
+    def test_promise_of_a_gpu(op, backend, device, promise):
+        promise(find_op(op, device), backend)
+
+    @pytest.mark.parametrize(("op", "backend", "device"), ON_CUDA)
+    def test_kernels_are_the_default_on_cuda(op, backend, device):
+        assert library.backends(op, device)[0] == backend
+
+
+if GPUS > 1:
+
+    @pytest.mark.parametrize(("op", "backend"), [c[:2] for c in ON_CUDA])
+    def test_accuracy_on_a_second_gpu_cuda(op, backend):
+        accuracy(find_op(op, "cuda:1"), backend, torch.float32)
 
 
 @pytest.mark.parametrize("wrong", wrong_kernels.ALL, ids=lambda w: w.name)

@@ -7,9 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kdkernels import TripletMarginLoss
+from kdkernels import TripletMarginLoss, triplet_loss
 from kdkernels.library import backends
+from kdkernels.triplet.op import _kernel
 from kdkernels.triplet.samples import make_triplets
+
+BACKENDS = backends("triplet_loss", "cpu")
+triton = pytest.mark.skipif("triton" not in BACKENDS, reason="runs under TRITON_INTERPRET=1")
+each_kernel = pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "eager"])
 
 
 def compare(*members, incoming=0.37, rtol=1.3e-6, atol=1e-5, **options):
@@ -99,9 +104,96 @@ def test_torchs_errors_stay():
 
 
 @pytest.mark.skipif(
-    "native" not in backends("triplet_loss", "cpu"),
+    "native" not in BACKENDS,
     reason="needs the extension: install with a C++ compiler",
 )
 def test_the_kernel_runs_where_it_covers_the_call():
     leaf = torch.ones(2, 3, requires_grad=True)
     assert "TripletLoss" in TripletMarginLoss(reduction="none")(leaf, leaf, leaf).grad_fn.name()
+
+
+@each_kernel
+@pytest.mark.parametrize("features", [1, 21, 64, 130])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_kernel_with_eps_equals_torch(backend, features, reduction):
+    # 130 leaves lanes idle, which eps must not count
+    leaves = [t.requires_grad_() for t in make_triplets(9, features, seed=4).tensors.values()]
+    ours = _kernel(backend, *leaves, 1.0, False, 0.05, True, reduction)
+    theirs = torch.nn.TripletMarginLoss(eps=0.05, reduction=reduction)(*leaves)
+    torch.testing.assert_close(ours, theirs)
+    found = [torch.autograd.grad(loss.sum(), leaves) for loss in (ours, theirs)]
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@each_kernel
+@pytest.mark.parametrize("size", [1e-4, 1.0, 300.0])
+@pytest.mark.parametrize("squared", [True, False])
+def test_float16_gradients_keep_their_digits_at_any_size(backend, size, squared):
+    # at 300 a square's gradients outgrow the stored power of two and are formed again
+    triplet = [t.half() for t in make_triplets(40, 70, seed=5, spread=size).tensors.values()]
+    margin = 1e3 * size**2
+    found = []
+    for which, dtype in ((backend, torch.float16), ("eager", torch.float64)):
+        leaves = [t.to(dtype).requires_grad_() for t in triplet]
+        loss = triplet_loss(*leaves, margin=margin, squared=squared, backend=which)
+        found.append(torch.autograd.grad(loss, leaves, torch.full_like(loss, 4.0 / size)))
+    for got, want in zip(*found, strict=True):
+        assert got.isfinite().all()
+        assert (got.double() - want).norm() / want.norm() < 6e-4
+
+
+@each_kernel
+def test_infinite_float16_features_spoil_no_other_row(backend):
+    triplet = [t.half() for t in make_triplets(5, 12, seed=6).tensors.values()]
+    triplet[1][2, 3] = torch.inf
+    leaves = [t.requires_grad_() for t in triplet]
+    loss = triplet_loss(*leaves, margin=100.0, reduction="none", backend=backend)
+    assert loss.isinf().tolist() == [False, False, True, False, False]
+    gradients = torch.autograd.grad(loss, leaves, torch.ones(5))
+    others = [0, 1, 3, 4]
+    want = torch.autograd.grad(
+        triplet_loss(*(t[others] for t in leaves), margin=100.0, backend="eager") * 4, leaves
+    )
+    for got, true in zip(gradients, want, strict=True):
+        torch.testing.assert_close(got[others], true[others])
+
+
+@triton
+@pytest.mark.parametrize("squared", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_long_rows_are_read_twice(squared, reduction):
+    leaves = [t.requires_grad_() for t in make_triplets(2, 9001, seed=7).tensors.values()]
+    options = {"margin": 200.0, "squared": squared, "reduction": reduction}
+    found = []
+    for backend in ("triton", "eager"):
+        loss = triplet_loss(*leaves, **options, backend=backend)
+        found.append([loss, *torch.autograd.grad(loss.sum(), leaves)])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-6, atol=1e-6)
+
+
+@triton
+@pytest.mark.parametrize(
+    ("dtype", "options", "want"),
+    [
+        (torch.float32, {}, ["_forward", "_finish", "_give"]),
+        (torch.float32, {"reduction": "none"}, ["_forward", "_give"]),
+        (torch.float16, {"squared": False}, ["_forward", "_finish", "_give"]),
+        (torch.float16, {}, ["_forward", "_finish", "_again", "_give"]),
+    ],
+    ids=["mean", "none", "float16 root", "float16 square"],
+)
+def test_launches(monkeypatch, dtype, options, want):
+    from kdkernels import triton_rows
+
+    names, launch = [], triton_rows.launch
+
+    def record(kernel, *arguments, **meta):
+        names.append(kernel.fn.__name__)
+        launch(kernel, *arguments, **meta)
+
+    monkeypatch.setattr(triton_rows, "launch", record)
+    leaves = [t.to(dtype).requires_grad_() for t in make_triplets(9, 33).tensors.values()]
+    triplet_loss(*leaves, **options, backend="triton").sum().backward()
+    assert names == want

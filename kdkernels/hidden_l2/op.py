@@ -11,19 +11,7 @@ from kdkernels.hidden_l2 import eager
 
 NAME = "hidden_l2"
 
-# P pairs. loss is 0-d, terms and post_scale are (P,) float32; gradients holds a tensor without gaps
-# in each student's dtype, shape and memory format, an empty one where none is wanted.
-# weight_tensor, where given, replaces weights.
-lib.library.define(
-    "hidden_l2(Tensor[] students, Tensor[] teachers, float[] weights, Tensor? weight_tensor, "
-    "str reduction, bool[] want_gradient) -> (Tensor, Tensor, Tensor[], Tensor)"
-)
-lib.library.define(
-    "hidden_l2_give_(Tensor(a!)[] gradients, Tensor incoming, Tensor post_scale) -> ()"
-)
 
-
-@torch.library.register_fake("kdkernels::hidden_l2", lib=lib.library)
 def _fake(students, teachers, weights, weight_tensor, reduction, want_gradient):
     floats = {"dtype": torch.float32, "device": students[0].device}
     gradients = [
@@ -85,10 +73,6 @@ def _strided(t: Tensor) -> tuple[int, int, tuple[int, ...]]:
     return (t.data_ptr(), lib.DTYPE_CODES[t.dtype], t.stride())
 
 
-lib.library.impl(NAME, _cpu, "CPU")
-
-
-@torch.library.register_fake("kdkernels::hidden_l2_give_", lib=lib.library)
 def _give_fake(gradients, incoming, post_scale):
     return None
 
@@ -105,16 +89,34 @@ def _give_cpu(gradients: list[Tensor], incoming: Tensor, post_scale: Tensor) -> 
     lib.native.hidden_l2_give(given, torch.get_num_threads())
 
 
-lib.library.impl("hidden_l2_give_", _give_cpu, "CPU")
+# P pairs. loss is 0-d, terms and post_scale are (P,) float32; gradients holds a tensor without gaps
+# in each student's dtype, shape and memory format, an empty one where none is wanted.
+# weight_tensor, where given, replaces weights.
+lib.define(
+    NAME,
+    "(Tensor[] students, Tensor[] teachers, float[] weights, Tensor? weight_tensor, str reduction, "
+    "bool[] want_gradient) -> (Tensor, Tensor, Tensor[], Tensor)",
+    _fake,
+    native=_cpu,
+    triton="kdkernels.hidden_l2.triton_kernel:hidden_l2",
+)
+lib.define(
+    "hidden_l2_give_",
+    "(Tensor(a!)[] gradients, Tensor incoming, Tensor post_scale) -> ()",
+    _give_fake,
+    native=_give_cpu,
+    triton="kdkernels.hidden_l2.triton_kernel:hidden_l2_give_",
+)
 
 
 class _HiddenL2(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weights, weight_tensor, reduction, want_gradient, *tensors):
+    def forward(ctx, backend, weights, weight_tensor, reduction, want_gradient, *tensors):
         pairs = len(tensors) // 2
-        loss, terms, gradients, post_scale = torch.ops.kdkernels.hidden_l2(
+        loss, terms, gradients, post_scale = lib.raw(NAME, backend)(
             tensors[:pairs], tensors[pairs:], weights, weight_tensor, reduction, want_gradient
         )
+        ctx.backend = backend
         ctx.save_for_backward(post_scale, *gradients)
         ctx.want_gradient = want_gradient
         ctx.mark_non_differentiable(terms)
@@ -124,9 +126,9 @@ class _HiddenL2(torch.autograd.Function):
     def backward(ctx, incoming, _):  # pyright: ignore[reportIncompatibleMethodOverride]
         lib.claim_gradients(ctx, NAME)
         post_scale, *gradients = ctx.saved_tensors
-        torch.ops.kdkernels.hidden_l2_give_(gradients, incoming, post_scale)
+        lib.raw("hidden_l2_give_", ctx.backend)(gradients, incoming, post_scale)
         given = [g if w else None for g, w in zip(gradients, ctx.want_gradient, strict=True)]
-        return None, None, None, None, *given, *(None,) * len(given)
+        return None, None, None, None, None, *given, *(None,) * len(given)
 
 
 @overload
@@ -202,7 +204,8 @@ def hidden_l2(
             )
     lib.check_choice(NAME, "reduction", reduction, eager.REDUCTIONS)
     numbers, weight_tensor = _check_weights(weights, len(students), students[0].device)
-    if lib.choose_backend(NAME, backend, [*students, *teachers]) == "eager":
+    backend = lib.choose_backend(NAME, backend, [*students, *teachers])
+    if backend == "eager":
         each = numbers if weight_tensor is None else weight_tensor
         loss, terms = eager.hidden_l2(students, teachers, each, reduction)
         return (loss, terms) if return_terms else loss
@@ -211,10 +214,10 @@ def hidden_l2(
     want_gradient = [lib.wants_gradient(s) for s in students]
     if any(want_gradient):
         loss, terms = _HiddenL2.apply(
-            numbers, weight_tensor, reduction, want_gradient, *students, *teachers
+            backend, numbers, weight_tensor, reduction, want_gradient, *students, *teachers
         )
     else:
-        loss, terms, _, _ = torch.ops.kdkernels.hidden_l2(
+        loss, terms, _, _ = lib.raw(NAME, backend)(
             students, teachers, numbers, weight_tensor, reduction, want_gradient
         )
     return (loss, terms) if return_terms else loss

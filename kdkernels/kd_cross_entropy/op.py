@@ -12,16 +12,7 @@ from kdkernels.kd_cross_entropy.eager import KDTerms
 NAME = "kd_cross_entropy"
 LARGEST = 1e6  # of alpha, the temperature and its inverse: beyond, float32 statistics overflow
 
-# loss is (N,) for "none" and 0-d else; terms is (5,) float32; gradient is (N, C) in the student's
-# dtype, empty where none is wanted; post_scale is what backward multiplies by.
-lib.library.define(
-    "kd_cross_entropy(Tensor student, Tensor? teacher, Tensor? target, float temperature, "
-    "float alpha, int ignore_index, float label_smoothing, str reduction, bool want_gradient) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
-)
 
-
-@torch.library.register_fake("kdkernels::kd_cross_entropy", lib=lib.library)
 def _fake(
     student,
     teacher,
@@ -32,13 +23,14 @@ def _fake(
     label_smoothing,
     reduction,
     want_gradient,
+    want_terms,
 ):
     floats = {"dtype": torch.float32, "device": student.device}
     loss = torch.empty(student.shape[0] if reduction == "none" else (), **floats)
     gradient = torch.empty(
         student.shape if want_gradient else (0,), dtype=student.dtype, device=student.device
     )
-    return loss, torch.empty(5, **floats), gradient, torch.empty((), **floats)
+    return loss, torch.empty(5 if want_terms else 0, **floats), gradient, torch.empty((), **floats)
 
 
 def _cpu(
@@ -51,6 +43,7 @@ def _cpu(
     label_smoothing: float,
     reduction: str,
     want_gradient: bool,
+    want_terms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     assert lib.native is not None
     rows, classes = student.shape
@@ -88,18 +81,30 @@ def _cpu(
             f"got {int(target[bad_row])} in row {bad_row}",
         )
     loss = per_row if reduction == "none" else reduced[0].clone()
-    return loss, reduced[1:].clone(), gradient, post_scale
+    terms = reduced[1:].clone() if want_terms else torch.empty(0, dtype=torch.float32)
+    return loss, terms, gradient, post_scale
 
 
-lib.library.impl(NAME, _cpu, "CPU")
+# loss is (N,) for "none" and 0-d else; terms is (5,) float32, (0,) where not wanted; gradient is
+# (N, C) in the student's dtype, (0,) where not wanted; post_scale is what backward multiplies by.
+lib.define(
+    NAME,
+    "(Tensor student, Tensor? teacher, Tensor? target, float temperature, float alpha, "
+    "int ignore_index, float label_smoothing, str reduction, bool want_gradient, bool want_terms) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _fake,
+    native=_cpu,
+    triton="kdkernels.kd_cross_entropy.triton_kernel:kd_cross_entropy",
+)
 
 
 class _KDCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, teacher, target, *options):
-        loss, terms, gradient, post_scale = torch.ops.kdkernels.kd_cross_entropy(
-            student, teacher, target, *options, True
+    def forward(ctx, backend, student, teacher, target, *options):
+        loss, terms, gradient, post_scale = lib.raw(NAME, backend)(
+            student, teacher, target, *options
         )
+        ctx.backend = backend
         ctx.save_for_backward(gradient, post_scale)
         ctx.mark_non_differentiable(terms)
         return loss, terms
@@ -108,7 +113,8 @@ class _KDCrossEntropy(torch.autograd.Function):
     def backward(ctx, incoming, _):  # pyright: ignore[reportIncompatibleMethodOverride]
         lib.claim_gradients(ctx, NAME)
         gradient, post_scale = ctx.saved_tensors
-        return lib.give_gradient(gradient, incoming, post_scale), *(None,) * 8
+        given = lib.give_gradient(gradient, incoming, post_scale, ctx.backend)
+        return None, given, *(None,) * 9
 
 
 @overload
@@ -204,9 +210,10 @@ def kd_cross_entropy(
         raise lib.reject(NAME, f"ignore_index must be an int, got {ignore_index!r}")
     lib.check_choice(NAME, "reduction", reduction, lib.REDUCTIONS)
     tensors = [student] if teacher is None else [student, teacher]
-    if lib.choose_backend(NAME, backend, tensors) == "eager":
-        if target is not None:
-            check_label_range(target, student.shape[1], ignore_index)
+    backend = lib.choose_backend(NAME, backend, tensors)
+    if target is not None and backend != "native":  # which finds it in the same sweep
+        check_label_range(target, student.shape[1], ignore_index)
+    if backend == "eager":
         loss, terms = eager.kd_cross_entropy(
             student,
             teacher,
@@ -224,10 +231,12 @@ def kd_cross_entropy(
     options = (temperature, weight, ignore_index, label_smoothing, reduction)
     teacher = None if teacher is None else teacher.detach()
     if lib.wants_gradient(student):
-        loss, terms = _KDCrossEntropy.apply(student, teacher, target, *options)
+        loss, terms = _KDCrossEntropy.apply(
+            backend, student, teacher, target, *options, True, return_terms
+        )
     else:
-        loss, terms, _, _ = torch.ops.kdkernels.kd_cross_entropy(
-            student, teacher, target, *options, False
+        loss, terms, _, _ = lib.raw(NAME, backend)(
+            student, teacher, target, *options, False, return_terms
         )
     return (loss, KDTerms(*terms.unbind())) if return_terms else loss
 

@@ -15,10 +15,7 @@ TILE_GALLERY = 2048
 TILE_COLUMNS = 2048
 BLOCK_QUERIES = 1 << 18  # queries with their state, 20 bytes each, at a time
 
-lib.library.define("nearest_neighbor(Tensor queries, Tensor? gallery) -> (Tensor, Tensor)")
 
-
-@torch.library.register_fake("kdkernels::nearest_neighbor", lib=lib.library)
 def _fake(queries, gallery):
     rows = queries.shape[0]
     return (
@@ -36,7 +33,13 @@ def _cpu(queries: Tensor, gallery: Tensor | None) -> tuple[Tensor, Tensor]:
     return distance, index
 
 
-lib.library.impl(NAME, _cpu, "CPU")
+lib.define(
+    NAME,
+    "(Tensor queries, Tensor? gallery) -> (Tensor, Tensor)",
+    _fake,
+    native=_cpu,
+    triton="kdkernels.nearest_neighbor.triton_kernel:nearest_neighbor",
+)
 
 
 class _Search:
@@ -212,6 +215,7 @@ def nearest_neighbor(
         gallery = gallery.detach()
     queries = queries.detach()
     tensors = [queries] if gallery is None else [queries, gallery]
-    if lib.choose_backend(NAME, backend, tensors) == "eager":
+    backend = lib.choose_backend(NAME, backend, tensors)
+    if backend == "eager":
         return eager.nearest_neighbor(queries, gallery)
-    return Nearest(*torch.ops.kdkernels.nearest_neighbor(queries, gallery))
+    return Nearest(*lib.raw(NAME, backend)(queries, gallery))

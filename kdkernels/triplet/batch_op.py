@@ -1,10 +1,11 @@
 """batch_triplet_loss: schema, autograd, functional and module.
 
-Forward: centre the embeddings, Gram matrix G, mine. Mining turns row a of G into W_a, the
+Forward on native: centre the embeddings, Gram matrix G, mine. Mining turns row a of G into W_a, the
 derivative of anchor a's loss by its squared distances (times what makes it act on x_a - x_j). The
 gradient of row i is then, with S = W + W^T, sum_j S_ij (x_i - x_j). With reduction "none" anchors
 have different incoming gradients, so W is kept and the gradient is formed in backward; otherwise it
-is formed in forward like everywhere in this package.
+is formed in forward like everywhere in this package. The Triton backend (triton_batch.py) keeps the
+mined pairs of "hard" instead of W, and mines again in the backward of the other minings.
 """
 
 import math
@@ -18,18 +19,6 @@ from kdkernels.triplet import eager
 NAME = "batch_triplet_loss"
 MININGS = ("hard", "semihard", "all")  # in the order of csrc's enum
 REDUCTIONS = ("mean", "nonzero", "sum", "none")
-
-# loss is (N,) for "none" and 0-d else. With want_gradient: gradient (N, D) in the embeddings' dtype
-# and post_scale, what backward multiplies it by; for "none" instead coefficients W and close, a bit
-# for each pair too close for the Gram form. What is not there is (0,).
-lib.library.define(
-    "batch_triplet_loss(Tensor embeddings, Tensor labels, float margin, str mining, bool squared, "
-    "str reduction, bool want_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-lib.library.define(
-    "batch_triplet_gradient(Tensor embeddings, Tensor coefficients, Tensor close, Tensor incoming) "
-    "-> Tensor"
-)
 
 
 def _pad(size: int) -> int:
@@ -46,7 +35,6 @@ def _kept_shapes(rows: int) -> tuple[tuple[int, int], tuple[int, int]]:
     return (_pad(rows), _pad(rows)), (rows, (rows + 63) // 64)
 
 
-@torch.library.register_fake("kdkernels::batch_triplet_loss", lib=lib.library)
 def _fake(embeddings, labels, margin, mining, squared, reduction, want_gradient):
     rows = embeddings.shape[0]
     new = embeddings.new_empty
@@ -61,8 +49,21 @@ def _fake(embeddings, labels, margin, mining, squared, reduction, want_gradient)
     )
 
 
-@torch.library.register_fake("kdkernels::batch_triplet_gradient", lib=lib.library)
-def _gradient_fake(embeddings, coefficients, close, incoming):
+def _triton_fake(embeddings, labels, margin, mining, squared, reduction, want_gradient):
+    rows = embeddings.shape[0]
+    new = embeddings.new_empty
+    is_none = reduction == "none"
+    kept = (2, rows) if want_gradient and is_none and mining == "hard" else (0,)
+    return (
+        new((rows,) if is_none else (), dtype=torch.float32),
+        new(embeddings.shape if want_gradient and not is_none else (0,)),
+        new(kept, dtype=torch.int32),
+        new(kept, dtype=torch.float32),
+        new((), dtype=torch.float32),
+    )
+
+
+def _gradient_fake(embeddings, labels, kept, kept_too, margin, mining, squared, incoming):
     return embeddings.new_empty(embeddings.shape)
 
 
@@ -202,7 +203,14 @@ def _cpu(
 
 
 def _gradient_cpu(
-    embeddings: Tensor, coefficients: Tensor, close: Tensor, incoming: Tensor
+    embeddings: Tensor,
+    labels: Tensor,
+    coefficients: Tensor,
+    close: Tensor,
+    margin: float,
+    mining: str,
+    squared: bool,
+    incoming: Tensor,
 ) -> Tensor:
     if embeddings.shape[0] == 0:
         return torch.empty(embeddings.shape, dtype=embeddings.dtype)
@@ -213,19 +221,38 @@ def _gradient_cpu(
         return _narrow(gradient, embeddings).to(embeddings.dtype)
 
 
-lib.library.impl(NAME, _cpu, "CPU")
-lib.library.impl("batch_triplet_gradient", _gradient_cpu, "CPU")
+# loss is (N,) for "none" and 0-d else. With want_gradient: gradient (N, D) in the embeddings' dtype
+# and post_scale, what backward multiplies it by; for "none" instead the two tensors that backward
+# forms it from. native: coefficients W and close, a bit for each pair too close for the Gram form;
+# triton, for "hard": partners and slopes (2, N), each anchor's positive and negative (-1: none) and
+# what their differences are multiplied by. What is not there is (0,).
+_SIGNATURE = (
+    "(Tensor embeddings, Tensor labels, float margin, str mining, bool squared, str reduction, "
+    "bool want_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_MODULE = "kdkernels.triplet.triton_batch"
+lib.define(NAME, _SIGNATURE, _fake, native=_cpu, triton=None)
+lib.define(NAME, _SIGNATURE, _triton_fake, native=None, triton=f"{_MODULE}:{NAME}")
+lib.define(
+    "batch_triplet_gradient",
+    "(Tensor embeddings, Tensor labels, Tensor kept, Tensor kept_too, float margin, str mining, "
+    "bool squared, Tensor incoming) -> Tensor",
+    _gradient_fake,
+    native=_gradient_cpu,
+    triton=f"{_MODULE}:batch_triplet_gradient",
+)
 
 
 class _BatchTripletLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, embeddings, labels, margin, mining, squared, reduction):
-        loss, gradient, coefficients, close, post_scale = torch.ops.kdkernels.batch_triplet_loss(
+    def forward(ctx, backend, embeddings, labels, margin, mining, squared, reduction):
+        loss, gradient, *kept, post_scale = lib.raw(NAME, backend)(
             embeddings, labels, margin, mining, squared, reduction, True
         )
+        ctx.backend, ctx.options = backend, (margin, mining, squared)
         ctx.is_none = reduction == "none"
         if ctx.is_none:
-            ctx.save_for_backward(embeddings, coefficients, close)
+            ctx.save_for_backward(embeddings, labels, *kept)
         else:
             ctx.save_for_backward(gradient, post_scale)
         return loss
@@ -234,11 +261,12 @@ class _BatchTripletLoss(torch.autograd.Function):
     def backward(ctx, incoming):  # pyright: ignore[reportIncompatibleMethodOverride]
         lib.claim_gradients(ctx, NAME)
         if ctx.is_none:
-            given = torch.ops.kdkernels.batch_triplet_gradient(*ctx.saved_tensors, incoming)
+            form = lib.raw("batch_triplet_gradient", ctx.backend)
+            given = form(*ctx.saved_tensors, *ctx.options, incoming)
         else:
             gradient, post_scale = ctx.saved_tensors
-            given = lib.give_gradient(gradient, incoming, post_scale)
-        return given, *(None,) * 5
+            given = lib.give_gradient(gradient, incoming, post_scale, ctx.backend)
+        return None, given, *(None,) * 5
 
 
 def batch_triplet_loss(
@@ -276,7 +304,9 @@ def batch_triplet_loss(
     The gradient flows to all three members, in the embeddings' dtype. It is 0 for a hinge of
     exactly 0, and for a distance of 0 that is not squared. A second or a double backward raises an
     error (use backend="eager" for either). An anchor that has triplets and meets a NaN distance has
-    loss NaN. Memory: one (N, N) float32 matrix, in the backward of "none" another, never (N, N, N).
+    loss NaN. Memory: native holds one (N, N) float32 matrix, in the backward of "none" another;
+    triton O(N D) for "hard" above 2048 rows, and two matrices of at most 64 MB for the others.
+    Never (N, N, N).
 
     Raises ValueError where shapes, dtypes, devices or options are wrong.
     """
@@ -289,7 +319,8 @@ def batch_triplet_loss(
     margin = lib.check_number(NAME, "margin", margin)
     lib.check_choice(NAME, "mining", mining, MININGS)
     lib.check_choice(NAME, "reduction", reduction, REDUCTIONS)
-    if lib.choose_backend(NAME, backend, (embeddings,)) == "eager":
+    backend = lib.choose_backend(NAME, backend, (embeddings,))
+    if backend == "eager":
         return eager.batch_triplet_loss(
             embeddings,
             labels,
@@ -300,9 +331,9 @@ def batch_triplet_loss(
         )
     options = (margin, mining, squared, reduction)
     if lib.wants_gradient(embeddings):
-        loss = _BatchTripletLoss.apply(embeddings, labels, *options)
+        loss = _BatchTripletLoss.apply(backend, embeddings, labels, *options)
         return loss  # pyright: ignore[reportReturnType]
-    return torch.ops.kdkernels.batch_triplet_loss(embeddings, labels, *options, False)[0]
+    return lib.raw(NAME, backend)(embeddings, labels, *options, False)[0]
 
 
 class BatchTripletLoss(nn.Module):

@@ -10,26 +10,11 @@ from kdkernels.triplet import eager
 
 NAME = "triplet_loss"
 
-# loss is (N,) for "none" and 0-d else; each gradient is (N, D) in its member's dtype, (0,) where
-# not wanted; post_scale is what backward multiplies by. eps and active_at_zero are for
-# TripletMarginLoss.
-lib.library.define(
-    "triplet_loss(Tensor anchor, Tensor positive, Tensor negative, float margin, bool squared, "
-    "float eps, bool active_at_zero, str reduction, bool want_anchor, bool want_positive, "
-    "bool want_negative) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-# give_gradient_ on three gradients at once: three calls from Python would cost a fifth of the op at
-# B=1024 D=512
-lib.library.define(
-    "triplet_give_(Tensor(a!)[] gradients, Tensor incoming, Tensor post_scale) -> ()"
-)
-
 
 def _empty_gradient(member: Tensor, wanted: bool) -> Tensor:
     return torch.empty(member.shape if wanted else (0,), dtype=member.dtype, device=member.device)
 
 
-@torch.library.register_fake("kdkernels::triplet_loss", lib=lib.library)
 def _fake(anchor, positive, negative, margin, squared, eps, active_at_zero, reduction, *wanted):
     members = (anchor, positive, negative)
     gradients = [_empty_gradient(t, want) for t, want in zip(members, wanted, strict=True)]
@@ -73,7 +58,6 @@ def _cpu(
     return loss, gradients[0], gradients[1], gradients[2], post_scale
 
 
-@torch.library.register_fake("kdkernels::triplet_give_", lib=lib.library)
 def _give_fake(gradients, incoming, post_scale):
     return None
 
@@ -82,19 +66,37 @@ def _give_cpu(gradients: list[Tensor], incoming: Tensor, post_scale: Tensor) -> 
     if incoming.dim() == 0 and float(incoming) == 1.0 and float(post_scale) == 1.0:
         return
     for gradient in gradients:
-        lib.give_gradient(gradient, incoming, post_scale)
+        lib.give_gradient(gradient, incoming, post_scale, "native")
 
 
-lib.library.impl(NAME, _cpu, "CPU")
-lib.library.impl("triplet_give_", _give_cpu, "CPU")
+# loss is (N,) for "none" and 0-d else; each gradient is (N, D) in its member's dtype, (0,) where
+# not wanted; post_scale is what backward multiplies by. eps and active_at_zero are for
+# TripletMarginLoss.
+lib.define(
+    NAME,
+    "(Tensor anchor, Tensor positive, Tensor negative, float margin, bool squared, float eps, "
+    "bool active_at_zero, str reduction, bool want_anchor, bool want_positive, bool want_negative) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake,
+    native=_cpu,
+    triton="kdkernels.triplet.triton_kernel:triplet_loss",
+)
+# give_gradient_ on three gradients at once: three calls from Python would cost a fifth of the op at
+# B=1024 D=512
+lib.define(
+    "triplet_give_",
+    "(Tensor(a!)[] gradients, Tensor incoming, Tensor post_scale) -> ()",
+    _give_fake,
+    native=_give_cpu,
+    triton="kdkernels.triplet.triton_kernel:triplet_give_",
+)
 
 
 class _TripletLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, anchor, positive, negative, *options):
-        loss, *gradients, post_scale = torch.ops.kdkernels.triplet_loss(
-            anchor, positive, negative, *options
-        )
+    def forward(ctx, backend, anchor, positive, negative, *options):
+        loss, *gradients, post_scale = lib.raw(NAME, backend)(anchor, positive, negative, *options)
+        ctx.backend = backend
         ctx.wanted = options[-3:]
         ctx.save_for_backward(*gradients, post_scale)
         return loss
@@ -103,12 +105,13 @@ class _TripletLoss(torch.autograd.Function):
     def backward(ctx, incoming):  # pyright: ignore[reportIncompatibleMethodOverride]
         lib.claim_gradients(ctx, NAME)
         *gradients, post_scale = ctx.saved_tensors
-        torch.ops.kdkernels.triplet_give_(gradients, incoming, post_scale)
+        lib.raw("triplet_give_", ctx.backend)(gradients, incoming, post_scale)
         given = [g if want else None for g, want in zip(gradients, ctx.wanted, strict=True)]
-        return *given, *(None,) * 8
+        return None, *given, *(None,) * 8
 
 
-def _native(
+def _kernel(
+    backend: str,
     anchor: Tensor,
     positive: Tensor,
     negative: Tensor,
@@ -122,8 +125,8 @@ def _native(
     wanted = tuple(lib.wants_gradient(t) for t in members)
     options = (margin, squared, eps, active_at_zero, reduction, *wanted)
     if any(wanted):
-        return _TripletLoss.apply(*members, *options)  # pyright: ignore[reportReturnType]
-    return torch.ops.kdkernels.triplet_loss(*members, *options)[0]
+        return _TripletLoss.apply(backend, *members, *options)  # pyright: ignore[reportReturnType]
+    return lib.raw(NAME, backend)(*members, *options)[0]
 
 
 def triplet_loss(
@@ -164,11 +167,12 @@ def triplet_loss(
     lib.check_like(NAME, "negative", negative, anchor, "anchor")
     margin = lib.check_number(NAME, "margin", margin)
     lib.check_choice(NAME, "reduction", reduction, lib.REDUCTIONS)
-    if lib.choose_backend(NAME, backend, (anchor, positive, negative)) == "eager":
+    backend = lib.choose_backend(NAME, backend, (anchor, positive, negative))
+    if backend == "eager":
         return eager.triplet_loss(
             anchor, positive, negative, margin=margin, squared=squared, reduction=reduction
         )
-    return _native(anchor, positive, negative, margin, squared, 0.0, False, reduction)
+    return _kernel(backend, anchor, positive, negative, margin, squared, 0.0, False, reduction)
 
 
 class TripletLoss(nn.Module):
@@ -214,7 +218,7 @@ class TripletMarginLoss(nn.TripletMarginLoss):
 
     Constructor, defaults, positional call, results and their dtype are torch's: plain distances,
     eps inside the difference, torch's gradient at a hinge of exactly 0. The kernel covers p = 2
-    without swap on (N, D) inputs of one shape and one dtype, float32 or 16-bit, on the CPU;
+    without swap on (N, D) inputs of one shape and one dtype, float32 or 16-bit;
     everything else runs torch's own code. Differences: 16-bit inputs are computed in float32 and
     rounded once; one backward a forward.
     """
@@ -222,9 +226,9 @@ class TripletMarginLoss(nn.TripletMarginLoss):
     def forward(self, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
         if not self._is_covered(anchor, positive, negative):
             return super().forward(anchor, positive, negative)
-        loss = _native(
-            anchor, positive, negative, self.margin, False, self.eps, True, self.reduction
-        )
+        members = (anchor, positive, negative)
+        backend = lib.choose_backend(NAME, None, members)
+        loss = _kernel(backend, *members, self.margin, False, self.eps, True, self.reduction)
         # torch's autocast runs this loss in float32 and returns float32
         is_autocast = torch.is_autocast_enabled(anchor.device.type)
         return loss if is_autocast else loss.to(anchor.dtype)
@@ -245,6 +249,6 @@ class TripletMarginLoss(nn.TripletMarginLoss):
             and t.numel() > 0
             and t.dtype in lib.DTYPE_CODES
             and (t.shape, t.dtype, t.device) == (anchor.shape, anchor.dtype, anchor.device)
-            and lib.backends(NAME, t.device.type)[0] == "native"
+            and lib.backends(NAME, t.device.type)[0] != "eager"
             for t in members
         )

@@ -1,0 +1,346 @@
+"""The mathematics of one row pair on the device: exponentials, statistics, losses, gradient.
+
+Exponentials are relative to a reference in powers of two: u = 2^(s log2(e) / tau - R), R the
+maximum's exponent rounded up. R cancels in everything that leaves the row, so its rounding does no
+harm, and one fused multiply-add makes the argument. At an integer temperature exp(s) = u^tau and
+takes no exponential of its own. The derivation is in docs/ops.md.
+"""
+
+import triton
+import triton.language as tl
+
+from kdkernels.kd_cross_entropy.triton_tiles import INFINITY
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# Below every exponent that matters, and finite: differences of references are never inf - inf.
+LOWEST_REFERENCE = tl.constexpr(-3e38)
+
+
+@triton.jit
+def power(x, EXPONENT: tl.constexpr):
+    """x^EXPONENT by repeated squaring."""
+    if EXPONENT == 1:
+        return x
+    elif EXPONENT % 2 == 0:
+        half = power(x, EXPONENT // 2)
+        return half * half
+    else:
+        return power(x, EXPONENT - 1) * x
+
+
+@triton.jit
+def reference(maximum, scale):
+    """R: maximum * scale rounded up, so that no argument of ex2 is positive."""
+    exponent = tl.maximum(maximum * scale, LOWEST_REFERENCE)
+    return exponent + tl.abs(exponent) * 1.1920929e-7
+
+
+@triton.jit
+def references(s_max, t_max, scale, PLAN: tl.constexpr):
+    """The references of u, of p = exp(s) and of v."""
+    R = reference(s_max, scale)
+    if PLAN.power > 0:
+        R1 = R * PLAN.power
+    else:
+        R1 = reference(s_max, LOG2E)
+    RT = reference(t_max, scale) if PLAN.has_teacher else R
+    return R, R1, RT
+
+
+@triton.jit
+def exponentials(s, t, refs, scale, PLAN: tl.constexpr):
+    """The arguments a and b of u and v; u, p and v."""
+    R, R1, RT = refs
+    a = s * scale - R
+    u = tl.exp2(a)
+    p = power(u, PLAN.power) if PLAN.power > 0 else tl.exp2(s * LOG2E - R1)
+    if PLAN.has_teacher:
+        b = t * scale - RT
+        v = tl.exp2(b)
+    else:
+        b, v = a, u
+    return a, b, u, p, v
+
+
+@triton.jit
+def weighted(v, argument):
+    """v * argument, and 0 where v is 0, at an argument of -inf too."""
+    return tl.where(v == 0.0, 0.0, v * argument)
+
+
+@triton.jit
+def largest(tiles, edge, TILES: tl.constexpr):
+    """Each lane's maximum over its tiles and its edge class."""
+    most = tiles[0]
+    for i in tl.static_range(1, TILES):
+        most = tl.maximum(most, tiles[i])
+    return tl.maximum(tl.max(most, axis=1), edge)
+
+
+@triton.jit
+def left_of_label(s_tiles, at, label_at, before, TILES: tl.constexpr, PLAN: tl.constexpr):
+    """`before`, or a lane's maximum over tiles left of the label where that is larger."""
+    for i in tl.static_range(TILES):
+        is_left = at + i * PLAN.lanes * PLAN.vec < label_at
+        before = tl.maximum(before, tl.max(tl.where(is_left, s_tiles[i], -INFINITY), axis=1))
+    return before
+
+
+@triton.jit
+def is_first(student, label, s_label, s_max, PLAN: tl.constexpr):
+    """Whether the label is the first class with the row's maximum: a look at the classes left of it
+    (which are still in the cache) where it has the maximum, as it rarely does at first."""
+    found = s_label == s_max
+    if found:
+        BLOCK: tl.constexpr = 4 * PLAN.lanes
+        ties = tl.full((BLOCK,), 0, tl.int32)
+        for begin in range(0, label, BLOCK):
+            column = begin + tl.arange(0, BLOCK)
+            s = tl.load(student + column, mask=column < label, other=-INFINITY).to(tl.float32)
+            ties = tl.maximum(ties, (s == s_max).to(tl.int32))
+        found = tl.max(ties, axis=0) == 0
+    return found
+
+
+@triton.jit
+def _max2(a0, a1, b0, b1):
+    return tl.maximum(a0, b0), tl.maximum(a1, b1)
+
+
+@triton.jit
+def _sum2(a0, a1, b0, b1):
+    return a0 + b0, a1 + b1
+
+
+@triton.jit
+def _sum5(a0, a1, a2, a3, a4, b0, b1, b2, b3, b4):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4
+
+
+@triton.jit
+def row_maxima(s_max, t_max, PLAN: tl.constexpr):
+    """The maxima of the row from those of its lanes, in one exchange."""
+    if PLAN.has_teacher:
+        return tl.reduce((s_max, t_max), 0, _max2)
+    else:
+        most = tl.max(s_max, axis=0)
+        return most, most
+
+
+@triton.jit
+def row_sums(sums, more, PLAN: tl.constexpr):
+    """The sums of the row, and that of `more`, from those of its lanes: one exchange, another for
+    what only terms and smoothing need. Always in the same order."""
+    P, U, V, VA, VB, S = sums
+    if PLAN.has_teacher:
+        P, U, V, VA, more = tl.reduce((P, U, V, VA, more), 0, _sum5)
+    else:
+        P, more = tl.reduce((P, more), 0, _sum2)
+        U, V, VA = P, P, P
+    if PLAN.terms or PLAN.smoothing:
+        VB, S = tl.reduce((VB, S), 0, _sum2)
+    else:
+        VB, S = P, P
+    return (P, U, V, VA, VB, S), more
+
+
+@triton.jit
+def edge_sums(s, t, exists, refs, scale, PLAN: tl.constexpr):
+    """A lane's sums over its edge class: of p, u, v, v a, v b and s."""
+    a, b, u, p, v = exponentials(s, t, refs, scale, PLAN)
+    return p, u, v, weighted(v, a), weighted(v, b), tl.where(exists, s, 0.0)
+
+
+@triton.jit
+def add_exponentials(
+    sums,
+    s_tiles,
+    t_tiles,
+    at,
+    limit,
+    refs,
+    scale,
+    TILES: tl.constexpr,
+    FULL: tl.constexpr,
+    PLAN: tl.constexpr,
+):
+    """A lane's sums with TILES more tiles (from FULL on masked), and the tiles' u, p and v."""
+    P, U, V, VA, VB, S = sums
+    us, ps, vs = (), (), ()
+    for i in tl.static_range(TILES):
+        a, b, u, p, v = exponentials(s_tiles[i], t_tiles[i], refs, scale, PLAN)
+        us, ps, vs = us + (u,), ps + (p,), vs + (v,)
+        # one running sum a lane: one for each place in a vector would not leave enough registers
+        P += tl.sum(p, axis=1)
+        if PLAN.has_teacher:
+            U += tl.sum(u, axis=1)
+            V += tl.sum(v, axis=1)
+            VA += tl.sum(weighted(v, a), axis=1)
+            if PLAN.terms:
+                VB += tl.sum(weighted(v, b), axis=1)
+        if PLAN.smoothing:
+            s = s_tiles[i]
+            if i >= FULL:
+                s = tl.where(at + i * PLAN.lanes * PLAN.vec < limit, s, 0.0)
+            S += tl.sum(s, axis=1)
+    return (P, U, V, VA, VB, S), (us, ps, vs)
+
+
+@triton.jit
+def move(sums, old, new, PLAN: tl.constexpr):
+    """Sums that were taken against the references `old`, against `new`."""
+    P, U, V, VA, VB, S = sums
+    shift = tl.exp2(old[0] - new[0])
+    P *= power(shift, PLAN.power) if PLAN.power > 0 else tl.exp2(old[1] - new[1])
+    U *= shift
+    if PLAN.has_teacher:
+        shift = tl.exp2(old[2] - new[2])
+        VA = tl.where(shift == 0.0, 0.0, (VA + V * (old[0] - new[0])) * shift)
+        VB = tl.where(shift == 0.0, 0.0, (VB + V * (old[2] - new[2])) * shift)
+        V *= shift
+    return P, U, V, VA, VB, S
+
+
+@triton.jit
+def merge(s_max, t_max, before, sums, more, scale, PLAN: tl.constexpr):
+    """The statistics of a row, and the sum of `more`, from those of its lanes or parts."""
+    old = references(s_max, t_max, scale, PLAN)
+    s_max, t_max = row_maxima(s_max, t_max, PLAN)
+    if PLAN.terms and PLAN.has_target:
+        before = tl.max(before, axis=0)
+    else:
+        before = s_max
+    sums = move(sums, old, references(s_max, t_max, scale, PLAN), PLAN)
+    sums, more = row_sums(sums, more, PLAN)
+    return s_max, t_max, before, sums, more
+
+
+@triton.jit
+def losses(s_max, refs, is_hit, sums, s_label, valid, classes, numbers, PLAN: tl.constexpr):
+    """(loss, hard, soft, entropy, hit) of a row; and P, U, V, NaN where the row is no
+    distribution."""
+    P, U, V, VA, VB, S = sums
+    scale, inverse_tau, alpha, smoothing = numbers
+    P = tl.where(P > 0.0, P, float("nan"))
+    zero = P * 0.0
+    loss, hard, soft, entropy, hit = zero, zero, zero, zero, zero
+    if PLAN.has_target:
+        if PLAN.power > 0:
+            exponent = (s_label * scale - refs[0]) * PLAN.power
+        else:
+            exponent = s_label * LOG2E - refs[1]
+        hard = (tl.log2(P) - exponent) * LN2 * valid
+        if PLAN.smoothing:
+            log_sum = (tl.log2(P) + refs[1]) * LN2
+            hard = hard * (1.0 - smoothing) + smoothing * (log_sum - S / classes)
+        hit = tl.where(is_hit & (P == P), 1.0, 0.0)
+        loss = hard
+    if PLAN.has_teacher:
+        U, V = tl.where(U > 0.0, U, float("nan")), tl.where(V > 0.0, V, float("nan"))
+        soft = (tl.log2(U) - VA / V) * LN2
+        entropy = (tl.log2(V) - VB / V) * LN2
+        # alpha = 0 takes the soft term out, infinite or not
+        loss += tl.where(alpha == 0.0, 0.0, alpha * soft)
+    return (loss, hard, soft, entropy, hit), (P, U, V)
+
+
+@triton.jit
+def coefficients(totals, weight, valid, classes, numbers, PLAN: tl.constexpr):
+    """A, B, D and E of the gradient A p + B u - D v - E."""
+    P, U, V = totals
+    scale, inverse_tau, alpha, smoothing = numbers
+    A, B, D, E = 0.0, 0.0, 0.0, 0.0
+    if PLAN.has_target:
+        A = weight * valid / P
+        E = weight * smoothing / classes
+    if PLAN.has_teacher:
+        soft = weight * alpha * inverse_tau
+        B = tl.where(alpha == 0.0, 0.0, soft / U)
+        D = tl.where(alpha == 0.0, 0.0, soft / V)
+    return A, B, D, E
+
+
+@triton.jit
+def gradient_of(u, p, v, factors, PLAN: tl.constexpr):
+    A, B, D, E = factors
+    if PLAN.has_target and PLAN.has_teacher:
+        if PLAN.power > 0:
+            # A u^(power - 1), beginning with A: a shared u^2 would be kept in registers from the
+            # sums on, half a row more
+            plain = A
+            MORE: tl.constexpr = PLAN.power - 1
+            for _ in tl.static_range(MORE):
+                plain = plain * u
+            value = u * (plain + B) - D * v
+        else:
+            value = A * p + (B * u - D * v)
+    elif PLAN.has_target:
+        value = A * p
+    else:
+        value = B * u - D * v
+    return value - E if PLAN.smoothing else value
+
+
+@triton.jit
+def store_label(
+    gradient, label, s_label, t_label, refs, factors, weight, numbers, PLAN: tl.constexpr
+):
+    """The label's column once more, with its one-hot; after a barrier, as another lane wrote it."""
+    scale, inverse_tau, alpha, smoothing = numbers
+    a, b, u, p, v = exponentials(s_label, t_label, refs, scale, PLAN)
+    value = gradient_of(u, p, v, factors, PLAN) - weight * (1.0 - smoothing)
+    tl.debug_barrier()
+    tl.store(gradient + label, value.to(gradient.dtype.element_ty))
+
+
+@triton.jit
+def count_labels(labels, BLOCK: tl.constexpr):
+    """How many labels are not ignore_index, as BLOCK numbers to be added up."""
+    target_ptr, stride_target, row_count, ignore_index = labels
+    found = tl.full((BLOCK,), 0.0, tl.float32)
+    for begin in range(0, row_count, BLOCK):
+        at = begin + tl.arange(0, BLOCK).to(tl.int64)
+        label = tl.load(target_ptr + at * stride_target, mask=at < row_count, other=0)
+        found += ((at < row_count) & (label != ignore_index)).to(tl.float32)
+    return found
+
+
+@triton.jit
+def count_share(labels, PLAN: tl.constexpr):
+    """Each lane's share of that count where programs count for themselves, else 0."""
+    if PLAN.divisor == "counted here":
+        return count_labels(labels, PLAN.lanes)
+    else:
+        return tl.full((PLAN.lanes,), 0.0, tl.float32)
+
+
+@triton.jit
+def weight_of(count, count_ptr, gradient_scale, PLAN: tl.constexpr):
+    """What gradients are multiplied by: gradient_scale, over the rows that count for a mean."""
+    if PLAN.divisor == "one":
+        return gradient_scale
+    elif PLAN.divisor == "counted here":
+        return gradient_scale / tl.maximum(count, 1.0)
+    else:
+        return gradient_scale / tl.maximum(tl.load(count_ptr), 1.0)
+
+
+@triton.jit
+def store_row(loss_ptr, terms_ptr, row, found, PLAN: tl.constexpr):
+    loss, hard, soft, entropy, hit = found
+    tl.store(loss_ptr + row, loss)
+    if PLAN.terms:
+        tl.store(terms_ptr + row * 4, hard)
+        tl.store(terms_ptr + row * 4 + 1, soft)
+        tl.store(terms_ptr + row * 4 + 2, entropy)
+        tl.store(terms_ptr + row * 4 + 3, hit)
+
+
+@triton.jit
+def zero_gradient(gradient, begin, end, PLAN: tl.constexpr):
+    """Gradient 0 from column `begin` to `end`, of a row that counts for nothing."""
+    lane = tl.arange(0, PLAN.lanes)
+    zero = tl.full((PLAN.lanes,), 0.0, gradient.dtype.element_ty)
+    for at in tl.range(begin, end, PLAN.lanes, loop_unroll_factor=1):
+        tl.store(gradient + at + lane, zero, mask=at + lane < end)

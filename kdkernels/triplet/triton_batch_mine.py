@@ -1,0 +1,649 @@
+"""Mining of batch_triplet_loss in Triton: sorting by person, and the kernels that read the Gram
+matrix.
+
+Rows are sorted by label once, so that a person's rows are one range of places. A place is a row's
+number in that order, a row its number in the batch: ties are decided by rows, memory is read by
+places.
+
+The Gram matrix G of the centred rows gives the squared distance n_i + n_j - 2 G_ij with an error of
+at most `relative` (n_i + n_j) + `absolute`. Whatever depends on less (which candidate is nearest,
+whether a hinge is positive, a distance much smaller than its norms) is measured again from the
+differences, in double, as the native kernels do. A row whose numbers are not finite, or near the
+end of float32, is centred to zero with the norm inf: all its distances are then measured.
+"""
+
+import ctypes
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kdkernels import triton_rows as rows
+
+INF = tl.constexpr(float("inf"))
+NOBODY = tl.constexpr(2**31 - 1)  # a row after all others
+LARGEST_NORM = tl.constexpr(1e37)  # sums and differences of such norms are finite
+ROUNDING = tl.constexpr(2.0**-22)  # a float of a double, with room for the arithmetic around it
+CLOSE_SHARE = tl.constexpr(0.125)  # below this share of n_i + n_j the Gram form has lost 3 bits
+# Stand-ins for what does not compare: larger than every finite distance, which is below 1e84.
+INFINITE = tl.constexpr(1e300)
+UNDEFINED = tl.constexpr(1e301)
+
+SHIFT_ROWS = 256  # rows that the shift is the mean of; any shift is right
+MOST_BLOCK = 1024  # places that a mining program looks at together
+POSITIVES = 8  # positives that share one reading of the negatives
+BATCH = 4  # rows measured together
+
+
+@triton.jit
+def lower_norm(norm, relative, absolute):
+    """A row's share of the lower bound n_i + n_j - 2 G_ij - error."""
+    return tl.where(norm == INF, -INF, norm * (1.0 - relative) - absolute)
+
+
+@triton.jit
+def upper_norm(norm, relative, absolute):
+    """A row's share of the upper bound."""
+    return norm * (1.0 + relative) + absolute
+
+
+@triton.jit
+def measure(x_ptr, stride, row, others, inside, features, BLOCK_D: tl.constexpr):
+    """Squared distances from one row to others, in double."""
+    total = tl.zeros([others.shape[0], BLOCK_D], tl.float64)
+    own_ptr = x_ptr + row.to(tl.int64) * stride
+    others_ptr = x_ptr + others.to(tl.int64)[:, None] * stride
+    for begin in range(0, features, BLOCK_D):
+        column = begin + tl.arange(0, BLOCK_D)
+        own = tl.load(own_ptr + column, mask=column < features, other=0.0)
+        mask = inside[:, None] & (column < features)[None, :]
+        other = tl.load(others_ptr + column[None, :], mask=mask, other=0.0)
+        difference = own.to(tl.float32).to(tl.float64)[None, :]
+        difference -= other.to(tl.float32).to(tl.float64)
+        total += difference * difference
+    return tl.sum(total, axis=1)
+
+
+@triton.jit
+def take(candidates, rank, at, done, BATCH: tl.constexpr):
+    """The next BATCH of the candidates after the first `done`; rank: their running count."""
+    slot = tl.arange(0, BATCH)
+    hit = candidates[None, :] & (rank[None, :] == done + 1 + slot[:, None])
+    return tl.sum(tl.where(hit, at[None, :], 0), axis=1)
+
+
+@triton.jit
+def near_key(distance):
+    """What a squared distance is compared by where the nearest is wanted: NaN comes first."""
+    return tl.where(distance != distance, -1.0, tl.minimum(distance, INFINITE))
+
+
+@triton.jit
+def near_distance(key):
+    """The squared distance back from its near_key."""
+    return tl.where(key < 0.0, float("nan"), tl.where(key >= INFINITE, INF, key))
+
+
+@triton.jit
+def far_key(distance):
+    """The same where the farthest is wanted: the least key is the farthest, NaN comes first."""
+    return tl.where(distance != distance, -UNDEFINED, -tl.minimum(distance, INFINITE))
+
+
+@triton.jit
+def far_distance(key):
+    """The squared distance back from its far_key."""
+    return tl.where(key <= -UNDEFINED, float("nan"), tl.where(key <= -INFINITE, INF, -key))
+
+
+@triton.jit
+def first_of(key, row, keys, others, eligible):
+    """The least key with its row, of (key, row) and the eligible ones of (keys, others); of equal
+    keys the lowest row."""
+    keys = tl.where(eligible, keys, INF)
+    least = tl.min(keys, axis=0)
+    lowest = tl.min(tl.where(eligible & (keys == least), others, NOBODY), axis=0)
+    better = (least < key) | ((least == key) & (lowest < row))
+    return tl.where(better, least, key), tl.where(better, lowest, row)
+
+
+@triton.jit
+def farthest_positive(
+    key, best, x_ptr, stride, order_ptr, place, row, begin, end, features,
+    BATCH: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """far_key and row of the farthest of places [begin, end) but `place`, if farther than `key`."""
+    for start in range(begin, end, BATCH):
+        at = start + tl.arange(0, BATCH)
+        inside = (at < end) & (at != place)
+        others = tl.load(order_ptr + at, mask=inside, other=0)
+        distance = measure(x_ptr, stride, row, others, inside, features, BLOCK_D)
+        key, best = first_of(key, best, far_key(distance), others, inside)
+    return key, best
+
+
+@triton.jit
+def root(squared_distance, SQUARED: tl.constexpr):
+    return squared_distance if SQUARED else tl.sqrt(squared_distance)
+
+
+@triton.jit
+def slope(distance, SQUARED: tl.constexpr):
+    """What a triplet puts into W for a pair: the derivative without x_i - x_j, 0 at distance 0."""
+    if SQUARED:
+        return tl.zeros_like(distance).to(tl.float32) + 2.0
+    else:
+        single = distance.to(tl.float32)
+        at_zero = single == 0.0
+        return tl.where(at_zero, 0.0, 1.0 / tl.where(at_zero, 1.0, single))
+
+
+@triton.jit
+def both_parts(margin, margin_rest):
+    """The margin in double, see margin_in_two."""
+    return tl.full([], margin, tl.float64) + tl.full([], margin_rest, tl.float64)
+
+
+@triton.jit
+def store_hard(
+    losses_ptr, totals_ptr, partners_ptr, slopes_ptr, rows, row, valid,
+    to_positive, positive, to_negative, negative, margin, margin_rest,
+    SQUARED: tl.constexpr, WANT_GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """An anchor's one triplet: its loss and counts, and partners and slopes (-1 and 0 for none)."""
+    near, far = root(to_positive, SQUARED), root(to_negative, SQUARED)
+    hinge = near - far + both_parts(margin, margin_rest)
+    is_active = valid & ~(hinge <= 0.0)  # a NaN goes on: it has to come out
+    loss = tl.where(is_active, hinge, 0.0)
+    tl.store(losses_ptr + row, loss.to(tl.float32))
+    tl.store(totals_ptr + row, loss)
+    tl.store(totals_ptr + rows + row, valid.to(tl.float64))
+    tl.store(totals_ptr + 2 * rows + row, is_active.to(tl.float64))
+    if WANT_GRADIENT:
+        tl.store(partners_ptr + row, tl.where(is_active, positive, -1))
+        tl.store(partners_ptr + rows + row, tl.where(is_active, negative, -1))
+        tl.store(slopes_ptr + row, tl.where(is_active, slope(near, SQUARED), 0.0))
+        tl.store(slopes_ptr + rows + row, tl.where(is_active, -slope(far, SQUARED), 0.0))
+
+
+@triton.jit(do_not_specialize=["rows", "step"])
+def _shift(
+    x_ptr, shift_ptr, stride_x, rows, step, features, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    # the mean of every `step`-th row, without the numbers that would spoil it
+    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    at = tl.arange(0, BLOCK) * step
+    mask = (at < rows)[:, None] & (column < features)[None, :]
+    value = tl.load(
+        x_ptr + at.to(tl.int64)[:, None] * stride_x + column[None, :], mask=mask, other=0.0
+    )
+    value = value.to(tl.float32)
+    value = tl.where(tl.abs(value) < 1e18, value, 0.0)
+    mean = tl.sum(value, axis=0) / tl.cdiv(rows, step).to(tl.float32)
+    tl.store(shift_ptr + column, mean, mask=column < features)
+
+
+@triton.jit
+def _as_bfloat16(value):
+    # rounded to 8 bits, still a float32; not for NaN or numbers beyond LARGEST_NORM
+    bits = value.to(tl.int32, bitcast=True)
+    return ((bits + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["rows", "places"])
+def _arrange(
+    x_ptr, labels_ptr, shift_ptr, order_ptr, places_ptr, first_ptr, last_ptr, norms_ptr, high_ptr,
+    low_ptr, halves_ptr, stride_x, stride_labels, stride_high, rows, places, features, relative,
+    absolute, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # Each row's place and its person's range of places, by counting; then the centred row there.
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside, exists = row < rows, row < places
+    label = tl.load(labels_ptr + row.to(tl.int64) * stride_labels, mask=inside, other=0)
+    counts = tl.zeros([ROWS], tl.int32)  # smaller labels
+    twins = tl.zeros([ROWS], tl.int32)  # equal ones
+    earlier = tl.zeros([ROWS], tl.int32)  # equal ones in rows before
+    for begin in range(0, rows, BLOCK):
+        other = begin + tl.arange(0, BLOCK)
+        there = (other < rows)[None, :]
+        theirs = tl.load(
+            labels_ptr + other.to(tl.int64) * stride_labels, mask=other < rows, other=0
+        )
+        same = there & (theirs[None, :] == label[:, None])
+        counts += tl.sum((there & (theirs[None, :] < label[:, None])).to(tl.int32), axis=1)
+        twins += tl.sum(same.to(tl.int32), axis=1)
+        earlier += tl.sum((same & (other[None, :] < row[:, None])).to(tl.int32), axis=1)
+    place = tl.where(inside, counts + earlier, row)  # rows that fill the last tile stay last
+    tl.store(order_ptr + place, tl.where(inside, row, 0), mask=exists)
+    tl.store(places_ptr + row, place, mask=inside)
+    tl.store(first_ptr + place, tl.where(inside, counts, rows), mask=exists)
+    tl.store(last_ptr + place, tl.where(inside, counts + twins, rows), mask=exists)
+
+    own_ptr = x_ptr + row.to(tl.int64)[:, None] * stride_x
+    squares = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for begin in range(0, features, BLOCK_D):
+        column = begin + tl.arange(0, BLOCK_D)
+        mask = inside[:, None] & (column < features)[None, :]
+        value = tl.load(own_ptr + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        shift = tl.load(shift_ptr + column, mask=column < features, other=0.0)
+        value = tl.where(mask, value - shift[None, :], 0.0)
+        squares += value * value
+    norm = tl.sum(squares, axis=1)
+    is_usable = norm <= LARGEST_NORM  # not for NaN
+    norm = tl.where(is_usable, norm, INF)
+    tl.store(norms_ptr + place, norm, mask=exists)
+    if halves_ptr is not None:  # what a product starts at; never chosen past the end
+        half = tl.where(inside, -0.5 * lower_norm(norm, relative, absolute), -INF)
+        tl.store(halves_ptr + place, half, mask=exists)
+    for begin in range(0, stride_high, BLOCK_D):
+        column = begin + tl.arange(0, BLOCK_D)
+        mask = inside[:, None] & (column < features)[None, :]
+        value = tl.load(own_ptr + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        shift = tl.load(shift_ptr + column, mask=column < features, other=0.0)
+        value = tl.where(mask & is_usable[:, None], value - shift[None, :], 0.0)
+        at = place.to(tl.int64)[:, None] * stride_high + column[None, :]
+        fits = exists[:, None] & (column < stride_high)[None, :]
+        if low_ptr is None:
+            tl.store(high_ptr + at, value, mask=fits)
+        else:
+            high = _as_bfloat16(value)
+            low = _as_bfloat16(value - high)
+            tl.store(high_ptr + at, high.to(high_ptr.dtype.element_ty), mask=fits)
+            tl.store(low_ptr + at, low.to(low_ptr.dtype.element_ty), mask=fits)
+
+
+@triton.jit
+def _negatives(
+    gram_ptr, norms_ptr, begin, rows, first, last, BLOCK: tl.constexpr
+):  # fmt: skip
+    # places, which of them are negatives, their norms and the doubled products with the anchor
+    at = begin + tl.arange(0, BLOCK)
+    is_negative = (at < rows) & ((at < first) | (at >= last))
+    norm = tl.load(norms_ptr + at, mask=at < rows, other=0.0)
+    return at, is_negative, norm, 2.0 * tl.load(gram_ptr + at, mask=is_negative, other=0.0)
+
+
+@triton.jit
+def _nearest_negatives(
+    x_ptr, gram_ptr, norms_ptr, order_ptr, stride_x, rows, features, row, own, first, last,
+    limit, relative, absolute, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BATCH: tl.constexpr,
+):  # fmt: skip
+    # For each limit the nearest negative that is strictly farther: near_key and row.
+    single = limit.to(tl.float32)
+    surely, possibly = single * (1.0 + ROUNDING), single * (1.0 - ROUNDING)
+    own_lower, own_upper = lower_norm(own, relative, absolute), upper_norm(own, relative, absolute)
+    bound = tl.zeros_like(single) + INF
+    for begin in range(0, rows, BLOCK):
+        at, is_negative, norm, twice = _negatives(
+            gram_ptr, norms_ptr, begin, rows, first, last, BLOCK
+        )
+        lower = own_lower + lower_norm(norm, relative, absolute) - twice
+        upper = own_upper + upper_norm(norm, relative, absolute) - twice
+        is_sure = is_negative[None, :] & (lower[None, :] > surely[:, None])
+        bound = tl.minimum(bound, tl.min(tl.where(is_sure, upper[None, :], INF), axis=1))
+    key = tl.zeros_like(limit) + INF
+    best = tl.zeros_like(limit).to(tl.int32) + NOBODY
+    for begin in range(0, rows, BLOCK):
+        at, is_negative, norm, twice = _negatives(
+            gram_ptr, norms_ptr, begin, rows, first, last, BLOCK
+        )
+        lower = own_lower + lower_norm(norm, relative, absolute) - twice
+        upper = own_upper + upper_norm(norm, relative, absolute) - twice
+        may = ~(lower[None, :] > bound[:, None]) & ~(upper[None, :] < possibly[:, None])
+        candidates = is_negative & (tl.max(may.to(tl.int32), axis=0) > 0)
+        number = tl.sum(candidates.to(tl.int32), axis=0)
+        if number > 0:
+            rank = tl.cumsum(candidates.to(tl.int32), axis=0)
+            for done in range(0, number, BATCH):
+                inside = tl.arange(0, BATCH) < number - done
+                places = take(candidates, rank, at, done, BATCH)
+                others = tl.load(order_ptr + places, mask=inside, other=0)
+                distance = measure(x_ptr, stride_x, row, others, inside, features, BLOCK_D)
+                eligible = inside[:, None] & ~(distance[:, None] <= limit[None, :])
+                keys = near_key(distance)[:, None] + tl.zeros_like(limit)[None, :]
+                named = others[:, None] + tl.zeros_like(best)[None, :]
+                key, best = first_of(key, best, keys, named, eligible)
+    return key, best
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _mine_hard(
+    x_ptr, gram_ptr, norms_ptr, order_ptr, first_ptr, last_ptr, losses_ptr, totals_ptr,
+    partners_ptr, slopes_ptr, stride_x, stride_gram, rows, features, margin, margin_rest,
+    relative, absolute, SQUARED: tl.constexpr, WANT_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr, BATCH: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0)
+    row = tl.load(order_ptr + place)
+    first, last = tl.load(first_ptr + place), tl.load(last_ptr + place)
+    valid = (last - first > 1) & (last - first < rows)
+    far, near = tl.full([], INF, tl.float64), tl.full([], INF, tl.float64)
+    positive, negative = tl.full([], NOBODY, tl.int32), tl.full([], NOBODY, tl.int32)
+    if valid:
+        far, positive = farthest_positive(
+            far, positive, x_ptr, stride_x, order_ptr, place, row, first, last, features,
+            BATCH, BLOCK_D,
+        )  # fmt: skip
+        keys, best = _nearest_negatives(
+            x_ptr, gram_ptr + place.to(tl.int64) * stride_gram, norms_ptr, order_ptr, stride_x,
+            rows, features, row, tl.load(norms_ptr + place), first, last,
+            tl.full([1], -INF, tl.float64), relative, absolute, BLOCK, BLOCK_D, BATCH,
+        )  # fmt: skip
+        near, negative = tl.min(keys, axis=0), tl.min(best, axis=0)
+    store_hard(
+        losses_ptr, totals_ptr, partners_ptr, slopes_ptr, rows, row, valid,
+        far_distance(far), positive, near_distance(near), negative, margin, margin_rest,
+        SQUARED, WANT_GRADIENT,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows", "begin"])
+def _mine_semihard(
+    x_ptr, gram_ptr, coefficients_ptr, norms_ptr, order_ptr, places_ptr, first_ptr, last_ptr,
+    losses_ptr, totals_ptr, stride_x, stride_gram, begin, rows, features, margin, margin_rest,
+    relative, absolute, SQUARED: tl.constexpr, WANT_GRADIENT: tl.constexpr,
+    POSITIVES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BATCH: tl.constexpr,
+):  # fmt: skip
+    place = begin + tl.program_id(0)
+    line = tl.program_id(0).to(tl.int64) * stride_gram
+    row = tl.load(order_ptr + place)
+    first, last = tl.load(first_ptr + place), tl.load(last_ptr + place)
+    own = tl.load(norms_ptr + place)
+    margin64 = both_parts(margin, margin_rest)
+    loss, triplets, active = (tl.zeros([], tl.float64),) * 3
+    lane = tl.arange(0, POSITIVES)
+    has_triplets = (last - first > 1) & (last - first < rows)
+    for start in range(first, tl.where(has_triplets, last, first), POSITIVES):
+        at = start + lane
+        is_positive = (at < last) & (at != place)
+        positives = tl.load(order_ptr + at, mask=is_positive, other=0)
+        limit = measure(x_ptr, stride_x, row, positives, is_positive, features, BLOCK_D)
+        limit = tl.where(is_positive, limit, INF)  # nothing is farther
+        key, negative = _nearest_negatives(
+            x_ptr, gram_ptr + line, norms_ptr, order_ptr, stride_x, rows, features, row, own,
+            first, last, limit, relative, absolute, BLOCK, BLOCK_D, BATCH,
+        )  # fmt: skip
+        exists = is_positive & (key < INF)
+        near, far = root(limit, SQUARED), root(near_distance(key), SQUARED)
+        hinge = near - far + margin64
+        is_active = exists & ~(hinge <= 0.0)
+        loss += tl.sum(tl.where(is_active, hinge, 0.0), axis=0)
+        triplets += tl.sum(exists.to(tl.float64), axis=0)
+        active += tl.sum(is_active.to(tl.float64), axis=0)
+        if WANT_GRADIENT:
+            line_ptr = coefficients_ptr + line
+            tl.store(line_ptr + at, slope(near, SQUARED), mask=is_active)
+            to_negative = slope(far, SQUARED)
+            # one after another: several positives may have the same negative
+            for one in tl.static_range(POSITIVES):
+                chosen = is_active & (lane == one)
+                if tl.max(chosen.to(tl.int32), axis=0) > 0:
+                    there = tl.load(places_ptr + tl.sum(tl.where(chosen, negative, 0), axis=0))
+                    tl.debug_barrier()
+                    sum_now = tl.load(line_ptr + there)
+                    tl.debug_barrier()
+                    step = tl.sum(tl.where(chosen, to_negative, 0.0), axis=0)
+                    tl.store(line_ptr + there, sum_now - step)
+    tl.store(losses_ptr + row, loss.to(tl.float32))
+    tl.store(totals_ptr + row, loss)
+    tl.store(totals_ptr + rows + row, triplets)
+    tl.store(totals_ptr + 2 * rows + row, active)
+
+
+@triton.jit(do_not_specialize=["rows", "begin"])
+def _mine_all(
+    x_ptr, gram_ptr, coefficients_ptr, norms_ptr, order_ptr, first_ptr, last_ptr,
+    losses_ptr, totals_ptr, stride_x, stride_gram, begin, rows, features, margin, margin_rest,
+    relative, absolute, SQUARED: tl.constexpr, WANT_GRADIENT: tl.constexpr,
+    POSITIVES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BATCH: tl.constexpr,
+):  # fmt: skip
+    place = begin + tl.program_id(0)
+    line = tl.program_id(0).to(tl.int64) * stride_gram
+    row = tl.load(order_ptr + place)
+    first, last = tl.load(first_ptr + place), tl.load(last_ptr + place)
+    own = tl.load(norms_ptr + place)
+    margin64 = both_parts(margin, margin_rest)
+    lane = tl.arange(0, POSITIVES)
+    if WANT_GRADIENT:
+        line_ptr = coefficients_ptr + line
+        for start in range(first, last, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            tl.store(line_ptr + at, tl.zeros([BLOCK], tl.float32), mask=at < last)
+    has_triplets = (last - first > 1) & (last - first < rows)
+    loss, active = (tl.zeros([], tl.float64),) * 2
+    for block in range(0, rows, BLOCK):
+        at, is_negative, norm, twice = _negatives(
+            gram_ptr + line, norms_ptr, block, rows, first, last, BLOCK
+        )
+        norm += own
+        value = norm - twice  # inf where a norm is
+        slack = norm * relative + absolute
+        close = ~(value > norm * CLOSE_SHARE)
+        if not SQUARED:
+            value = tl.sqrt_rn(tl.maximum(value, 0.0))
+            # twice what sqrt(d + slack) - sqrt(d) is, to first order
+            slack = tl.where(close, INF, slack / tl.maximum(value, 1e-30)) + value * ROUNDING
+        count = tl.zeros([BLOCK], tl.float32)  # active triplets of each negative
+        tl.debug_barrier()  # the sums of the positives, below, were stored by other threads
+        for start in range(first, tl.where(has_triplets, last, first), POSITIVES):
+            p = start + lane
+            is_positive = (p < last) & (p != place)
+            positives = tl.load(order_ptr + p, mask=is_positive, other=0)
+            squared = measure(x_ptr, stride_x, row, positives, is_positive, features, BLOCK_D)
+            to_positive = root(squared, SQUARED)
+            edge = to_positive + margin64  # a negative nearer than this has a positive hinge
+            single = edge.to(tl.float32)
+            doubt = (tl.abs(to_positive) + tl.abs(margin64)).to(tl.float32) * ROUNDING
+            hinge = single[:, None] - value[None, :]
+            unsure = ~(tl.abs(hinge) > slack[None, :] + doubt[:, None]) & is_positive[:, None]
+            candidates = is_negative & (close | (tl.max(unsure.to(tl.int32), axis=0) > 0))
+            counted = (is_negative & ~candidates)[None, :] & is_positive[:, None] & (hinge > 0.0)
+            count += tl.sum(counted.to(tl.float32), axis=0)
+            part = tl.sum(tl.where(counted, hinge, 0.0), axis=1).to(tl.float64)
+            number = tl.sum(counted.to(tl.float32), axis=1).to(tl.float64)
+            part += tl.where(number > 0.0, (edge - single.to(tl.float64)) * number, 0.0)
+            unclear = tl.sum(candidates.to(tl.int32), axis=0)
+            if unclear > 0:
+                rank = tl.cumsum(candidates.to(tl.int32), axis=0)
+                for done in range(0, unclear, BATCH):
+                    inside = tl.arange(0, BATCH) < unclear - done
+                    places = take(candidates, rank, at, done, BATCH)
+                    others = tl.load(order_ptr + places, mask=inside, other=0)
+                    exact = measure(x_ptr, stride_x, row, others, inside, features, BLOCK_D)
+                    exact = root(exact, SQUARED)
+                    exact_hinge = to_positive[:, None] - exact[None, :] + margin64
+                    on = inside[None, :] & is_positive[:, None] & ~(exact_hinge <= 0.0)
+                    part += tl.sum(tl.where(on, exact_hinge, 0.0), axis=1)
+                    number += tl.sum(on.to(tl.float64), axis=1)
+                    each = tl.sum(on.to(tl.float32), axis=0)
+                    here = inside[:, None] & (places[:, None] == at[None, :])
+                    count += tl.sum(tl.where(here, each[:, None], 0.0), axis=0)
+                    # the distance is known now: a close one is measured once for all positives
+                    is_here = tl.max(here.to(tl.int32), axis=0) > 0
+                    known = tl.where(here, exact.to(tl.float32)[:, None], 0.0)
+                    value = tl.where(is_here, tl.sum(known, axis=0), value)
+                    slack = tl.where(is_here, tl.abs(value) * ROUNDING, slack)
+                    close = close & ~(is_here & (value < INF))
+            loss += tl.sum(part, axis=0)
+            active += tl.sum(number, axis=0)
+            if WANT_GRADIENT:
+                so_far = tl.load(line_ptr + p, mask=is_positive, other=0.0)
+                so_far += number.to(tl.float32) * slope(to_positive, SQUARED)
+                tl.store(line_ptr + p, so_far, mask=is_positive)
+        if WANT_GRADIENT:
+            tl.store(line_ptr + at, -count * slope(value, SQUARED), mask=is_negative)
+    number_positives = last - first - 1
+    triplets = number_positives.to(tl.float64) * (rows - number_positives - 1).to(tl.float64)
+    tl.store(losses_ptr + row, loss.to(tl.float32))
+    tl.store(totals_ptr + row, loss)
+    tl.store(totals_ptr + rows + row, triplets)
+    tl.store(totals_ptr + 2 * rows + row, active)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch sorted by person: N rows, D features, and P places, N or more."""
+
+    x: Tensor  # (N, D) as given, columns side by side
+    order: Tensor  # (P,) int32: the row at each place
+    places: Tensor  # (N,) int32: the place of each row
+    first: Tensor  # (P,) int32: where the place's person begins
+    last: Tensor  # (P,) int32: where it ends
+    norms: Tensor  # (P,) float32: squared, of the centred rows by place
+    centred: Tensor  # (P, D) float32; of `planes` the leading 8 bits
+
+
+@dataclass(frozen=True)
+class Planes:
+    """Centred rows for a tiled product: whole tiles, as two bfloat16 numbers each."""
+
+    low: Tensor  # (P, D in whole blocks): the next 8 bits of `centred`
+    halves: Tensor  # (P,) float32: minus half of lower_norm
+
+
+def block_of_features(features: int) -> int:
+    """Columns that a program reads of a row at a time."""
+    return min(512, triton.next_power_of_2(features))
+
+
+def arrange(embeddings: Tensor, labels: Tensor) -> Batch:
+    """The batch sorted by person and centred, in float32."""
+    count, features = embeddings.shape
+    centred = torch.empty((count, features), dtype=torch.float32, device=embeddings.device)
+    return _sort(embeddings, labels, centred, None, None, (0.0, 0.0))
+
+
+def arrange_planes(
+    embeddings: Tensor, labels: Tensor, tile: int, columns: int, errors: tuple[float, float]
+) -> tuple[Batch, Planes]:
+    """The same with places in whole tiles, columns in whole blocks, and two bfloat16 planes.
+
+    errors: e and f of lower_norm.
+    """
+    (count, features), device = embeddings.shape, embeddings.device
+    # the interpreter multiplies bfloat16 as if it were integers; the numbers are the same
+    dtype = torch.float32 if triton.knobs.runtime.interpret else torch.bfloat16
+    shape = (triton.cdiv(count, tile) * tile, triton.cdiv(features, columns) * columns)
+    high, low = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+    halves = torch.empty(shape[0], dtype=torch.float32, device=device)
+    return _sort(embeddings, labels, high, low, halves, errors), Planes(low, halves)
+
+
+def _sort(
+    embeddings: Tensor,
+    labels: Tensor,
+    centred: Tensor,
+    low: Tensor | None,
+    halves: Tensor | None,
+    errors: tuple[float, float],
+) -> Batch:
+    x = embeddings if embeddings.stride(1) == 1 else embeddings.contiguous()
+    (count, features), (padded, width), device = x.shape, centred.shape, x.device
+
+    def integers(size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.int32, device=device)
+
+    norms, shift = (
+        torch.empty(size, dtype=torch.float32, device=device) for size in (padded, features)
+    )
+    batch = Batch(
+        x, integers(padded), integers(count), integers(padded), integers(padded), norms, centred
+    )
+    narrow = min(32, triton.next_power_of_2(features))
+    sample = min(SHIFT_ROWS, triton.next_power_of_2(count))
+    rows.launch(
+        _shift, (triton.cdiv(features, narrow),), x, shift, x.stride(0), count,
+        triton.cdiv(count, sample), features, BLOCK=sample, BLOCK_D=narrow, num_warps=8,
+    )  # fmt: skip
+    block = 16 if padded > 1024 else 4  # labels are read once a block; small batches fill the chip
+    rows.launch(
+        _arrange, (triton.cdiv(padded, block),), x, labels, shift, batch.order, batch.places,
+        batch.first, batch.last, norms, centred, low, halves, x.stride(0), labels.stride(0), width,
+        count, padded, features, *errors, ROWS=block, BLOCK=min(256, triton.next_power_of_2(count)),
+        BLOCK_D=min(128, block_of_features(width)), num_warps=4,
+    )  # fmt: skip
+    return batch
+
+
+def error_of_products(features: int, device_type: str) -> tuple[float, float]:
+    """e and f: n_i + n_j - 2 G_ij in float32 is off by e (n_i + n_j) + f at most.
+
+    A dot product of D terms in any order is off by D u |x_i| |x_j| (u = 2^-24), and
+    2 |x_i| |x_j| <= n_i + n_j. 40 u covers the rounding of the centred numbers, of the norms and of
+    the sums; f what is flushed to zero. Where torch may round a product's factors, to TF32 (off by
+    2^-10 at most) or on the CPU to bfloat16 (2^-8), twice that comes on top.
+    """
+    relative = (features + 40) * 2.0**-24
+    if not products_are_float32(device_type):
+        relative += 2.0**-8 if device_type == "cuda" else 2.0**-6
+    return relative, features * 1e-36
+
+
+def products_are_float32(device_type: str) -> bool:
+    """Whether torch's settings keep float32 matrix products of that device in float32."""
+    backend = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
+    # "none" leaves it to the next
+    for setting in (getattr(backend, "matmul", None), backend, torch.backends):
+        precision = getattr(setting, "fp32_precision", "none")
+        if precision != "none":
+            return precision == "ieee"
+    return True
+
+
+def margin_in_two(margin: float) -> tuple[float, float]:
+    """The margin as two float32 numbers: a kernel's arguments have no more."""
+    single = ctypes.c_float(margin).value
+    return single, margin - single if math.isfinite(single) else 0.0
+
+
+def mine(
+    batch: Batch,
+    gram: Tensor,
+    coefficients: Tensor | None,
+    begin: int,
+    mining: str,
+    margin: float,
+    squared: bool,
+    losses: Tensor,
+    totals: Tensor,
+    partners: Tensor | None = None,
+    slopes: Tensor | None = None,
+) -> None:
+    """Mines for the anchors at places [begin, begin + len(gram)) from their lines of G.
+
+    Writes each one's loss (N,) and the sums of losses, triplets and active triplets (3, N), by row;
+    for "hard" its partners and slopes (2, N), else its line of W, by place, in `coefficients`.
+    """
+    (count, features), device = batch.x.shape, batch.x.device
+    block = min(MOST_BLOCK, triton.next_power_of_2(count))
+    numbers = (*margin_in_two(margin), *error_of_products(features, device.type))
+    sizes = {
+        "BLOCK": block,
+        "BLOCK_D": min(256, block_of_features(features)),
+        "BATCH": BATCH,
+        "num_warps": 8 if block > 512 else 4,
+    }
+    strides = (batch.x.stride(0), gram.stride(0))
+    grid = (len(gram),)
+    if mining == "hard":
+        rows.launch(
+            _mine_hard, grid, batch.x, gram, batch.norms, batch.order, batch.first, batch.last,
+            losses, totals, partners, slopes, *strides, count, features, *numbers,
+            SQUARED=squared, WANT_GRADIENT=partners is not None, **sizes,
+        )  # fmt: skip
+    elif mining == "semihard":
+        rows.launch(
+            _mine_semihard, grid, batch.x, gram, coefficients, batch.norms, batch.order,
+            batch.places, batch.first, batch.last, losses, totals, *strides, begin, count,
+            features, *numbers, SQUARED=squared, WANT_GRADIENT=coefficients is not None,
+            POSITIVES=POSITIVES, **sizes,
+        )  # fmt: skip
+    else:
+        rows.launch(
+            _mine_all, grid, batch.x, gram, coefficients, batch.norms, batch.order, batch.first,
+            batch.last, losses, totals, *strides, begin, count, features, *numbers,
+            SQUARED=squared, WANT_GRADIENT=coefficients is not None, POSITIVES=POSITIVES, **sizes,
+        )  # fmt: skip

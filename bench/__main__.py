@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 
 from bench import report, rows
-from bench.cases import CASES, OWN, Case, find_cases
+from bench.case import OWN, Case
+from bench.cases import cases_on, find_cases
+from bench.devices import DEVICES
 from bench.targets import targets_of
-from bench.timing import DEVICES
 from kdkernels import library
 
 QUICK_ROUNDS = 3
@@ -34,6 +35,10 @@ LEVEL_ENVIRONMENT = {
 }
 
 
+# A container's default may let float32 matrix products run in TF32.
+DEVICE_ENVIRONMENT = {"cpu": {}, "cuda": {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0"}}
+
+
 class PartFailed(RuntimeError):
     """A worker process ended without an answer."""
 
@@ -49,6 +54,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--case", action="append", default=[], metavar="NAME", help="this case alone (repeatable)"
     )
+    parser.add_argument(
+        "--skip", action="append", default=[], metavar="NAME", help="not this case (repeatable)"
+    )
     parser.add_argument("--device", default="cpu", choices=sorted(DEVICES))
     parser.add_argument(
         "--rounds", type=int, default=0, help="rounds a case; each case has its own default"
@@ -60,7 +68,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--isa", default="", choices=library.LEVELS, help="lower kdkernels and torch to this level"
     )
     parser.add_argument(
-        "--out", type=Path, help="CSV file; default bench/results/<date>-<processor>.csv"
+        "--results", type=Path, default=rows.RESULTS, help="folder for <date>-<processor>.csv"
+    )
+    parser.add_argument("--out", type=Path, help="the CSV file itself")
+    parser.add_argument(
+        "--limit", type=float, metavar="SECONDS", help="give a case up that takes longer"
     )
     parser.add_argument(
         "--list", action="store_true", help="print the cases and what they should reach"
@@ -68,13 +80,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def print_cases() -> None:
-    """Every case with its contenders and its promises."""
-    for case in CASES:
+def print_cases(device: str) -> None:
+    """Every case on a kind of device with its contenders and its promises."""
+    for case in cases_on(device):
         print(f"{case.op} --case {case.name}\n    {case.about}")
-        print(f"    against {', '.join(c.name for c in case.contenders[1:])}; {case.floor.name}")
+        floors = ", ".join(floor.name for floor in case.floors)
+        print(f"    against {', '.join(c.name for c in case.contenders[1:])}; {floors}")
         for target in targets_of(case.op, case.name):
-            print(f"    {target.against or OWN}: {target.text()} at {target.isa}")
+            level = f" at {target.isa}" if target.isa else ""
+            print(f"    {target.against or case.own}: {target.text()}{level}")
 
 
 def ask(case: Case, part: str, contenders: list[str], options: argparse.Namespace) -> dict:
@@ -87,26 +101,43 @@ def ask(case: Case, part: str, contenders: list[str], options: argparse.Namespac
         "device": options.device,
         "quick": options.quick,
         "rounds": options.rounds or (QUICK_ROUNDS if options.quick else case.rounds),
+        "eager": [],
     }
-    return answer_of(job, case.isa or options.isa)
+    while True:
+        answer = answer_of(job, case.isa or options.isa, options.limit)
+        if "uncaptured" not in answer:
+            return answer
+        name, reason = answer["uncaptured"]
+        assert name not in job["eager"]
+        print(f"  {name}: no CUDA graph, timed as eager calls: {reason}", flush=True)
+        job["eager"].append(name)
 
 
-def answer_of(job: dict, level: str) -> dict:
-    """The answer to a job from a fresh process at a level ("": the highest)."""
-    environment = {**os.environ, **LEVEL_ENVIRONMENT.get(level, {})}
+def answer_of(job: dict, level: str, limit: float | None = None) -> dict:
+    """The answer to a job from a fresh process at a level ("": the highest); PartFailed after
+    `limit` seconds."""
+    environment = {
+        **os.environ,
+        **LEVEL_ENVIRONMENT.get(level, {}),
+        **DEVICE_ENVIRONMENT[job["device"]],
+    }
     # Inductor's default cache keeps no levels apart: code made for AVX-512 and compiled for AVX2
     # gave gradients of 1e21.
     cache = Path(tempfile.gettempdir()) / f"kdkernels-bench-inductor-{level or 'highest'}"
     environment["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
     with tempfile.TemporaryFile("w+") as errors:
-        done = subprocess.run(
-            [sys.executable, "-m", "bench.worker", json.dumps(job)],
-            cwd=rows.ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        )
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "bench.worker", json.dumps(job)],
+                cwd=rows.ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                timeout=limit,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise PartFailed(f"{job['part']} took more than {limit:g} s") from error
         if done.returncode != 0:
             errors.seek(0)
             tail = "\n".join(errors.read().strip().splitlines()[-8:])
@@ -125,39 +156,49 @@ def run_case(
             print(f"  without {contender.name}: {missing}")
         else:
             names.append(contender.name)
-    right = []
-    for name, answer in ask(case, "check", names, options).items():
+    if case.device == "cpu":
+        right = print_check(ask(case, "check", names, options))
+        if case.own not in right:
+            return [], False
+        peaks = {name: ask(case, "memory", [name], options)["peak_mb"] for name in right}
+        timed = ask(case, "time", right, options)
+    else:
+        answer = ask(case, "all", names, options)
+        right = print_check(answer["check"])
+        if case.own not in right:
+            return [], False
+        peaks, timed = answer["memory"], answer["time"]
+    level = f" at {timed['isa']}" if timed["isa"] else ""
+    print(f"  timed on {timed['sets']} input sets of {timed['set_mb']:.1f} MB{level}")
+    targets = [] if options.quick else targets_of(case.op, case.name)
+    return rows.build_rows(shared, case, timed, peaks, targets), len(right) == len(names)
+
+
+def print_check(answers: dict) -> list[str]:
+    """Prints what a check found; the contenders that are right."""
+    for name, answer in answers.items():
+        if "failed" in answer:
+            print(f"  {name}: FAILED, it is not timed: {answer['failed']}")
+            continue
         what, error = max(answer["errors"].items(), key=lambda item: item[1])
         if answer["right"]:
-            right.append(name)
             print(f"  {name}: right, worst error {error:.1e} ({what})")
         else:
             print(
                 f"  {name}: WRONG, {what} is off by {error:.1e} from float64 "
                 f"(at most {answer['tolerance']:g}); it is not timed"
             )
-    if OWN not in right:
-        return [], False
-    peaks = {name: ask(case, "memory", [name], options)["peak_mb"] for name in right}
-    answer = ask(case, "time", right, options)
-    print(f"  timed on {answer['sets']} input sets of {answer['set_mb']:.1f} MB at {answer['isa']}")
-    return rows.build_rows(
-        shared,
-        case.op,
-        case.name,
-        case.floor.name,
-        answer,
-        peaks,
-        [] if options.quick else targets_of(case.op, case.name),
-    ), len(right) == len(names)
+    return [name for name, answer in answers.items() if answer["right"]]
 
 
 def cannot_run(case: Case, options: argparse.Namespace) -> str:
     """Why a case cannot run here; empty where it can."""
     if case.op not in library.OPS:
         return f"kdkernels has no {case.op} yet"
-    if OWN not in library.backends(case.op, options.device):
-        return f"no native kernel here: {library.native_missing() or 'see python -m kdkernels'}"
+    backend = OWN[case.device]
+    if backend not in library.backends(case.op, case.device)[:1]:
+        missing = library.native_missing if backend == "native" else library.triton_missing
+        return f"no {backend} kernel here: {missing() or 'see python -m kdkernels'}"
     level = case.isa or options.isa
     if level and level not in library.isa_levels():
         return f"this processor or build lacks the level {level}"
@@ -172,21 +213,23 @@ def main(arguments: list[str]) -> int:
         return report.main(arguments[1:])
     options = parse(arguments)
     if options.list:
-        print_cases()
+        print_cases(options.device)
         return 0
     try:
-        cases = find_cases(options.ops, options.case)
+        cases = find_cases(options.ops, options.case, options.device)
+        shared = rows.stamp(DEVICES[options.device]())
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    shared = rows.stamp(DEVICES[options.device]())
-    out = options.out or (None if options.quick else rows.results_file(shared))
+    out = options.out or (None if options.quick else rows.results_file(shared, options.results))
     average = f"load average {os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else ""
     print(f"{shared['machine']}, {shared['cores']} cores, torch {shared['torch']}, "
-          f"commit {shared['commit']}; {average}")  # fmt: skip
+          f"commit {shared['commit']}; {average}", flush=True)  # fmt: skip
     measured: list[rows.Row] = []
     good = True
     for case in cases:
+        if case.name in options.skip:
+            continue
         reason = cannot_run(case, options)
         if reason:
             print(f"{case.op} {case.name}: skipped, {reason}")
@@ -202,7 +245,8 @@ def main(arguments: list[str]) -> int:
         measured += found
         if out and found:
             rows.write_rows(out, found)
-        print(f"  {time.perf_counter() - start:.0f} s", flush=True)
+        print(f"  {'finished' if clean else 'not finished'}: {case.op} {case.name}, "
+              f"{time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
     if measured:
         report.show(measured)
         print(f"rows in {out}" if out else "quick run: no rows kept")

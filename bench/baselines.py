@@ -6,7 +6,9 @@ is practice. All take the case's tensors and options by name and return the loss
 nearest_neighbor returns the distances alone.
 """
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,20 +24,20 @@ def kd_cross_entropy(
 
 
 @cache
-def compiled(temperature: float):
-    """`kd_cross_entropy` at one temperature under torch.compile, for static shapes."""
+def compiled(function: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+    """`function` with these options under torch.compile, for static shapes."""
 
-    def loss(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-        return kd_cross_entropy(student, teacher, target, temperature=temperature)
+    def call(*tensors: Any) -> Tensor:
+        return function(*tensors, **options)
 
-    return torch.compile(loss, fullgraph=True, dynamic=False)
+    return torch.compile(call, fullgraph=True, dynamic=False)
 
 
 def kd_cross_entropy_compiled(
     student: Tensor, teacher: Tensor, target: Tensor, *, temperature: float
 ) -> Tensor:
     """The compiled baseline; the first call compiles and is never timed."""
-    return compiled(temperature)(student, teacher, target)
+    return compiled(kd_cross_entropy, temperature=temperature)(student, teacher, target)
 
 
 def triplet_loss(anchor: Tensor, positive: Tensor, negative: Tensor, *, margin: float) -> Tensor:
@@ -43,6 +45,13 @@ def triplet_loss(anchor: Tensor, positive: Tensor, negative: Tensor, *, margin: 
     to_positive = (anchor - positive).square().sum(dim=1)
     to_negative = (anchor - negative).square().sum(dim=1)
     return F.relu(to_positive - to_negative + margin).mean()
+
+
+def triplet_loss_compiled(
+    anchor: Tensor, positive: Tensor, negative: Tensor, *, margin: float
+) -> Tensor:
+    """`triplet_loss` under torch.compile."""
+    return compiled(triplet_loss, margin=margin)(anchor, positive, negative)
 
 
 def squared_distances(embeddings: Tensor) -> Tensor:
@@ -115,50 +124,28 @@ def batch_triplet_loss_mined_apart(
     )
 
 
-@cache
-def metric_learning(margin: float, mining: str):
-    """pytorch-metric-learning's TripletMarginLoss on squared distances with its miner for `mining`.
-
-    Its semi-hard miner returns every negative inside the margin, not the nearest one:
-    semihard_inside_margin is its truth.
-    """
-    from pytorch_metric_learning import (  # pyright: ignore[reportMissingImports]
-        distances,
-        losses,
-        miners,
-        reducers,
-    )
-
-    squared = distances.LpDistance(normalize_embeddings=False, p=2, power=2)
-    loss = losses.TripletMarginLoss(margin=margin, distance=squared, reducer=reducers.MeanReducer())
-    miner = {
-        "hard": lambda: miners.BatchHardMiner(distance=squared),
-        "semihard": lambda: miners.TripletMarginMiner(
-            margin=margin, type_of_triplets="semihard", distance=squared
-        ),
-        "all": lambda: None,
-    }[mining]()
-    return loss, miner
+def batch_hard_static(embeddings: Tensor, labels: Tensor, *, margin: float, mining: str) -> Tensor:
+    """Hard triplets mined without gradient, with shapes that depend on no data: anchors without a
+    triplet are masked, not left out, so nothing waits for a GPU."""
+    assert mining == "hard"
+    with torch.no_grad():
+        distances = squared_distances(embeddings)
+        positives, negatives = label_masks(labels)
+        usable = positives.any(dim=1) & negatives.any(dim=1)
+        inf = float("inf")
+        positive = distances.masked_fill(~positives, -inf).argmax(dim=1)
+        negative = distances.masked_fill(~negatives, inf).argmin(dim=1)
+    to_positive = (embeddings - embeddings[positive]).square().sum(dim=1)
+    to_negative = (embeddings - embeddings[negative]).square().sum(dim=1)
+    hinge = F.relu(to_positive - to_negative + margin)
+    return torch.where(usable, hinge, 0.0).sum() / usable.sum()
 
 
-def batch_triplet_loss_metric_learning(
+def batch_hard_compiled(
     embeddings: Tensor, labels: Tensor, *, margin: float, mining: str
 ) -> Tensor:
-    """The same loss by pytorch-metric-learning."""
-    loss, miner = metric_learning(margin, mining)
-    return loss(embeddings, labels, None if miner is None else miner(embeddings, labels))
-
-
-def semihard_inside_margin(
-    embeddings: Tensor, labels: Tensor, *, margin: float, mining: str
-) -> Tensor:
-    """The mean hinge over every triplet with d(a,p) < d(a,n) <= d(a,p) + margin."""
-    assert mining == "semihard"
-    positives, negatives = label_masks(labels)
-    index = positives.nonzero()[:, 1].view(len(labels), -1)  # (N, K-1)
-    distances = squared_distances(embeddings)
-    gap = distances[:, None, :] - distances.gather(1, index)[:, :, None]  # (N, K-1, N)
-    return (margin - gap[negatives[:, None, :] & (gap > 0) & (gap <= margin)]).mean()
+    """`batch_hard_static` under torch.compile."""
+    return compiled(batch_hard_static, margin=margin, mining=mining)(embeddings, labels)
 
 
 def hidden_l2(students: list[Tensor], teachers: list[Tensor], *, reduction: str) -> Tensor:
@@ -167,6 +154,38 @@ def hidden_l2(students: list[Tensor], teachers: list[Tensor], *, reduction: str)
     return torch.stack(terms).sum()
 
 
+def hidden_l2_compiled(students: list[Tensor], teachers: list[Tensor], *, reduction: str) -> Tensor:
+    """`hidden_l2` under torch.compile."""
+    return compiled(hidden_l2, reduction=reduction)(students, teachers)
+
+
 def nearest_neighbor(queries: Tensor, gallery: Tensor) -> tuple[Tensor]:
     """torch.cdist in chunks of 1024 queries, then the minimum: squared distances (N,)."""
     return (torch.cat([torch.cdist(q, gallery).amin(dim=1) for q in queries.split(1024)]).square(),)
+
+
+SEARCH_CHUNK = 5000  # queries at a time: a matrix of 1 GB in bfloat16 with 100,000 gallery rows
+
+
+def nearest_in_chunk(queries: Tensor, gallery: Tensor, norms: Tensor) -> Tensor:
+    """The index of the least ||x_j||^2 - 2 q.x_j, which is the nearest row's."""
+    return (norms - 2 * (queries @ gallery.T).float()).argmin(dim=1)
+
+
+def search_by(
+    nearest: Callable[[Tensor, Tensor, Tensor], Tensor], queries: Tensor, gallery: Tensor
+) -> tuple[Tensor]:
+    """`nearest` on every chunk, and the squared distances (N,) of the rows that it found."""
+    norms = gallery.float().square().sum(dim=1)
+    index = torch.cat([nearest(q, gallery, norms) for q in queries.split(SEARCH_CHUNK)])
+    return ((queries.float() - gallery[index].float()).square().sum(dim=1),)
+
+
+def nearest_neighbor_gemm(queries: Tensor, gallery: Tensor) -> tuple[Tensor]:
+    """One matrix product a chunk in the inputs' precision, then the minimum."""
+    return search_by(nearest_in_chunk, queries, gallery)
+
+
+def nearest_neighbor_compiled(queries: Tensor, gallery: Tensor) -> tuple[Tensor]:
+    """`nearest_neighbor_gemm` with the work on a chunk under torch.compile."""
+    return search_by(compiled(nearest_in_chunk), queries, gallery)

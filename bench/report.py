@@ -5,13 +5,21 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from bench.cases import CASES, OWN
+from bench.case import OWN
+from bench.cases import CASES
 from bench.rows import BUSY, RESULTS, ROOT, Row, group_key, read_rows
+from bench.targets import WALL
 
-HEADERS = (
-    "case", "contender", "gradient", "median ms (quartiles)", "native is faster by", "over floor",
-    "peak MB", "target", "",
-)  # fmt: skip
+HEADERS = {
+    "cpu": (
+        "case", "contender", "gradient", "median ms (quartiles)", "native is faster by",
+        "over floor", "peak MB", "target", "",
+    ),
+    "cuda": (
+        "case", "contender", "timing", "gradient", "median us (quartiles)", "rate",
+        "triton is faster by", "of floor", "peak MB", "target", "",
+    ),
+}  # fmt: skip
 METHOD = """\
 # Benchmarks
 
@@ -43,46 +51,131 @@ How to read it:
 """
 
 
+METHOD_GPU = """\
+On a GPU:
+- **triton** is kdkernels by its default choice of backend. **replay** is the time between two
+  events round the replay of a CUDA graph of forward and backward, queued while the device spins:
+  the kernels alone. **wall** is the host's time for an eager call, launch and dispatch included,
+  from many calls and one wait. **events** is the time between two events round an eager call, for
+  what waits for the device and so cannot be in a graph; triton then has such a row too, to be
+  compared with. Every ratio is within one of the three.
+- **of floor** is the floor's time over the row's. The floor is a device-to-device copy that moves
+  as many bytes as three sweeps (two reads and the gradient's write), by the driver's memory copy or
+  an elementwise kernel, whichever is faster; for mining and search the matrix product alone in the
+  op's own precision (float32 without TF32). An incoming gradient other than 1 costs two sweeps
+  more, which the floor does not count. **rate** is the floor's bytes or operations over the row's
+  time.
+- triton was also compared with float64 by what a second replay of its graph left behind.
+- **peak MB** is how far the memory in torch's allocator rises during one eager call.
+"""
+
+
 def cells(row: Row) -> list[str]:
-    """A row as the tables show it."""
+    """A row as the table of its kind of device shows it."""
     ratio = row["ratio"] and f"{row['ratio']}x ({row['ratio_low']} to {row['ratio_high']})"
     busy = " (busy)" if row["load"] and float(row["load"]) > BUSY else ""
+    last = [row["peak_mb"], row["target"], row["met"] + busy]
+    if row["device"] == "cpu":
+        return [
+            row["case"],
+            row["contender"],
+            row["gradient"],
+            f"{row['median_ms']} ({row['q25_ms']} to {row['q75_ms']})",
+            ratio,
+            row["over_floor"] and f"{row['over_floor']}x",
+            *last,
+        ]
     return [
         row["case"],
         row["contender"],
+        row["timing"],
         row["gradient"],
-        f"{row['median_ms']} ({row['q25_ms']} to {row['q75_ms']})",
+        "{} ({} to {})".format(*(microseconds(row[k]) for k in ("median_ms", "q25_ms", "q75_ms"))),
+        row["rate"],
         ratio,
-        row["over_floor"] and f"{row['over_floor']}x",
-        row["peak_mb"],
-        row["target"],
-        row["met"] + busy,
+        share_of_floor(row),
+        *last,
     ]
 
 
+def microseconds(ms: str) -> str:
+    """Four digits of microseconds."""
+    value = float(ms) * 1e3
+    return f"{value:.4g}" if value < 1000 else f"{value:.0f}"
+
+
+def share_of_floor(row: Row) -> str:
+    """As in "82 %"; empty for a wall time."""
+    return row["over_floor"] and f"{1 / float(row['over_floor']):.0%}".replace("%", " %")
+
+
 def plain_table(rows: list[Row]) -> str:
-    """Aligned columns."""
-    table = [list(HEADERS), *map(cells, rows)]
-    widths = [max(len(line[i]) for line in table) for i in range(len(HEADERS))]
+    """Aligned columns; all rows are of one kind of device."""
+    return aligned([list(HEADERS[rows[0]["device"]]), *map(cells, rows)])
+
+
+def aligned(table: list[list[str]]) -> str:
+    """Lines with columns as wide as their longest cell."""
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in table]
     return "\n".join(line.rstrip() for line in lines)
 
 
 def show(rows: list[Row]) -> None:
-    """Prints the rows: a rich table on a terminal where rich is installed, else aligned text."""
+    """Prints the rows of one kind of device: a rich table on a terminal where rich is installed,
+    else aligned text."""
     for op in dict.fromkeys(row["op"] for row in rows):
         found = [row for row in rows if row["op"] == op]
         if sys.stdout.isatty() and importlib.util.find_spec("rich"):
             from rich.console import Console
             from rich.table import Table
 
-            table = Table(*HEADERS, title=op)
+            table = Table(*HEADERS[found[0]["device"]], title=op)
             for row in found:
                 style = "red" if "missed" in row["met"] else "green" if row["met"] else ""
                 table.add_row(*cells(row), style=style)
             Console().print(table)
         else:
             print(f"\n{op}\n{plain_table(found)}")
+
+
+def summary(rows: list[Row]) -> str:
+    """A line for each GPU case: kdkernels' time, its share of the floor, how many times faster than
+    each contender it is, by the device's time and by wall time, and which targets it missed."""
+    header = ["case", "us", "of floor", "faster than, on the device", "by wall time", "missed"]
+    table = [header]
+    for key in dict.fromkeys((r["machine"], r["op"], r["case"]) for r in rows):
+        here = [r for r in rows if (r["machine"], r["op"], r["case"]) == key]
+        own = next((r for r in here if r["contender"] == OWN["cuda"] and r["timing"] != WALL), None)
+        if own is None:
+            continue
+        device, wall = (
+            ", ".join(
+                f"{r['contender']} {r['ratio']}x"
+                for r in here
+                if (r["timing"] == WALL) == is_wall
+                and r["gradient"] == own["gradient"]
+                and charted(r, is_wall)
+            )
+            for is_wall in (False, True)
+        )
+        missed = [
+            f"{text} ({row['contender']})"
+            for row in here
+            for text, met in zip(row["target"].split("; "), row["met"].split("; "), strict=True)
+            if met == "missed"
+        ]
+        table.append(
+            [
+                f"{own['op']} {own['case']}",
+                microseconds(own["median_ms"]),
+                share_of_floor(own),
+                device,
+                wall,
+                ", ".join(dict.fromkeys(missed)) or "none",
+            ]
+        )
+    return aligned(table) if len(table) > 1 else "no rows of a GPU"
 
 
 def newest(files: list[Path]) -> list[Row]:
@@ -100,17 +193,22 @@ def newest(files: list[Path]) -> list[Row]:
 
 def machine_of(row: Row) -> str:
     """The heading under which a row stands."""
+    if row["device"] == "cuda":
+        return f"{row['machine']}, driver {row['driver']}, Triton {row['triton']}"
     return f"{row['machine']}, {row['threads']} threads of {row['cores']} cores, {row['device']}"
 
 
-def charted(row: Row) -> bool:
+def charted(row: Row, wall: bool = False) -> bool:
     """Whether a row is a bar: a real contender at an incoming gradient of 1."""
-    return bool(row["ratio"]) and row["gradient"] in ("1", "") and "floor" not in row["contender"]
+    is_real = bool(row["ratio"]) and "floor" not in row["contender"]
+    return is_real and row["gradient"] in ("1", "") and (row["timing"] == WALL) == wall
 
 
 def markdown(rows: list[Row]) -> str:
     """docs/benchmarks.md."""
     parts = [METHOD]
+    if any(row["device"] == "cuda" for row in rows):
+        parts.append(METHOD_GPU)
     for machine in dict.fromkeys(map(machine_of, rows)):
         here = [row for row in rows if machine_of(row) == machine]
         judged = [verdict for row in here for verdict in row["met"].split("; ") if verdict]
@@ -121,19 +219,21 @@ def markdown(rows: list[Row]) -> str:
             found = [row for row in here if row["op"] == op]
             for case in dict.fromkeys(row["case"] for row in found):
                 first = next(row for row in found if row["case"] == case)
+                level = f"level {first['isa']}, " if first["isa"] else ""
                 parts.append(
                     f"- {case}: {about.get((op, case), 'a case of an older version')}; "
-                    f"level {first['isa']}, {first['rounds']} rounds, {first['date']}, "
+                    f"{level}{first['rounds']} rounds, {first['date']}, "
                     f"torch {first['torch']}, commit {first['commit']}"
                 )
-            lines = [f"| {' | '.join(line)} |" for line in [HEADERS, *map(cells, found)]]
-            lines.insert(1, "|---" * len(HEADERS) + "|")
+            headers = HEADERS[found[0]["device"]]
+            lines = [f"| {' | '.join(line)} |" for line in [headers, *map(cells, found)]]
+            lines.insert(1, "|---" * len(headers) + "|")
             parts.append("\n" + "\n".join(lines) + "\n")
     return "\n".join(parts)
 
 
 def chart(rows: list[Row], path: Path) -> None:
-    """One panel a machine: how many times faster native is than each contender."""
+    """One panel a machine: how many times faster kdkernels is than each contender."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -154,6 +254,7 @@ def chart(rows: list[Row], path: Path) -> None:
         ]
         colours = ["#b5483a" if "missed" in r["met"] else "#3a6ea5" for r in panel]
         names = [f"{r['op']} {r['case']}: {r['contender']}" for r in panel]
+        own = OWN[panel[0]["device"]]
         axis.barh(range(len(panel)), ratios, xerr=spread, color=colours, height=0.7)
         for place, row in enumerate(panel):
             if row["target"].startswith(">= "):
@@ -164,7 +265,7 @@ def chart(rows: list[Row], path: Path) -> None:
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
         axis.axvline(1, color="grey", linewidth=0.8)
         axis.invert_yaxis()
-        axis.set_title(f"native is faster by (black: target), {machine}", fontsize=9)
+        axis.set_title(f"{own} is faster by (black: target), {machine}", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
@@ -173,7 +274,7 @@ def chart(rows: list[Row], path: Path) -> None:
 def render(results: Path, docs: Path) -> list[Path]:
     """Writes benchmarks.md and .png into `docs`; ValueError where `results` has no rows."""
     rows = newest(list(results.glob("*.csv")))
-    if not any(row["contender"] == OWN for row in rows):
+    if not any(row["contender"] == OWN[row["device"]] for row in rows):
         raise ValueError(f"bench: {results} has no rows yet: run python -m bench")
     docs.mkdir(parents=True, exist_ok=True)
     page, picture = docs / "benchmarks.md", docs / "benchmarks.png"
@@ -183,13 +284,20 @@ def render(results: Path, docs: Path) -> list[Path]:
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m bench report [--results FOLDER] [--docs FOLDER]`."""
+    """`python -m bench report [--results FOLDER] [--docs FOLDER] [--summary]`."""
     parser = argparse.ArgumentParser(
         prog="python -m bench report", description="Renders docs/benchmarks.md from bench/results."
     )
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
+    parser.add_argument(
+        "--summary", action="store_true", help="print a line for each GPU case, write nothing"
+    )
     options = parser.parse_args(arguments)
+    if options.summary:
+        rows = newest(list(options.results.glob("*.csv")))
+        print(summary([row for row in rows if row["device"] == "cuda"]))
+        return 0
     try:
         written = render(options.results, options.docs)
     except ValueError as error:

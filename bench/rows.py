@@ -1,4 +1,9 @@
-"""Rows of bench/results: one a contender and incoming gradient, with where it comes from."""
+"""Rows of bench/results: one a contender, incoming gradient and timing, with where it comes from.
+
+timing: "call" on a CPU, a call as it is made. On a GPU "replay", of a CUDA graph: the device's work
+alone; "events", the device's time round an eager call, of what no graph can hold; "wall", the
+host's time, launch and dispatch included.
+"""
 
 import csv
 import datetime
@@ -10,8 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from bench.cases import OWN
-from bench.targets import FASTER, FLOOR, MEMORY, SLOWER, Target
+from bench.case import Case
+from bench.targets import (
+    FASTER,
+    FLOOR,
+    MEMORY,
+    MICROSECONDS,
+    SHARE,
+    SLOWER,
+    WALL,
+    Target,
+)
 from bench.timing import quartiles, ratio_of_medians
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,9 +33,10 @@ RESULTS = ROOT / "bench" / "results"
 BUSY = 0.5  # rows measured while others took more than this share of the cores are marked
 
 COLUMNS: tuple[str, ...] = (
-    "date", "machine", "cores", "threads", "device", "torch", "kdkernels", "commit", "isa",
-    "op", "case", "contender", "gradient", "rounds", "median_ms", "q25_ms", "q75_ms", "ratio",
-    "ratio_low", "ratio_high", "floor_ms", "over_floor", "peak_mb", "target", "met", "load",
+    "date", "machine", "cores", "threads", "device", "driver", "torch", "triton", "kdkernels",
+    "commit", "isa", "op", "case", "contender", "gradient", "timing", "rounds", "median_ms",
+    "q25_ms", "q75_ms", "ratio", "ratio_low", "ratio_high", "floor_ms", "over_floor", "rate",
+    "peak_mb", "target", "met", "load",
 )  # fmt: skip
 Row = dict[str, str]
 
@@ -37,6 +52,7 @@ def stamp(device: Any) -> Row:
         "machine": device.describe(),
         "cores": str(os.cpu_count()),
         "device": device.name,
+        **device.versions(),
         "torch": torch.__version__,
         "kdkernels": kdkernels.__version__,
         "commit": commit(),
@@ -44,7 +60,10 @@ def stamp(device: Any) -> Row:
 
 
 def commit() -> str:
-    """The short commit of the checkout, "+dirty" where files other than results differ from it."""
+    """The short commit of the checkout, "+dirty" where files other than results differ from it.
+
+    A copy without its history says it by the environment variable BENCH_COMMIT.
+    """
 
     def git(*arguments: str) -> str | None:
         try:
@@ -57,15 +76,15 @@ def commit() -> str:
 
     head = git("rev-parse", "--short", "HEAD")
     if head is None:
-        return "none"
+        return os.environ.get("BENCH_COMMIT", "none")
     changed = git("status", "--porcelain", "--", ".", ":!bench/results", ":!docs/benchmarks*")
     return head + ("+dirty" if changed else "")
 
 
-def results_file(shared: Row) -> Path:
-    """bench/results/<date>-<processor>.csv"""
+def results_file(shared: Row, folder: Path = RESULTS) -> Path:
+    """<folder>/<date>-<processor or GPU>.csv"""
     slug = re.sub(r"[^a-z0-9]+", "-", shared["machine"].lower()).strip("-")
-    return RESULTS / f"{shared['date']}-{slug}.csv"
+    return folder / f"{shared['date']}-{slug}.csv"
 
 
 def number(value: float | None) -> str:
@@ -78,42 +97,54 @@ def gradient_text(gradient: float | None) -> str:
     return "" if gradient is None else f"{gradient:g}"
 
 
+def rate_text(work: tuple[float, str] | None, ms: float) -> str:
+    """The work over the time, as in "3310 GB/s"; empty without work."""
+    if work is None:
+        return ""
+    amount, unit = work
+    return f"{number(amount / ms / (1e6 if unit == 'GB/s' else 1e9))} {unit}"
+
+
 def build_rows(
     shared: Row,
-    op: str,
-    case: str,
-    floor_name: str,
+    case: Case,
     timed: dict,
     peaks: dict[str, float | None],
     targets: list[Target],
 ) -> list[Row]:
-    """The rows of one case from a worker's answer; ratio: how many times faster native is.
+    """The rows of one case from a worker's answer; ratio: how many times faster kdkernels' own is
+    in the same timing.
 
     Targets of another instruction-set level than the one measured are left out.
     """
-    times = {(name, gradient): np.array(ms) for name, gradient, ms in timed["times"]}
+    times = {(name, g, timing): np.array(ms) for name, g, timing, ms in timed["times"]}
     targets = [t for t in targets if t.isa == timed["isa"]]
-    floor_ms = float(np.median(times[floor_name, None]))
-    own_first = next((v for (name, _), v in times.items() if name == OWN), None)
+    floors = [floor.name for floor in case.floors]
+    floor_ms = min(float(np.median(ms)) for (name, _, _), ms in times.items() if name in floors)
+    own_first = next((v for (name, _, _), v in times.items() if name == case.own), None)
     rows = []
-    for (name, gradient), ms in times.items():
+    for (name, gradient, timing), ms in times.items():
         median, q25, q75 = quartiles(ms)
         ratio = low = high = None
-        under = times.get((OWN, gradient), own_first)
-        if name != OWN and under is not None:
+        under = times.get((case.own, gradient, timing), own_first)
+        if name != case.own and under is not None:
             ratio, low, high = ratio_of_medians(ms, under)
-        over_floor = median / floor_ms
-        mine = targets_for_row(targets, name)
-        met = [verdict(t, ratio, over_floor, peaks.get(name)) for t in mine]
+        over_floor = None if timing == WALL else median / floor_ms
+        mine = [t for t in targets if (t.against or case.own) == name]
+        # An eager call of what a graph holds as well is there to be compared with, not judged.
+        twice = timing == "events" and (name, gradient, "replay") in times
+        mine = [] if twice else [t for t in mine if t.is_about(timing, gradient)]
+        met = [verdict(t, median, ratio, over_floor, peaks.get(name)) for t in mine]
         rows.append(
             {
                 **shared,
-                "threads": str(timed["threads"]),
+                "threads": number(timed["threads"]),
                 "isa": timed["isa"],
-                "op": op,
-                "case": case,
+                "op": case.op,
+                "case": case.name,
                 "contender": name,
                 "gradient": gradient_text(gradient),
+                "timing": timing,
                 "rounds": str(len(ms)),
                 "median_ms": number(median),
                 "q25_ms": number(q25),
@@ -123,6 +154,7 @@ def build_rows(
                 "ratio_high": number(high),
                 "floor_ms": number(floor_ms),
                 "over_floor": number(over_floor),
+                "rate": "" if timing == WALL else rate_text(timed.get("work"), median),
                 "peak_mb": number(peaks.get(name)),
                 "target": "; ".join(t.text() for t in mine),
                 "met": "; ".join(met),
@@ -132,19 +164,24 @@ def build_rows(
     return rows
 
 
-def targets_for_row(targets: list[Target], contender: str) -> list[Target]:
-    """A promise stands beside the contender it names, else beside the op's own kernel."""
-    return [t for t in targets if (t.against or OWN) == contender]
-
-
-def verdict(target: Target, ratio: float | None, over_floor: float, peak_mb: float | None) -> str:
+def verdict(
+    target: Target,
+    median_ms: float,
+    ratio: float | None,
+    over_floor: float | None,
+    peak_mb: float | None,
+) -> str:
     """ "met", "missed", or "unknown" where memory could not be measured."""
     if target.kind == FASTER:
         kept = ratio is not None and ratio >= target.value
     elif target.kind == SLOWER:
         kept = ratio is not None and 1 / ratio <= target.value
     elif target.kind == FLOOR:
-        kept = over_floor <= target.value
+        kept = over_floor is not None and over_floor <= target.value
+    elif target.kind == SHARE:
+        kept = over_floor is not None and 1 / over_floor >= target.value
+    elif target.kind == MICROSECONDS:
+        kept = median_ms * 1e3 <= target.value
     else:
         assert target.kind == MEMORY
         if peak_mb is None:

@@ -1,10 +1,8 @@
-"""How things are timed: the device, the interleaving, the statistics. Nothing here knows an op."""
+"""How things are timed: the interleaving, the statistics. Nothing here knows an op."""
 
-import ctypes
 import gc
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -16,75 +14,12 @@ Step = Callable[[], object]
 Timed = Callable[[], float]  # runs one step, returns milliseconds
 
 
-class CpuDevice:
-    """All of timing and memory that depends on the device; a GPU needs the same methods."""
-
-    name = "cpu"
-
-    def prepare(self, step: Step) -> Timed:
-        """`step` as a call that returns its milliseconds (on a GPU: a captured graph's replay)."""
-
-        def timed() -> float:
-            start = time.perf_counter()
-            step()
-            return (time.perf_counter() - start) * 1e3
-
-        return timed
-
-    def describe(self) -> str:
-        """The processor's name, with family and model where the name alone says little."""
-        text = read("/proc/cpuinfo")
-        found = {k.strip(): v.strip() for k, v in re.findall(r"^([^:\n]+):(.*)$", text, re.M)}
-        name = found.get("model name", "unknown processor")
-        if "cpu family" in found and "model" in found:
-            name += f" (family {found['cpu family']} model {found['model']})"
-        return name
-
-    def cache_bytes(self) -> int:
-        """The last-level caches of all cores, from sysfs; 32 MiB where it does not say."""
-        levels: dict[int, dict[str, int]] = {}
-        for folder in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index*"):
-            size = re.match(r"(\d+)([KM])", read(folder / "size"))
-            level = read(folder / "level").strip()
-            if size and level:
-                number = int(size[1]) << {"K": 10, "M": 20}[size[2]]
-                levels.setdefault(int(level), {})[read(folder / "shared_cpu_list")] = number
-        return sum(levels[max(levels)].values()) if levels else 32 << 20
-
-    def peak_mb(self, step: Step) -> float | None:
-        """How far resident memory rises while `step` runs, in MiB; None where unknown.
-
-        Free pages are first returned to the system, so memory that the allocator kept from earlier
-        counts again.
-        """
-        gc.collect()
-        try:
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text(
-                "5"
-            )  # the high-water mark falls to the present level
-        except (OSError, AttributeError):
-            return None
-        before = status_kb("VmRSS")
-        step()
-        return max(0, status_kb("VmHWM") - before) / 1024
-
-
-DEVICES = {"cpu": CpuDevice}
-
-
 def read(path: str | Path) -> str:
     """A file's text; empty where it cannot be read."""
     try:
         return Path(path).read_text()
     except OSError:
         return ""
-
-
-def status_kb(field: str) -> int:
-    """A field of /proc/self/status in kB."""
-    found = re.search(rf"^{field}:\s+(\d+)", read("/proc/self/status"), re.M)
-    return int(found[1]) if found else 0
 
 
 def sets_needed(set_bytes: int, cache_bytes: int) -> int:
@@ -94,19 +29,24 @@ def sets_needed(set_bytes: int, cache_bytes: int) -> int:
 
 @contextmanager
 def no_collection():
-    """Garbage collection off, as the timed calls make no cycles that must be collected."""
+    """Garbage collection off inside timed calls; what is there now is not looked at again."""
     was_on = gc.isenabled()
     gc.collect()
+    gc.freeze()
     gc.disable()
     try:
         yield
     finally:
+        gc.unfreeze()
         if was_on:
             gc.enable()
 
 
-def interleave(timed: Sequence[Sequence[Timed]], rounds: int, warmup: int) -> np.ndarray:
-    """Milliseconds (contenders, rounds): every contender once a round, in a new order each time.
+def interleave(
+    timed: Sequence[Sequence[Timed]], rounds: int, warmup: int, between: Step = lambda: None
+) -> np.ndarray:
+    """Milliseconds (contenders, rounds): every contender once a round, in a new order each time,
+    and `between` after each round.
 
     timed[i] holds contender i's call on each input set; every call takes the set after the one used
     last. A contender's turn is one call, so each finds the allocator as other work has left it, as
@@ -123,6 +63,7 @@ def interleave(timed: Sequence[Sequence[Timed]], rounds: int, warmup: int) -> np
                 turn += 1
                 if number >= 0:
                     times[which, number] = ms
+            between()
     return times
 
 

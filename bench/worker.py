@@ -1,23 +1,27 @@
 """One part of one case in its own process: `python -m bench.worker JOB` prints a line of JSON.
 
-A job is {"part", "op", "case", "contenders", "device", "quick", "rounds"}. Its part is "check", the
-contenders' results against float64; "memory", the peak memory of a single one; or "time", for those
-that were found right.
+A job is {"part", "op", "case", "contenders", "device", "quick", "rounds", "eager"}. Its part is
+"check", the contenders' results against float64; "memory", the peak memory of a single one; "time",
+for those that were found right; or "all", the three after another, for a GPU, where to start is
+what takes long and where memory is counted exactly. "eager" names the contenders that no CUDA graph
+can hold. The answer {"uncaptured": [name, reason]} asks for the same job with one more name there.
 """
 
+import gc
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import kdkernels
 from bench import timing
-from bench.cases import Case, Contender, Inputs, as_list, find_cases
+from bench.case import Case, Contender, Inputs, as_list, tensors_of
+from bench.cases import find_cases
+from bench.devices import DEVICES, CaptureFailed
 
-WARMUP = 2
+WALL_ROUNDS = 15
 QUICK_BYTES = 20_000  # stands for the cache in a quick run: a few sets of tiny inputs
 # Relative L2 error that a contender may have against float64. They tell a wrong formula from
 # rounding; how good the rounding is, the contract decides. 16-bit baselines round every
@@ -25,18 +29,24 @@ QUICK_BYTES = 20_000  # stands for the cache in a quick run: a few sets of tiny 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
-def make_inputs(case: Case, contender: Contender | None, seed: int, sizes: dict) -> Inputs:
-    """A set of inputs, leaves that want a gradient where the case takes one."""
-    inputs = (contender.inputs if contender and contender.inputs else case.inputs)(seed, **sizes)
-    for name in case.wanted:
-        for tensor in as_list(inputs[name]):
-            tensor.requires_grad_()
+class Uncaptured(Exception):
+    """A contender that no CUDA graph can hold: its name and the reason."""
+
+
+def make_inputs(
+    case: Case, contender: Contender | None, seed: int, sizes: dict, where: str = "cpu"
+) -> Inputs:
+    """A set of inputs on a torch device, leaves that want a gradient where the case takes one."""
+    maker = contender.inputs if contender and contender.inputs else case.inputs
+    inputs = maker(seed, where, **sizes)
+    for tensor in wanted_tensors(case, inputs):
+        tensor.requires_grad_()
     return inputs
 
 
 def wanted_tensors(case: Case, inputs: Inputs) -> list[Tensor]:
     """The tensors whose gradient is taken."""
-    return [t for name in case.wanted for t in as_list(inputs[name])]
+    return tensors_of(inputs, case.wanted)
 
 
 def input_bytes(inputs: Inputs) -> int:
@@ -60,7 +70,7 @@ def make_step(
         if gradient is None:
             return result, ()
         if result.dtype not in incoming:
-            incoming[result.dtype] = torch.tensor(gradient, dtype=result.dtype)
+            incoming[result.dtype] = torch.full_like(result.detach(), gradient)
         return result, torch.autograd.grad(result, wanted, incoming[result.dtype])
 
     return step
@@ -132,13 +142,21 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 
 
 def errors_of(
-    case: Case, contender: Contender, inputs: Inputs, truth: Any, true_gradients: list[Tensor]
+    case: Case,
+    contender: Contender,
+    inputs: Inputs,
+    truth: Any,
+    true_gradients: list[Tensor],
+    run: Callable[[Callable[[], Any]], Any] = lambda step: step(),
 ) -> dict[str, float]:
-    """The contender's errors at every incoming gradient: {"result 0": relative error, ...}."""
+    """The contender's errors at every incoming gradient: {"result 0": relative error, ...}.
+
+    run: runs a step and returns its results; a graph's replay where that is to be judged.
+    """
     errors: dict[str, float] = {}
     step = check_step(case, inputs)
     for gradient in case.gradients or (None,):
-        result, gradients = make_step(case, contender.call, inputs, gradient)()
+        result, gradients = run(make_step(case, contender.call, inputs, gradient))
         for number, (value, wanted) in enumerate(
             zip(as_list(result), as_list(truth), strict=False)
         ):
@@ -156,92 +174,186 @@ def errors_of(
     return errors
 
 
-def memory(case: Case, contender: Contender, sizes: dict, device: timing.CpuDevice) -> dict:
+def memory(case: Case, contender: Contender, sizes: dict, device: Any) -> dict:
     """A contender's peak memory beyond the inputs, forward and backward."""
-    inputs = make_inputs(case, contender, 0, sizes)
+    inputs = make_inputs(case, contender, 0, sizes, device.where)
     gradient = case.gradients[-1] if case.gradients else None
     # Libraries and threads are started first; compiling at full size, since another shape would
     # compile again.
-    first = inputs if contender.compiles else make_inputs(case, contender, 0, case.quick)
+    on_small = not contender.compiles and device.where == "cpu"
+    first = make_inputs(case, contender, 0, case.quick) if on_small else inputs
     discarding(make_step(case, contender.call, first, gradient))()
     return {"peak_mb": device.peak_mb(make_step(case, contender.call, inputs, gradient))}
 
 
-def check(case: Case, names: list[str], sizes: dict) -> dict:
-    """{contender: its errors against float64, whether they are small enough}."""
+def check(
+    case: Case, names: Sequence[str], sizes: dict, device: Any, eager: Sequence[str] = ()
+) -> dict:
+    """{contender: its errors against float64, whether they are small enough}.
+
+    On a GPU kdkernels' own kernel is judged a second time by what its graph's replays leave behind.
+    """
     true_results: dict[Any, tuple] = {}
     answers = {}
     for name in names:
         contender = case.contender(name)
-        inputs = make_inputs(case, contender, 0, sizes)
+        inputs = make_inputs(case, contender, 0, sizes, device.where)
         key = (contender.inputs, contender.truth)
         if key not in true_results:
             some = thinned(inputs, check_step(case, inputs))
             true_results[key] = true_result(case, contender.truth or case.truth(), some)
-        found = errors_of(case, contender, inputs, *true_results[key])
+        try:
+            found = errors_of(case, contender, inputs, *true_results[key])
+            if name == case.own and device.name != "cpu" and name not in eager:
+                replayed = errors_of(case, contender, inputs, *true_results[key], device.replayed)
+                found |= {f"replayed {what}": error for what, error in replayed.items()}
+        except CaptureFailed as error:
+            raise Uncaptured(name, str(error)) from error
+        except Exception as error:
+            # Another library may fail in any way; what the others and we do is still measured.
+            if name == case.own or device.name == "cpu":
+                raise
+            reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
+            answers[name] = {"errors": {}, "tolerance": 0.0, "right": False, "failed": reason}
+            continue
         tensors = [t for value in inputs.values() for t in as_list(value)]
-        tolerance = TOLERANCES[next(t.dtype for t in tensors if t.is_floating_point())]
+        dtype = next(t.dtype for t in tensors if t.is_floating_point())
+        tolerance = max(TOLERANCES[dtype], contender.tolerance)
         right = all(e <= tolerance for e in found.values())
         answers[name] = {"errors": found, "tolerance": tolerance, "right": right}
     return answers
 
 
+class InputSets:
+    """The sets of inputs that calls rotate over, made once for each maker of inputs."""
+
+    def __init__(self, case: Case, sizes: dict, where: str, cache_bytes: int) -> None:
+        self.case, self.sizes, self.where, self.cache_bytes = case, sizes, where, cache_bytes
+        self.made: dict[Any, list[Inputs]] = {}
+
+    def of(self, contender: Contender | None) -> list[Inputs]:
+        """The contender's sets, or the case's own."""
+        maker = contender.inputs if contender else None
+        if maker not in self.made:
+            first = make_inputs(self.case, contender, 0, self.sizes, self.where)
+            count = timing.sets_needed(input_bytes(first), self.cache_bytes)
+            rest = [
+                make_inputs(self.case, contender, seed, self.sizes, self.where)
+                for seed in range(1, count)
+            ]
+            self.made[maker] = [first, *rest]
+        return self.made[maker]
+
+    def steps(self, name: str, gradient: float | None) -> list[Callable[[], None]]:
+        """A contender's step on each of its sets, which keeps nothing."""
+        contender = self.case.contender(name)
+        return [
+            discarding(make_step(self.case, contender.call, inputs, gradient))
+            for inputs in self.of(contender)
+        ]
+
+
 def measure(
     case: Case,
-    names: list[str],
+    names: Sequence[str],
     sizes: dict,
     rounds: int,
-    device: timing.CpuDevice,
+    device: Any,
     cache_bytes: int,
+    eager: Sequence[str] = (),
 ) -> dict:
-    """Times of the contenders at every incoming gradient, and of the floor, interleaved."""
-    made: dict[Any, list[Inputs]] = {}
-    keys: list[tuple[str, float | None]] = []
+    """Times of the contenders at every incoming gradient, and of the floors, interleaved: each as
+    [contender, incoming gradient, timing, milliseconds].
+
+    Those named in `eager` are timed between events, and with them kdkernels' own kernel once more,
+    to be compared with. On a GPU all have a wall time at the first incoming gradient besides.
+    """
+    sets = InputSets(case, sizes, device.where, cache_bytes)
+    keys: list[tuple[str, float | None, str]] = []
     timed: list[list[timing.Timed]] = []
-
-    def input_sets(contender: Contender | None) -> list[Inputs]:
-        maker = contender.inputs if contender else None
-        if maker not in made:
-            first = make_inputs(case, contender, 0, sizes)
-            count = timing.sets_needed(input_bytes(first), cache_bytes)
-            rest = [make_inputs(case, contender, seed, sizes) for seed in range(1, count)]
-            made[maker] = [first, *rest]
-        return made[maker]
-
+    gradients = case.gradients or (None,)
     for name in names:
-        contender = case.contender(name)
-        for gradient in case.gradients or (None,):
-            steps = [make_step(case, contender.call, i, gradient) for i in input_sets(contender)]
-            keys.append((name, gradient))
-            timed.append([device.prepare(discarding(step)) for step in steps])
-    keys.append((case.floor.name, None))
-    timed.append([device.prepare(case.floor.prepare(i)) for i in input_sets(None)])
+        for gradient in gradients:
+            steps = sets.steps(name, gradient)
+            if name not in eager:
+                try:
+                    calls = [device.prepare(step, place) for place, step in enumerate(steps)]
+                except CaptureFailed as error:
+                    raise Uncaptured(name, str(error)) from error
+                keys.append((name, gradient, device.timing))
+                timed.append(calls)
+            if name in eager or (name == case.own and set(names) & set(eager)):
+                keys.append((name, gradient, "events"))
+                timed.append([device.events(step) for step in steps])
+    for floor in case.floors:
+        keys.append((floor.name, None, device.timing))
+        runs = [floor.prepare(inputs) for inputs in sets.of(None)]
+        timed.append([device.prepare(run, place) for place, run in enumerate(runs)])
 
-    timing.interleave(timed, 0, WARMUP)
+    timing.interleave(timed, 0, device.warmup)
     load = timing.OtherLoad()
-    times = timing.interleave(timed, rounds, 0)
+    times = list(timing.interleave(timed, rounds, 0, device.between_rounds))
+    if device.name != "cpu":
+        walls = [[device.wall(sets.steps(name, gradients[0]))] for name in names]
+        timing.interleave(walls, 0, 1)
+        wall_rounds = min(rounds, WALL_ROUNDS)
+        times += list(timing.interleave(walls, wall_rounds, 0, device.between_rounds))
+        keys += [(name, gradients[0], "wall") for name in names]
     return {
         "times": [[*key, list(map(float, row))] for key, row in zip(keys, times, strict=True)],
         "load": load.per_core(),
-        "isa": kdkernels.isa(),
-        "threads": torch.get_num_threads(),
-        "sets": len(input_sets(None)),
-        "set_mb": input_bytes(input_sets(None)[0]) / 2**20,
+        "isa": device.isa(),
+        "threads": device.threads(),
+        "sets": len(sets.of(None)),
+        "set_mb": input_bytes(sets.of(None)[0]) / 2**20,
+        "work": case.work(sets.of(None)[0]) if case.work else None,
     }
+
+
+def everything(
+    case: Case,
+    names: Sequence[str],
+    sizes: dict,
+    rounds: int,
+    device: Any,
+    cache_bytes: int,
+    eager: Sequence[str],
+) -> dict:
+    """The three parts after another for the contenders that are right; "time" is None where
+    kdkernels' own is not."""
+    eager = [*eager, *(name for name in names if case.contender(name).waits)]
+    checked = check(case, names, sizes, device, eager)
+    right = [name for name in names if checked[name]["right"]]
+    if case.own not in right:
+        return {"check": checked, "memory": {}, "time": None}
+    peaks = {}
+    for name in right:
+        peaks[name] = memory(case, case.contender(name), sizes, device)["peak_mb"]
+        gc.collect()
+    timed = measure(case, right, sizes, rounds, device, cache_bytes, eager)
+    return {"check": checked, "memory": peaks, "time": timed}
 
 
 def run(job: dict) -> dict:
     """The answer to a job."""
-    case = next(c for c in find_cases([job["op"]], [job["case"]]))
-    device = timing.DEVICES[job["device"]]()
+    (case,) = find_cases([job["op"]], [job["case"]], job["device"])
+    device = DEVICES[job["device"]]()
     sizes = case.quick if job["quick"] else case.sizes
-    if job["part"] == "memory":
-        return memory(case, case.contender(job["contenders"][0]), sizes, device)
-    if job["part"] == "check":
-        return check(case, job["contenders"], sizes)
+    names = job["contenders"]
     cache_bytes = QUICK_BYTES if job["quick"] else device.cache_bytes()
-    return measure(case, job["contenders"], sizes, job["rounds"], device, cache_bytes)
+    if job["part"] == "memory":
+        return memory(case, case.contender(names[0]), sizes, device)
+    if job["part"] == "check":
+        return check(case, names, sizes, device)
+    if job["part"] == "time":
+        return measure(case, names, sizes, job["rounds"], device, cache_bytes)
+    assert job["part"] == "all"
+    try:
+        return everything(case, names, sizes, job["rounds"], device, cache_bytes, job["eager"])
+    except Uncaptured as error:
+        return {"uncaptured": list(error.args)}
 
 
 if __name__ == "__main__":
+    torch.set_float32_matmul_precision("highest")  # a float32 baseline is one in float32
     print(json.dumps(run(json.loads(sys.argv[1]))))

@@ -1,0 +1,121 @@
+"""Other libraries' ways to a case's result, measured where they are installed.
+
+Not here, because they compute something else than any op of kdkernels: cut-cross-entropy,
+torch.nn.functional.linear_cross_entropy and Liger's fused linear losses take features and a
+classifier's weight and spend their time in its matrix products, where kd_cross_entropy takes logits
+and has no weight gradient to form. Their rows belong to an op that takes the same.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+import kdkernels
+from bench.baselines import label_masks, squared_distances
+from bench.case import Contender
+
+
+@cache
+def metric_learning(margin: float, mining: str):
+    """pytorch-metric-learning's TripletMarginLoss on squared distances with its miner for `mining`.
+
+    Its semi-hard miner returns every negative inside the margin, not the nearest one:
+    semihard_inside_margin is its truth.
+    """
+    from pytorch_metric_learning import (  # pyright: ignore[reportMissingImports]
+        distances,
+        losses,
+        miners,
+        reducers,
+    )
+
+    squared = distances.LpDistance(normalize_embeddings=False, p=2, power=2)
+    loss = losses.TripletMarginLoss(margin=margin, distance=squared, reducer=reducers.MeanReducer())
+    miner = {
+        "hard": lambda: miners.BatchHardMiner(distance=squared),
+        "semihard": lambda: miners.TripletMarginMiner(
+            margin=margin, type_of_triplets="semihard", distance=squared
+        ),
+        "all": lambda: None,
+    }[mining]()
+    return loss, miner
+
+
+def batch_triplet_loss_metric_learning(
+    embeddings: Tensor, labels: Tensor, *, margin: float, mining: str
+) -> Tensor:
+    """The same loss by pytorch-metric-learning."""
+    loss, miner = metric_learning(margin, mining)
+    return loss(embeddings, labels, None if miner is None else miner(embeddings, labels))
+
+
+def semihard_inside_margin(
+    embeddings: Tensor, labels: Tensor, *, margin: float, mining: str
+) -> Tensor:
+    """The mean hinge over every triplet with d(a,p) < d(a,n) <= d(a,p) + margin."""
+    assert mining == "semihard"
+    positives, negatives = label_masks(labels)
+    index = positives.nonzero()[:, 1].view(len(labels), -1)  # (N, K-1)
+    distances = squared_distances(embeddings)
+    gap = distances[:, None, :] - distances.gather(1, index)[:, :, None]  # (N, K-1, N)
+    return (margin - gap[negatives[:, None, :] & (gap > 0) & (gap <= margin)]).mean()
+
+
+def pytorch_metric_learning(mining: str, tolerance: float = 0.0) -> Contender:
+    """pytorch-metric-learning on a kind of mining. It takes a root and squares it again, so among
+    many rows it may select another one of two that are equally far but for rounding."""
+    return Contender(
+        "pytorch-metric-learning",
+        batch_triplet_loss_metric_learning,
+        truth=semihard_inside_margin if mining == "semihard" else None,
+        modules=("pytorch_metric_learning", "tqdm", "sklearn"),
+        install="pip install --no-deps pytorch-metric-learning tqdm; pip install scikit-learn",
+        tolerance=tolerance,
+        waits=True,  # it asks for the indices of its triplets
+    )
+
+
+@cache
+def liger():
+    """Liger's cross entropy and its Kullback-Leibler divergence."""
+    from liger_kernel.transformers import (  # pyright: ignore[reportMissingImports]
+        LigerCrossEntropyLoss,
+        LigerKLDIVLoss,
+    )
+
+    return LigerCrossEntropyLoss(), LigerKLDIVLoss(reduction="batchmean")
+
+
+def kd_cross_entropy_liger(
+    student: Tensor, teacher: Tensor, target: Tensor, *, temperature: float
+) -> Tensor:
+    """Both of Liger's losses on logits, which have no temperature: softmax is torch's.
+
+    The clone is needed, for its cross entropy writes the gradient over the logits that it is given.
+    """
+    cross_entropy, divergence = liger()
+    log_probs = torch.log_softmax(student / temperature, dim=1)
+    soft_target = torch.softmax(teacher / temperature, dim=1)
+    return cross_entropy(student.clone(), target) + divergence(log_probs, soft_target)
+
+
+def kd_with_divergence(
+    student: Tensor, teacher: Tensor, target: Tensor, *, temperature: float
+) -> Tensor:
+    """What Liger's two losses add up to: kd_cross_entropy without the teacher's entropy, which has
+    the same gradient."""
+    loss, terms = kdkernels.kd_cross_entropy(
+        student, teacher, target, temperature=temperature, return_terms=True, backend="eager"
+    )
+    return loss - terms.entropy
+
+
+LIGER = Contender(
+    "Liger, CE and KL",
+    kd_cross_entropy_liger,
+    truth=kd_with_divergence,
+    modules=("liger_kernel",),
+    install="pip install --no-deps liger-kernel",
+    waits=True,  # it counts the rows and compares the incoming gradient on the host
+)

@@ -77,8 +77,8 @@ def _give_gradient(
                 value = tl.load(gradient_ptr + at, mask=inside).to(tl.float32)
                 at = tl.where(inside, at, 0)
                 factors = _factors(incoming_ptr, incoming_stride, factor, at, row_elements, PER_ROW)
-                value = (value * factors).to(gradient_ptr.dtype.element_ty)
-                tl.store(gradient_ptr + at, value, mask=inside)
+                scaled = (value * factors).to(gradient_ptr.dtype.element_ty)
+                tl.store(gradient_ptr + at, scaled, mask=inside)
 
 
 def give_gradient_(gradient: Tensor, incoming: Tensor, post_scale: Tensor) -> None:

@@ -324,6 +324,9 @@ def kd_cross_entropy(
     scale = math.log2(math.e) / temperature
     numbers = (scale, 1.0 / temperature, alpha, label_smoothing, gradient_scale)
     warps = plan.lanes // rows.warp_size()
+    # 128 registers leave room for two programs of 8 warps: one loads while the other computes.
+    # Without a limit the compiler spills a few in places, to make room for one program more.
+    limit = rows.register_limit(128)
     with rows.on(student):
         if divisor == "given":
             labels = (target_or_any, count, target_stride, n, ignore_index)
@@ -331,8 +334,6 @@ def kd_cross_entropy(
         outputs = (per_row, terms, count)
         sizes = (classes, n, classes)  # the gradient's row stride first
         if parts <= 1:
-            # 128 registers leave room for two programs of 8 warps: one loads while one computes.
-            limit = {} if parts else rows.register_limit(128)
             kernel = two_sweeps if parts else _one_tile
             everything = (*tensors, gradient, *outputs, *strides, *sizes, ignore_index, *numbers)
             rows.launch(kernel, (n,), *everything, PLAN=plan, num_warps=warps, **limit)
@@ -350,6 +351,7 @@ def kd_cross_entropy(
                 scale,
                 PLAN=plan,
                 num_warps=warps,
+                **limit,
             )
             rows.launch(
                 split_gradient,
@@ -365,6 +367,7 @@ def kd_cross_entropy(
                 *numbers,
                 PLAN=plan,
                 num_warps=warps,
+                **limit,
             )
         rows.launch(
             _finish,

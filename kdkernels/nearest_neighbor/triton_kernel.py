@@ -46,7 +46,7 @@ def tiles(architecture: str, descriptors: bool, centred: bool) -> Tiles:
     TF32 products take more registers: their tiles are the largest of which no variant spills.
     """
     if architecture == "interpreter":
-        return Tiles(16, 32, 16, 4, 1, 16)
+        return Tiles(32, 32, 16, 4, 1, 64)
     if descriptors:
         return Tiles(128, 256, 64, 8, 4, 1)
     gallery = 128 if architecture in ("8", "hip") and not centred else 64

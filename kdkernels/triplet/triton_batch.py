@@ -14,7 +14,8 @@ from torch import Tensor
 
 from kdkernels import triton_rows as rows
 from kdkernels.triplet.triton_batch_gradient import add_up, gather_hard, narrow, spread
-from kdkernels.triplet.triton_batch_mine import Batch, arrange, mine
+from kdkernels.triplet.triton_batch_mine import mine
+from kdkernels.triplet.triton_batch_sort import Batch, arrange
 from kdkernels.triplet.triton_batch_tiled import mine_hard_tiled
 
 # "hard" by tiles above: there the float32 product alone takes longer. Counted, not measured.

@@ -15,10 +15,9 @@ from kdkernels.triplet.triton_batch_mine import (
     BATCH,
     CLOSE_SHARE,
     MOST_BLOCK,
-    Batch,
-    block_of_features,
     take,
 )
+from kdkernels.triplet.triton_batch_sort import Batch, all_registers, block_of_features
 
 LINES = 8  # rows of a spreading program: 32 bytes, what memory moves, of a line of W^T
 SPREAD_BLOCK = 128
@@ -218,7 +217,7 @@ def _spread(
 def _largest(gradient_ptr, largest_ptr, elements, BLOCK: tl.constexpr):
     largest = tl.zeros([BLOCK], tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(elements, BLOCK), tl.num_programs(0)):
-        at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        at = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         value = tl.abs(tl.load(gradient_ptr + at, mask=at < elements, other=0.0))
         largest = tl.maximum(largest, tl.where(value < float("inf"), value, 0.0))
     tl.store(largest_ptr + tl.program_id(0), tl.max(largest, axis=0))
@@ -310,6 +309,7 @@ def spread(
             line_stride, lines, columns, first_line, first_column, features, **parts, LINES=LINES,
             BLOCK=min(SPREAD_BLOCK, triton.next_power_of_2(columns)),
             BLOCK_D=min(64, block_of_features(features)), BATCH=BATCH, num_warps=4,
+            **all_registers(),
         )  # fmt: skip
 
     some = slice(begin, begin + lines)

@@ -1,20 +1,14 @@
-"""Mining of batch_triplet_loss in Triton: sorting by person, and the kernels that read the Gram
-matrix.
-
-Rows are sorted by label once, so that a person's rows are one range of places. A place is a row's
-number in that order, a row its number in the batch: ties are decided by rows, memory is read by
-places.
+"""Mining of batch_triplet_loss in Triton by lines of the Gram matrix.
 
 The Gram matrix G of the centred rows gives the squared distance n_i + n_j - 2 G_ij with an error of
 at most `relative` (n_i + n_j) + `absolute`. Whatever depends on less (which candidate is nearest,
 whether a hinge is positive, a distance much smaller than its norms) is measured again from the
-differences, in double, as the native kernels do. A row whose numbers are not finite, or near the
-end of float32, is centred to zero with the norm inf: all its distances are then measured.
+differences, in double, as the native kernels do. A place is a row's number in the order of persons,
+a row its number in the batch: ties are decided by rows.
 """
 
 import ctypes
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -22,32 +16,26 @@ import triton.language as tl
 from torch import Tensor
 
 from kdkernels import triton_rows as rows
+from kdkernels.triplet.triton_batch_sort import (
+    INF,
+    Batch,
+    all_registers,
+    block_of_features,
+    lower_norm,
+    upper_norm,
+)
 
-INF = tl.constexpr(float("inf"))
 NOBODY = tl.constexpr(2**31 - 1)  # a row after all others
-LARGEST_NORM = tl.constexpr(1e37)  # sums and differences of such norms are finite
 ROUNDING = tl.constexpr(2.0**-22)  # a float of a double, with room for the arithmetic around it
 CLOSE_SHARE = tl.constexpr(0.125)  # below this share of n_i + n_j the Gram form has lost 3 bits
 # Stand-ins for what does not compare: larger than every finite distance, which is below 1e84.
 INFINITE = tl.constexpr(1e300)
 UNDEFINED = tl.constexpr(1e301)
 
-SHIFT_ROWS = 256  # rows that the shift is the mean of; any shift is right
 MOST_BLOCK = 1024  # places that a mining program looks at together
 POSITIVES = 8  # positives that share one reading of the negatives
 BATCH = 4  # rows measured together
-
-
-@triton.jit
-def lower_norm(norm, relative, absolute):
-    """A row's share of the lower bound n_i + n_j - 2 G_ij - error."""
-    return tl.where(norm == INF, -INF, norm * (1.0 - relative) - absolute)
-
-
-@triton.jit
-def upper_norm(norm, relative, absolute):
-    """A row's share of the upper bound."""
-    return norm * (1.0 + relative) + absolute
+MEASURED_COLUMNS = 256  # of them at a time, as double
 
 
 @triton.jit
@@ -167,92 +155,6 @@ def store_hard(
         tl.store(partners_ptr + rows + row, tl.where(is_active, negative, -1))
         tl.store(slopes_ptr + row, tl.where(is_active, slope(near, SQUARED), 0.0))
         tl.store(slopes_ptr + rows + row, tl.where(is_active, -slope(far, SQUARED), 0.0))
-
-
-@triton.jit(do_not_specialize=["rows", "step"])
-def _shift(
-    x_ptr, shift_ptr, stride_x, rows, step, features, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    # the mean of every `step`-th row, without the numbers that would spoil it
-    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    at = tl.arange(0, BLOCK) * step
-    mask = (at < rows)[:, None] & (column < features)[None, :]
-    value = tl.load(
-        x_ptr + at.to(tl.int64)[:, None] * stride_x + column[None, :], mask=mask, other=0.0
-    )
-    value = value.to(tl.float32)
-    value = tl.where(tl.abs(value) < 1e18, value, 0.0)
-    mean = tl.sum(value, axis=0) / tl.cdiv(rows, step).to(tl.float32)
-    tl.store(shift_ptr + column, mean, mask=column < features)
-
-
-@triton.jit
-def _as_bfloat16(value):
-    # rounded to 8 bits, still a float32; not for NaN or numbers beyond LARGEST_NORM
-    bits = value.to(tl.int32, bitcast=True)
-    return ((bits + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
-
-
-@triton.jit(do_not_specialize=["rows", "places"])
-def _arrange(
-    x_ptr, labels_ptr, shift_ptr, order_ptr, places_ptr, first_ptr, last_ptr, norms_ptr, high_ptr,
-    low_ptr, halves_ptr, stride_x, stride_labels, stride_high, rows, places, features, relative,
-    absolute, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    # Each row's place and its person's range of places, by counting; then the centred row there.
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside, exists = row < rows, row < places
-    label = tl.load(labels_ptr + row.to(tl.int64) * stride_labels, mask=inside, other=0)
-    counts = tl.zeros([ROWS], tl.int32)  # smaller labels
-    twins = tl.zeros([ROWS], tl.int32)  # equal ones
-    earlier = tl.zeros([ROWS], tl.int32)  # equal ones in rows before
-    for begin in range(0, rows, BLOCK):
-        other = begin + tl.arange(0, BLOCK)
-        there = (other < rows)[None, :]
-        theirs = tl.load(
-            labels_ptr + other.to(tl.int64) * stride_labels, mask=other < rows, other=0
-        )
-        same = there & (theirs[None, :] == label[:, None])
-        counts += tl.sum((there & (theirs[None, :] < label[:, None])).to(tl.int32), axis=1)
-        twins += tl.sum(same.to(tl.int32), axis=1)
-        earlier += tl.sum((same & (other[None, :] < row[:, None])).to(tl.int32), axis=1)
-    place = tl.where(inside, counts + earlier, row)  # rows that fill the last tile stay last
-    tl.store(order_ptr + place, tl.where(inside, row, 0), mask=exists)
-    tl.store(places_ptr + row, place, mask=inside)
-    tl.store(first_ptr + place, tl.where(inside, counts, rows), mask=exists)
-    tl.store(last_ptr + place, tl.where(inside, counts + twins, rows), mask=exists)
-
-    own_ptr = x_ptr + row.to(tl.int64)[:, None] * stride_x
-    squares = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for begin in range(0, features, BLOCK_D):
-        column = begin + tl.arange(0, BLOCK_D)
-        mask = inside[:, None] & (column < features)[None, :]
-        value = tl.load(own_ptr + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        shift = tl.load(shift_ptr + column, mask=column < features, other=0.0)
-        value = tl.where(mask, value - shift[None, :], 0.0)
-        squares += value * value
-    norm = tl.sum(squares, axis=1)
-    is_usable = norm <= LARGEST_NORM  # not for NaN
-    norm = tl.where(is_usable, norm, INF)
-    tl.store(norms_ptr + place, norm, mask=exists)
-    if halves_ptr is not None:  # what a product starts at; never chosen past the end
-        half = tl.where(inside, -0.5 * lower_norm(norm, relative, absolute), -INF)
-        tl.store(halves_ptr + place, half, mask=exists)
-    for begin in range(0, stride_high, BLOCK_D):
-        column = begin + tl.arange(0, BLOCK_D)
-        mask = inside[:, None] & (column < features)[None, :]
-        value = tl.load(own_ptr + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        shift = tl.load(shift_ptr + column, mask=column < features, other=0.0)
-        value = tl.where(mask & is_usable[:, None], value - shift[None, :], 0.0)
-        at = place.to(tl.int64)[:, None] * stride_high + column[None, :]
-        fits = exists[:, None] & (column < stride_high)[None, :]
-        if low_ptr is None:
-            tl.store(high_ptr + at, value, mask=fits)
-        else:
-            high = _as_bfloat16(value)
-            low = _as_bfloat16(value - high)
-            tl.store(high_ptr + at, high.to(high_ptr.dtype.element_ty), mask=fits)
-            tl.store(low_ptr + at, low.to(low_ptr.dtype.element_ty), mask=fits)
 
 
 @triton.jit
@@ -483,98 +385,14 @@ def _mine_all(
     tl.store(totals_ptr + 2 * rows + row, active)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """A batch sorted by person: N rows, D features, and P places, N or more."""
-
-    x: Tensor  # (N, D) as given, columns side by side
-    order: Tensor  # (P,) int32: the row at each place
-    places: Tensor  # (N,) int32: the place of each row
-    first: Tensor  # (P,) int32: where the place's person begins
-    last: Tensor  # (P,) int32: where it ends
-    norms: Tensor  # (P,) float32: squared, of the centred rows by place
-    centred: Tensor  # (P, D) float32; of `planes` the leading 8 bits
-
-
-@dataclass(frozen=True)
-class Planes:
-    """Centred rows for a tiled product: whole tiles, as two bfloat16 numbers each."""
-
-    low: Tensor  # (P, D in whole blocks): the next 8 bits of `centred`
-    halves: Tensor  # (P,) float32: minus half of lower_norm
-
-
-def block_of_features(features: int) -> int:
-    """Columns that a program reads of a row at a time."""
-    return min(512, triton.next_power_of_2(features))
-
-
-def arrange(embeddings: Tensor, labels: Tensor) -> Batch:
-    """The batch sorted by person and centred, in float32."""
-    count, features = embeddings.shape
-    centred = torch.empty((count, features), dtype=torch.float32, device=embeddings.device)
-    return _sort(embeddings, labels, centred, None, None, (0.0, 0.0))
-
-
-def arrange_planes(
-    embeddings: Tensor, labels: Tensor, tile: int, columns: int, errors: tuple[float, float]
-) -> tuple[Batch, Planes]:
-    """The same with places in whole tiles, columns in whole blocks, and two bfloat16 planes.
-
-    errors: e and f of lower_norm.
-    """
-    (count, features), device = embeddings.shape, embeddings.device
-    # the interpreter multiplies bfloat16 as if it were integers; the numbers are the same
-    dtype = torch.float32 if triton.knobs.runtime.interpret else torch.bfloat16
-    shape = (triton.cdiv(count, tile) * tile, triton.cdiv(features, columns) * columns)
-    high, low = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
-    halves = torch.empty(shape[0], dtype=torch.float32, device=device)
-    return _sort(embeddings, labels, high, low, halves, errors), Planes(low, halves)
-
-
-def _sort(
-    embeddings: Tensor,
-    labels: Tensor,
-    centred: Tensor,
-    low: Tensor | None,
-    halves: Tensor | None,
-    errors: tuple[float, float],
-) -> Batch:
-    x = embeddings if embeddings.stride(1) == 1 else embeddings.contiguous()
-    (count, features), (padded, width), device = x.shape, centred.shape, x.device
-
-    def integers(size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.int32, device=device)
-
-    norms, shift = (
-        torch.empty(size, dtype=torch.float32, device=device) for size in (padded, features)
-    )
-    batch = Batch(
-        x, integers(padded), integers(count), integers(padded), integers(padded), norms, centred
-    )
-    narrow = min(32, triton.next_power_of_2(features))
-    sample = min(SHIFT_ROWS, triton.next_power_of_2(count))
-    rows.launch(
-        _shift, (triton.cdiv(features, narrow),), x, shift, x.stride(0), count,
-        triton.cdiv(count, sample), features, BLOCK=sample, BLOCK_D=narrow, num_warps=8,
-    )  # fmt: skip
-    block = 16 if padded > 1024 else 4  # labels are read once a block; small batches fill the chip
-    rows.launch(
-        _arrange, (triton.cdiv(padded, block),), x, labels, shift, batch.order, batch.places,
-        batch.first, batch.last, norms, centred, low, halves, x.stride(0), labels.stride(0), width,
-        count, padded, features, *errors, ROWS=block, BLOCK=min(256, triton.next_power_of_2(count)),
-        BLOCK_D=min(128, block_of_features(width)), num_warps=4,
-    )  # fmt: skip
-    return batch
-
-
 def error_of_products(features: int, device_type: str) -> tuple[float, float]:
     """e and f: n_i + n_j - 2 G_ij in float32 is off by e (n_i + n_j) + f at most.
 
     A dot product of D terms in any order is off by D u |x_i| |x_j| (u = 2^-24), and
     2 |x_i| |x_j| <= n_i + n_j. 40 u covers the rounding of the centred numbers, of the norms and of
     the sums; f what is flushed to zero. Where torch may round a product's factors, to TF32 (off by
-    2^-10 at most) or on the CPU to bfloat16 (2^-8), twice that comes on top.
+    2^-10 at most) or on the CPU to bfloat16 (2^-8), both together add twice that, and as much again
+    is left for room.
     """
     relative = (features + 40) * 2.0**-24
     if not products_are_float32(device_type):
@@ -622,9 +440,10 @@ def mine(
     numbers = (*margin_in_two(margin), *error_of_products(features, device.type))
     sizes = {
         "BLOCK": block,
-        "BLOCK_D": min(256, block_of_features(features)),
+        "BLOCK_D": min(MEASURED_COLUMNS, block_of_features(features)),
         "BATCH": BATCH,
         "num_warps": 8 if block > 512 else 4,
+        **all_registers(),
     }
     strides = (batch.x.stride(0), gram.stride(0))
     grid = (len(gram),)

@@ -26,19 +26,22 @@ from torch import Tensor
 from kdkernels import triton_rows as rows
 from kdkernels.triplet.triton_batch_mine import (
     BATCH,
-    INF,
     NOBODY,
-    arrange_planes,
-    block_of_features,
     far_distance,
     far_key,
     first_of,
-    lower_norm,
     margin_in_two,
     measure,
     near_distance,
     near_key,
     store_hard,
+)
+from kdkernels.triplet.triton_batch_sort import (
+    INF,
+    all_registers,
+    arrange_planes,
+    block_of_features,
+    lower_norm,
     upper_norm,
 )
 
@@ -320,6 +323,6 @@ def mine_hard_tiled(
         losses, totals, partners, slopes, batch.x.stride(0), count, places, share, features,
         *margin_in_two(margin), *errors, SQUARED=squared, WANT_GRADIENT=partners is not None,
         SHARES=SHARES, NARROW=NARROW, **sizes, BLOCK_D=min(128, block_of_features(features)),
-        BATCH=4 * BATCH, num_warps=4,
+        BATCH=4 * BATCH, num_warps=4, **all_registers(),
     )  # fmt: skip
     return batch.x

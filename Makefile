@@ -1,10 +1,11 @@
 # make venv   the pinned environment and the package, in .venv
 # make demo   the whole distillation chain on synthetic faces; ends in a table and runs/demo/report.html
-# make test   every check: ruff, pyright, pytest, and once more without the extension
+# make test   every check: ruff, pyright, pytest, once more without the extension, and the Triton
+#             kernels in Triton's interpreter
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv demo test bench format clean
+.PHONY: venv demo test interpret-distances interpret-rows bench format clean
 
 venv: .venv/installed
 
@@ -27,6 +28,18 @@ test: venv
 	$(BIN)/pyright
 	$(BIN)/python -m pytest
 	PYTHONPATH=tests/without_native $(BIN)/python -m pytest tests/test_contract.py tests/test_import.py tests/test_train_tiny.py
+	$(MAKE) --jobs 2 --output-sync=target interpret-distances interpret-rows
+
+# The interpreter runs on one core: two processes share the ops.
+INTERPRET := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_contract.py \
+	$(patsubst %,tests/test_%.py,kd_cross_entropy hidden_l2 triplet nearest_neighbor) \
+	$(wildcard tests/test_*_triton.py)
+
+interpret-distances:
+	$(INTERPRET) -k "triton and (triplet or nearest)"
+
+interpret-rows:
+	$(INTERPRET) -k "triton and not (triplet or nearest)"
 
 bench: venv
 	$(BIN)/python -m bench

@@ -8,7 +8,18 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from contract import Op, Result, compare, flatten, incoming_for, leaves, run, size_of, small_first
+from contract import (
+    Op,
+    Result,
+    compare,
+    compare_bits,
+    flatten,
+    incoming_for,
+    leaves,
+    run,
+    size_of,
+    small_first,
+)
 from torch import Tensor
 
 import kdkernels
@@ -52,9 +63,7 @@ def wide_strides(op: Op, backend: str) -> None:
 
     # both pitches are whole vectors: rows are cut, and sums ordered, in the same way
     far, near = run(op, backend, spread(2**30 + 8)), run(op, backend, spread(4096))
-    pairs = zip(far.outputs + far.gradients, near.outputs + near.gradients, strict=True)
-    for got, want in pairs:
-        assert torch.equal(got.nan_to_num(), want.nan_to_num()), f"{op.name}: wrong address"
+    compare_bits(op, sample, near, far, "wrong address")
 
 
 def bad_labels_are_caught(op: Op, backend: str) -> None:
@@ -200,31 +209,14 @@ LARGE: dict[str, Callable[[Op, str, int], None]] = {
 }
 
 
-def _step(op: Op, backend: str, sample: Sample) -> Callable[[], list[Tensor]]:
-    """Forward and backward of one call over the sample's own memory, to be run more than once."""
-
-    def step() -> list[Tensor]:
-        result = run(op, backend, sample)
-        return result.outputs + result.gradients
-
-    return step
-
-
-def _same_bits(op: Op, sample: Sample, got: list[Tensor], want: list[Tensor], what: str) -> None:
-    for g, w in zip(got, want, strict=True):
-        same = torch.equal(g.nan_to_num(), w.nan_to_num()) and torch.equal(g.isnan(), w.isnan())
-        assert same, f"{op.name} [{sample.name}]: {what}"
-
-
 def no_host_synchronisation(op: Op, backend: str) -> None:
     """10: nothing in forward or backward waits for the GPU."""
     for sample in op.samples:
-        step = _step(op, backend, sample)
-        step()  # compiles and loads
+        run(op, backend, sample)  # compiles and loads
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            step()
+            run(op, backend, sample)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -258,27 +250,27 @@ def same_bits_from_a_graph(op: Op, backend: str) -> None:
         if size_of(sample) == 0:
             continue  # nothing to launch
         sample = _own_copy(sample)
-        step = _step(op, backend, sample)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            step()
+            run(op, backend, sample)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = step()
+            captured = run(op, backend, sample)
         for when in ("a replay", "a replay with other inputs"):
-            for result in captured:
-                result.fill_(torch.nan if result.is_floating_point() else -1)
+            for t in captured.outputs + captured.gradients:
+                t.fill_(torch.nan if t.is_floating_point() else -1)
             graph.replay()
-            _same_bits(op, sample, captured, step(), f"{when} gives other bits")
+            direct = run(op, backend, sample)
+            compare_bits(op, sample, direct, captured, f"{when} gives other bits")
             _change(sample)
 
 
 def same_bits_on_another_stream(op: Op, backend: str) -> None:
     """14: kernels run on the current stream, after what was put there before them."""
     for sample in small_first(op, 8):
-        want = _step(op, backend, sample)()
+        want = run(op, backend, sample)
         late = _own_copy(sample)
         right = flatten([v for v in sample.tensors.values() if v is not None])
         memory = flatten([v for v in late.tensors.values() if v is not None])
@@ -291,6 +283,6 @@ def same_bits_on_another_stream(op: Op, backend: str) -> None:
             torch.cuda._sleep(50_000_000)  # about 30 ms
             for there, value in fresh:
                 there.copy_(value)
-            got = _step(op, backend, late)()
+            got = run(op, backend, late)
         side.synchronize()
-        _same_bits(op, sample, got, want, "another stream gives other bits")
+        compare_bits(op, sample, want, got, "another stream gives other bits")

@@ -18,6 +18,7 @@ from contract import (
     inputs_unmodified,
     nan_in_nan_out,
     no_gradient_without_asking,
+    numbers_and_form,
     output_form,
     passes_opcheck,
     refuses_forward_mode,
@@ -53,18 +54,29 @@ BACKENDS = [
 ]
 KERNELS = [case for case in BACKENDS if case[1] != "eager"]
 ON_CUDA = [case for case in KERNELS if case[2] == "cuda"]
+INTERPRETED = [case for case in KERNELS if case[1:] == ("triton", "cpu")]
+COMPILED = [case for case in BACKENDS if case not in INTERPRETED]
 LEVELS = [
     (*case, level)
-    for case in BACKENDS
+    for case in COMPILED
     for level in (kdkernels.isa_levels() if case[1] == "native" else [""])
 ]
 each = pytest.mark.parametrize(("op", "backend", "device"), BACKENDS)
+each_compiled = pytest.mark.parametrize(("op", "backend", "device"), COMPILED)
 each_level = pytest.mark.parametrize(("op", "backend", "device", "level"), LEVELS)
 
 
 def at_level(level: str) -> None:
     if level:
         kdkernels.set_isa(level)
+
+
+if INTERPRETED:
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize(("op", "backend", "device"), INTERPRETED)
+    def test_numbers_and_form_in_the_interpreter(op, backend, device, dtype):
+        numbers_and_form(find_op(op, device), backend, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -81,13 +93,13 @@ def test_accuracy_at_other_incoming_gradients(op, backend, device, incoming):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@each
+@each_compiled
 def test_outputs_have_the_promised_form(op, backend, device, dtype):
     output_form(find_op(op, device), backend, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@each
+@each_compiled
 def test_inputs_are_never_written_to(op, backend, device, dtype):
     inputs_unmodified(find_op(op, device), backend, dtype)
 
@@ -100,7 +112,7 @@ def test_every_output_element_is_written(op, backend, device, level, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@each
+@each_compiled
 def test_same_bits_twice(op, backend, device, dtype):
     same_bits_twice(find_op(op, device), backend, dtype)
 

@@ -1,6 +1,7 @@
 """Who may import whom, read from the imports (docs/architecture.md, "Layers")."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,11 +44,46 @@ def test_an_op_imports_no_other_op(op):
             assert other not in OPS or other == op, f"{path.name} of {op} imports {module}"
 
 
+def is_outside(module: str, allowed: tuple[str, ...]) -> bool:
+    """Whether a module is neither of the standard library nor below one of the allowed names."""
+    top = module.split(".")[0]
+    return top not in sys.stdlib_module_names and not any(
+        module == name or module.startswith(f"{name}.") for name in allowed
+    )
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_triton_kernels_know_torch_triton_and_their_shared_code_only(op):
+    own = [path.stem for path in (ROOT / "kdkernels" / op).glob("triton_*.py")]
+    assert own
+    allowed = ("torch", "triton", "kdkernels.triton_rows", *(f"kdkernels.{op}.{n}" for n in own))
+    for name in own:
+        for module in imports(ROOT / "kdkernels" / op / f"{name}.py"):
+            assert not is_outside(module, allowed), f"{op}/{name}.py imports {module}"
+
+
+def test_what_triton_kernels_share_knows_torch_and_triton_only():
+    for module in imports(ROOT / "kdkernels" / "triton_rows.py"):
+        assert not is_outside(module, ("torch", "triton")), f"triton_rows imports {module}"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_names_its_triton_kernels_and_imports_them_at_the_first_call(op):
+    for path in (ROOT / "kdkernels" / op).glob("*.py"):
+        if not path.name.startswith("triton_"):
+            for module in imports(path):
+                assert "triton" not in module.split("."), f"{op}/{path.name} imports {module}"
+                assert ".triton_" not in module, f"{op}/{path.name} imports {module}"
+        if path.name.endswith("op.py"):
+            assert f'"kdkernels.{op}.triton_' in path.read_text(), f"{op}/{path.name}"
+
+
 def test_the_oracle_shares_no_code_with_the_kernels():
     for op in OPS:
         text = (ROOT / "kdkernels" / op / "eager.py").read_text()
         assert "torch.ops.kdkernels" not in text
         assert "native" not in text
+        assert "triton" not in text
 
 
 def test_kdkernels_imports_nothing_above_it():

@@ -175,6 +175,71 @@ def loss_in_the_inputs_dtype(student, teacher, target, **options):
     return kd(student, teacher, target, **options).to(student.dtype)
 
 
+def head_of_a_misaligned_row_dropped(student, teacher, target, **options):
+    size = student.element_size()
+    starts = student.data_ptr() // size + torch.arange(len(student)) * student.stride(0)
+    before = -starts % (16 // size)  # columns before the first 16-byte boundary
+
+    def edit(gradient):
+        return gradient * (torch.arange(gradient.shape[1]) >= before[:, None])
+
+    return kd(_EditGradient.apply(student, edit), teacher, target, **options)
+
+
+def parts_merged_without_rescaling(student, teacher, target, **options):
+    loss = kd(student, teacher, target, **options)
+    if options.get("reduction", "mean") != "mean" or student.shape[1] < 4000:
+        return loss
+    parts = student.detach().float().split(2048, dim=1)
+    most = student.detach().float().amax(dim=1)
+    sums = sum((part - part.amax(dim=1, keepdim=True)).exp().sum(dim=1) for part in parts)
+    wrong = most + sums.log()
+    return loss + (wrong - student.detach().float().logsumexp(dim=1)).mean()
+
+
+def masked_lanes_count_as_zeros(student, teacher, target, **options):
+    padding = -student.shape[1] % 16
+    if options.get("label_smoothing") or not padding:
+        return kd(student, teacher, target, **options)
+    wide = torch.nn.functional.pad(student, (0, padding))
+    teacher = None if teacher is None else torch.nn.functional.pad(teacher, (0, padding))
+    return kd(wide, teacher, target, **options)
+
+
+def label_written_before_its_tile(student, teacher, target, **options):
+    def edit(gradient):
+        if target is None or options.get("reduction", "mean") != "mean":
+            return gradient
+        counts = target != options.get("ignore_index", -100)
+        one = counts / counts.sum().clamp(min=1) * (1 - options.get("label_smoothing", 0.0))
+        label = torch.where(counts, target, 0).long()[:, None]
+        return gradient.scatter_add(1, label, one[:, None].to(gradient.dtype))
+
+    return kd(_EditGradient.apply(student, edit), teacher, target, **options)
+
+
+class _IncomingIgnored(torch.autograd.Function):
+    """Returns early because post_scale is 1, whatever gradient arrives."""
+
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return torch.ones_like(gradient)
+
+
+def early_return_ignores_the_incoming_gradient(student, teacher, target, **options):
+    return _IncomingIgnored.apply(kd(student, teacher, target, **options))
+
+
+def teacher_read_with_the_students_pitch(student, teacher, target, **options):
+    if teacher is not None and student.stride(0) < teacher.stride(0):
+        teacher = teacher.as_strided(teacher.shape, (student.stride(0), teacher.stride(1)))
+    return kd(student, teacher, target, **options)
+
+
 def triplet(anchor, positive, negative, **options):
     return kdkernels.triplet_loss(anchor, positive, negative, **{**options, "backend": "eager"})
 
@@ -280,6 +345,12 @@ def root_of_the_distance(queries, gallery, **options):
     return distance.sqrt(), index
 
 
+def last_part_of_a_gallery_dropped(queries, gallery, **options):
+    if gallery is None or len(gallery) < 16:
+        return nearest(queries, gallery)
+    return nearest(queries, gallery[: len(gallery) // 16 * 16])
+
+
 _KD = [
     (last_column_dropped, accurate),
     (alpha_missing, accurate),
@@ -290,6 +361,12 @@ _KD = [
     (all_rows_in_the_mean, accurate),
     (stale_gradient_in_none, accurate),
     (maximum_not_subtracted, accurate),
+    (head_of_a_misaligned_row_dropped, accurate),
+    (parts_merged_without_rescaling, accurate),
+    (masked_lanes_count_as_zeros, accurate),
+    (label_written_before_its_tile, accurate),
+    (early_return_ignores_the_incoming_gradient, accurate),
+    (teacher_read_with_the_students_pitch, accurate),
     (tail_unwritten, partial(contract.every_element_written, backend="eager", dtype=torch.float32)),
     (float16_gradient_flushed, contract.half_survives_loss_scale),
     (
@@ -322,6 +399,7 @@ _OTHERS = {
         the_query_finds_itself,
         nearest_tie_to_the_highest_index,
         root_of_the_distance,
+        last_part_of_a_gallery_dropped,
     ],
 }
 

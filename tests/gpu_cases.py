@@ -1,0 +1,275 @@
+"""The calls whose kernels are compiled without a GPU: the shapes that the speed targets name, and
+beside them every option that makes another kernel.
+
+Tensors are uninitialised and only their dtype, shape and address are looked at, so large ones cost
+nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdkernels.sample import Sample
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+# The hidden layers of a ResNet-50 on 112 x 112 faces: the stem, three in each of 16 blocks, the
+# pooled features; (channels, side).
+TAPS = [
+    (64, 56),
+    *((channels, side)
+      for width, side, blocks in ((64, 28, 3), (128, 14, 4), (256, 7, 6), (512, 4, 3))
+      for channels in (width, width, 4 * width) * blocks),
+    (2048, 1),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op; `main` ones are compiled for every target, others for sm_90 alone."""
+
+    op: str
+    name: str
+    sample: Sample
+    incoming: str = "one"
+    main: bool = False
+
+
+def kd(
+    rows: int,
+    classes: int,
+    dtype: torch.dtype = FP32,
+    *,
+    teacher: torch.dtype | None = FP32,
+    labels: torch.dtype | None = torch.int64,
+    incoming: str = "one",
+    main: bool = False,
+    gradient: bool = True,
+    offset: int = 0,
+    teacher_offset: int = 0,
+    name: str = "",
+    **options: Any,
+) -> Case:
+    """A call of kd_cross_entropy; the offsets start rows that many elements after a boundary."""
+
+    def logits(of: torch.dtype | None, after: int) -> Tensor | None:
+        if of is None:
+            return None
+        return torch.empty(rows, classes + after, dtype=of)[:, after:]
+
+    tensors: dict[str, Any] = {
+        "student": logits(dtype, offset),
+        "teacher": logits(teacher, teacher_offset),
+        "target": None if labels is None else torch.zeros(rows, dtype=labels),
+    }
+    sample = Sample("", tensors, options, ("student",) if gradient else ())
+    kinds = _names(dtype, teacher)
+    return Case("kd_cross_entropy", f"{rows}x{classes} {kinds} {name}".strip(), sample, incoming,
+                main)  # fmt: skip
+
+
+def _names(*dtypes: torch.dtype | None) -> str:
+    short = {FP32: "fp32", BF16: "bf16", FP16: "fp16", None: "none"}
+    return "/".join(dict.fromkeys(short[d] for d in dtypes))
+
+
+def _kd_cases() -> list[Case]:
+    found = []
+    for dtype in (FP32, BF16):
+        for rows, classes in ((1024, 10575), (1024, 93431)):
+            found.append(kd(rows, classes, dtype, teacher=dtype, main=True))
+        for rows, classes in ((128, 10575), (256, 93431), (64, 100_000)):
+            found.append(kd(rows, classes, dtype, teacher=dtype))
+    for classes in (10575, 93431):
+        for rows in (1024, 64):
+            found += [
+                kd(rows, classes, teacher=None, name="no teacher"),
+                kd(rows, classes, labels=None, name="no target"),
+                kd(rows, classes, temperature=2.5, name="any tau"),
+                kd(rows, classes, label_smoothing=0.1, name="smoothing"),
+                kd(rows, classes, return_terms=True, name="terms"),
+                kd(rows, classes, gradient=False, name="no gradient"),
+                kd(rows, classes, gradient=False, return_terms=True, name="terms alone"),
+                kd(rows, classes, reduction="none", incoming="rows", name="none"),
+            ]
+        found += [
+            kd(1024, classes, FP16, teacher=FP16),
+            kd(1024, classes, FP32, teacher=BF16, name="mixed"),
+            kd(1024, classes, BF16, teacher=FP32, name="mixed"),
+            kd(1024, classes, FP16, teacher=BF16, name="mixed"),
+            kd(1024, classes, BF16, teacher=None, name="no teacher"),
+            kd(1024, classes, BF16, teacher=BF16, temperature=2.5, name="any tau"),
+            kd(1024, classes, BF16, teacher=BF16, label_smoothing=0.1, return_terms=True,
+               temperature=2.5, name="smoothing, terms, any tau"),
+            kd(1024, classes, label_smoothing=0.1, return_terms=True, name="smoothing, terms"),
+            kd(1024, classes, temperature=1.0, name="tau 1"),
+            kd(1024, classes, temperature=2.0, name="tau 2"),
+            kd(1024, classes, temperature=4.0, name="tau 4"),
+            kd(1024, classes, temperature=7.0, name="tau 7"),
+            kd(1024, classes, reduction="sum", labels=torch.int32, name="sum, int32 labels"),
+            kd(1024, classes, offset=1, teacher_offset=1, name="misaligned"),
+            kd(1024, classes, BF16, teacher=BF16, offset=1, name="misaligned student"),
+            kd(1024, classes, FP32, teacher=BF16, offset=1, name="mixed, misaligned student"),
+            kd(8192, classes, BF16, teacher=BF16, name="many rows"),
+        ]  # fmt: skip
+    for offset in (0, 1):
+        found.append(kd(64, 93431, FP32, teacher=BF16, offset=offset, name="mixed"))
+    for classes in (1, 100, 1000, 2048, 4097, 8191, 16384, 16385):
+        found.append(kd(1024, classes))
+        found.append(kd(1024, classes, BF16, teacher=BF16))
+    any_tau = {"temperature": 2.5, "reduction": "sum", "name": "any tau, sum"}
+    found.append(kd(1024, 16384, **any_tau))
+    found.append(kd(1024, 16384, BF16, teacher=BF16, **any_tau))
+    return found
+
+
+def _triplet_cases() -> list[Case]:
+    def of(
+        rows: int,
+        features: int,
+        dtypes: Sequence[torch.dtype],
+        name: str = "",
+        *,
+        wanted: Sequence[str] = ("anchor", "positive", "negative"),
+        main: bool = False,
+        incoming: str = "one",
+        **options: Any,
+    ) -> Case:
+        members = [torch.empty(rows, features, dtype=d) for d in dtypes]
+        tensors: dict[str, Any] = dict(
+            zip(("anchor", "positive", "negative"), members, strict=True)
+        )
+        sample = Sample("", tensors, options, tuple(wanted))
+        label = f"{rows}x{features} {_names(*dtypes)} {name}".strip()
+        return Case("triplet_loss", label, sample, incoming, main)
+
+    found = [of(8192, 512, [d] * 3, main=True) for d in (FP32, BF16)]
+    found += [
+        of(8192, 512, [FP16] * 3),
+        of(8192, 512, [FP32, BF16, FP16], "mixed"),
+        of(1024, 512, [FP32] * 3),
+        of(8192, 512, [FP32] * 3, "not squared", squared=False),
+        of(8192, 512, [FP32] * 3, "none", reduction="none", incoming="rows"),
+        of(8192, 512, [FP16] * 3, "none", reduction="none", incoming="rows"),
+        of(8192, 512, [FP32] * 3, "sum", reduction="sum"),
+        of(8192, 512, [FP32] * 3, "no gradient", wanted=()),
+        of(8192, 512, [FP32] * 3, "one gradient", wanted=("anchor",)),
+        of(8192, 512, [FP32] * 3, "two gradients", wanted=("positive", "negative")),
+        of(1000, 127, [FP32] * 3, "misaligned"),
+        of(1000, 4099, [BF16] * 3, "misaligned"),
+        of(64, 30_000, [FP32] * 3, "long rows"),
+        of(64, 30_000, [FP16] * 3, "long rows"),
+    ]
+    return found
+
+
+def _batch_cases() -> list[Case]:
+    def of(rows: int, features: int, dtype: torch.dtype, *, incoming: str = "one",
+           main: bool = False, gradient: bool = True, **options: Any) -> Case:  # fmt: skip
+        tensors: dict[str, Any] = {
+            "embeddings": torch.empty(rows, features, dtype=dtype),
+            "labels": torch.zeros(rows, dtype=torch.int64),
+        }
+        sample = Sample("", tensors, options, ("embeddings",) if gradient else ())
+        words = " ".join(str(v) for v in options.values())
+        label = f"{rows}x{features} {_names(dtype)} {words}"
+        return Case("batch_triplet_loss", label, sample, incoming, main)
+
+    found = []
+    for mining in ("hard", "semihard", "all"):
+        for rows in (1024, 4096, 16_384):
+            main = mining == "hard" and rows != 4096
+            found.append(of(rows, 512, FP32, mining=mining, main=main))
+            found.append(of(rows, 512, BF16, mining=mining, main=main))
+        for rows in (1024, 16_384):
+            found += [
+                of(rows, 512, FP32, mining=mining, reduction="none", incoming="rows"),
+                of(rows, 512, FP32, mining=mining, squared=False, reduction="nonzero"),
+                of(rows, 512, FP16, mining=mining, reduction="sum"),
+                of(rows, 512, FP32, mining=mining, gradient=False),
+            ]
+        found.append(of(1000, 127, FP32, mining=mining))
+    return found
+
+
+def _hidden_cases() -> list[Case]:
+    def of(
+        name: str,
+        shapes: Sequence[tuple[int, ...]],
+        dtype: torch.dtype = FP32,
+        teacher: torch.dtype | None = None,
+        *,
+        main: bool = False,
+        gradient: bool = True,
+        formats: tuple[torch.memory_format, torch.memory_format] = (torch.contiguous_format,) * 2,
+        columns: slice = slice(None),
+        **options: Any,
+    ) -> Case:
+        students, teachers = (
+            [torch.empty(s, dtype=d, memory_format=f)[..., columns] for s in shapes]
+            for d, f in zip((dtype, teacher or dtype), formats, strict=True)
+        )
+        tensors: dict[str, Any] = {"students": students, "teachers": teachers}
+        sample = Sample("", tensors, options, ("students",) if gradient else ())
+        return Case("hidden_l2", f"{name} {_names(dtype, teacher or dtype)}", sample, main=main)
+
+    taps = [(128, channels, side, side) for channels, side in TAPS]
+    last = torch.channels_last
+    return [
+        of("50 taps", taps, BF16, main=True),
+        of("50 taps", taps, main=True),
+        of("50 taps", taps, FP16),
+        of("50 taps", taps, BF16, FP32),
+        of("50 taps, no gradient", taps, BF16, gradient=False),
+        of("one pair", [(128, 2048)], reduction="mean", return_terms=True),
+        of("odd sizes", [(3, 101), (17, 241), (1,)], weights=[1.0, 0.5, 2.0]),
+        of("misaligned", [(128, 2049)] * 3, columns=slice(1, None)),
+        of("misaligned", [(128, 2049)] * 3, FP16, columns=slice(1, None)),
+        of("past 2^31 elements", [(2**31 + 8,)], BF16),
+        of("past 2^31 elements", [(2**31 + 8,)], FP16),
+        of("every second column", [(128, 2048)] * 3, columns=slice(None, None, 2)),
+        of("weight tensor", [(3, 101), (17, 241)], weights=torch.ones(2)),
+        of("channels-last", taps[:4], BF16, formats=(last, last)),
+        of("channels-last student", taps[:4], BF16, formats=(last, torch.contiguous_format)),
+        of("channels-last teacher", taps[:4], FP32, formats=(torch.contiguous_format, last)),
+    ]
+
+
+def _nearest_cases() -> list[Case]:
+    def of(rows: int, gallery: int | None, features: int, dtype: torch.dtype, *,
+           main: bool = False) -> Case:  # fmt: skip
+        tensors: dict[str, Any] = {
+            "queries": torch.empty(rows, features, dtype=dtype),
+            "gallery": None if gallery is None else torch.empty(gallery, features, dtype=dtype),
+        }
+        label = f"{rows}x{gallery}x{features} {_names(dtype)}"
+        return Case("nearest_neighbor", label, Sample("", tensors), main=main)
+
+    return [
+        of(100_000, 100_000, 512, BF16, main=True),
+        of(100_000, 100_000, 512, FP32, main=True),
+        of(100_000, 100_000, 512, FP16),
+        of(100_000, None, 512, BF16),
+        of(100_000, None, 512, FP32),
+        of(20_000, 20_000, 128, FP32),
+        of(16, 100_000, 512, BF16),
+        of(1000, 999, 127, BF16),
+        of(1000, 999, 127, FP32),
+        of(100, 5000, 4100, BF16),
+    ]
+
+
+MAKERS = {
+    "kd_cross_entropy": _kd_cases,
+    "hidden_l2": _hidden_cases,
+    "triplet_loss": _triplet_cases,
+    "batch_triplet_loss": _batch_cases,
+    "nearest_neighbor": _nearest_cases,
+}
+
+
+def cases(op: str) -> list[Case]:
+    """The calls of an op."""
+    return MAKERS[op]()

@@ -1,0 +1,205 @@
+"""Reading what ptxas and LLVM made of a kernel: registers, spills, instructions, loops.
+
+`cuobjdump` and `nvdisasm` come with the triton package; for AMD the assembly itself says it.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import triton
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?);")
+_LABEL = re.compile(r"^(\.L_x?_?\w+):")
+_TO_LABEL = re.compile(r"`\((\.L_x?_?\w+)\)")
+_PTX_ACCESS = re.compile(r"\b(ld|st)\.global\S*?((?:\.v\d)?\.[a-z]+\d+)\b")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One SASS instruction; `jump` is the address that a branch goes to."""
+
+    address: int
+    opcode: str
+    jump: int | None = None
+
+    @property
+    def loaded(self) -> int:
+        """Bytes that a thread reads from global memory."""
+        return _width(self.opcode) if self.opcode.startswith(("LDG.", "LDGSTS.")) else 0
+
+    @property
+    def stored(self) -> int:
+        """Bytes that a thread writes to global memory."""
+        return _width(self.opcode) if self.opcode.startswith("STG.") else 0
+
+
+def _width(opcode: str) -> int:
+    parts = opcode.split(".")
+    for name, size in (("128", 16), ("64", 8), ("U16", 2), ("S16", 2), ("U8", 1), ("S8", 1)):
+        if name in parts:
+            return size
+    return 4
+
+
+@dataclass(frozen=True)
+class Code:
+    """A compiled kernel. `stack` is local memory in bytes a thread: where spilled registers go.
+
+    `error` is what the compiler said where it made nothing.
+    """
+
+    registers: int = 0
+    stack: int = 0
+    spills: int = 0
+    shared: int = 0
+    ptx_widths: tuple[tuple[str, int], ...] = ()
+    instructions: tuple[Instruction, ...] = ()
+    error: str = ""
+
+    @cached_property
+    def loops(self) -> list[tuple[Instruction, ...]]:
+        """The bodies of the innermost loops, in the order of the code."""
+        backward = [
+            (i.jump, i.address)
+            for i in self.instructions
+            if i.jump is not None and i.jump < i.address
+        ]
+        whole = {first: max(b for a, b in backward if a == first) for first, _ in backward}
+        inner = [
+            (first, last)
+            for first, last in whole.items()
+            if not any(first < a and b <= last for a, b in whole.items())
+        ]
+        return [
+            tuple(i for i in self.instructions if first <= i.address <= last)
+            for first, last in sorted(inner)
+        ]
+
+    def count(self, prefix: str) -> int:
+        """Instructions whose opcode begins so."""
+        return count(self.instructions, prefix)
+
+
+def count(instructions: Iterable[Instruction], prefix: str) -> int:
+    """Instructions whose opcode begins so."""
+    return sum(i.opcode.startswith(prefix) for i in instructions)
+
+
+def wide_bytes(instructions: Iterable[Instruction]) -> int:
+    """Bytes that a thread reads from global memory 16 at a time."""
+    return sum(i.loaded for i in instructions if i.loaded == 16)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one element costs a thread."""
+
+    instructions: float
+    exponentials: float
+    stores_wide: bool
+
+
+def _cost(instructions: tuple[Instruction, ...], element_bytes: int) -> Cost:
+    elements = wide_bytes(instructions) / element_bytes
+    assert elements > 0, "no 16-byte global load here: the accesses were not vectorised"
+    stores = [i.stored for i in instructions if i.stored]
+    return Cost(
+        len(instructions) / elements,
+        count(instructions, "MUFU.EX2") / elements,
+        not stores or 16 in stores,
+    )
+
+
+def cost_of_one_tile(code: Code, element_bytes: int) -> Cost:
+    """The instructions outside loops over the elements a thread holds.
+
+    Those are counted by the 16-byte loads of one sweep over the inputs; `element_bytes` is what an
+    element of all inputs takes. Edges, set-up and exchanges are in the numerator. Loops are not:
+    they go over the batch's labels, or write the zeros of a row that counts for nothing.
+    """
+    in_loops = {i.address for body in code.loops for i in body}
+    straight = tuple(i for i in code.instructions if i.address not in in_loops)
+    return _cost(straight, element_bytes)
+
+
+def cost_of_sweeps(code: Code, element_bytes: int) -> list[Cost]:
+    """One cost for each inner loop that reads 16 bytes at a time, in the order of the code."""
+    return [_cost(body, element_bytes) for body in code.loops if wide_bytes(body)]
+
+
+def read_nvidia(cubin: bytes, ptx: str, shared: int, disassemble: bool) -> Code:
+    """The resources, and with `disassemble` the instructions, of a cubin with one kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = _run("cuobjdump", "-res-usage", str(path))
+        registers, stack, local = (
+            int(_find(rf"\b{name}:(\d+)", usage)) for name in ("REG", "STACK", "LOCAL")
+        )
+        instructions: tuple[Instruction, ...] = ()
+        if disassemble or stack or local:
+            instructions = parse_sass(_run("nvdisasm", "-c", str(path)))
+    spills = count(instructions, "STL") + count(instructions, "LDL")
+    widths = Counter("".join(found) for found in _PTX_ACCESS.findall(ptx))
+    return Code(
+        registers, stack + local, spills, shared, tuple(sorted(widths.items())), instructions
+    )
+
+
+def read_amd(assembly: str, shared: int) -> Code:
+    """The resources that the metadata of an AMD kernel's assembly names."""
+    numbers = {
+        name: int(_find(rf"\.{name}:\s+(\d+)", assembly))
+        for name in (
+            "vgpr_count",
+            "private_segment_fixed_size",
+            "vgpr_spill_count",
+        )
+    }
+    # scalar registers spill into lanes of vector registers, not into memory
+    spills = numbers["vgpr_spill_count"]
+    return Code(numbers["vgpr_count"], numbers["private_segment_fixed_size"], spills, shared)
+
+
+def parse_sass(text: str) -> tuple[Instruction, ...]:
+    """The instructions that can run: without the padding after the last exit."""
+    labels: dict[str, int] = {}
+    waiting: list[str] = []
+    found: list[tuple[int, str, str]] = []
+    for line in text.splitlines():
+        label = _LABEL.match(line.strip())
+        instruction = _INSTRUCTION.search(line)
+        if label:
+            waiting.append(label[1])
+        elif instruction:
+            address = int(instruction[1], 16)
+            labels.update(dict.fromkeys(waiting, address))
+            waiting.clear()
+            found.append((address, instruction[2], instruction[3]))
+    instructions = []
+    for address, opcode, operands in found:
+        to = _TO_LABEL.search(operands)
+        # other instructions (BSSY, a call's return address) name labels without jumping there
+        jump = labels.get(to[1]) if to and opcode.startswith(("BRA", "JMP")) else None
+        if opcode != "NOP" and jump != address:  # what follows the last exit
+            instructions.append(Instruction(address, opcode, jump))
+    return tuple(instructions)
+
+
+def _find(pattern: str, text: str) -> str:
+    found = re.search(pattern, text)
+    assert found, f"no {pattern!r} in the compiler's output"
+    return found[1]
+
+
+def _run(tool: str, *arguments: str) -> str:
+    done = subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout

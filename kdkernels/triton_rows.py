@@ -65,7 +65,8 @@ def _give_gradient(
         factor *= tl.load(incoming_ptr).to(tl.float32)
     # A number of 1 leaves everything as it is: then no byte of the gradient moves.
     if PER_ROW or factor != 1.0:
-        for block in range(tl.program_id(0), tl.cdiv(elements, BLOCK), tl.num_programs(0)):
+        blocks = tl.cast((tl.cast(elements, tl.int64) + BLOCK - 1) // BLOCK, tl.int32)
+        for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
             begin = tl.cast(block, tl.int64) * BLOCK
             at = begin + tl.arange(0, BLOCK)
             if begin + BLOCK <= elements:  # unmasked accesses are wide ones

@@ -119,12 +119,38 @@ def test_more_rows_than_a_program_counts_itself(monkeypatch):
     accuracy(replace(op, samples=tuple(named)), "triton", torch.float32)
 
 
+@runs
+@pytest.mark.parametrize("path", PATHS)
+def test_extreme_ratios_of_logit_and_temperature_stay_finite(path, monkeypatch):
+    take(path, monkeypatch)
+    for scale, temperature in ((1e9, 3.0), (1e4, 1e-5), (3e38, 3.0)):
+        student = torch.tensor([[1.0, 0, -1], [-1, 1, 0.5]], device=DEVICE) * scale
+        student.requires_grad_()
+        target = torch.tensor([0, 1], device=DEVICE)
+        loss = kd_cross_entropy(
+            student, student.detach(), target, temperature=temperature, backend="triton"
+        )
+        (gradient,) = torch.autograd.grad(loss, student)
+        assert float(loss) == 0.0
+        assert gradient.abs().max() == 0.0
+
+
+@runs
+def test_alpha_0_takes_a_teacher_of_nan_out_of_the_gradient():
+    student = torch.randn(2, 9, device=DEVICE, requires_grad=True)
+    teacher, target = torch.full((2, 9), torch.nan, device=DEVICE), torch.tensor([1, 8]).to(DEVICE)
+    loss = kd_cross_entropy(student, teacher, target, alpha=0.0, backend="triton")
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert gradient.isfinite().all()
+
+
 def plan_of(student, teacher=None, temperature=3.0, parts=0, gradient=None):
     return make_plan(
         student,
         teacher,
         gradient,
         has_target=True,
+        soft=teacher is not None,
         temperature=temperature,
         smoothing=False,
         terms=False,

@@ -94,7 +94,7 @@ def _row_in_registers(
         is_hit = is_first(student, label, s_label, s_max, PLAN)
 
     # 2. Exponentials in the place of the logits, and their sums.
-    refs = references(s_max, t_max, scale, PLAN)
+    refs = references(s_max, t_max)
     sums = edge_sums(s_edge, t_edge, on_edge, refs, scale, PLAN)
     sums, parked = add_exponentials(
         sums, s_tiles, t_tiles, at, limit, refs, scale, PLAN.tiles, PLAN.full, PLAN
@@ -150,12 +150,12 @@ def _count_rows(target_ptr, count_ptr, stride_target, row_count, ignore_index, B
 
 @triton.jit(do_not_specialize=VARYING)
 def _finish(
-    target_ptr, loss_ptr, terms_ptr, reduced_ptr, post_scale_ptr, stride_target, row_count,
+    target_ptr, loss_ptr, terms_ptr, total_ptr, means_ptr, post_scale_ptr, stride_target, row_count,
     ignore_index, gradient_scale, REDUCTION: tl.constexpr, HAS_TARGET: tl.constexpr,
     TERMS: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: reduced = (loss, hard, soft, entropy, hits, counted rows), and what backward
-    multiplies by: 1, or with SCALED what undoes the scale that float16 was stored with."""
+    """One program: the loss at total_ptr, (hard, soft, entropy, hits, counted rows) at means_ptr,
+    and what backward multiplies by: 1, or with SCALED what undoes float16's scale."""
     count = tl.cast(row_count, tl.float32)
     if HAS_TARGET and (TERMS or REDUCTION == "mean"):
         labels = (target_ptr, stride_target, row_count, ignore_index)
@@ -167,7 +167,7 @@ def _finish(
         for begin in range(0, row_count, BLOCK):
             total += tl.load(loss_ptr + begin + lane, mask=begin + lane < row_count, other=0.0)
         loss = tl.sum(total, axis=0)
-        tl.store(reduced_ptr, loss / divisor if REDUCTION == "mean" else loss)
+        tl.store(total_ptr, loss / divisor if REDUCTION == "mean" else loss)
     if TERMS:
         for i in tl.static_range(4):
             total = tl.full((BLOCK,), 0.0, tl.float32)
@@ -175,8 +175,8 @@ def _finish(
                 at = (begin + lane).to(tl.int64) * 4 + i
                 total += tl.load(terms_ptr + at, mask=begin + lane < row_count, other=0.0)
             term = tl.sum(total, axis=0)
-            tl.store(reduced_ptr + 1 + i, term if i == 3 else term / divisor)
-        tl.store(reduced_ptr + 5, count)
+            tl.store(means_ptr + i, term if i == 3 else term / divisor)
+        tl.store(means_ptr + 4, count)
     undo = 1.0
     if SCALED:
         undo = 1.0 / (gradient_scale * divisor if REDUCTION == "mean" else gradient_scale)
@@ -189,6 +189,7 @@ def make_plan(
     gradient: Tensor | None,
     *,
     has_target: bool,
+    soft: bool,
     temperature: float,
     smoothing: bool,
     terms: bool,
@@ -229,6 +230,7 @@ def make_plan(
         wide_gradient=gradient is not None and _is_aligned_like(gradient, pivot),
         has_teacher=teacher is not None,
         has_target=has_target,
+        soft=soft,
         smoothing=smoothing,
         terms=terms,
         gradient=gradient is not None,
@@ -305,6 +307,7 @@ def kd_cross_entropy(
         teacher,
         gradient if want_gradient else None,
         has_target=target is not None,
+        soft=teacher is not None and alpha != 0.0,
         temperature=temperature,
         smoothing=label_smoothing != 0.0,
         terms=want_terms,
@@ -314,7 +317,7 @@ def kd_cross_entropy(
 
     per_row = torch.empty(n, **floats)
     terms = torch.empty((n, 4) if want_terms else (0,), **floats)
-    reduced = torch.empty(6, **floats)
+    total, means = torch.empty((), **floats), torch.empty(5 if want_terms else 0, **floats)
     count, post_scale = torch.empty((), **floats), torch.empty((), **floats)
     teacher_or_any = student if teacher is None else teacher
     target_or_any = per_row if target is None else target
@@ -326,7 +329,9 @@ def kd_cross_entropy(
     warps = plan.lanes // rows.warp_size()
     # 128 registers leave room for two programs of 8 warps: one loads while the other computes.
     # Without a limit the compiler spills a few in places, to make room for one program more.
-    limit = rows.register_limit(128)
+    # Accesses of single classes need more for their addresses.
+    is_wide = plan.wide_student and plan.wide_gradient and plan.wide_teacher == plan.has_teacher
+    limit = rows.register_limit(128 if is_wide or not want_gradient else 168)
     with rows.on(student):
         if divisor == "given":
             labels = (target_or_any, count, target_stride, n, ignore_index)
@@ -375,7 +380,8 @@ def kd_cross_entropy(
             target_or_any,
             per_row,
             terms,
-            reduced,
+            total,
+            means,
             post_scale,
             target_stride,
             n,
@@ -388,5 +394,4 @@ def kd_cross_entropy(
             BLOCK=1024,
             num_warps=4,
         )
-    loss = per_row if reduction == "none" else reduced[0].clone()
-    return loss, reduced[1:].clone() if want_terms else reduced[:0].clone(), gradient, post_scale
+    return per_row if reduction == "none" else total, means, gradient, post_scale

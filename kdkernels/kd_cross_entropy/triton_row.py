@@ -1,9 +1,8 @@
 """The mathematics of one row pair on the device: exponentials, statistics, losses, gradient.
 
-Exponentials are relative to a reference in powers of two: u = 2^(s log2(e) / tau - R), R the
-maximum's exponent rounded up. R cancels in everything that leaves the row, so its rounding does no
-harm, and one fused multiply-add makes the argument. At an integer temperature exp(s) = u^tau and
-takes no exponential of its own. The derivation is in docs/ops.md.
+Exponentials are relative to the row's maxima: u = 2^((s - m) log2(e) / tau), v likewise for the
+teacher. At an integer temperature exp(s - m) = u^tau and takes no exponential of its own. The
+derivation is in docs/ops.md.
 """
 
 import triton
@@ -13,8 +12,7 @@ from kdkernels.kd_cross_entropy.triton_tiles import INFINITY
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# Below every exponent that matters, and finite: differences of references are never inf - inf.
-LOWEST_REFERENCE = tl.constexpr(-3e38)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite, for -inf - -inf is NaN
 
 
 @triton.jit
@@ -30,33 +28,20 @@ def power(x, EXPONENT: tl.constexpr):
 
 
 @triton.jit
-def reference(maximum, scale):
-    """R: maximum * scale rounded up, so that no argument of ex2 is positive."""
-    exponent = tl.maximum(maximum * scale, LOWEST_REFERENCE)
-    return exponent + tl.abs(exponent) * 1.1920929e-7
-
-
-@triton.jit
-def references(s_max, t_max, scale, PLAN: tl.constexpr):
-    """The references of u, of p = exp(s) and of v."""
-    R = reference(s_max, scale)
-    if PLAN.power > 0:
-        R1 = R * PLAN.power
-    else:
-        R1 = reference(s_max, LOG2E)
-    RT = reference(t_max, scale) if PLAN.has_teacher else R
-    return R, R1, RT
+def references(s_max, t_max):
+    """What exponentials are relative to: the maxima, finite where nothing is."""
+    return tl.maximum(s_max, LOWEST), tl.maximum(t_max, LOWEST)
 
 
 @triton.jit
 def exponentials(s, t, refs, scale, PLAN: tl.constexpr):
-    """The arguments a and b of u and v; u, p and v."""
-    R, R1, RT = refs
-    a = s * scale - R
+    """The arguments a and b of u and v; u, p = exp(s - m) and v."""
+    ahead = s - refs[0]
+    a = ahead * scale
     u = tl.exp2(a)
-    p = power(u, PLAN.power) if PLAN.power > 0 else tl.exp2(s * LOG2E - R1)
+    p = power(u, PLAN.power) if PLAN.power > 0 else tl.exp2(ahead * LOG2E)
     if PLAN.has_teacher:
-        b = t * scale - RT
+        b = (t - refs[1]) * scale
         v = tl.exp2(b)
     else:
         b, v = a, u
@@ -188,16 +173,21 @@ def add_exponentials(
 
 
 @triton.jit
-def move(sums, old, new, PLAN: tl.constexpr):
+def move(sums, old, new, scale, PLAN: tl.constexpr):
     """Sums that were taken against the references `old`, against `new`."""
     P, U, V, VA, VB, S = sums
-    shift = tl.exp2(old[0] - new[0])
-    P *= power(shift, PLAN.power) if PLAN.power > 0 else tl.exp2(old[1] - new[1])
+    by = (old[0] - new[0]) * scale
+    shift = tl.exp2(by)
+    P *= power(shift, PLAN.power) if PLAN.power > 0 else tl.exp2((old[0] - new[0]) * LOG2E)
     U *= shift
     if PLAN.has_teacher:
-        shift = tl.exp2(old[2] - new[2])
-        VA = tl.where(shift == 0.0, 0.0, (VA + V * (old[0] - new[0])) * shift)
-        VB = tl.where(shift == 0.0, 0.0, (VB + V * (old[2] - new[2])) * shift)
+        by_t = (old[1] - new[1]) * scale
+        shift = tl.exp2(by_t)
+        VA = tl.where(shift == 0.0, 0.0, (VA + V * by) * shift)
+        VB = tl.where(shift == 0.0, 0.0, (VB + V * by_t) * shift)
+        # lanes without a class: 0 * -inf
+        VA = tl.where(V == 0.0, 0.0, VA)
+        VB = tl.where(V == 0.0, 0.0, VB)
         V *= shift
     return P, U, V, VA, VB, S
 
@@ -205,13 +195,13 @@ def move(sums, old, new, PLAN: tl.constexpr):
 @triton.jit
 def merge(s_max, t_max, before, sums, more, scale, PLAN: tl.constexpr):
     """The statistics of a row, and the sum of `more`, from those of its lanes or parts."""
-    old = references(s_max, t_max, scale, PLAN)
+    old = references(s_max, t_max)
     s_max, t_max = row_maxima(s_max, t_max, PLAN)
     if PLAN.terms and PLAN.has_target:
         before = tl.max(before, axis=0)
     else:
         before = s_max
-    sums = move(sums, old, references(s_max, t_max, scale, PLAN), PLAN)
+    sums = move(sums, old, references(s_max, t_max), scale, PLAN)
     sums, more = row_sums(sums, more, PLAN)
     return s_max, t_max, before, sums, more
 
@@ -226,14 +216,11 @@ def losses(s_max, refs, is_hit, sums, s_label, valid, classes, numbers, PLAN: tl
     zero = P * 0.0
     loss, hard, soft, entropy, hit = zero, zero, zero, zero, zero
     if PLAN.has_target:
-        if PLAN.power > 0:
-            exponent = (s_label * scale - refs[0]) * PLAN.power
-        else:
-            exponent = s_label * LOG2E - refs[1]
-        hard = (tl.log2(P) - exponent) * LN2 * valid
+        log_sum = tl.log2(P) * LN2  # relative to the maximum, like the label's logit
+        hard = (log_sum - (s_label - refs[0])) * valid
         if PLAN.smoothing:
-            log_sum = (tl.log2(P) + refs[1]) * LN2
-            hard = hard * (1.0 - smoothing) + smoothing * (log_sum - S / classes)
+            smooth = log_sum + refs[0] - S / classes
+            hard = hard * (1.0 - smoothing) + smoothing * smooth
         hit = tl.where(is_hit & (P == P), 1.0, 0.0)
         loss = hard
     if PLAN.has_teacher:
@@ -264,7 +251,7 @@ def coefficients(totals, weight, valid, classes, numbers, PLAN: tl.constexpr):
 @triton.jit
 def gradient_of(u, p, v, factors, PLAN: tl.constexpr):
     A, B, D, E = factors
-    if PLAN.has_target and PLAN.has_teacher:
+    if PLAN.has_target and PLAN.soft:
         if PLAN.power > 0:
             # A u^(power - 1), beginning with A: a shared u^2 would be kept in registers from the
             # sums on, half a row more
@@ -275,10 +262,10 @@ def gradient_of(u, p, v, factors, PLAN: tl.constexpr):
             value = u * (plain + B) - D * v
         else:
             value = A * p + (B * u - D * v)
-    elif PLAN.has_target:
-        value = A * p
-    else:
+    elif PLAN.soft:
         value = B * u - D * v
+    else:
+        value = A * p
     return value - E if PLAN.smoothing else value
 
 

@@ -54,7 +54,7 @@ def _sweep_statistics(
     column, on_edge = edge_columns(head, body, classes, with_head, with_tail, PLAN)
     s_max, t_max = load_edge(student, teacher, column, on_edge, PLAN)
     before = tl.where(column < label, s_max, -INFINITY)
-    refs = references(s_max, t_max, scale, PLAN)
+    refs = references(s_max, t_max)
     sums = edge_sums(s_max, t_max, on_edge, refs, scale, PLAN)
     groups = (end - begin) // GROUP
     s_first = vectors_of(student, head, PLAN.wide_student)
@@ -82,15 +82,15 @@ def _add_group(
     s_tiles, t_tiles = load_tiles(
         student, teacher, at, end, 0, PLAN.tiles, MASKED, "evict_last", PLAN
     )
-    old = references(s_max, t_max, scale, PLAN)
+    old = references(s_max, t_max)
     s_max = largest(s_tiles, s_max, PLAN.tiles)
     if PLAN.has_teacher:
         t_max = largest(t_tiles, t_max, PLAN.tiles)
     if PLAN.terms and PLAN.has_target:
         before = left_of_label(s_tiles, at, label_at, before, PLAN.tiles, PLAN)
-    refs = references(s_max, t_max, scale, PLAN)
-    sums = move(sums, old, refs, PLAN)
-    refs = (refs[0][:, None], refs[1][:, None], refs[2][:, None])
+    refs = references(s_max, t_max)
+    sums = move(sums, old, refs, scale, PLAN)
+    refs = (refs[0][:, None], refs[1][:, None])
     full: tl.constexpr = 0 if MASKED else PLAN.tiles
     sums, parked = add_exponentials(
         sums, s_tiles, t_tiles, at, end, refs, scale, PLAN.tiles, full, PLAN
@@ -180,7 +180,7 @@ def two_sweeps(
             student, teacher, label, head, 0, body, body, classes, True, True, scale,
             count_share(labels, PLAN), PLAN,
         )  # fmt: skip
-        refs = references(s_max, t_max, scale, PLAN)
+        refs = references(s_max, t_max)
         is_hit = (s_label == s_max) & (before < s_max)
         found, totals = losses(s_max, refs, is_hit, sums, s_label, valid, classes, numbers, PLAN)
         store_row(loss_ptr, terms_ptr, row, found, PLAN)
@@ -246,7 +246,7 @@ def split_gradient(
             read = read + (tl.load(record + i * parts, mask=lane < parts, other=nothing),)
         sums = (read[3], read[4], read[5], read[6], read[7], read[8])
         s_max, t_max, before, sums, _ = merge(read[0], read[1], read[2], sums, read[3], scale, PLAN)
-        refs = references(s_max, t_max, scale, PLAN)
+        refs = references(s_max, t_max)
         is_hit = (s_label == s_max) & (before < s_max)
         found, totals = losses(s_max, refs, is_hit, sums, s_label, valid, classes, numbers, PLAN)
         if part == 0:

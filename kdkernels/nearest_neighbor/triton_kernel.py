@@ -108,7 +108,7 @@ def nearest_neighbor(queries: Tensor, gallery: Tensor | None) -> tuple[Tensor, T
     architecture = architecture_of(device)
     descriptors = (
         not centred
-        and architecture not in ("8", "hip")
+        and architecture in ("9", "10")  # of those with a copy engine, these have memory for it
         and _takes_descriptor(queries)
         and _takes_descriptor(gallery)
     )

@@ -216,7 +216,8 @@ def _spread(
 @triton.jit
 def _largest(gradient_ptr, largest_ptr, elements, BLOCK: tl.constexpr):
     largest = tl.zeros([BLOCK], tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(elements, BLOCK), tl.num_programs(0)):
+    blocks = tl.cast((tl.cast(elements, tl.int64) + BLOCK - 1) // BLOCK, tl.int32)
+    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         at = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         value = tl.abs(tl.load(gradient_ptr + at, mask=at < elements, other=0.0))
         largest = tl.maximum(largest, tl.where(value < float("inf"), value, 0.0))
@@ -281,7 +282,7 @@ def gather_hard(
     rows.launch(
         _gather, (count, triton.cdiv(features, block_d)), x, partners, slopes, weights, gradient,
         x.stride(0), weights.stride(0) if weights.dim() else 0, count, features, BLOCK=block,
-        BLOCK_D=block_d, BATCH=BATCH, num_warps=4,
+        BLOCK_D=block_d, BATCH=BATCH, num_warps=4, **all_registers(),
     )  # fmt: skip
     return narrow(gradient, x.dtype, None, None, scale) if in_two_steps else gradient
 

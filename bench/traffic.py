@@ -11,7 +11,8 @@ What is counted: a call and its backward at an incoming gradient of 1. `moved` h
 tensor of a MiB or more at full size, and smaller tensors once: reading those again is served by the
 caches and stands under `again`. Nothing is assumed about the L2 for larger tensors, so a second
 sweep counts in full. The floor is every input read once and every output and gradient written once.
-It is a model: no clock is involved and it claims no time.
+Where an op is a product of matrices, `moved` is what its programs ask the L2 for, tile by tile, and
+the arithmetic stands beside it. It is a model: no clock is involved and it claims no time.
 """
 
 import argparse
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import kdkernels
 from kdkernels import library
@@ -56,6 +58,7 @@ class Case:
     differentiable: tuple[str, ...] = ()
     products: Callable[[int], float] | None = None  # floor of the floating-point operations
     constants: tuple[tuple[str, str, Any], ...] = ()  # (module, name, value): the full-size choice
+    proportional: tuple[str, ...] = ()  # kernels whose work hangs on the data: scaled by rows
     same_constants: bool = True  # of the instances' kernels; else some blocks are as large as N
 
 
@@ -185,12 +188,12 @@ class Meter:
     def torch_operation(self, func: Any, args: tuple, kwargs: dict, result: Any) -> None:
         """An operation of PyTorch between kernels: its inputs read, its outputs written."""
         name = str(func.overloadpacket)
-        flat = torch.utils._pytree.tree_leaves((args, kwargs))
-        outputs = {id(t) for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor)}
+        flat = tree_leaves((args, kwargs))
+        outputs = {id(t) for t in tree_leaves(result) if isinstance(t, Tensor)}
         sources = [t for t in flat if isinstance(t, Tensor) and id(t) not in outputs]
         for direction, tensors in (
             (READ, sources),
-            (WRITTEN, [t for t in torch.utils._pytree.tree_leaves(result)
+            (WRITTEN, [t for t in tree_leaves(result)
                        if isinstance(t, Tensor)]),
         ):  # fmt: skip
             for number, t in enumerate(tensors):
@@ -246,7 +249,7 @@ def _moves_nothing(func: Any) -> bool:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    return [t for t in torch.utils._pytree.tree_leaves(value) if isinstance(t, Tensor)]
+    return [t for t in tree_leaves(value) if isinstance(t, Tensor)]
 
 
 def _launched(kernel: Any, arguments: tuple, options: dict[str, Any]) -> tuple:
@@ -305,9 +308,14 @@ def count(case: Case) -> Result:
     moved = again = 0
     parts = []
     for key in sorted({key for c in counts for key in c.moved}):
-        bytes_here = full([c.moved[key] for c in counts])
-        extent = full([c.extent.get(key[:2], 0) for c in counts])
-        once = bytes_here if extent >= CACHED or key[1] == "elsewhere" else min(bytes_here, extent)
+        kernel, argument, _ = key
+        if kernel in case.proportional:
+            bytes_here = counts[-1].moved[key] * case.rows // case.instances[-1]
+        else:
+            bytes_here = full([c.moved[key] for c in counts])
+        extent = full([c.extent.get((kernel, argument), 0) for c in counts])
+        is_large = extent >= CACHED or argument == "elsewhere"
+        once = bytes_here if is_large else min(bytes_here, extent)
         parts.append((key, bytes_here))
         moved += once
         again += bytes_here - once
@@ -363,51 +371,55 @@ TAPS = [
 ]  # fmt: skip
 
 
-def _hidden(batch: int, dtype: torch.dtype) -> Case:
+def _hidden(batch: int, dtype: torch.dtype, taps: list[tuple[int, int]] = TAPS) -> Case:
     def make(n: int, new: Make) -> Inputs:
-        maps = [[new(n, c, side, side, dtype=dtype, seed=s) for c, side in TAPS]
+        maps = [[new(n, c, side, side, dtype=dtype, seed=s) for c, side in taps]
                 for s in (0, 1)]  # fmt: skip
         return {"students": maps[0], "teachers": maps[1]}
 
-    name = f"50 taps, batch {batch}, {str(dtype).removeprefix('torch.')}"
+    name = f"{len(taps)} taps, batch {batch}, {str(dtype).removeprefix('torch.')}"
     return Case("hidden_l2", name, batch, (1, 2, 3), make, {}, ("students",))
 
 
-def _batch(rows: int, instances: tuple[int, int, int], dtype: torch.dtype) -> Case:
+def _batch(rows: int, instances: tuple[int, int, int], features: int = 512) -> Case:
     def make(n: int, new: Make) -> Inputs:
-        return {"embeddings": new(n, 512, dtype=dtype), "labels": torch.arange(n) // 4}
+        return {"embeddings": new(n, features), "labels": torch.arange(n) // 4}
 
     tiled = "kdkernels.triplet.triton_batch"
     return Case(
         "batch_triplet_loss",
-        f"hard {rows}x512 {str(dtype).removeprefix('torch.')}",
+        f"hard {rows}x{features} float32",
         rows,
         instances,
         make,
         {"margin": 1000.0},
         ("embeddings",),
-        lambda n: 2.0 * n * n * 512,
+        lambda n: 2.0 * n * n * features,
         ((tiled, "TILED_ROWS", 2048 if rows <= 2048 else 0),),
         same_constants=False,
     )
 
 
-def _nearest(rows: int, dtype: torch.dtype) -> Case:
+def _nearest(rows: int, dtype: torch.dtype, features: int = 512) -> Case:
     from kdkernels.nearest_neighbor import triton_kernel
 
     def make(n: int, new: Make) -> Inputs:
-        return {"queries": new(n, 512, dtype=dtype), "gallery": new(n, 512, dtype=dtype, seed=1)}
+        return {
+            "queries": new(n, features, dtype=dtype),
+            "gallery": new(n, features, dtype=dtype, seed=1),
+        }
 
     is_float = dtype == torch.float32
     tiles = triton_kernel.tiles("9", not is_float, is_float)
     return Case(
         "nearest_neighbor",
-        f"{rows}x{rows}x512 {str(dtype).removeprefix('torch.')}",
+        f"{rows}x{rows}x{features} {str(dtype).removeprefix('torch.')}",
         rows,
-        (512, 768, 1024),
+        (256, 512, 768),
         make,
-        products=lambda n: 2.0 * n * n * 512,
+        products=lambda n: 2.0 * n * n * features,
         constants=((triton_kernel.__name__, "tiles", lambda *_: tiles),),
+        proportional=("rescan", "merge"),
     )
 
 
@@ -420,9 +432,9 @@ def cases() -> list[Case]:
         _triplets(8192, 512, single),
         _triplets(8192, 512, half),
         _hidden(128, half),
-        _batch(1024, (32, 48, 64), single),
-        _batch(4096, (128, 256, 384), single),
-        _batch(16_384, (128, 256, 384), single),
+        _batch(1024, (32, 48, 64)),
+        _batch(4096, (128, 256, 384)),
+        _batch(16_384, (128, 256, 384)),
         _nearest(100_000, half),
         _nearest(100_000, single),
     ]  # fmt: skip

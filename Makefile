@@ -5,7 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv demo test interpret-distances interpret-rows bench format clean
+.PHONY: venv demo test interpret-triplets interpret-rows bench format clean
 
 venv: .venv/installed
 
@@ -28,18 +28,18 @@ test: venv
 	$(BIN)/pyright
 	$(BIN)/python -m pytest
 	PYTHONPATH=tests/without_native $(BIN)/python -m pytest tests/test_contract.py tests/test_import.py tests/test_train_tiny.py
-	$(MAKE) --jobs 2 --output-sync=target interpret-distances interpret-rows
+	$(MAKE) --jobs 2 --output-sync=target interpret-triplets interpret-rows
 
 # The interpreter runs on one core: two processes share the ops.
 INTERPRET := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_contract.py \
 	$(patsubst %,tests/test_%.py,kd_cross_entropy hidden_l2 triplet nearest_neighbor) \
 	$(wildcard tests/test_*_triton.py)
 
-interpret-distances:
-	$(INTERPRET) -k "triton and (triplet or nearest)"
+interpret-triplets:
+	$(INTERPRET) -k "triton and triplet"
 
 interpret-rows:
-	$(INTERPRET) -k "triton and not (triplet or nearest)"
+	$(INTERPRET) -k "triton and not triplet"
 
 bench: venv
 	$(BIN)/python -m bench

@@ -45,7 +45,7 @@ def size_of(sample: Sample) -> int:
 
 
 # Triton's interpreter takes tens of microseconds for an operation: there samples of more elements
-# are judged for accuracy alone. A row of batch_triplet_loss meets all others.
+# are judged for accuracy in float32 alone. A row of batch_triplet_loss meets all others.
 INTERPRETED_ELEMENTS = {"batch_triplet_loss": 1_500}
 
 
@@ -227,9 +227,11 @@ def inputs_unmodified(op: Op, backend: str, dtype: torch.dtype) -> None:
 
 def numbers_and_form(op: Op, backend: str, dtype: torch.dtype) -> None:
     """1 to 7 and 10 with two runs a sample: accuracy, form, inputs unmodified, every element
-    written and the same bits twice."""
+    written and the same bits twice. The larger samples have one run, in float32."""
     small = {sample.name for sample in samples_for_form(op, backend)}
     for sample in op.samples:
+        if sample.name not in small and dtype != torch.float32:
+            continue
         cast = sample.to(dtype)
         with unmodified(op, cast):
             result = run(op, backend, cast)

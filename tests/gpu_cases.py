@@ -28,13 +28,12 @@ TAPS = [
 
 @dataclass(frozen=True)
 class Case:
-    """One call of an op; `main` ones are compiled for every target, others for sm_90 alone."""
+    """One call of an op."""
 
     op: str
     name: str
     sample: Sample
     incoming: str = "one"
-    main: bool = False
 
 
 def kd(
@@ -45,7 +44,6 @@ def kd(
     teacher: torch.dtype | None = FP32,
     labels: torch.dtype | None = torch.int64,
     incoming: str = "one",
-    main: bool = False,
     gradient: bool = True,
     offset: int = 0,
     teacher_offset: int = 0,
@@ -66,8 +64,7 @@ def kd(
     }
     sample = Sample("", tensors, options, ("student",) if gradient else ())
     kinds = _names(dtype, teacher)
-    return Case("kd_cross_entropy", f"{rows}x{classes} {kinds} {name}".strip(), sample, incoming,
-                main)  # fmt: skip
+    return Case("kd_cross_entropy", f"{rows}x{classes} {kinds} {name}".strip(), sample, incoming)
 
 
 def _names(*dtypes: torch.dtype | None) -> str:
@@ -79,7 +76,7 @@ def _kd_cases() -> list[Case]:
     found = []
     for dtype in (FP32, BF16):
         for rows, classes in ((1024, 10575), (1024, 93431)):
-            found.append(kd(rows, classes, dtype, teacher=dtype, main=True))
+            found.append(kd(rows, classes, dtype, teacher=dtype))
         for rows, classes in ((128, 10575), (256, 93431), (64, 100_000)):
             found.append(kd(rows, classes, dtype, teacher=dtype))
     for classes in (10575, 93431):
@@ -133,7 +130,6 @@ def _triplet_cases() -> list[Case]:
         name: str = "",
         *,
         wanted: Sequence[str] = ("anchor", "positive", "negative"),
-        main: bool = False,
         incoming: str = "one",
         **options: Any,
     ) -> Case:
@@ -143,9 +139,9 @@ def _triplet_cases() -> list[Case]:
         )
         sample = Sample("", tensors, options, tuple(wanted))
         label = f"{rows}x{features} {_names(*dtypes)} {name}".strip()
-        return Case("triplet_loss", label, sample, incoming, main)
+        return Case("triplet_loss", label, sample, incoming)
 
-    found = [of(8192, 512, [d] * 3, main=True) for d in (FP32, BF16)]
+    found = [of(8192, 512, [d] * 3) for d in (FP32, BF16)]
     found += [
         of(8192, 512, [FP16] * 3),
         of(8192, 512, [FP32, BF16, FP16], "mixed"),
@@ -167,7 +163,7 @@ def _triplet_cases() -> list[Case]:
 
 def _batch_cases() -> list[Case]:
     def of(rows: int, features: int, dtype: torch.dtype, *, incoming: str = "one",
-           main: bool = False, gradient: bool = True, **options: Any) -> Case:  # fmt: skip
+           gradient: bool = True, **options: Any) -> Case:  # fmt: skip
         tensors: dict[str, Any] = {
             "embeddings": torch.empty(rows, features, dtype=dtype),
             "labels": torch.zeros(rows, dtype=torch.int64),
@@ -175,14 +171,13 @@ def _batch_cases() -> list[Case]:
         sample = Sample("", tensors, options, ("embeddings",) if gradient else ())
         words = " ".join(str(v) for v in options.values())
         label = f"{rows}x{features} {_names(dtype)} {words}"
-        return Case("batch_triplet_loss", label, sample, incoming, main)
+        return Case("batch_triplet_loss", label, sample, incoming)
 
     found = []
     for mining in ("hard", "semihard", "all"):
         for rows in (1024, 4096, 16_384):
-            main = mining == "hard" and rows != 4096
-            found.append(of(rows, 512, FP32, mining=mining, main=main))
-            found.append(of(rows, 512, BF16, mining=mining, main=main))
+            found.append(of(rows, 512, FP32, mining=mining))
+            found.append(of(rows, 512, BF16, mining=mining))
         for rows in (1024, 16_384):
             found += [
                 of(rows, 512, FP32, mining=mining, reduction="none", incoming="rows"),
@@ -201,7 +196,6 @@ def _hidden_cases() -> list[Case]:
         dtype: torch.dtype = FP32,
         teacher: torch.dtype | None = None,
         *,
-        main: bool = False,
         gradient: bool = True,
         formats: tuple[torch.memory_format, torch.memory_format] = (torch.contiguous_format,) * 2,
         columns: slice = slice(None),
@@ -213,13 +207,13 @@ def _hidden_cases() -> list[Case]:
         )
         tensors: dict[str, Any] = {"students": students, "teachers": teachers}
         sample = Sample("", tensors, options, ("students",) if gradient else ())
-        return Case("hidden_l2", f"{name} {_names(dtype, teacher or dtype)}", sample, main=main)
+        return Case("hidden_l2", f"{name} {_names(dtype, teacher or dtype)}", sample)
 
     taps = [(128, channels, side, side) for channels, side in TAPS]
     last = torch.channels_last
     return [
-        of("50 taps", taps, BF16, main=True),
-        of("50 taps", taps, main=True),
+        of("50 taps", taps, BF16),
+        of("50 taps", taps),
         of("50 taps", taps, FP16),
         of("50 taps", taps, BF16, FP32),
         of("50 taps, no gradient", taps, BF16, gradient=False),
@@ -238,18 +232,17 @@ def _hidden_cases() -> list[Case]:
 
 
 def _nearest_cases() -> list[Case]:
-    def of(rows: int, gallery: int | None, features: int, dtype: torch.dtype, *,
-           main: bool = False) -> Case:  # fmt: skip
+    def of(rows: int, gallery: int | None, features: int, dtype: torch.dtype) -> Case:
         tensors: dict[str, Any] = {
             "queries": torch.empty(rows, features, dtype=dtype),
             "gallery": None if gallery is None else torch.empty(gallery, features, dtype=dtype),
         }
         label = f"{rows}x{gallery}x{features} {_names(dtype)}"
-        return Case("nearest_neighbor", label, Sample("", tensors), main=main)
+        return Case("nearest_neighbor", label, Sample("", tensors))
 
     return [
-        of(100_000, 100_000, 512, BF16, main=True),
-        of(100_000, 100_000, 512, FP32, main=True),
+        of(100_000, 100_000, 512, BF16),
+        of(100_000, 100_000, 512, FP32),
         of(100_000, 100_000, 512, FP16),
         of(100_000, None, 512, BF16),
         of(100_000, None, 512, FP32),

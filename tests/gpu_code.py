@@ -1,10 +1,10 @@
 """What the Triton kernels become on GPUs, without one: the kernels that a call launches, compiled.
 
-    python tests/gpu_code.py [--op NAME] [--target sm_90] [--all]
+    python tests/gpu_code.py [--op NAME] [--target sm_90] [--kernel PART_OF_A_NAME]
 
 prints a row for each kernel variant of tests/gpu_cases.py: registers, spills, shared memory, the
 widths of its global accesses, and for row kernels the instructions and exponentials an element.
---all adds the side cases. Compiled kernels stay in Triton's own cache. Must run without
+Compiled kernels stay in Triton's own cache. Must run without
 TRITON_INTERPRET, which would leave no kernel to compile.
 """
 
@@ -278,24 +278,24 @@ class Found:
 
 
 @functools.cache
-def found_for(op: str) -> tuple[Found, ...]:
-    """Every launch of every case of an op, compiled."""
+def found_for(op: str, targets: tuple[str, ...] = tuple(TARGETS)) -> tuple[Found, ...]:
+    """Every launch of every case of an op on those targets, compiled."""
     launches = [
         (case, target, launch)
         for case in cases(op)
-        for target in (TARGETS if case.main else ("sm_90",))
+        for target in targets
         for launch in launches_of(op, case.sample, case.incoming, target)
     ]
     codes = compile_all(launch.variant for _, _, launch in launches)
     return tuple(Found(*found, codes[found[2].variant]) for found in launches)
 
 
-def rows_of(op: str, targets: Iterable[str]) -> Iterator[dict[str, str]]:
+def rows_of(op: str, targets: tuple[str, ...]) -> Iterator[dict[str, str]]:
     """A table's rows: each variant once, with the first case that launches it."""
     seen = set()
-    for found in found_for(op):
+    for found in found_for(op, targets):
         variant, code = found.variant, found.code
-        if found.target not in targets or variant in seen:
+        if variant in seen:
             continue
         seen.add(variant)
         try:
@@ -328,7 +328,7 @@ def main() -> None:
     options = parser.parse_args()
     for op in options.op or MAKERS:
         print(op)
-        for row in rows_of(op, options.target or ["sm_90"]):
+        for row in rows_of(op, tuple(options.target or ["sm_90"])):
             if options.kernel in row["kernel"]:
                 print("  " + ", ".join(f"{k} {v}" for k, v in row.items() if v))
 

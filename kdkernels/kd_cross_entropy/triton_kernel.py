@@ -205,12 +205,14 @@ def make_plan(
     exponent = 1 if teacher is None else int(temperature) if whole else 0
     if parts == 0:
         # Registers that hold the row's exponentials, one array of them for each kind. 96 leave
-        # enough of the 128 that two programs of 8 warps, or one of 16, may have (counted).
+        # enough of the 128 that two programs of 8 warps, or one of 16, may have (counted); with a
+        # teacher of fewer bytes a class, whose vectors are twice the student's, sm_100 spills two.
         arrays = 1 if teacher is None else 2 if exponent else 3
+        most = 96 if pivot is student else 72
         warps = next(
             w
             for w in (1, 2, 4, 8, 16, 32)
-            if triton.cdiv(student.shape[1], rows.warp_size() * w * vec) * vec * arrays <= 96
+            if triton.cdiv(student.shape[1], rows.warp_size() * w * vec) * vec * arrays <= most
         )
         lanes = rows.warp_size() * warps
         tiles = triton.cdiv(student.shape[1], lanes * vec)

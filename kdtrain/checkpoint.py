@@ -16,10 +16,11 @@ import os
 import pickle
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -117,12 +118,15 @@ def run_weights(run: Path) -> Path:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file so that a reader or a crash sees the old content or the new one, whole."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(fresh, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
+    _replace(path, lambda file: file.write(text.encode()))
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Replace an .npz file, making its folder; see write_text. The same arrays give the same
+    bytes.
+    """
+    path.parent.mkdir(exist_ok=True)
+    _replace(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -176,6 +180,15 @@ def lock(folder: Path, wait_s: float = 10.0) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def _replace(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(fresh, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(fresh, path)
 
 
 def _whole(folder: Path) -> Path:

@@ -38,6 +38,7 @@ RUN_FILES = (
     "metrics.jsonl",
     "timing.jsonl",
     "samples.npz",
+    "items",
     "last",
     "best",
 )

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
@@ -278,8 +277,7 @@ class Run:
             "seconds": round(self.seconds, 2),
             "environment": environment(config),
         }
-        with open(self.folder / "samples.npz", "wb") as file:
-            np.savez(file, allow_pickle=False, **task.artifacts())
+        checkpoint.write_arrays(self.folder / "samples.npz", task.artifacts())
         checkpoint.write_json(self.folder / "results.json", plain(results))
         self.show(1.0)
         return plain(results)
@@ -335,6 +333,8 @@ class Run:
         name, _ = self.task.metric
         metrics = plain(self.task.evaluate(self._asking(self.data.evaluation(self.data.test))))
         ends = epoch + 1 == self.config.optim.phases[phase].epochs
+        if ends:  # before a checkpoint tells of this evaluation
+            checkpoint.write_arrays(self.folder / "items" / f"phase{phase}.npz", self.task.items())
         record = {"step": self.at.steps, "phase": phase, "epoch": epoch, "phase_ends": ends}
         earlier = self._best()
         self.evaluations.append({**record, "metrics": metrics})

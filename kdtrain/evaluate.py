@@ -133,28 +133,46 @@ def nn_top1(
     "nn_lone_other_video": there pictures of the query's own video are no neighbours. ValueError for
     fewer than two rows.
     """
+    return nn_shares(nn_hits(features, labels, groups, backend=backend))
+
+
+def nn_hits(
+    features: Tensor, labels: Tensor, groups: Tensor | None = None, *, backend: str | None = None
+) -> dict[str, Tensor]:
+    """What `nn_top1` is the mean of: float32 (N,), 1 where the nearest row is the query's person, 0
+    where it is not, nan for a lone query.
+
+    "nn_top1", and with groups "nn_top1_other_video".
+    """
     labels = labels.to(features.device)
     nearest = neighbours(features, backend=backend)[1]
     people = torch.unique(labels, return_inverse=True)[1]
     mates = torch.bincount(people)[people] - 1
-    result = _nn_result(labels[nearest] == labels, mates > 0, "")
+    result = {"nn_top1": _nn_hit(labels[nearest] == labels, mates > 0)}
     if groups is not None:
         groups = groups.to(features.device)
         video = torch.unique(torch.stack([people, groups], 1), dim=0, return_inverse=True)[1]
         mates = mates + 1 - torch.bincount(video)[video]
         nearest = _nearest_other_group(features, groups)
-        result |= _nn_result(labels[nearest] == labels, mates > 0, "_other_video")
+        result["nn_top1_other_video"] = _nn_hit(labels[nearest] == labels, mates > 0)
     return result
 
 
-def _nn_result(right: Tensor, has_mate: Tensor, suffix: str) -> dict[str, float]:
-    queries = int(has_mate.sum())
-    share = right[has_mate].double().mean().item() if queries else float("nan")
-    return {
-        f"nn_top1{suffix}": share,
-        f"nn_queries{suffix}": queries,
-        f"nn_lone{suffix}": len(has_mate) - queries,
-    }
+def nn_shares(hits: dict[str, Tensor]) -> dict[str, float]:
+    """`nn_top1`'s result from `nn_hits`."""
+    result: dict[str, float] = {}
+    for name, hit in hits.items():
+        asked = hit[~hit.isnan()]
+        share = asked.double().mean().item() if len(asked) else float("nan")
+        suffix = name.removeprefix("nn_top1")
+        result[name] = share
+        result[f"nn_queries{suffix}"] = len(asked)
+        result[f"nn_lone{suffix}"] = len(hit) - len(asked)
+    return result
+
+
+def _nn_hit(right: Tensor, has_mate: Tensor) -> Tensor:
+    return torch.where(has_mate, right.float(), float("nan"))
 
 
 def _nearest_other_group(features: Tensor, groups: Tensor, chunk: int = 512) -> Tensor:

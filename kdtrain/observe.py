@@ -55,6 +55,8 @@ class Seen(NamedTuple):
     """(N,) cross-entropy with the label."""
     labels: Tensor
     """(N,) person."""
+    indices: Tensor
+    """(N,) place in the source."""
     groups: Tensor | None
     """(N,) video, where pictures come from videos."""
     landmarks: Landmarks | None
@@ -100,7 +102,8 @@ def look(network: FaceNetwork, batches: Iterable[EvalBatch], device: torch.devic
                 outputs: Outputs = network(pictures)
                 surprise = F.cross_entropy(outputs.logits.float(), labels, reduction="none")
                 hits = evaluate.hits(outputs.logits, labels)
-                rows.append((outputs.hidden.float(), hits.cpu(), surprise.cpu(), labels.cpu()))
+                row = (hits.cpu(), surprise.cpu(), labels.cpu(), batch.indices.cpu())
+                rows.append((outputs.hidden.float(), *row))
                 if batch.groups is not None:
                     groups.append(batch.groups.cpu())
                 if outputs.points is not None:
@@ -112,12 +115,13 @@ def look(network: FaceNetwork, batches: Iterable[EvalBatch], device: torch.devic
         network.train(was_training)
     if not rows:
         raise ValueError("evaluate: no picture to look at; the test split is empty")
-    hidden, hits, surprise, labels = (torch.cat(column) for column in zip(*rows, strict=True))
+    hidden, hits, surprise, labels, indices = map(torch.cat, zip(*rows, strict=True))
     return Seen(
         hidden,
         hits,
         surprise,
         labels,
+        indices,
         torch.cat(groups) if groups else None,
         Landmarks(*map(torch.cat, zip(*landmarks, strict=True))) if landmarks else None,
         torch.cat(shown),

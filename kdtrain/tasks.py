@@ -92,6 +92,7 @@ class Task(ABC):
                 )
         self.extra = nn.ModuleDict({} if self._hidden is None else {"hidden": self._hidden})
         self._samples: dict[str, np.ndarray] = {}
+        self._items: dict[str, Tensor] = {}
 
     @property
     def device(self) -> torch.device:
@@ -138,7 +139,21 @@ class Task(ABC):
         A metric that cannot be measured on this data (no landmarks, too few pairs) is absent.
         ValueError without a picture.
         """
-        return self._evaluate(look(self.network, batches, self.device))
+        seen = look(self.network, batches, self.device)
+        metrics = self._evaluate(seen)
+        self._items["index"] = seen.indices
+        return metrics
+
+    def items(self) -> dict[str, np.ndarray]:
+        """The last `evaluate` picture by picture, in its order.
+
+        float32 (N,) for each metric that is a mean over pictures, under its name (nan for a picture
+        that it leaves out), and "index", int64 (N,): the picture's place in the source.
+        """
+        return {
+            name: values.cpu().to(torch.int64 if name == "index" else torch.float32).numpy()
+            for name, values in self._items.items()
+        }
 
     @abstractmethod
     def floors(self, train: Iterable[EvalBatch], test: Iterable[EvalBatch]) -> dict[str, float]:
@@ -171,6 +186,7 @@ class Classification(Task):
 
     def _evaluate(self, seen: Seen) -> dict[str, float]:
         self._samples = observe.neighbour_samples(seen.hidden, seen, self.backend)
+        self._items = {"top1": seen.hits}
         return {
             "top1": seen.hits.double().mean().item(),
             "cross_entropy": seen.surprise.double().mean().item(),
@@ -219,6 +235,7 @@ class Alignment(Task):
         lengths = evaluate.normalizer(true, sizes, kind)
         per_point = (evaluate.per_point_error(predicted, true) / lengths[:, None]).mean(0)
         thresholds, below, _ = evaluate.ced(errors, CURVE_LIMIT)
+        self._items = {"nrmse": errors}
         self._samples = observe.landmark_samples(seen, errors)
         self._samples |= {"ced_threshold": thresholds.numpy(), "ced_share": below.numpy()}
         return {
@@ -273,7 +290,8 @@ class Verification(Task):
         rows = self._embedding(seen.hidden)
         self._samples = observe.neighbour_samples(rows, seen, self.backend)
         self._samples |= observe.roc_samples(seen.hidden, seen.labels)
-        nearest = evaluate.nn_top1(rows, seen.labels, seen.groups, backend=self.backend)
+        self._items = evaluate.nn_hits(rows, seen.labels, seen.groups, backend=self.backend)
+        nearest = evaluate.nn_shares(self._items)
         return _measurable(nearest) | observe.pair_metrics(seen.hidden, seen.labels)
 
     def floors(self, train: Iterable[EvalBatch], test: Iterable[EvalBatch]) -> dict[str, float]:

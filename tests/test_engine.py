@@ -7,11 +7,13 @@ from __future__ import annotations
 import io
 import json
 
+import numpy as np
 import pytest
 import torch
 from tiny_runs import assert_same_run, stop_after, tiny_config, train
 
 from kdtrain import checkpoint, engine
+from kdtrain.batches import RunData
 from kdtrain.config import ConfigError
 from kdtrain.data import build_source
 from kdtrain.engine import Interrupted
@@ -131,6 +133,30 @@ def test_every_phase_end_is_evaluated_and_kept_in_the_results(tmp_path):
     assert results["parameters"]["network"] > 1000
     assert results["multiply_adds"]["network"] > results["parameters"]["network"]
     assert results["environment"]["threads"] == 1
+
+
+@pytest.mark.parametrize(
+    ("task", "names"),
+    [("classification", {"top1"}), ("alignment", {"nrmse"}), ("verification", {"nn_top1"})],
+)
+def test_the_pictures_results_average_to_the_metrics_of_every_phase(task, names, wholes):
+    results = checkpoint.read_json(wholes[task] / "results.json")
+    assert results is not None
+    test = RunData(tiny_config(task)).test
+    for phase in results["phases"]:
+        with np.load(wholes[task] / "items" / f"phase{phase['phase']}.npz") as arrays:
+            items = dict(arrays)
+        index = items.pop("index")
+        assert index.dtype == np.int64
+        assert index.tolist() == test.tolist()
+        assert set(items) == names
+        for name, values in items.items():
+            assert values.dtype == np.float32
+            assert values.shape == index.shape
+            # stored as float32: relative 6e-8 a picture
+            mean = np.nanmean(values, dtype=np.float64)
+            assert mean == pytest.approx(phase["metrics"][name], rel=1e-6)
+    assert len(list((wholes[task] / "items").iterdir())) == len(results["phases"]) == 2
 
 
 @pytest.mark.parametrize(("task", "pick"), [("classification", max), ("alignment", min)])

@@ -397,6 +397,19 @@ def test_neighbours_outside_the_video_are_measured_where_videos_are_known():
     metrics = task.evaluate(eval_batches(groups=True))
     # a video here is one picture of each person
     assert metrics["nn_queries_other_video"] == 48
+    items = task.items()
+    for name in ("nn_top1", "nn_top1_other_video"):
+        assert np.nanmean(items[name], dtype=np.float64) == metrics[name]
+
+
+def test_a_lone_query_is_no_number_among_the_pictures_results():
+    task = make_task("verification")
+    batch = eval_batches(48, 48)[0]
+    labels = batch.labels.where((batch.labels != 5) | (torch.arange(48) == 5), 4)
+    metrics = task.evaluate([dataclasses.replace(batch, labels=labels)])
+    found = task.items()["nn_top1"]
+    assert np.flatnonzero(np.isnan(found)).tolist() == [5]
+    assert np.nanmean(found, dtype=np.float64) == metrics["nn_top1"]
 
 
 def test_pair_accuracy_appears_once_ten_folds_have_people_enough():

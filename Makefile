@@ -1,11 +1,11 @@
 # make venv   the pinned environment and the package, in .venv
 # make demo   the whole distillation chain on synthetic faces; ends in a table and runs/demo/report.html
 # make test   every check: ruff, pyright, pytest, once more without the extension, and the Triton
-#             kernels in Triton's interpreter
+#             kernels in Triton's interpreter; two of them side by side
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv demo test interpret-triplets interpret-rows bench format clean
+.PHONY: venv demo test test-suite test-gpu-code test-without-native interpret-triplets interpret-rows bench format clean
 
 venv: .venv/installed
 
@@ -26,9 +26,17 @@ test: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest
+	$(MAKE) --jobs 2 --output-sync=target test-suite test-gpu-code interpret-triplets interpret-rows test-without-native
+
+# Most tests keep one core busy, so two of these run side by side. `pytest` alone is the first two.
+test-suite:
+	$(BIN)/python -m pytest --ignore tests/test_triton_code.py
+
+test-gpu-code:
+	$(BIN)/python -m pytest tests/test_triton_code.py
+
+test-without-native:
 	PYTHONPATH=tests/without_native $(BIN)/python -m pytest tests/test_contract.py tests/test_import.py tests/test_train_tiny.py
-	$(MAKE) --jobs 2 --output-sync=target interpret-triplets interpret-rows
 
 # The interpreter runs on one core: two processes share the ops.
 INTERPRET := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_contract.py \

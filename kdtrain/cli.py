@@ -34,6 +34,7 @@ RUN_FILES = (
     "config.yaml",
     "run.json",
     "results.json",
+    "diverged.json",
     "progress.json",
     "metrics.jsonl",
     "timing.jsonl",
@@ -122,6 +123,13 @@ def train(argv: Sequence[str]) -> int:
                 f"{run_dir}: finished before, reused: {name} {value} (--overwrite trains it anew)"
             )
             return 0
+        if diverged := checkpoint.read_json(run_dir / "diverged.json"):
+            print(
+                f"error: {run_dir}: ended before: {diverged['message']} It would do so again; "
+                "--overwrite trains it anew, with other settings if you pass them",
+                file=sys.stderr,
+            )
+            return 1
         if not resume:
             raise UsageError(
                 f"{run_dir}: holds an unfinished run; pass --resume to continue it "
@@ -285,7 +293,7 @@ def _pipeline(command: str, argv: Sequence[str], preset: str) -> int:
         return status
     chain.finish(root, outcomes)
     for name, outcome in outcomes.items():
-        if outcome.state in ("failed", "skipped"):
+        if outcome.state in ("failed", "diverged", "skipped"):
             print(f"error: {name} {outcome.state}: {outcome.note}", file=sys.stderr)
     return status
 
@@ -329,8 +337,8 @@ def _clear(run_dir: Path) -> None:
     from kdtrain import checkpoint
 
     with checkpoint.lock(run_dir, wait_s=2.0):
-        # results.json first: a half removed run must not look finished
-        for name in ("results.json", *RUN_FILES):
+        # these first: a half removed run must not look as if it had ended
+        for name in ("results.json", "diverged.json", *RUN_FILES):
             path = run_dir / name
             if path.is_dir():
                 shutil.rmtree(path)

@@ -65,8 +65,8 @@ def train(
     """Train in `run_dir`, or continue there, and return what results.json says.
 
     stop: asked after every step; true saves a checkpoint and raises Interrupted. screen: where
-    progress is shown. Raises TrainingError (bad data, a loss that is not finite), CheckpointError
-    (run folders), ValueError (config).
+    progress is shown. Raises TrainingError (bad data; a loss or weight that is not finite, which
+    diverged.json then records), CheckpointError (run folders), ValueError (config).
     """
     screen = screen or Screen(run_dir.name)
     check_device(config)
@@ -74,6 +74,7 @@ def train(
         data = RunData(config)
         task = prepare_task(config, data, run_dir, screen)
         key = keys.run_key(config, _input_keys(config, run_dir), data.key)
+        (run_dir / "diverged.json").unlink(missing_ok=True)
         run = Run(config, run_dir, data, task, key, stop, screen)
         if not (resume and run.resume()):
             run.begin()
@@ -366,10 +367,11 @@ class Run:
             return
         back = self.at.steps - found.step
         indices = self._batches[self.at.batch - 1 - back]
-        raise TrainingError(
+        raise self._diverged(
+            found.step,
             f"diverged at step {found.step}: loss term '{found.term}' is {found.value}; "
             f"the batch was {self.data.names(indices)}. {self._standing()} "
-            "Lower optim.phases' lr, set optim.clip_norm, or give that term less weight."
+            "Lower optim.phases' lr, set optim.clip_norm, or give that term less weight.",
         )
 
     def _check_finite(self, tensors: Mapping[str, Tensor]) -> None:
@@ -381,11 +383,20 @@ class Run:
         bad = [name for name, good in zip(named, finite, strict=True) if not good]
         if bad:
             indices = self._batches[self.at.batch - 1]
-            raise TrainingError(
+            raise self._diverged(
+                self.at.steps,
                 f"diverged at step {self.at.steps}: {bad[0]} is no longer finite though the loss "
                 f"was; the batch was {self.data.names(indices)}. {self._standing()} "
-                "Lower optim.phases' lr, or set optim.clip_norm."
+                "Lower optim.phases' lr, or set optim.clip_norm.",
             )
+
+    def _diverged(self, step: int, message: str) -> TrainingError:
+        """Writes diverged.json, which marks the run as ended: the same run would diverge again."""
+        phase, epoch, *_ = self.schedule[self.at.epoch]
+        record = {"key": self.key, "step": step, "phase": phase, "epoch": epoch}
+        record |= {"message": message, "seconds": round(self.seconds, 2)}
+        checkpoint.write_json(self.folder / "diverged.json", record)
+        return TrainingError(message)
 
     def _standing(self) -> str:
         if (self.folder / "last").exists():

@@ -80,6 +80,10 @@ def input_key(folder: Path) -> str:
         return hashlib.sha256((weights / WEIGHTS).read_bytes()).hexdigest()[:16]
     results = read_json(folder / "results.json")
     if results is None:
+        if read_json(folder / "diverged.json") is not None:
+            raise CheckpointError(
+                f"{folder}: that run diverged; train it anew with --overwrite and other settings"
+            )
         raise CheckpointError(
             f"{folder}: that run is not finished; finish it with --resume, "
             f"or name its checkpoint {folder}/best"

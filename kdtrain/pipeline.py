@@ -130,12 +130,13 @@ def stage_keys(stages: Sequence[Stage], root: Path) -> dict[str, str]:
 def run(
     stages: Sequence[Stage], root: Path, *, jobs: int = 1, overwrite: bool = False
 ) -> tuple[int, dict[str, Outcome]]:
-    """Bring every stage below `root` to its end; exit status (0, 1 a stage failed, 130
+    """Bring every stage below `root` to its end; exit status (0, 1 a stage failed or diverged, 130
     interrupted) and what happened.
 
-    A finished stage whose key stands is reused, an unfinished one continues, one whose key changed
-    is moved to root/previous and trained anew. jobs: stages side by side, each with its share of
-    the processors.
+    A finished stage whose key stands is reused, one that diverged under it stays so and those that
+    need it are skipped, an unfinished one continues, one whose key changed is moved to
+    root/previous and trained anew. overwrite: all are trained anew. jobs: stages side by side, each
+    with its share of the processors.
     """
     console = Console(highlight=False, soft_wrap=True)
     threads = max(1, cores() // jobs)
@@ -143,7 +144,7 @@ def run(
         recipes = root / "recipes"
         recipes.mkdir(exist_ok=True)
         wanted = stage_keys(stages, root)
-        works, reused = [], {}
+        works, reused, lost = [], {}, {}
         for stage in stages:
             folder, key = root / stage.name, wanted[stage.name]
             state = "new" if overwrite else stage_state(folder, key)
@@ -151,6 +152,12 @@ def run(
                 results = checkpoint.read_json(folder / "results.json") or {}
                 reused[stage.name] = Outcome("reused", "", results.get("seconds", 0.0))
                 console.print(f"{stage.name}: reused, {headline(results)}")
+                continue
+            if state == "diverged":
+                record = checkpoint.read_json(folder / "diverged.json") or {}
+                note = f"{record['message']} (--overwrite trains it anew)"
+                lost[stage.name] = Outcome("diverged", note, record.get("seconds", 0.0))
+                console.print(f"{stage.name}: diverged before: {note}", markup=False)
                 continue
             if state in ("changed", "new"):
                 set_aside(folder, root / "previous" / stage.name, console)
@@ -162,19 +169,22 @@ def run(
             inputs = tuple(name for name in stage.inputs if name not in reused)
             cost = _cost(stage.config)
             works.append(Work(stage.name, recipe, folder, inputs, state == "resume", threads, cost))
-        status, outcomes = run_all(works, root, jobs, console)
+        status, outcomes = run_all(works, root, jobs, console, lost)
     return status, {s.name: {**reused, **outcomes}[s.name] for s in stages}
 
 
 def stage_state(folder: Path, key: str) -> str:
-    """reused (finished under this key) | resume (begun under it) | changed (another key) | new."""
+    """reused (finished under this key) | diverged (ended so under it) | resume (begun under it) |
+    changed (another key) | new.
+    """
     results = checkpoint.read_json(folder / "results.json")
-    begun = results or checkpoint.read_json(folder / "run.json")
+    diverged = checkpoint.read_json(folder / "diverged.json")
+    begun = results or diverged or checkpoint.read_json(folder / "run.json")
     if begun is None:
         return "new"
     if begun.get("key") != key:
         return "changed"
-    return "reused" if results else "resume"
+    return "reused" if results else "diverged" if diverged else "resume"
 
 
 def set_aside(folder: Path, place: Path, console: Console) -> None:
@@ -262,8 +272,8 @@ def _cell(
         value = found[name].get("metrics", {}).get(metric)
         if value is not None:
             return f"{100 * value:.1f}"
-        if outcomes[name].state == "failed":
-            return "diverged" if outcomes[name].note.startswith("diverged") else "failed"
+        if outcomes[name].state in ("failed", "diverged"):
+            return outcomes[name].state
     return "-"
 
 

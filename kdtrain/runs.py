@@ -30,6 +30,8 @@ class Stage:
     records: Sequence[Mapping[str, Any]]
     """Lines of its journal."""
     samples: Mapping[str, np.ndarray]
+    diverged: bool = False
+    """It ended on a loss or weight that was not finite."""
 
     @property
     def task(self) -> str:
@@ -46,9 +48,11 @@ class Stage:
 
     @property
     def state(self) -> str:
-        """finished, not finished or not run."""
+        """finished, diverged, not finished or not run."""
         if self.results:
             return "finished"
+        if self.diverged:
+            return "diverged"
         return "not finished" if self.records else "not run"
 
     def lines(self, kind: str) -> list[Mapping[str, Any]]:
@@ -85,7 +89,9 @@ def _stage(folder: Path, recipe: Path) -> Stage:
         with np.load(folder / "samples.npz") as arrays:
             samples = dict(arrays)
     results = read_json(folder / "results.json") or {}
-    return Stage(folder.name, config, results, read_lines(folder / "metrics.jsonl"), samples)
+    records = read_lines(folder / "metrics.jsonl")
+    diverged = (folder / "diverged.json").is_file()
+    return Stage(folder.name, config, results, records, samples, diverged)
 
 
 def pictures_text(stage: Stage) -> str:

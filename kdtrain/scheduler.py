@@ -43,7 +43,9 @@ class Work:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a stage ended: reused, done, failed, skipped or stopped; why; seconds of training."""
+    """How a stage ended: reused, done, diverged, failed, skipped or stopped; why; seconds of
+    training.
+    """
 
     state: str
     note: str
@@ -60,16 +62,21 @@ class _Child:
 
 
 def run_all(
-    works: Sequence[Work], root: Path, jobs: int, console: Console
+    works: Sequence[Work],
+    root: Path,
+    jobs: int,
+    console: Console,
+    lost: Mapping[str, Outcome] | None = None,
 ) -> tuple[int, dict[str, Outcome]]:
     """Train every work after its inputs, at most `jobs` at once.
 
-    Returns 0, 1 (a stage failed; those that need it are skipped, others run on) or 130
-    (interrupted), and the outcomes.
+    lost: stages that have ended without a result before, which works may have as inputs. Returns 0,
+    1 (a stage failed or diverged; those that need it are skipped, others run on) or 130
+    (interrupted), and the outcomes, `lost` among them.
     """
     waiting = {work.name: work for work in works}
     running: dict[str, _Child] = {}
-    outcomes: dict[str, Outcome] = {}
+    outcomes: dict[str, Outcome] = dict(lost or {})
     (root / "logs").mkdir(exist_ok=True)
     view = _View(works, console)
     asked_to_stop = False
@@ -115,8 +122,9 @@ def run_all(
     for name in waiting:
         outcomes[name] = Outcome("stopped", "not begun", 0.0)
     states = {outcome.state for outcome in outcomes.values()}
-    status = 130 if asked_to_stop or "stopped" in states else 1 if "failed" in states else 0
-    return status, outcomes
+    if asked_to_stop or "stopped" in states:
+        return 130, outcomes
+    return int(bool(states & {"failed", "diverged"})), outcomes
 
 
 def _start(work: Work, root: Path) -> _Child:
@@ -151,6 +159,8 @@ def _outcome(child: _Child, code: int) -> Outcome:
         return Outcome("done", "", results.get("seconds", time.monotonic() - child.started))
     if code == 130:
         return Outcome("stopped", "checkpoint saved", 0.0)
+    if diverged := read_json(child.work.folder / "diverged.json"):
+        return Outcome("diverged", diverged["message"], diverged["seconds"])
     lines = Path(child.log.name).read_text(encoding="utf-8", errors="replace").splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
     if code < 0:
@@ -167,7 +177,9 @@ def _skip(waiting: dict[str, Work], outcomes: dict[str, Outcome]) -> None:
     for name, work in list(waiting.items()):
         lost = [n for n in work.inputs if n in outcomes and outcomes[n].state != "done"]
         if lost:
-            outcomes[name] = Outcome("skipped", f"needs {lost[0]}", 0.0)
+            state = outcomes[lost[0]].state
+            verb = state if state in ("failed", "diverged") else f"was {state}"
+            outcomes[name] = Outcome("skipped", f"needs {lost[0]}, which {verb}", 0.0)
             del waiting[name]
 
 

@@ -130,18 +130,22 @@ def test_the_keys_worked_out_beforehand_are_those_of_the_runs(chain):
 
 
 @pytest.mark.parametrize(
-    ("results", "begun", "state"),
+    ("results", "diverged", "begun", "state"),
     [
-        ("k", "k", "reused"),
-        ("other", "other", "changed"),
-        (None, "k", "resume"),
-        (None, "other", "changed"),
-        (None, None, "new"),
+        ("k", None, "k", "reused"),
+        ("other", None, "other", "changed"),
+        (None, "k", "k", "diverged"),
+        (None, "other", "other", "changed"),
+        (None, None, "k", "resume"),
+        (None, None, "other", "changed"),
+        (None, None, None, "new"),
     ],
 )
-def test_the_state_of_a_stage_follows_from_its_folder(results, begun, state, tmp_path):
+def test_the_state_of_a_stage_follows_from_its_folder(results, diverged, begun, state, tmp_path):
     if results:
         checkpoint.write_json(tmp_path / "results.json", {"key": results})
+    if diverged:
+        checkpoint.write_json(tmp_path / "diverged.json", {"key": diverged})
     if begun:
         checkpoint.write_json(tmp_path / "run.json", {"key": begun})
     assert pipeline.stage_state(tmp_path, "k") == state
@@ -173,7 +177,7 @@ def test_the_table_has_teacher_student_control_distilled_and_floor(tmp_path):
         (tmp_path / "recipes" / f"{name}.yaml").write_text("task: alignment\n")
     names = ("cls_teacher", "cls_student", "cls_control", "cls_distilled", "ver_teacher")
     outcomes = {name: Outcome("done", "", 1.0) for name in names}
-    outcomes["ali_teacher"] = Outcome("failed", "diverged at step 3: loss term 'points' is nan", 0)
+    outcomes["ali_teacher"] = Outcome("diverged", "at step 3: loss term 'points' is nan", 0)
     outcomes["ali_distilled"] = Outcome("skipped", "needs ali_teacher", 0)
     stream = io.StringIO()
     Console(file=stream, width=120).print(pipeline.result_table(tmp_path, outcomes))
@@ -242,20 +246,32 @@ def test_train_refuses_to_destroy_what_is_in_the_run_folder(chain):
     assert (folder / "last" / checkpoint.WEIGHTS).read_bytes() == before
 
 
-def test_a_stage_that_fails_leaves_the_others_and_is_named(tmp_path):
+def test_a_stage_that_diverges_is_a_result_and_leaves_the_others(tmp_path):
     preset = _preset(
         tmp_path / "preset",
         cls_teacher={"optim__phases": [{"epochs": 1, "lr": 1e30}]},
         cls_distilled={"teacher": "@cls_teacher", "target__alpha": 1.0},
         cls_student={},
+        cls_control={"optim__batch_size": 5000},
     )
-    result = _run("pipeline", "--preset", preset, "--run-dir", "root", "--jobs", "2", cwd=tmp_path)
+    command = ("pipeline", "--preset", preset, "--run-dir", "root", "--jobs", "2")
+    result = _run(*command, cwd=tmp_path)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
-    assert "error: cls_teacher failed: diverged at step " in result.stderr
-    assert "error: cls_distilled skipped: needs cls_teacher" in result.stderr
+    assert "error: cls_teacher diverged: diverged at step " in result.stderr
+    assert "error: cls_distilled skipped: needs cls_teacher, which diverged" in result.stderr
+    assert "error: cls_control failed: " in result.stderr
+    assert "cls_teacher: diverged: diverged at step " in result.stdout
     assert "cls_student: done" in result.stdout
-    assert "diverged" in result.stdout
+    written = (tmp_path / "root" / "cls_teacher" / "diverged.json").stat().st_mtime_ns
+    again = _run(*command, cwd=tmp_path)
+    assert again.returncode == 1
+    assert "cls_teacher: diverged before: diverged at step " in again.stdout
+    assert "cls_student: reused, " in again.stdout
+    assert "error: cls_distilled skipped: needs cls_teacher, which diverged" in again.stderr
+    assert (tmp_path / "root" / "cls_teacher" / "diverged.json").stat().st_mtime_ns == written
+    table = [line.split() for line in again.stdout.splitlines() if " - " in line]
+    assert [line[1] for line in table if line[0] == "teacher"] == ["diverged"]
 
 
 def test_ctrl_c_stops_the_children_cleanly_and_the_same_command_continues(tmp_path):

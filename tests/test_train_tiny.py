@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -145,15 +146,33 @@ def test_fused_and_eager_training_agree_step_by_step(task, tmp_path):
     assert {"soft", "hidden", "logits"} < set(results[True].terms)
 
 
-def test_a_diverging_run_ends_with_status_1_and_one_line(tmp_path, capsys):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(settings.to_yaml(tiny_config(optim__phases=[{"epochs": 2, "lr": 1e20}])))
-    assert main(["train", str(recipe), "--run-dir", str(tmp_path / "run")]) == 1
-    shown = capsys.readouterr()
-    (line,) = shown.err.splitlines()
+def test_a_diverging_run_ends_with_status_1_and_one_line_and_stays_diverged(tmp_path, capsys):
+    recipe, run = tmp_path / "recipe.yaml", tmp_path / "run"
+    phases = [{"epochs": 1, "lr": 0.05}, {"epochs": 2, "lr": 1e20}]
+    recipe.write_text(settings.to_yaml(tiny_config(optim__phases=phases)))
+    command = ["train", str(recipe), "--run-dir", str(run)]
+    assert main(command) == 1
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: diverged at step ")
     assert "batch was" in line
-    assert not (tmp_path / "run" / "results.json").exists()
+    assert not (run / "results.json").exists()
+    record = checkpoint.read_json(run / "diverged.json")
+    begun = checkpoint.read_json(run / "run.json")
+    assert record is not None
+    assert begun is not None
+    assert record["key"] == begun["key"]
+    assert line == f"error: {record['message']}"
+    assert (record["phase"], record["epoch"]) == (1, 0)
+    assert 7 <= record["step"] <= 12  # 6 steps an epoch
+    for again in (command, [*command, "--resume"]):
+        assert main(again) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "ended before: diverged at step " in line
+        assert "--overwrite trains it anew" in line
+    phases = json.dumps([{"epochs": 1, "lr": 0.05}])
+    assert main([*command, "--overwrite", "--optim.phases", phases]) == 0
+    assert (run / "results.json").exists()
+    assert not (run / "diverged.json").exists()
 
 
 def test_a_damaged_picture_ends_with_status_1_and_names_its_file(tmp_path, capsys):

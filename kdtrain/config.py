@@ -143,7 +143,8 @@ class TargetConfig:
     "Weight of the hidden target: squared distance of the pooled features."
     gamma: float = 1.0
     """Weight of the softmax loss with the labels: the task loss of classification, the joint
-    softmax elsewhere.
+    softmax elsewhere. 0 leaves classification to its targets (to the hidden one alone: the
+    classifier stays untrained, and top1 says so).
     """
     logits: float = 0.0
     "Weight of the logits target: squared distance of the logits."
@@ -323,9 +324,9 @@ class Config:
                     "use identity:random, random or file: for classification"
                 )
             _require(
-                self.target.gamma > 0,
+                self.target.gamma > 0 or self.target.needs_teacher,
                 "target.gamma",
-                "more than 0 for classification",
+                "more than 0 for classification, unless target.alpha, beta or logits has a weight",
                 self.target.gamma,
             )
 

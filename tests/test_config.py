@@ -151,6 +151,12 @@ def test_values_that_cannot_be_are_refused_by_name(flat, message):
         build(flat)
 
 
+@pytest.mark.parametrize("target", ["alpha", "beta", "logits"])
+def test_classification_may_leave_its_hard_term_out_for_a_target(target):
+    config = build({"target.gamma": 0.0, f"target.{target}": 1.0, "teacher": "runs/x"})
+    assert config.target.gamma == 0
+
+
 def test_configs_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         build({}).seed = 3  # type: ignore[misc]

@@ -19,6 +19,7 @@ from kdtrain.data import build_source
 from kdtrain.engine import Interrupted
 from kdtrain.environment import computing
 from kdtrain.journal import Screen, read_lines
+from kdtrain.models import FaceNetwork, seeded
 from kdtrain.preparation import TrainingError
 from kdtrain.tasks import Task
 
@@ -73,6 +74,23 @@ def test_distilled_run_resumes_with_its_projection_and_its_teacher(tmp_path, who
     weights = checkpoint.load_weights(tmp_path / "whole" / "last")
     assert not any("projection" in name for name in weights)
     assert (teacher / "last" / checkpoint.WEIGHTS).read_bytes() == before
+
+
+def test_the_hidden_target_alone_leaves_the_classifier_as_it_began(tmp_path, wholes):
+    teacher = str(wholes["classification"])
+    options = {"target__gamma": 0.0, "target__beta": 1.0, "target__hidden_reduction": "mean"}
+    config = tiny_config(teacher=teacher, model__divide=2, **options)
+    whole = train(config, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "parts", stop=stop_after(5))
+    train(config, tmp_path / "parts", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    weights = checkpoint.load_weights(tmp_path / "whole" / "last")
+    with seeded(config.seed):
+        fresh = FaceNetwork(config.model, len(weights["classifier.weight"])).state_dict()
+    assert torch.equal(weights["classifier.weight"], fresh["classifier.weight"])
+    assert not torch.equal(weights["backbone.stem.weight"], fresh["backbone.stem.weight"])
+    assert engine.evaluate(config, tmp_path / "whole")["metrics"] == whole["metrics"]
 
 
 def test_how_often_is_saved_changes_no_weight(tmp_path, wholes):

@@ -120,6 +120,28 @@ def test_classification_is_hard_plus_alpha_soft():
     assert set(result.terms) == {"hard", "top1", "soft", "teacher_entropy"}
 
 
+@pytest.mark.parametrize("name", ["soft", "logits", "hidden"])
+def test_classification_without_its_hard_term_is_the_target_alone(name):
+    weight = "alpha" if name == "soft" else "beta" if name == "hidden" else "logits"
+    task = make_task("classification", gamma=0.0, **{weight: 0.5})
+    pictures, labels, _ = make_batch()
+    out = outputs_of(task, pictures)
+    assert task.teacher is not None
+    guide = task.teacher(pictures)
+    if name == "soft":
+        expected = soft(out.logits, guide.logits)
+    elif name == "logits":
+        expected = (out.logits - guide.logits).square().sum(1).mean()
+    else:
+        expected = task.extra["hidden"].projection(out.hidden) - guide.hidden
+        expected = expected.square().sum(1).mean()
+    result = task.step(pictures, labels)
+    torch.testing.assert_close(result.loss, 0.5 * expected)
+    assert set(result.terms) == {name} | ({"teacher_entropy"} if name == "soft" else set())
+    result.loss.backward()
+    assert (task.network.classifier.weight.grad is None) == (name == "hidden")
+
+
 def test_alignment_is_the_squared_distance_of_ten_coordinates_and_targets():
     task = make_task("alignment", alpha=0.5, beta=0.25, hidden_reduction="mean")
     pictures, labels, points = make_batch()

@@ -22,6 +22,7 @@ from kdtrain.data import (
     balanced_batches,
     build_source,
     center,
+    hold_out,
     random_batches,
     split_indices,
     to_original,
@@ -69,6 +70,7 @@ class RunData:
         self.config = config
         self.source = build_source(config.data) if source is None else source
         self.train, self.test = split(self.source, config)
+        self.train, self.validation = hold_out(self.source, self.train, config.data)
         self.key = data_key(self.source.fingerprint(), self.train, self.test)
         self.labels = training_labels(self.source, self.train, config.data)
         self.device = torch.device(config.train.device)
@@ -130,6 +132,13 @@ class RunData:
                 sizes=sizes,
             )
 
+    @property
+    def held_out(self) -> Tensor:
+        """The pictures that evaluations during training see: the validation part, else the test
+        split.
+        """
+        return self.validation if len(self.validation) else self.test
+
     def unseen(self) -> int:
         """Test pictures of people without a training picture: none can be classified right."""
         labels = self.source.labels
@@ -148,6 +157,7 @@ class RunData:
             "pictures": self.source.num_pictures,
             "classes": self.source.num_classes,
             "train": len(self.train),
+            "validation": len(self.validation),
             "test": len(self.test),
             "test_of_unseen_people": self.unseen(),
             "skipped": len(self.source.skipped),

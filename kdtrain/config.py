@@ -38,6 +38,11 @@ class DataConfig:
     """
     test_fraction: float = 0.2
     "Share of the pictures (of the people, for identity) that is held out."
+    validation_fraction: float = 0.0
+    """Share of the training pictures (of the training people, for identity) that is not trained on:
+    evaluations, best/ and early stopping use it, and the test split is measured once, at the end.
+    0 evaluates on the test split.
+    """
     split_seed: int = 0
     "Seed of the split alone, so that runs with other seeds are tested on the same pictures."
     on_error: Literal["raise", "skip"] = "raise"
@@ -72,6 +77,8 @@ class DataConfig:
             self.split,
         )
         _require(0 < self.test_fraction < 1, "data.test_fraction", "0 < x < 1", self.test_fraction)
+        held_out = self.validation_fraction
+        _require(0 <= held_out < 1, "data.validation_fraction", "0 <= x < 1", held_out)
         _require(self.input_size >= 8, "data.input_size", "at least 8", self.input_size)
         _require(
             self.store_size >= self.input_size,
@@ -223,23 +230,53 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Nesterov SGD and its schedule."""
+    """Nesterov SGD and its schedule, in steps of the optimiser."""
 
     phases: list[Phase] = field(default_factory=lambda: [Phase(epochs=30, lr=0.1)])
     "Schedule, one {epochs, lr} after another: the papers' 0.1 from scratch, 0.01 when initialised."
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate within a phase: its lr throughout, or half a cosine from it down to
+    final_lr_fraction of it.
+    """
+    final_lr_fraction: float = 0.0
+    "Share of the phase's lr at which its cosine ends."
+    warmup_epochs: float = 0.0
+    "Epochs at the start of the run over which the learning rate rises linearly from 0."
     batch_size: int = 256
-    "Pictures of a step; verification takes triplet.people x triplet.pictures instead."
+    "Pictures of a batch; verification takes triplet.people x triplet.pictures instead."
+    accumulate: int = 1
+    """Batches of a step, whose mean gradient it takes. Batch normalisation and the mining of
+    triplets see one batch at a time.
+    """
     momentum: float = 0.9
     "Nesterov momentum."
     weight_decay: float = 5e-4
-    "L2 penalty on every parameter."
+    "L2 penalty on every parameter that no_decay does not exempt."
+    no_decay: Literal["none", "norm_and_bias"] = "none"
+    "Parameters without the penalty: none, or those of the normalisations and all biases."
     clip_norm: float | None = None
     "Scale the gradient down to at most this norm; null leaves it."
+    ema: float | None = None
+    """Decay of the running average of the weights, which is then what is evaluated and kept (last/
+    has the trained weights too, to resume from); null keeps the trained weights.
+    """
 
     def __post_init__(self) -> None:
         _require(len(self.phases) > 0, "optim.phases", "at least one {epochs, lr}", self.phases)
         _require(self.batch_size >= 2, "optim.batch_size", "at least 2", self.batch_size)
         _require(0 < self.momentum < 1, "optim.momentum", "0 < x < 1 (Nesterov)", self.momentum)
+        _require(self.accumulate >= 1, "optim.accumulate", "at least 1", self.accumulate)
+        final, warmup = self.final_lr_fraction, self.warmup_epochs
+        _require(0 <= final <= 1, "optim.final_lr_fraction", "0 <= x <= 1", final)
+        epochs = sum(phase.epochs for phase in self.phases)
+        _require(
+            0 <= warmup <= epochs,
+            "optim.warmup_epochs",
+            f"from 0 to the epochs of all phases ({epochs})",
+            warmup,
+        )
+        ema = self.ema
+        _require(ema is None or 0 < ema < 1, "optim.ema", "0 < x < 1, or null", ema)
         _require(self.weight_decay >= 0, "optim.weight_decay", "0 or more", self.weight_decay)
         clip = self.clip_norm
         _require(clip is None or clip > 0, "optim.clip_norm", "more than 0, or null", clip)
@@ -247,7 +284,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Where and how a run computes; none of it changes what is optimised."""
+    """Where and how a run computes, and when it stops; none of it changes what is optimised."""
 
     threads: int = 0
     "Processor threads; 0 leaves torch's own choice."
@@ -259,6 +296,10 @@ class TrainConfig:
     "Steps between two lines of metrics.jsonl; terms are read from the device only then."
     eval_every: int = 1
     "Epochs between two evaluations; the end of each phase is always evaluated."
+    early_stop: int | None = None
+    """Stop after this many evaluations in a row without a better metric on the pictures that
+    data.validation_fraction holds out; null trains every epoch.
+    """
     save_every: int = 200
     "Steps between two checkpoints; the end of each epoch always saves one."
     drop_last: bool = True
@@ -268,6 +309,8 @@ class TrainConfig:
         _require(self.threads >= 0, "train.threads", "0 or more", self.threads)
         for name in ("log_every", "eval_every", "save_every"):
             _require(getattr(self, name) >= 1, f"train.{name}", "at least 1", getattr(self, name))
+        stop = self.early_stop
+        _require(stop is None or stop >= 1, "train.early_stop", "at least 1, or null", stop)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,6 +359,11 @@ class Config:
                 """teacher is set but target.alpha, target.beta and target.logits are all 0: weigh
                 one, or drop it
                 """
+            )
+        if self.train.early_stop is not None and not self.data.validation_fraction:
+            raise ConfigError(
+                "train.early_stop: needs held-out pictures to judge by, as the test split must not "
+                "decide; set data.validation_fraction above 0, or train.early_stop to null"
             )
         if self.task == "classification":
             if self.data.split == "identity":

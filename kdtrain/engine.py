@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 from kdtrain import checkpoint, keys, settings
 from kdtrain.batches import RunData
@@ -30,8 +29,10 @@ from kdtrain.environment import (
     random_state,
     restore_random,
 )
+from kdtrain.history import History
 from kdtrain.journal import Clock, Lines, NonFinite, Screen, Terms, duration, number, plain, unit
 from kdtrain.models import count_parameters, inherit, multiply_adds, network_from_state
+from kdtrain.optimisation import Optimisation, learning_rate
 from kdtrain.preparation import TrainingError, check_data, prepare_task, without_teacher
 from kdtrain.tasks import Task, build_task
 
@@ -45,8 +46,8 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: the epoch counted over all phases, the next batch in it, and the steps
-    taken so far.
+    """Where a run stands: the epoch counted over all phases, the next batch in it, and the
+    optimiser's steps so far.
     """
 
     epoch: int = 0
@@ -129,27 +130,19 @@ class Run:
     ) -> None:
         self.config, self.folder, self.data, self.task = config, folder, data, task
         self.key, self.stop, self.screen = key, stop, screen
-        self.parameters = [*task.network.parameters(), *task.extra.parameters()]
-        self.optimizer = torch.optim.SGD(
-            self.parameters,
-            lr=config.optim.phases[0].lr,
-            momentum=config.optim.momentum,
-            weight_decay=config.optim.weight_decay,
-            nesterov=True,
-        )
+        self.optimisation = Optimisation(task.network, task.extra, config.optim)
         self.schedule = [
-            (place, epoch, phase.lr, epoch + 1 == phase.epochs)
+            (place, epoch)
             for place, phase in enumerate(config.optim.phases)
             for epoch in range(phase.epochs)
         ]
         torch.manual_seed(config.seed)
         self.at = Position()
         self.terms = Terms()
-        self.evaluations: list[dict[str, Any]] = []
-        self.seconds_before = 0.0
+        self.history = History(*task.metric, config.train.early_stop)
         self.lines: dict[str, Lines] = {}
         self._batches = data.epoch(0, task.needs_balanced_batches)
-        self._start_clock()
+        self._start_clock({})
         self._shown = 0.0
 
     def begin(self) -> None:
@@ -160,64 +153,81 @@ class Run:
         self._open_lines({})
 
     def loop(self) -> None:
-        """Every epoch from the present position: batch, loss, gradient, step; save and evaluate at
-        its end.
-        """
-        config, task, optimizer = self.config, self.task, self.optimizer
+        """Every epoch from the present position: steps, then save and evaluate at its end."""
+        config, task = self.config, self.task
         for count in range(self.at.epoch, len(self.schedule)):
-            phase, epoch, lr, phase_ends = self.schedule[count]
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            self._batches = batches = self.data.epoch(count, task.needs_balanced_batches)
+            phase, epoch = self.schedule[count]
+            self._batches = self.data.epoch(count, task.needs_balanced_batches)
             task.network.train()
             task.extra.train()
-            for index in range(self.at.batch, len(batches)):
-                following = batches[index + 1] if index + 1 < len(batches) else None
-                batch = self.data.batch(batches[index], phase, epoch, following)
-                result = task.step(batch.pictures, batch.labels, batch.points)
-                optimizer.zero_grad(set_to_none=True)
-                result.loss.backward()
-                terms = {"loss": result.loss, **result.terms}
-                if config.optim.clip_norm is not None:
-                    terms["gradient_norm"] = clip_grad_norm_(
-                        self.parameters, config.optim.clip_norm
-                    )
-                optimizer.step()
-                self.at = Position(count, index + 1, self.at.steps + 1)
-                self.terms.add(self.at.steps, terms)
-                self.clock.step(len(batch.labels), batch.waited_s)
-                if self.at.steps % config.train.log_every == 0 or index + 1 == len(batches):
-                    self._log(phase, epoch, lr)
+            while self.at.batch < len(self._batches):
+                rate = self._step(count)
+                epoch_ends = self.at.batch == len(self._batches)
+                if self.at.steps % config.train.log_every == 0 or epoch_ends:
+                    self._log(phase, epoch, rate)
                 if self.stop():
                     self.save()
                     raise Interrupted
-                if self.at.steps % config.train.save_every == 0 and index + 1 < len(batches):
+                if self.at.steps % config.train.save_every == 0 and not epoch_ends:
                     self.save()
             self.save()  # before the evaluation, so that a kill during it repeats only it
+            phase_ends = epoch + 1 == config.optim.phases[phase].epochs
             if phase_ends or (epoch + 1) % config.train.eval_every == 0:
                 self._evaluate(phase, epoch)
+                if self.history.is_stale():
+                    return
             self.at = Position(count + 1, 0, self.at.steps)
+
+    def _step(self, count: int) -> float:
+        """One step of the optimiser from `at`, by the mean gradient of its batches; its learning
+        rate.
+        """
+        (phase, epoch), first = self.schedule[count], self.at.batch
+        end = min(first + self.config.optim.accumulate, len(self._batches))
+        done, here = first / len(self._batches), (end - first) / len(self._batches)
+        rate = learning_rate(self.config.optim, phase, epoch, done, here)
+        self.optimisation.begin(rate)
+        pictures = sum(len(indices) for indices in self._batches[first:end])
+        terms: dict[str, Tensor] = {}
+        waited_s = 0.0
+        for place in range(first, end):
+            following = self._batches[place + 1] if place + 1 < len(self._batches) else None
+            batch = self.data.batch(self._batches[place], phase, epoch, following)
+            result = self.task.step(batch.pictures, batch.labels, batch.points)
+            found = {"loss": result.loss, **result.terms}
+            if end - first > 1:
+                share = len(batch.labels) / pictures
+                found = {name: term * share for name, term in found.items()}
+            self.optimisation.backward(found["loss"])
+            for name, term in found.items():
+                terms[name] = terms[name] + term.detach() if name in terms else term.detach()
+            waited_s += batch.waited_s
+        self.at = Position(count, end, self.at.steps + 1)
+        terms |= self.optimisation.step(self.at.steps)
+        self.terms.add(self.at.steps, terms)
+        self.clock.step(pictures, waited_s)
+        return rate
 
     def save(self) -> None:
         """Write last/ after checking that every loss since the last line and every weight is
         finite.
         """
         self._check(self.terms.read())
-        weights, extra = self.task.network.state_dict(), self.task.extra.state_dict()
-        self._check_finite({**weights, **extra})
+        network, extra = self.task.network.state_dict(), self.task.extra.state_dict()
+        self._check_finite({**network, **extra, **self.optimisation.momenta()})
         state = {
             "at": dataclasses.asdict(self.at),
-            "optimizer": self.optimizer.state_dict(),
+            **self.optimisation.state(),
             "extra": dict(extra),
             "random": random_state(self.data.device),
             "terms": self.terms.state(),
-            "evaluations": self.evaluations,
+            "evaluations": self.history.records,
             "lengths": {name: lines.sync() for name, lines in self.lines.items()},
-            "seconds": self.seconds,
+            "spent": self.clock.spent(),
             "key": self.key,
             "environment": environment(self.config),
         }
-        checkpoint.save(self.folder / "last", weights, state)
+        checkpoint.save(self.folder / "last", self.optimisation.weights(), state)
 
     def resume(self) -> bool:
         """Take up the run at its last checkpoint; false if it has none yet."""
@@ -236,25 +246,32 @@ class Run:
                 self.screen.say(
                     f"warning: {name} was {was}, is {value}; the last bits of the result may differ"
                 )
-        self.task.network.load_state_dict(checkpoint.load_weights(self.folder / "last"))
+        self.optimisation.restore(checkpoint.load_weights(self.folder / "last"), state)
         self.task.extra.load_state_dict(state["extra"])
-        self.optimizer.load_state_dict(state["optimizer"])
         restore_random(state["random"], self.data.device)
         self.at = Position(**state["at"])
         self.terms.restore(state["terms"])
-        self.evaluations = state["evaluations"]
-        self.seconds_before = state["seconds"]
+        self.history.records = state["evaluations"]
         self._open_lines(state["lengths"])
-        self._start_clock()
+        self._start_clock(state["spent"])
         self.screen.say(
             f"resumed in epoch {self.at.epoch + 1} of {len(self.schedule)}, step {self.at.steps}"
         )
         return True
 
     def finish(self) -> dict[str, Any]:
-        """Write samples.npz and results.json, which mark the run as finished."""
+        """Measure the test split if evaluations did not, and write samples.npz and results.json,
+        which mark the run as finished.
+        """
         config, task, data = self.config, self.task, self.data
         name, sign = task.metric
+        metrics = self.history.latest
+        if len(data.validation):
+            metrics = self._measure(data.test)
+            checkpoint.write_arrays(self.folder / "items" / "test.npz", task.items())
+            self._write("metrics", {"kind": "test", "step": self.at.steps, **metrics})
+            self.screen.say(f"test split: {name} {number(name, metrics.get(name))}")
+        ended = self.history.ended(self._epoch(), len(self.schedule))
         floors = task.floors(data.evaluation(data.train), data.evaluation(data.test))
         networks = {"student" if task.teacher is not None else "network": task.network}
         if task.teacher is not None:
@@ -263,11 +280,13 @@ class Run:
             "status": "finished",
             "task": config.task,
             "metric": {"name": name, "higher_is_better": sign > 0},
-            "metrics": self.evaluations[-1]["metrics"],
-            "best": self._best(),
-            "phases": [e for e in self.evaluations if e["phase_ends"]],
+            "metrics": metrics,
+            "validation": self.history.latest if len(data.validation) else None,
+            "best": self.history.best(),
+            "phases": self.history.phases(),
+            "ended": ended,
             "floors": floors,
-            "units": {n: unit(n) for n in (*self.evaluations[-1]["metrics"], *floors)},
+            "units": {n: unit(n) for n in (*metrics, *floors)},
             "steps": self.at.steps,
             "parameters": {k: count_parameters(n) for k, n in networks.items()},
             "multiply_adds": {
@@ -275,26 +294,26 @@ class Run:
             },
             "data": data.summary(),
             "key": self.key,
-            "seconds": round(self.seconds, 2),
+            **self.clock.summary(),
             "environment": environment(config),
         }
         checkpoint.write_arrays(self.folder / "samples.npz", task.artifacts())
         checkpoint.write_json(self.folder / "results.json", plain(results))
         self.show(1.0)
+        self.screen.say(
+            f"{ended['why']}; {duration(results['seconds'])}, "
+            f"{results['samples_per_s']:.0f} samples/s, "
+            f"{100 * results['wait_share']:.1f} % of the training time waiting for data"
+        )
         return plain(results)
-
-    @property
-    def seconds(self) -> float:
-        """Training time so far, over every interruption."""
-        return self.seconds_before + self.clock.elapsed_s()
 
     def show(self, share: float) -> None:
         """Tell people and a watching pipeline how far the run is."""
         name, _ = self.task.metric
-        latest = self.evaluations[-1]["metrics"].get(name) if self.evaluations else None
+        latest = self.history.latest.get(name)
         progress = {
             "share": share,
-            "epoch": min(self.at.epoch + 1, len(self.schedule)),
+            "epoch": self._epoch(),
             "epochs": len(self.schedule),
             "metric": name,
             "value": latest,
@@ -317,14 +336,18 @@ class Run:
         names = ("metrics", "timing")
         self.lines = {n: Lines(self.folder / f"{n}.jsonl", lengths.get(n, 0)) for n in names}
 
-    def _start_clock(self) -> None:
-        self.clock = Clock(len(self.schedule) * len(self._batches), self.at.steps)
+    def _write(self, name: str, record: Mapping[str, Any]) -> None:
+        self.lines[name].write(record)
+
+    def _start_clock(self, spent: Mapping[str, float]) -> None:
+        steps = -(-len(self._batches) // self.config.optim.accumulate)
+        self.clock = Clock(len(self.schedule) * steps, self.at.steps, spent)
 
     def _log(self, phase: int, epoch: int, lr: float) -> None:
         self._check(self.terms.read())
         place = {"step": self.at.steps, "phase": phase, "epoch": epoch}
-        self.lines["metrics"].write({"kind": "train", **place, "lr": lr, **self.terms.take()})
-        self.lines["timing"].write({**place, **self.clock.pace()})
+        self._write("metrics", {"kind": "train", **place, "lr": lr, **self.terms.take()})
+        self._write("timing", {**place, **self.clock.pace()})
         now = time.monotonic()
         if now - self._shown > PROGRESS_EVERY_S:
             self._shown = now
@@ -332,20 +355,32 @@ class Run:
 
     def _evaluate(self, phase: int, epoch: int) -> None:
         name, _ = self.task.metric
-        metrics = plain(self.task.evaluate(self._asking(self.data.evaluation(self.data.test))))
+        metrics = self._measure(self.data.held_out)
         ends = epoch + 1 == self.config.optim.phases[phase].epochs
         if ends:  # before a checkpoint tells of this evaluation
             checkpoint.write_arrays(self.folder / "items" / f"phase{phase}.npz", self.task.items())
         record = {"step": self.at.steps, "phase": phase, "epoch": epoch, "phase_ends": ends}
-        earlier = self._best()
-        self.evaluations.append({**record, "metrics": metrics})
-        if self._best() is not earlier:
-            checkpoint.save(self.folder / "best", self.task.network.state_dict())
-        self.lines["metrics"].write({"kind": "eval", **record, **metrics})
+        if len(self.data.validation):
+            record["split"] = "validation"
+        if self.history.add({**record, "metrics": metrics}):
+            checkpoint.save(self.folder / "best", self.optimisation.weights())
+        self._write("metrics", {"kind": "eval", **record, **metrics})
         self.screen.say(
             f"epoch {self.at.epoch + 1}/{len(self.schedule)}  "
             f"{name} {number(name, metrics.get(name))}  {duration(self.clock.left_s())} left"
         )
+
+    def _epoch(self) -> int:
+        """The epoch under way or just ended, counted from 1."""
+        return min(self.at.epoch + 1, len(self.schedule))
+
+    def _measure(self, indices: Tensor) -> dict[str, Any]:
+        """Metrics on the pictures `indices` of the weights that are kept."""
+        started = time.perf_counter()
+        with self.optimisation.measured():
+            metrics = self.task.evaluate(self._asking(self.data.evaluation(indices)))
+        self.clock.apart(time.perf_counter() - started)
+        return plain(metrics)
 
     def _asking(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The batches of an evaluation, asking between them whether to stop: the checkpoint before
@@ -356,17 +391,10 @@ class Run:
                 raise Interrupted
             yield batch
 
-    def _best(self) -> dict[str, Any] | None:
-        """The evaluation with the best metric so far, the earliest of equals."""
-        name, sign = self.task.metric
-        rated = [e for e in self.evaluations if e["metrics"].get(name) is not None]
-        return max(rated, key=lambda e: sign * e["metrics"][name], default=None)
-
     def _check(self, found: NonFinite | None) -> None:
         if found is None:
             return
-        back = self.at.steps - found.step
-        indices = self._batches[self.at.batch - 1 - back]
+        indices = self._pictures(self.at.steps - found.step)
         raise self._diverged(
             found.step,
             f"diverged at step {found.step}: loss term '{found.term}' is {found.value}; "
@@ -374,15 +402,17 @@ class Run:
             "Lower optim.phases' lr, set optim.clip_norm, or give that term less weight.",
         )
 
+    def _pictures(self, back: int) -> Tensor:
+        """The pictures of the step that lies `back` steps before the last one of this epoch."""
+        size = self.config.optim.accumulate
+        first = (-(-self.at.batch // size) - 1 - back) * size
+        return torch.cat(self._batches[first : first + size])
+
     def _check_finite(self, tensors: Mapping[str, Tensor]) -> None:
-        named = {**tensors}
-        for place, values in self.optimizer.state_dict()["state"].items():
-            if values.get("momentum_buffer") is not None:
-                named[f"momentum of parameter {place}"] = values["momentum_buffer"]
-        finite = torch.stack([t.isfinite().all() for t in named.values()]).tolist()
-        bad = [name for name, good in zip(named, finite, strict=True) if not good]
+        finite = torch.stack([t.isfinite().all() for t in tensors.values()]).tolist()
+        bad = [name for name, good in zip(tensors, finite, strict=True) if not good]
         if bad:
-            indices = self._batches[self.at.batch - 1]
+            indices = self._pictures(0)
             raise self._diverged(
                 self.at.steps,
                 f"diverged at step {self.at.steps}: {bad[0]} is no longer finite though the loss "
@@ -392,9 +422,9 @@ class Run:
 
     def _diverged(self, step: int, message: str) -> TrainingError:
         """Writes diverged.json, which marks the run as ended: the same run would diverge again."""
-        phase, epoch, *_ = self.schedule[self.at.epoch]
+        phase, epoch = self.schedule[self.at.epoch]
         record = {"key": self.key, "step": step, "phase": phase, "epoch": epoch}
-        record |= {"message": message, "seconds": round(self.seconds, 2)}
+        record |= {"message": message, **self.clock.summary()}
         checkpoint.write_json(self.folder / "diverged.json", record)
         return TrainingError(message)
 

@@ -46,7 +46,11 @@ def show(config: Config, grid: Path) -> None:
         say(f"skipped     {len(source.skipped)}")
         for line in source.skipped[:SKIPPED_SHOWN]:
             say(f"            {line}", markup=False)
-        say(f"split       {config.data.split}: {len(data.train)} training, {len(data.test)} test")
+        kept = f", {len(data.validation)} validation" if len(data.validation) else ""
+        say(
+            f"split       {config.data.split}: {len(data.train)} training{kept}, "
+            f"{len(data.test)} test"
+        )
         wrong = int((data.labels != source.labels).sum())
         if wrong:
             say(f"            {wrong} training labels are wrong on purpose (data.noise)")

@@ -173,21 +173,30 @@ def duration(seconds: float) -> str:
 
 class Clock:
     """Pace of this process: pictures per second, share of time spent waiting for data, time
-    left.
+    left. Evaluations count for neither.
     """
 
-    def __init__(self, steps_total: int, steps_done: int) -> None:
+    def __init__(
+        self, steps_total: int, steps_done: int, spent: Mapping[str, float] | None = None
+    ) -> None:
+        """spent: what `spent` returned when the run was last saved."""
         self.started = time.perf_counter()
         self.total, self.first, self.done = steps_total, steps_done, steps_done
-        self.data_s = 0.0
+        self.data_s, self._apart_s, self._pictures = 0.0, 0.0, 0
         self._window = (self.started, 0.0, 0)
-        self._pictures = 0
+        self._before = dict(spent or {})
 
     def step(self, pictures: int, data_s: float) -> None:
         """Count one training step."""
         self.done += 1
         self._pictures += pictures
         self.data_s += data_s
+
+    def apart(self, seconds: float) -> None:
+        """Seconds since the last call that were no training."""
+        self._apart_s += seconds
+        then, data_s, pictures = self._window
+        self._window = (then + seconds, data_s, pictures)
 
     def pace(self) -> dict[str, float]:
         """Pictures per second and the share spent on data since the last call."""
@@ -197,6 +206,30 @@ class Clock:
         return {
             "pictures_per_s": round((self._pictures - pictures) / span, 1),
             "data_share": round(min(1.0, (self.data_s - data_s) / span), 4),
+        }
+
+    def spent(self) -> dict[str, float]:
+        """Totals of the run over every interruption: seconds, those apart from training, those
+        waiting for data, and pictures.
+        """
+        here = {
+            "seconds": self.elapsed_s(),
+            "apart_s": self._apart_s,
+            "data_s": self.data_s,
+            "pictures": self._pictures,
+        }
+        return {name: value + self._before.get(name, 0) for name, value in here.items()}
+
+    def summary(self) -> dict[str, float]:
+        """The run's seconds, and pictures per second of training with the share of it that waited
+        for data.
+        """
+        spent = self.spent()
+        span = max(spent["seconds"] - spent["apart_s"], 1e-9)
+        return {
+            "seconds": round(spent["seconds"], 2),
+            "samples_per_s": round(spent["pictures"] / span, 1),
+            "wait_share": round(min(1.0, spent["data_s"] / span), 4),
         }
 
     def left_s(self) -> float:

@@ -204,8 +204,9 @@ def _metric_panel(task: str, stages: Sequence[Stage]) -> Panel | None:
     if not curves:
         return None
     floor = floor_of(stages, task, name)
+    splits = {r.get("split", "test") for stage in stages for r in stage.lines("eval")}
     return Panel(
-        f"{name}, test split",
+        f"{name}, {' or '.join(sorted(splits))} split",
         "epoch",
         "%",
         curves,

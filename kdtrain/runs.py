@@ -103,6 +103,8 @@ def pictures_text(stage: Stage) -> str:
             f", {source['pictures']:,} pictures of {source['classes']:,} people, "
             f"{source['train']:,} to train and {source['test']:,} to test"
         )
+        if source.get("validation"):
+            text += f", {source['validation']:,} for validation"
         if source.get("skipped"):
             text += f", {source['skipped']} skipped"
     return text + f"; split {data.get('split')}; {data.get('input_size')} pixels"
@@ -199,7 +201,8 @@ def best_text(stage: Stage) -> str:
     if not best:
         return ""
     value = percent(best["metrics"].get(judge(stage)))
-    return f"{value} (epoch {epochs_done(stage, best)})"
+    split = f", {best['split']}" if "split" in best else ""
+    return f"{value} (epoch {epochs_done(stage, best)}{split})"
 
 
 def epochs_done(stage: Stage, record: Mapping[str, Any]) -> int:

@@ -5,7 +5,7 @@ from kdtrain.data.folder import read_folder
 from kdtrain.data.grid import sample_grid
 from kdtrain.data.samplers import balanced_batches, left_out, random_batches
 from kdtrain.data.source import DataError, FaceSource, build_source
-from kdtrain.data.split import split_indices, training_labels
+from kdtrain.data.split import hold_out, split_indices, training_labels
 from kdtrain.data.store import PictureStore
 from kdtrain.data.synthetic import synthetic_faces
 from kdtrain.data.transforms import Frame, augment, center, to_original, uncrop
@@ -19,6 +19,7 @@ __all__ = [
     "balanced_batches",
     "build_source",
     "center",
+    "hold_out",
     "left_out",
     "random_batches",
     "read_celeba",

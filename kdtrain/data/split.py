@@ -11,6 +11,7 @@ from kdtrain.data.counter import counter_hash, counter_permutation, counter_unif
 from kdtrain.data.source import DataError, FaceSource
 
 _STREAM_RANDOM, _STREAM_IDENTITY, _STREAM_NOISE, _STREAM_WRONG = 11, 12, 13, 14
+_STREAM_VALIDATION = 15
 _TRAIN, _TEST, _NEITHER = {"train", "0"}, {"test", "2"}, {"val", "valid", "validation", "1"}
 
 
@@ -43,6 +44,36 @@ def split_indices(source: FaceSource, config: Any) -> tuple[Tensor, Tensor]:
     return _checked(~is_test, is_test, config.split)
 
 
+def hold_out(source: FaceSource, train: Tensor, config: Any) -> tuple[Tensor, Tensor]:
+    """Returns (train, validation): `train` (N,) ascending int64 without validation_fraction of it,
+    and that part; a function of split_seed, the labels and `train`.
+
+    By picture, where every class of `train` keeps at least one; with split "identity" by person, so
+    that no person is on two sides. Fraction 0 holds nothing out. DataError when either side is
+    empty.
+    """
+    fraction = config.validation_fraction
+    if fraction == 0:
+        return train, train[:0]
+    people, label = torch.unique(source.labels[train], return_inverse=True)
+    if config.split == "identity":
+        order = counter_permutation(len(people), config.split_seed, _STREAM_VALIDATION)
+        chosen = torch.zeros(len(people), dtype=torch.bool)
+        chosen[order[: max(1, round(fraction * len(people)))]] = True
+        held_out = chosen[label]
+    else:
+        held_out = _random_split(
+            label, len(people), fraction, config.split_seed, stream=_STREAM_VALIDATION
+        )
+    if held_out.all() or not held_out.any():
+        raise DataError(
+            f"data.validation_fraction: {fraction} of {len(train)} training pictures of "
+            f"{len(people)} people leaves {int((~held_out).sum())} to train and "
+            f"{int(held_out.sum())} to validate; both parts need at least one"
+        )
+    return train[~held_out], train[held_out]
+
+
 def training_labels(source: FaceSource, train: Tensor, config: Any) -> Tensor:
     """Returns the labels to train with, (N,) int64: source.labels, with label noise on synthetic
     training pictures.
@@ -63,8 +94,10 @@ def training_labels(source: FaceSource, train: Tensor, config: Any) -> Tensor:
     return labels
 
 
-def _random_split(labels: Tensor, num_classes: int, fraction: float, seed: int) -> Tensor:
-    order = counter_permutation(len(labels), seed, _STREAM_RANDOM)
+def _random_split(
+    labels: Tensor, num_classes: int, fraction: float, seed: int, stream: int = _STREAM_RANDOM
+) -> Tensor:
+    order = counter_permutation(len(labels), seed, stream)
     is_test = torch.zeros(len(labels), dtype=torch.bool)
     is_test[order[: round(fraction * len(labels))]] = True
     kept = torch.bincount(labels[~is_test], minlength=num_classes)

@@ -118,7 +118,12 @@ def run_weights(run: Path) -> Path:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file so that a reader or a crash sees the old content or the new one, whole."""
-    _replace(path, lambda file: file.write(text.encode()))
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file that is no text; see write_text."""
+    _replace(path, lambda file: file.write(content))
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -70,7 +70,7 @@ def panels(plots: Sequence[Panel], columns: int) -> str:
             axis.set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    return _uri(buffer.getvalue())
+    return data_uri(buffer.getvalue())
 
 
 def _draw(axis: Axes, plot: Panel) -> None:
@@ -124,7 +124,7 @@ def face(picture: np.ndarray) -> str:
     """A (3, H, W) uint8 picture as a data URI."""
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(picture.transpose(1, 2, 0))).save(buffer, format="png")
-    return _uri(buffer.getvalue())
+    return data_uri(buffer.getvalue())
 
 
 def marked_face(picture: np.ndarray, true: np.ndarray, predicted: np.ndarray) -> str:
@@ -165,5 +165,6 @@ def term_curves(
     return curves
 
 
-def _uri(png: bytes) -> str:
+def data_uri(png: bytes) -> str:
+    """A PNG as the source of an image inside a page."""
     return "data:image/png;base64," + base64.b64encode(png).decode()

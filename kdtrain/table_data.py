@@ -116,6 +116,8 @@ class Block:
     """As results.json names it: top1, nrmse, nn_top1, pair_accuracy."""
     higher_is_better: bool = True
     unit: str = "%"
+    digits: int = 1
+    """Decimals that are printed: 1 for accuracies, 2 for errors of a few percent."""
 
     def __post_init__(self) -> None:
         for row in self.rows:
@@ -138,6 +140,8 @@ class Trend:
     paper: float | None = None
     """The difference in the paper, in points, positive as claimed."""
     note: str = ""
+    digits: int = 1
+    """Decimals that are printed."""
 
 
 @dataclass(frozen=True)

@@ -305,7 +305,8 @@ def _default_run_dir(recipe: str, path: Path) -> Path:
     if Path(recipe).is_dir():
         return Path(recipe)
     if path.is_relative_to(settings.RECIPES):
-        return Path("runs") / path.relative_to(settings.RECIPES).with_suffix("")
+        # two-cores/tables/cls_hint too stands beside the runs that it names by @
+        return Path("runs") / path.relative_to(settings.RECIPES).parts[0] / path.stem
     return Path("runs") / path.stem
 
 

@@ -155,6 +155,11 @@ class TargetConfig:
     """
     logits: float = 0.0
     "Weight of the logits target: squared distance of the logits."
+    hint: float = 0.0
+    """Weight of a FitNet hint: squared distance of a middle stage's output, through a learnt
+    regressor. A stage of its own, without any other term; the student's layers above keep their
+    values.
+    """
     temperature: float = 3.0
     "Temperature of the soft target."
     tau_squared: bool = False
@@ -169,13 +174,23 @@ class TargetConfig:
     "batchmean divides by the pictures (the papers' norm), mean also by the feature's length."
     logits_reduction: Literal["batchmean", "mean", "sum"] = "batchmean"
     "The same for the logits target."
+    hint_stage: Literal[1, 2, 3, 4] = 2
+    "Residual stage whose output is the hint, in student and teacher."
+    hint_reduction: Literal["batchmean", "mean", "sum"] = "batchmean"
+    "The same for the hint."
     label_smoothing: float = 0.0
     "Share of the label's probability that is spread over all classes."
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "beta", "gamma", "logits"):
-            value = getattr(self, name)
+        weights = {name: getattr(self, name) for name in ("gamma", "alpha", "beta", "logits")}
+        for name, value in {**weights, "hint": self.hint}.items():
             _require(math.isfinite(value) and value >= 0, f"target.{name}", "0 or more", value)
+        others = [f"target.{name} is {value:g}" for name, value in weights.items() if value]
+        if self.hint and others:
+            raise ConfigError(
+                f"target.hint: a hint is a stage of its own, but {', '.join(others)}: set these "
+                "weights to 0 (target.gamma too), and give them to a run with init_from this one"
+            )
         finite = math.isfinite(self.temperature)
         _require(
             finite and self.temperature > 0, "target.temperature", "more than 0", self.temperature
@@ -186,7 +201,7 @@ class TargetConfig:
     @property
     def needs_teacher(self) -> bool:
         """True when a term that the teacher yields has a weight."""
-        return self.alpha > 0 or self.beta > 0 or self.logits > 0
+        return self.alpha > 0 or self.beta > 0 or self.logits > 0 or self.hint > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,16 +364,18 @@ class Config:
     def __post_init__(self) -> None:
         if self.target.needs_teacher and self.teacher is None:
             raise ConfigError(
-                """target.alpha, target.beta and target.logits need a teacher: set --teacher to its
-                run folder, 
-                """
-                "or the weights to 0"
+                "target.alpha, beta, logits and hint need a teacher: set --teacher to its run "
+                "folder, or the weights to 0"
             )
         if self.teacher is not None and not self.target.needs_teacher:
             raise ConfigError(
-                """teacher is set but target.alpha, target.beta and target.logits are all 0: weigh
-                one, or drop it
-                """
+                "teacher is set but target.alpha, beta, logits and hint are all 0: weigh one, or "
+                "drop it"
+            )
+        if self.target.hint and self.task != "classification":
+            raise ConfigError(
+                f"target.hint is a stage before classification, got task {self.task}: set task to "
+                "classification (the teacher may be of any task)"
             )
         if self.train.early_stop is not None and not self.data.validation_fraction:
             raise ConfigError(

@@ -149,18 +149,20 @@ def plain(value: Any) -> Any:
 
 
 def unit(metric: str) -> str:
-    """fraction (0.85 is 85 %), count or nats."""
+    """fraction (0.85 is 85 %), count, nats or squared error."""
     if metric.startswith(("pairs", "nn_queries", "nn_lone")):
         return "count"
-    return "nats" if metric == "cross_entropy" else "fraction"
+    return {"cross_entropy": "nats", "hint": "squared error"}.get(metric, "fraction")
 
 
-def number(metric: str, value: float | None) -> str:
-    """A metric's value for people: '85.31 %', '1.2034 nats', '300', or '-' for none."""
+def number(metric: str, value: float | None, digits: int = 2) -> str:
+    """A metric's value for people: '85.31 %', '1.2034 nats', '300', or '-' for none; digits: of a
+    percentage.
+    """
     if value is None:
         return "-"
     if unit(metric) == "fraction":
-        return f"{100 * value:.2f} %"
+        return f"{100 * value:.{digits}f} %"
     return f"{value:.0f}" if unit(metric) == "count" else f"{value:.4f} {unit(metric)}"
 
 

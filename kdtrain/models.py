@@ -79,6 +79,7 @@ class Backbone(nn.Module):
             self.pool = nn.Identity()
         self.stem_norm = nn.BatchNorm2d(kernels)
         stages, channels = [], kernels
+        self.widths: list[int] = []
         for stage, count in enumerate(BLOCKS[depth]):
             inner = kernels * 2**stage
             blocks = []
@@ -86,13 +87,22 @@ class Backbone(nn.Module):
                 blocks.append(Bottleneck(channels, inner, 2 if stage and not block else 1))
                 channels = inner * EXPANSION
             stages.append(nn.Sequential(*blocks))
+            self.widths.append(channels)
         self.stages = nn.Sequential(*stages)
         self.width = channels
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Pooled features (N, K)."""
+        return self.maps(pictures, len(self.stages)).mean((2, 3))
+
+    def maps(self, pictures: Tensor, stage: int) -> Tensor:
+        """Output (N, widths[stage - 1], h, w) of residual stage 1 to 4; the layers above it do not
+        run.
+        """
         maps = self.pool(torch.relu_(self.stem_norm(self.stem(self.input_norm(pictures)))))
-        return self.stages(maps).mean((2, 3))
+        for part in list(self.stages)[:stage]:
+            maps = part(maps)
+        return maps
 
 
 class FaceNetwork(nn.Module):
@@ -139,6 +149,10 @@ class FaceNetwork(nn.Module):
         hidden = self.backbone(pictures.contiguous(memory_format=torch.channels_last))
         points = None if self.regressor is None else self.regressor(hidden)
         return Outputs(hidden, self.classifier(hidden), points)
+
+    def tap(self, pictures: Tensor, stage: int) -> Tensor:
+        """Output (N, C, h, w) of residual stage 1 to 4 for raw pictures; see Backbone.maps."""
+        return self.backbone.maps(pictures.contiguous(memory_format=torch.channels_last), stage)
 
 
 @contextmanager

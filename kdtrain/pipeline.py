@@ -20,7 +20,7 @@ from rich.table import Table
 
 from kdtrain import checkpoint, keys, settings
 from kdtrain.config import Config, ConfigError
-from kdtrain.journal import duration
+from kdtrain.journal import duration, number
 from kdtrain.scheduler import Outcome, Work, run_all
 
 # The result table: columns by task and metric, rows by the end of the stage's name.
@@ -206,8 +206,7 @@ def set_aside(folder: Path, place: Path, console: Console) -> None:
 def headline(results: Mapping[str, Any]) -> str:
     """'top1 93.1 % in 1:02' from results.json."""
     name = results.get("metric", {}).get("name", "")
-    value = results.get("metrics", {}).get(name)
-    shown = "-" if value is None else f"{100 * value:.1f} %"
+    shown = number(name, results.get("metrics", {}).get(name), 1)
     return f"{name} {shown} after {duration(results.get('seconds', 0.0))} of training"
 
 

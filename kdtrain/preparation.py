@@ -52,7 +52,8 @@ def load_network(run: Path) -> FaceNetwork:
 def without_teacher(config: Config) -> Config:
     """The config with every teacher target off, for measuring a network by itself."""
     # gamma, which measuring does not ask for, as classification has no loss without it
-    target = dataclasses.replace(config.target, alpha=0.0, beta=0.0, logits=0.0, gamma=1.0)
+    off = {"alpha": 0.0, "beta": 0.0, "logits": 0.0, "hint": 0.0}
+    target = dataclasses.replace(config.target, **off, gamma=1.0)
     return dataclasses.replace(config, teacher=None, init_from=None, target=target)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from kdtrain import plots
 from kdtrain.checkpoint import write_text
-from kdtrain.journal import duration
+from kdtrain.journal import duration, unit
 from kdtrain.pipeline import COLUMNS, FLOOR, ROWS
 from kdtrain.plots import Curve, Panel
 from kdtrain.runs import (
@@ -29,7 +29,6 @@ from kdtrain.runs import (
     better,
     epochs_done,
     floor_of,
-    hundredfold,
     judge,
     loss_text,
     lower_is_better,
@@ -38,6 +37,7 @@ from kdtrain.runs import (
     percent,
     phases_text,
     pictures_text,
+    plotted,
     protocol_text,
     read_stages,
     shown,
@@ -197,9 +197,9 @@ def _metric_panel(task: str, stages: Sequence[Stage]) -> Panel | None:
     curves = []
     for number, stage in enumerate(stages):
         evals = stage.lines("eval")
-        if evals:
+        if evals and judge(stage) == name:  # a hint is no accuracy
             x = [epochs_done(stage, record) for record in evals]
-            y = [hundredfold(record.get(name)) for record in evals]
+            y = [plotted(name, record.get(name)) for record in evals]
             curves.append(Curve(stage.name, x, y, _colour(stage, number)))
     if not curves:
         return None
@@ -208,9 +208,9 @@ def _metric_panel(task: str, stages: Sequence[Stage]) -> Panel | None:
     return Panel(
         f"{name}, {' or '.join(sorted(splits))} split",
         "epoch",
-        "%",
+        "%" if unit(name) == "fraction" else unit(name),
         curves,
-        floor=None if floor is None else 100 * floor,
+        floor=None if floor is None else plotted(name, floor),
         dots=True,
     )
 

@@ -11,11 +11,11 @@ import numpy as np
 import yaml
 
 from kdtrain.checkpoint import read_json
-from kdtrain.journal import read_lines
+from kdtrain.journal import read_lines, unit
 from kdtrain.pipeline import COLUMNS, ROWS
 
 TASKS = ("classification", "alignment", "verification")
-LOWER_IS_BETTER = ("nrmse", "nme", "failure_rate", "cross_entropy")
+LOWER_IS_BETTER = ("nrmse", "nme", "failure_rate", "cross_entropy", "hint")
 COUNTS = ("pairs", "queries", "lone")
 
 
@@ -173,6 +173,7 @@ def loss_text(stage: Stage) -> str:
         ("alpha", "soft", tau),
         ("beta", "hidden", target.get("hidden_reduction")),
         ("logits", "logits", target.get("logits_reduction")),
+        ("hint", f"hint of stage {target.get('hint_stage')}", target.get("hint_reduction")),
     ):
         weight = target.get(key)
         if weight:
@@ -189,10 +190,10 @@ def phases_text(stage: Stage) -> str:
 
 
 def after_phases_text(stage: Stage) -> str:
-    """'35.8 -> 65.8': the judging metric at the end of each phase, %."""
+    """'35.8 -> 65.8': the judging metric at the end of each phase."""
     name = judge(stage)
     ends = [record for record in stage.lines("eval") if record.get("phase_ends")]
-    return " \N{RIGHTWARDS ARROW} ".join(percent(record.get(name)) for record in ends)
+    return " \N{RIGHTWARDS ARROW} ".join(brief(name, record.get(name)) for record in ends)
 
 
 def best_text(stage: Stage) -> str:
@@ -200,7 +201,8 @@ def best_text(stage: Stage) -> str:
     best = stage.results.get("best")
     if not best:
         return ""
-    value = percent(best["metrics"].get(judge(stage)))
+    name = judge(stage)
+    value = brief(name, best["metrics"].get(name))
     split = f", {best['split']}" if "split" in best else ""
     return f"{value} (epoch {epochs_done(stage, best)}{split})"
 
@@ -212,7 +214,9 @@ def epochs_done(stage: Stage, record: Mapping[str, Any]) -> int:
 
 
 def judge(stage: Stage) -> str:
-    """The metric that the task is judged by."""
+    """The metric that the run is judged by: its task's, or the hint's error."""
+    if stage.config.get("target", {}).get("hint"):
+        return "hint"
     return next((metric for _, task, metric in COLUMNS if task == stage.task), "")
 
 
@@ -226,9 +230,18 @@ def better(metric: str, value: float, floor: float) -> bool:
     return value < floor if lower_is_better(metric) else value > floor
 
 
-def hundredfold(value: float | None) -> float:
-    """A fraction in %, nan for none."""
-    return float("nan") if value is None else 100 * value
+def plotted(name: str, value: float | None) -> float:
+    """A metric as curves show it: a fraction in %, nan for none."""
+    if value is None:
+        return float("nan")
+    return 100 * value if unit(name) == "fraction" else value
+
+
+def brief(name: str, value: float | None) -> str:
+    """A metric without its unit: '93.1' of 0.931, '0.0123' of a squared error; a dash for none."""
+    if value is None or unit(name) == "fraction":
+        return percent(value)
+    return f"{value:.4f}"
 
 
 def percent(value: float | None) -> str:
@@ -237,11 +250,11 @@ def percent(value: float | None) -> str:
 
 
 def shown(name: str, value: float | None) -> str:
-    """A metric with its unit: a count, nats, or %."""
+    """A metric with its unit: a count, nats, a squared error, or %."""
     if value is None:
         return "\N{EN DASH}"
-    if name == "cross_entropy":
-        return f"{value:.3f}"
+    if unit(name) in ("nats", "squared error"):
+        return f"{value:.3f}" if unit(name) == "nats" else f"{value:.4f}"
     if any(part in COUNTS for part in name.split("_")):
         return f"{value:,.0f}"
     return f"{100 * value:.1f} %"
@@ -249,9 +262,9 @@ def shown(name: str, value: float | None) -> str:
 
 def count_text(number: float) -> str:
     """'4.11 G' of 4.11e9."""
-    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
-            return f"{number / size:.3g}{unit}"
+            return f"{number / size:.3g} {letter}"
     return f"{number:g}"
 
 

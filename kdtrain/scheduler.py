@@ -21,7 +21,7 @@ from rich.table import Table
 import kdtrain
 from kdtrain.arguments import PARENT
 from kdtrain.checkpoint import read_json
-from kdtrain.journal import duration
+from kdtrain.journal import duration, number
 
 POLL_S = 0.25
 
@@ -202,8 +202,7 @@ class _View:
         results = read_json(work.folder / "results.json") or {}
         if outcome.state == "done":
             name = results.get("metric", {}).get("name", "")
-            value = results.get("metrics", {}).get(name)
-            shown = "-" if value is None else f"{100 * value:.1f} %"
+            shown = number(name, results.get("metrics", {}).get(name), 1)
             note = f": {name} {shown} in {duration(outcome.seconds)}"
         self.say(f"{work.name}: {outcome.state}{note}")
 
@@ -277,5 +276,5 @@ def _note(progress: Mapping[str, Any]) -> str:
         return "starting"
     note = f"epoch {progress['epoch']}/{progress['epochs']}"
     if progress.get("value") is not None:
-        note += f"  {progress['metric']} {100 * progress['value']:.1f} %"
+        note += f"  {progress['metric']} {number(progress['metric'], progress['value'], 1)}"
     return f"{note}  {duration(progress['left_s'])} left"

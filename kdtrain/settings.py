@@ -113,8 +113,10 @@ def recipe_path(name: str) -> Path:
 
 
 def recipe_names() -> list[str]:
-    """Names of the packaged recipes, as two-cores/cls_teacher."""
-    files = sorted(RECIPES.glob("*/*.yaml"))
+    """Names of the packaged recipes, as two-cores/cls_teacher; those in a folder of a preset are no
+    stages of its pipeline.
+    """
+    files = sorted(RECIPES.glob("*/**/*.yaml"))
     return [
         f.relative_to(RECIPES).with_suffix("").as_posix()
         for f in files

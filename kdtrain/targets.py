@@ -157,6 +157,39 @@ class HiddenTarget(nn.Module):
         return projected, teacher
 
 
+class HintTarget(nn.Module):
+    """The regressor r of a FitNet hint (Romero et al. 2015, eq. 3): |r(v(x)) - u(x)|^2 at a middle
+    stage.
+
+    v, u: the stage's output in student and teacher. r is a 1x1 convolution, batch normalisation
+    and ReLU, trained with the student and dropped afterwards. Rectified as u is, because the paper
+    asks for the same non-linearity on both sides; normalised, because many channels of a random
+    rectified r are 0 everywhere and never learn. Where the maps differ in size, which only another
+    stem brings about, the larger one is averaged two by two down to the smaller. The 1/2 of eq. 3
+    is left to the weight.
+    """
+
+    def __init__(self, student_width: int, teacher_width: int) -> None:
+        super().__init__()
+        self.regressor = nn.Sequential(
+            nn.Conv2d(student_width, teacher_width, 1, bias=False),
+            nn.BatchNorm2d(teacher_width),
+            nn.ReLU(),
+        )
+
+    def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """The two (N, teacher_width, h, w) tensors to be compared, from the maps of the stage."""
+        student, teacher = _halved(student, teacher), _halved(teacher, student)
+        return self.regressor(student), teacher
+
+
+def _halved(maps: Tensor, other: Tensor) -> Tensor:
+    """Maps (N, C, H, W) averaged two by two until they are no larger than the other's."""
+    while maps.shape[-1] > other.shape[-1]:
+        maps = F.avg_pool2d(maps, 2, ceil_mode=True)
+    return maps
+
+
 def distillation_pairs(
     student: Any, teacher: Any, hidden: HiddenTarget | None, target: Any
 ) -> list[Pair]:

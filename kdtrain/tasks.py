@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +23,7 @@ from kdtrain.models import FaceNetwork, Outputs, seeded
 from kdtrain.observe import EvalBatch, Seen, look
 from kdtrain.targets import (
     HiddenTarget,
+    HintTarget,
     Objective,
     Pair,
     distillation_pairs,
@@ -61,7 +62,8 @@ class Task(ABC):
         target = config.target
         if target.needs_teacher and teacher is None:
             raise ValueError(
-                "build_task: target.alpha, beta or logits is above 0, which needs a teacher network"
+                "build_task: target.alpha, beta, logits or hint is above 0, which needs a teacher "
+                "network"
             )
         if (
             teacher is not None
@@ -204,6 +206,76 @@ class Classification(Task):
         return {"top1": share, **observe.pair_metrics(pixels, labels)}
 
 
+class Hint(Classification):
+    """Stage 1 of a FitNet (Romero et al. 2015): the layers up to target.hint_stage learn the
+    teacher's output there, by HintTarget; classification then starts from them (init_from).
+
+    Neither network runs what lies above: those layers get no gradient and keep their values.
+    """
+
+    metric = ("hint", -1)
+
+    def __init__(self, config: Any, num_classes: int, teacher: FaceNetwork | None = None) -> None:
+        super().__init__(config, num_classes, teacher)
+        assert self.teacher is not None
+        place = self.target.hint_stage - 1
+        with seeded(config.seed + 1):
+            self._hint = HintTarget(
+                self.network.backbone.widths[place], self.teacher.backbone.widths[place]
+            )
+        self.extra["hint"] = self._hint
+
+    def step(self, pictures: Tensor, labels: Tensor, points: Tensor | None = None) -> StepResult:
+        """target.hint r |r(student's maps) - teacher's maps|^2; see Task.step."""
+        ours, theirs = self._maps(pictures)
+        pair = Pair("hint", ours, theirs, self.target.hint, self.target.hint_reduction)
+        return StepResult(*total([squared_objective([pair], self.backend)]))
+
+    def evaluate(self, batches: Iterable[EvalBatch]) -> dict[str, float]:
+        """hint: the squared error, mean over a picture's elements (whatever the reduction) and over
+        the pictures.
+        """
+        errors, indices = [], []
+        for batch, ours, theirs in self._seen(batches):
+            errors.append((ours - theirs).square().flatten(1).mean(1).cpu())
+            indices.append(batch.indices.cpu())
+        if not errors:
+            raise ValueError("evaluate: no picture to look at; the test split is empty")
+        self._items = {"hint": torch.cat(errors), "index": torch.cat(indices)}
+        return {"hint": self._items["hint"].double().mean().item()}
+
+    def floors(self, train: Iterable[EvalBatch], test: Iterable[EvalBatch]) -> dict[str, float]:
+        """hint of a regressor that never looks: each channel's mean over the training split."""
+        means = torch.cat([theirs.mean((2, 3)) for _, _, theirs in self._seen(train)])
+        guess = means.double().mean(0)[:, None, None]
+        errors = [
+            (theirs.double() - guess).square().flatten(1).mean(1)
+            for _, _, theirs in self._seen(test)
+        ]
+        return {"hint": torch.cat(errors).mean().item()}
+
+    def _maps(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.teacher is not None
+        stage = self.target.hint_stage
+        with torch.no_grad():
+            theirs = self.teacher.tap(pictures, stage)
+        return self._hint(self.network.tap(pictures, stage), theirs)
+
+    def _seen(self, batches: Iterable[EvalBatch]) -> Iterator[tuple[EvalBatch, Tensor, Tensor]]:
+        """Each batch with the two maps that are compared, in eval mode and without gradient."""
+        for batch in batches:
+            modes = self.network.training, self._hint.training
+            self.network.eval()
+            self._hint.eval()
+            try:
+                with torch.no_grad():
+                    ours, theirs = self._maps(batch.pictures.to(self.device))
+            finally:
+                self.network.train(modes[0])
+                self._hint.train(modes[1])
+            yield batch, ours.float(), theirs.float()
+
+
 class Alignment(Task):
     """Eq. 6-7: |R - y|^2 over the 10 coordinates, with hidden or soft targets where they have a
     weight.
@@ -314,7 +386,8 @@ TASKS: dict[str, type[Task]] = {
 
 
 def build_task(config: Any, num_classes: int, teacher: FaceNetwork | None = None) -> Task:
-    """The task that `config.task` names, its network freshly initialised from `config.seed`.
+    """The task that `config.task` names, its network freshly initialised from `config.seed`; its
+    hint stage where target.hint has a weight.
 
     teacher: the network that a target with weight needs (models.network_from_state of its run's
     weights). Raises ValueError for an unknown task, a missing teacher, or one that knows other
@@ -322,4 +395,5 @@ def build_task(config: Any, num_classes: int, teacher: FaceNetwork | None = None
     """
     if config.task not in TASKS:
         raise ValueError(f"build_task: task must be one of {', '.join(TASKS)}, got {config.task!r}")
-    return TASKS[config.task](config, num_classes, teacher)
+    kind = Hint if config.target.hint else TASKS[config.task]
+    return kind(config, num_classes, teacher)

@@ -260,17 +260,14 @@ class Run:
         return True
 
     def finish(self) -> dict[str, Any]:
-        """Measure the test split if evaluations did not, and write samples.npz and results.json,
-        which mark the run as finished.
-        """
+        """Write samples.npz and results.json, which mark the run as finished."""
         config, task, data = self.config, self.task, self.data
         name, sign = task.metric
-        metrics = self.history.latest
+        last = self.history.records[-1]
+        metrics = last["metrics"]
         if len(data.validation):
-            metrics = self._measure(data.test)
-            checkpoint.write_arrays(self.folder / "items" / "test.npz", task.items())
-            self._write("metrics", {"kind": "test", "step": self.at.steps, **metrics})
-            self.screen.say(f"test split: {name} {number(name, metrics.get(name))}")
+            # a run that stopped early in a phase has not met the test split there yet
+            metrics = last["test"] if "test" in last else self._test(last["phase"])
         ended = self.history.ended(self._epoch(), len(self.schedule))
         floors = task.floors(data.evaluation(data.train), data.evaluation(data.test))
         networks = {"student" if task.teacher is not None else "network": task.network}
@@ -357,18 +354,37 @@ class Run:
         name, _ = self.task.metric
         metrics = self._measure(self.data.held_out)
         ends = epoch + 1 == self.config.optim.phases[phase].epochs
-        if ends:  # before a checkpoint tells of this evaluation
-            checkpoint.write_arrays(self.folder / "items" / f"phase{phase}.npz", self.task.items())
-        record = {"step": self.at.steps, "phase": phase, "epoch": epoch, "phase_ends": ends}
+        place = {"step": self.at.steps, "phase": phase, "epoch": epoch, "phase_ends": ends}
         if len(self.data.validation):
-            record["split"] = "validation"
-        if self.history.add({**record, "metrics": metrics}):
+            place["split"] = "validation"
+        record = {**place, "metrics": metrics}
+        if self.history.add(record):
             checkpoint.save(self.folder / "best", self.optimisation.weights())
-        self._write("metrics", {"kind": "eval", **record, **metrics})
+        self._write("metrics", {"kind": "eval", **place, **metrics})
         self.screen.say(
             f"epoch {self.at.epoch + 1}/{len(self.schedule)}  "
             f"{name} {number(name, metrics.get(name))}  {duration(self.clock.left_s())} left"
         )
+        # before a checkpoint tells of this evaluation
+        if ends and len(self.data.validation):
+            record["test"] = self._test(phase)
+        elif ends:
+            self._write_items(phase)
+
+    def _test(self, phase: int) -> dict[str, Any]:
+        """Metrics on the test split beside those on the validation part; nothing is chosen by
+        them.
+        """
+        name, _ = self.task.metric
+        metrics = self._measure(self.data.test)
+        self._write_items(phase)
+        self._write("metrics", {"kind": "test", "step": self.at.steps, **metrics})
+        self.screen.say(f"test split: {name} {number(name, metrics.get(name))}")
+        return metrics
+
+    def _write_items(self, phase: int) -> None:
+        """What the test pictures gave at the end of a phase, or where training stopped in it."""
+        checkpoint.write_arrays(self.folder / "items" / f"phase{phase}.npz", self.task.items())
 
     def _epoch(self) -> int:
         """The epoch under way or just ended, counted from 1."""

@@ -80,19 +80,21 @@ def held_out_run(tmp_path_factory):
     return config, folder, asked, results
 
 
-def test_evaluations_see_the_validation_part_and_the_test_split_is_measured_once(held_out_run):
+def test_evaluations_see_the_validation_part_and_ends_of_phases_the_test_split_too(held_out_run):
     config, folder, asked, results = held_out_run
     data = RunData(config)
-    # three epochs, the test split, and the floors: training pictures and test split
-    expected = [data.validation] * 3 + [data.test, data.train, data.test]
+    # two phases of two epochs and one, and the floors: training pictures and test split
+    expected = [data.validation, data.validation, data.test, data.validation, data.test]
+    expected += [data.train, data.test]
     assert len(asked) == len(expected)
     assert all(torch.equal(a, e) for a, e in zip(asked, expected, strict=True))
     lines = read_lines(folder / "metrics.jsonl")
     evals = [r for r in lines if r["kind"] == "eval"]
     assert {r["split"] for r in evals} == {"validation"}
     assert results["validation"]["top1"] == evals[-1]["top1"]
-    (test,) = [r for r in lines if r["kind"] == "test"]
-    assert {"kind": "test", "step": 12, **results["metrics"]} == test
+    tests = [r for r in lines if r["kind"] == "test"]
+    assert [r["step"] for r in tests] == [8, 12]
+    assert {"kind": "test", "step": 12, **results["metrics"]} == tests[-1]
     assert results["best"]["metrics"]["top1"] == max(r["top1"] for r in evals)
     assert (results["data"]["validation"], results["data"]["train"]) == (6, 18)
     assert results["ended"] == {"by": "schedule", "epoch": 3, "why": "all 3 epochs trained"}
@@ -101,12 +103,13 @@ def test_evaluations_see_the_validation_part_and_the_test_split_is_measured_once
 def test_the_results_are_those_of_the_kept_weights_on_the_test_split(held_out_run):
     config, folder, _, results = held_out_run
     assert engine.evaluate(config, folder)["metrics"] == results["metrics"]
-    data = RunData(config)
-    for name, indices in (("phase1", data.validation), ("test", data.test)):
-        with np.load(folder / "items" / f"{name}.npz") as arrays:
-            assert arrays["index"].tolist() == indices.tolist()
-    with np.load(folder / "items" / "test.npz") as arrays:
-        assert arrays["top1"].mean() == pytest.approx(results["metrics"]["top1"])
+    test = RunData(config).test
+    assert len(results["phases"]) == len(list((folder / "items").iterdir())) == 2
+    for phase in results["phases"]:
+        with np.load(folder / "items" / f"phase{phase['phase']}.npz") as arrays:
+            assert arrays["index"].tolist() == test.tolist()
+            assert arrays["top1"].mean() == pytest.approx(phase["test"]["top1"])
+    assert results["phases"][-1]["test"] == results["metrics"]
 
 
 def _scored(monkeypatch, scores):
@@ -141,6 +144,7 @@ def test_a_run_stops_when_nothing_got_better_and_says_why(task, scores, tmp_path
     assert why in shown.getvalue()
     assert results["best"]["metrics"][name] == scores[1]
     assert results["metrics"][name] == 0.9
+    assert [f.name for f in (tmp_path / "items").iterdir()] == ["phase0.npz"]
     assert checkpoint.load_state(tmp_path / "last")["at"]["epoch"] == 3
     assert checkpoint.read_json(tmp_path / "progress.json")["share"] == 1.0  # type: ignore[index]
 

@@ -58,6 +58,15 @@ def split(source: FaceSource, config: Config) -> tuple[Tensor, Tensor]:
     return train[torch.isin(train, people)], test[torch.isin(test, people)]
 
 
+def parts(source: FaceSource, config: Config) -> tuple[Tensor, Tensor, Tensor]:
+    """Training, validation and test indices: `split` with data.validation_fraction of the first
+    part held out.
+    """
+    train, test = split(source, config)
+    train, validation = hold_out(source, train, config.data)
+    return train, validation, test
+
+
 class RunData:
     """The pictures of one run and how they are cut into batches.
 
@@ -69,8 +78,7 @@ class RunData:
         """source: taken instead of building it from config.data."""
         self.config = config
         self.source = build_source(config.data) if source is None else source
-        self.train, self.test = split(self.source, config)
-        self.train, self.validation = hold_out(self.source, self.train, config.data)
+        self.train, self.validation, self.test = parts(self.source, config)
         self.key = data_key(self.source.fingerprint(), self.train, self.test)
         self.labels = training_labels(self.source, self.train, config.data)
         self.device = torch.device(config.train.device)

@@ -366,10 +366,12 @@ class Run:
             f"{name} {number(name, metrics.get(name))}  {duration(self.clock.left_s())} left"
         )
         # before a checkpoint tells of this evaluation
+        if len(self.data.validation) and (ends or self.history.is_stale()):
+            self._write_items(f"validation_phase{phase}")
         if ends and len(self.data.validation):
             record["test"] = self._test(phase)
         elif ends:
-            self._write_items(phase)
+            self._write_items(f"phase{phase}")
 
     def _test(self, phase: int) -> dict[str, Any]:
         """Metrics on the test split beside those on the validation part; nothing is chosen by
@@ -377,14 +379,16 @@ class Run:
         """
         name, _ = self.task.metric
         metrics = self._measure(self.data.test)
-        self._write_items(phase)
+        self._write_items(f"phase{phase}")
         self._write("metrics", {"kind": "test", "step": self.at.steps, **metrics})
         self.screen.say(f"test split: {name} {number(name, metrics.get(name))}")
         return metrics
 
-    def _write_items(self, phase: int) -> None:
-        """What the test pictures gave at the end of a phase, or where training stopped in it."""
-        checkpoint.write_arrays(self.folder / "items" / f"phase{phase}.npz", self.task.items())
+    def _write_items(self, name: str) -> None:
+        """What each picture gave at the end of a phase, or where training stopped in it:
+        phase<i> of the test split, validation_phase<i> of the validation part.
+        """
+        checkpoint.write_arrays(self.folder / "items" / f"{name}.npz", self.task.items())
 
     def _epoch(self) -> int:
         """The epoch under way or just ended, counted from 1."""

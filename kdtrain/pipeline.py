@@ -107,18 +107,20 @@ def stage_keys(stages: Sequence[Stage], root: Path) -> dict[str, str]:
     """The key that each stage's run will have, worked out from the configs, the pictures and the
     inputs' keys.
     """
-    from kdtrain.batches import split
+    from kdtrain.batches import parts
     from kdtrain.data import build_source
 
     sources: dict[Any, Any] = {}
     found: dict[str, str] = {}
     for stage in stages:
         data = stage.config.data
-        drawn = replace(data, split="random", store_size=data.input_size, cache="auto")
+        drawn = replace(data, split="random", validation_fraction=0.0, cache="auto")
+        drawn = replace(drawn, store_size=data.input_size)
         if drawn not in sources:
             sources[drawn] = build_source(data)
         source = sources[drawn]
-        data_key = keys.data_key(source.fingerprint(), *split(source, stage.config))
+        train, _, test = parts(source, stage.config)
+        data_key = keys.data_key(source.fingerprint(), train, test)
         inputs = {}
         for setting, folder in keys.input_folders(stage.config, root / stage.name).items():
             own = folder.parent == root and folder.name in found

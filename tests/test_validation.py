@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_runs import assert_same_run, stop_after, tiny_config, train
 
-from kdtrain import checkpoint, engine
+from kdtrain import checkpoint, engine, pipeline
 from kdtrain.batches import RunData
 from kdtrain.config import ConfigError
 from kdtrain.data import DataError
@@ -103,13 +103,22 @@ def test_evaluations_see_the_validation_part_and_ends_of_phases_the_test_split_t
 def test_the_results_are_those_of_the_kept_weights_on_the_test_split(held_out_run):
     config, folder, _, results = held_out_run
     assert engine.evaluate(config, folder)["metrics"] == results["metrics"]
-    test = RunData(config).test
-    assert len(results["phases"]) == len(list((folder / "items").iterdir())) == 2
+    data = RunData(config)
+    assert len(results["phases"]) == 2
     for phase in results["phases"]:
-        with np.load(folder / "items" / f"phase{phase['phase']}.npz") as arrays:
-            assert arrays["index"].tolist() == test.tolist()
-            assert arrays["top1"].mean() == pytest.approx(phase["test"]["top1"])
+        parts = {"": (data.test, phase["test"]), "validation_": (data.validation, phase["metrics"])}
+        for part, (indices, metrics) in parts.items():
+            with np.load(folder / "items" / f"{part}phase{phase['phase']}.npz") as arrays:
+                assert arrays["index"].tolist() == indices.tolist()
+                assert arrays["top1"].mean() == pytest.approx(metrics["top1"])
+    assert len(list((folder / "items").iterdir())) == 4
     assert results["phases"][-1]["test"] == results["metrics"]
+
+
+def test_a_pipeline_knows_the_run_s_key_beforehand(held_out_run):
+    config, folder, _, results = held_out_run
+    stage = pipeline.Stage(folder.name, config, ())
+    assert pipeline.stage_keys([stage], folder.parent) == {folder.name: results["key"]}
 
 
 def _scored(monkeypatch, scores):
@@ -144,7 +153,8 @@ def test_a_run_stops_when_nothing_got_better_and_says_why(task, scores, tmp_path
     assert why in shown.getvalue()
     assert results["best"]["metrics"][name] == scores[1]
     assert results["metrics"][name] == 0.9
-    assert [f.name for f in (tmp_path / "items").iterdir()] == ["phase0.npz"]
+    kept = {f.name for f in (tmp_path / "items").iterdir()}
+    assert kept == {"phase0.npz", "validation_phase0.npz"}
     assert checkpoint.load_state(tmp_path / "last")["at"]["epoch"] == 3
     assert checkpoint.read_json(tmp_path / "progress.json")["share"] == 1.0  # type: ignore[index]
 
@@ -169,6 +179,10 @@ def test_a_stopped_run_that_was_interrupted_everywhere_ends_the_same(tmp_path):
             resume, interrupts = True, interrupts + 1
     assert interrupts >= 3
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    # the last evaluation is kept picture by picture though the phase did not end
+    with np.load(tmp_path / "parts" / "items" / "validation_phase0.npz") as arrays:
+        mean = np.nanmean(arrays["nn_top1"])
+    assert mean == pytest.approx(whole["validation"]["nn_top1"], rel=1e-6)
 
 
 def test_early_stopping_needs_held_out_pictures_and_a_metric():

@@ -374,12 +374,13 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
 def _print_results(results: dict[str, Any], title: str) -> None:
     from kdtrain.journal import number
 
-    floors = results["floors"]
     print(title)
     for name, value in results["metrics"].items():
-        floor = floors.get(name)
-        beside = "" if floor is None or floor == value else f"   (floor {number(name, floor)})"
-        print(f"  {name:24} {number(name, value):>9}{beside}")
+        known = {"floor": results["floors"].get(name), "untrained": results["untrained"].get(name)}
+        # counts are the same for all
+        beside = [f"{k} {number(name, v)}" for k, v in known.items() if v not in (None, value)]
+        shown = f"   ({', '.join(beside)})" if beside else ""
+        print(f"  {name:24} {number(name, value):>9}{shown}")
 
 
 def _line(error: BaseException) -> str:

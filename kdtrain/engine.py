@@ -87,7 +87,8 @@ def train(
 
 
 def evaluate(config: Config, run: Path) -> dict[str, Any]:
-    """Metrics and floors of a run folder's network on the test split of `config`.
+    """Metrics, floors and an untrained network's metrics beside a run folder's network, on the
+    test split of `config`.
 
     run: a run folder (its last weights) or one of its checkpoints (RUN/best). On pictures of
     another number of people the classifier's own metrics are left out; features and landmarks are
@@ -110,6 +111,7 @@ def evaluate(config: Config, run: Path) -> dict[str, Any]:
             "task": config.task,
             "metrics": metrics,
             "floors": floors,
+            "untrained": task.untrained(data.evaluation(data.test)),
             "data": data.summary(),
             "trained_classes": trained.num_classes,
         }
@@ -283,6 +285,7 @@ class Run:
             "phases": self.history.phases(),
             "ended": ended,
             "floors": floors,
+            "untrained": task.untrained(data.evaluation(data.test)),
             "units": {n: unit(n) for n in (*metrics, *floors)},
             "steps": self.at.steps,
             "parameters": {k: count_parameters(n) for k, n in networks.items()},

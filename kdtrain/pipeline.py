@@ -9,7 +9,7 @@ as an input; stages run in an order that respects this. Stages run as processes 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ COLUMNS = (
     ("classification top-1", "classification", "top1"),
     ("alignment NRMSE", "alignment", "nrmse"),
     ("verification NN top-1", "verification", "nn_top1"),
+    ("NN top-1, other videos", "verification", "nn_top1_other_video"),
     ("pair accuracy", "verification", "pair_accuracy"),
 )
 ROWS = (
@@ -37,6 +38,7 @@ ROWS = (
     ("distilled student", ("_distilled",)),
 )
 FLOOR = "floor (raw pixels, mean shape)"
+UNTRAINED = "untrained network"
 
 
 @dataclass(frozen=True)
@@ -213,28 +215,52 @@ def headline(results: Mapping[str, Any]) -> str:
 
 
 def result_table(root: Path, outcomes: Mapping[str, Outcome]) -> Table:
-    """Teacher, scratch, control and distilled student and the floor, by task; '-' where a stage
-    has no result.
+    """Teacher, scratch, control and distilled student, the floor and an untrained network, by task;
+    '-' where a stage has no result.
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="test split, end of training, %")
     table.add_column("")
-    for title, _, _ in COLUMNS:
-        table.add_column(title.replace(" ", "\n", 1), justify="right", no_wrap=True)
     found = {name: checkpoint.read_json(root / name / "results.json") or {} for name in outcomes}
+    columns = table_columns(found.values())
+    for title, _, _ in columns:
+        table.add_column(title.replace(" ", "\n", 1), justify="right", no_wrap=True)
     for row, endings in ROWS:
         cells = []
-        for _, task, metric in COLUMNS:
+        for _, task, metric in columns:
             stages = [n for n in outcomes if n.endswith(endings) and _task(n, root, found) == task]
             cells.append(_cell(stages, found, outcomes, metric))
         if any(cell != "-" for cell in cells):
             table.add_row(row, *cells)
-    floors = []
-    for _, task, metric in COLUMNS:
-        values = [r["floors"].get(metric) for r in found.values() if r.get("task") == task]
-        known = [v for v in values if v is not None]
-        floors.append(f"{100 * known[0]:.1f}" if known else "-")
-    table.add_row(FLOOR, *floors)
+    for title, of in ((FLOOR, floor), (UNTRAINED, untrained)):
+        values = [of(found, task, metric) for _, task, metric in columns]
+        table.add_row(title, *("-" if value is None else f"{100 * value:.1f}" for value in values))
     return table
+
+
+def table_columns(results: Iterable[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """COLUMNS for these runs: without the nearest neighbour outside the query's own video where
+    pictures have none.
+    """
+    videos = any("nn_top1_other_video" in r.get("metrics", {}) for r in results)
+    return [c for c in COLUMNS if videos or c[2] != "nn_top1_other_video"]
+
+
+def floor(runs: Mapping[str, Mapping[str, Any]], task: str, metric: str) -> float | None:
+    """The floor that the first finished run of a task measured; None where there is none.
+
+    runs: results.json by the run's name.
+    """
+    values = [r["floors"].get(metric) for r in runs.values() if r.get("task") == task]
+    return next((value for value in values if value is not None), None)
+
+
+def untrained(runs: Mapping[str, Mapping[str, Any]], task: str, metric: str) -> float | None:
+    """A metric of the network before its first step, of the first finished student of a task (of
+    its teacher, where it has no other); see `floor`.
+    """
+    order = sorted(runs, key=lambda name: name.endswith("_teacher"))
+    mine = [runs[name].get("untrained", {}) for name in order if runs[name].get("task") == task]
+    return next((values[metric] for values in mine if values.get(metric) is not None), None)
 
 
 def finish(root: Path, outcomes: Mapping[str, Outcome]) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from kdtrain import plots
 from kdtrain.checkpoint import write_text
 from kdtrain.journal import duration, unit
-from kdtrain.pipeline import COLUMNS, FLOOR, ROWS
+from kdtrain.pipeline import FLOOR, ROWS, UNTRAINED, table_columns
 from kdtrain.plots import Curve, Panel
 from kdtrain.runs import (
     TASKS,
@@ -42,6 +42,7 @@ from kdtrain.runs import (
     read_stages,
     shown,
     start_text,
+    untrained_of,
 )
 
 PLACE = ("kind", "step", "phase", "epoch", "lr")
@@ -104,7 +105,8 @@ def _header(root: Path, stages: Sequence[Stage], command: str | None) -> str:
 def _result_section(stages: Sequence[Stage]) -> str:
     """The table of the pipeline, with what each number must beat."""
     head = ""
-    for title, _, metric in COLUMNS:
+    columns = table_columns(stage.results for stage in stages)
+    for title, _, metric in columns:
         way = "lower" if lower_is_better(metric) else "higher"
         head += f"<th>{escape(title)}<small>%, {way} is better</small></th>"
     roles: dict[str, str] = {title.split()[0]: title for title, _ in ROWS}
@@ -113,18 +115,21 @@ def _result_section(stages: Sequence[Stage]) -> str:
     for role, title in roles.items():
         mine = [stage for stage in stages if stage.role == role]
         if mine:
-            cells = "".join(_cell(mine, task, metric) for _, task, metric in COLUMNS)
+            cells = "".join(_cell(mine, task, metric) for _, task, metric in columns)
             name = f"{escape(title)}<small>{escape(network_text(mine))}</small>"
             lines.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
-    floors = [floor_of(stages, task, metric) for _, task, metric in COLUMNS]
-    cells = "".join(f"<td>{percent(value)}</td>" for value in floors)
-    lines.append(f'<tr class="floor"><th scope="row">{escape(FLOOR)}</th>{cells}</tr>')
+    floors = [floor_of(stages, task, metric) for _, task, metric in columns]
+    fresh = [untrained_of(stages, task, metric) for _, task, metric in columns]
+    for title, values in ((FLOOR, floors), (UNTRAINED, fresh)):
+        cells = "".join(f"<td>{percent(value)}</td>" for value in values)
+        lines.append(f'<tr class="floor"><th scope="row">{escape(title)}</th>{cells}</tr>')
     notes = [
         "On the test split, at the end of training. The floor learns nothing: the label of the "
         "nearest training picture in raw pixels, the mean landmarks, the nearest test picture in "
-        "raw pixels, the cosine of raw pixels."
+        "raw pixels, the cosine of raw pixels. The untrained network is the student before its "
+        "first step."
     ]
-    for (title, task, metric), floor in zip(COLUMNS, floors, strict=True):
+    for (title, task, metric), floor in zip(columns, floors, strict=True):
         teacher = next((s for s in stages if s.task == task and s.role == "teacher"), None)
         value = None if teacher is None else teacher.metric(metric)
         if value is not None and floor is not None and not better(metric, value, floor):
@@ -330,10 +335,12 @@ def _all_metrics(stages: Sequence[Stage]) -> str:
     names = list(dict.fromkeys(name for stage in done for name in stage.results["metrics"]))
     if not names:
         return ""
-    head = "".join(f"<th>{escape(stage.name)}</th>" for stage in done) + "<th>floor</th>"
+    head = "".join(f"<th>{escape(stage.name)}</th>" for stage in done)
+    head += "<th>floor</th><th>untrained</th>"
     lines = []
     for name in names:
-        values = [stage.metric(name) for stage in done] + [floor_of(done, done[0].task, name)]
+        values = [stage.metric(name) for stage in done]
+        values += [of(done, done[0].task, name) for of in (floor_of, untrained_of)]
         cells = "".join(f"<td>{shown(name, value)}</td>" for value in values)
         lines.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
     table = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"

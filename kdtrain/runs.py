@@ -12,7 +12,7 @@ import yaml
 
 from kdtrain.checkpoint import read_json
 from kdtrain.journal import read_lines, unit
-from kdtrain.pipeline import COLUMNS, ROWS
+from kdtrain.pipeline import COLUMNS, ROWS, floor, untrained
 
 TASKS = ("classification", "alignment", "verification")
 LOWER_IS_BETTER = ("nrmse", "nme", "failure_rate", "cross_entropy", "hint")
@@ -270,8 +270,9 @@ def count_text(number: float) -> str:
 
 def floor_of(stages: Sequence[Stage], task: str, metric: str) -> float | None:
     """The floor that the first finished run of a task measured; None where there is none."""
-    for stage in stages:
-        value = stage.results.get("floors", {}).get(metric) if stage.task == task else None
-        if value is not None:
-            return value
-    return None
+    return floor({stage.name: stage.results for stage in stages}, task, metric)
+
+
+def untrained_of(stages: Sequence[Stage], task: str, metric: str) -> float | None:
+    """A metric of a task's student before its first step; None where there is none."""
+    return untrained({stage.name: stage.results for stage in stages}, task, metric)

@@ -78,8 +78,7 @@ class Task(ABC):
         self.config = config
         self.target = target
         self.backend = None if config.fused else "eager"
-        with seeded(config.seed):
-            self.network = FaceNetwork(config.model, num_classes, self.needs_landmarks)
+        self.network = self._fresh(num_classes)
         self.teacher = teacher if target.needs_teacher else None
         if self.teacher is not None:
             self.teacher.eval().requires_grad_(False)
@@ -163,11 +162,27 @@ class Task(ABC):
         training split.
         """
 
+    def untrained(self, test: Iterable[EvalBatch]) -> dict[str, float]:
+        """The metrics of features that a network of this shape has before its first step.
+
+        Its weights are those drawn from config.seed, whatever the run started from; running
+        statistics are at their initial values. {} where the metrics are not of features.
+        """
+        return {}
+
     def artifacts(self) -> dict[str, np.ndarray]:
         """Small arrays of the last `evaluate` for the report: pictures with what the network made
         of them, and curves.
         """
         return dict(self._samples)
+
+    def _fresh(self, num_classes: int) -> FaceNetwork:
+        with seeded(self.config.seed):
+            return FaceNetwork(self.config.model, num_classes, self.needs_landmarks)
+
+    def _untrained(self, test: Iterable[EvalBatch]) -> Seen:
+        network = self._fresh(self.network.num_classes).to(self.device)
+        return look(network, test, self.device)
 
     @abstractmethod
     def _evaluate(self, seen: Seen) -> dict[str, float]: ...
@@ -204,6 +219,11 @@ class Classification(Task):
         gallery = ((evaluate.raw_pixels(b.pictures), b.labels) for b in train)
         share = evaluate.gallery_top1(pixels[asked], labels[asked], gallery, backend=self.backend)
         return {"top1": share, **observe.pair_metrics(pixels, labels)}
+
+    def untrained(self, test: Iterable[EvalBatch]) -> dict[str, float]:
+        """The pairs' metrics; see Task.untrained."""
+        seen = self._untrained(test)
+        return observe.pair_metrics(seen.hidden, seen.labels)
 
 
 class Hint(Classification):
@@ -253,6 +273,10 @@ class Hint(Classification):
             for _, _, theirs in self._seen(test)
         ]
         return {"hint": torch.cat(errors).mean().item()}
+
+    def untrained(self, test: Iterable[EvalBatch]) -> dict[str, float]:
+        """{}: what the error starts from is the regressor's own."""
+        return {}
 
     def _maps(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         assert self.teacher is not None
@@ -371,6 +395,13 @@ class Verification(Task):
         pixels, labels, groups = observe.pixels(test)
         nearest = evaluate.nn_top1(pixels, labels, groups, backend=self.backend)
         return _measurable(nearest) | observe.pair_metrics(pixels, labels)
+
+    def untrained(self, test: Iterable[EvalBatch]) -> dict[str, float]:
+        """All metrics; see Task.untrained."""
+        seen = self._untrained(test)
+        rows = self._embedding(seen.hidden)
+        nearest = evaluate.nn_top1(rows, seen.labels, seen.groups, backend=self.backend)
+        return _measurable(nearest) | observe.pair_metrics(seen.hidden, seen.labels)
 
 
 def _measurable(metrics: dict[str, float]) -> dict[str, float]:

@@ -300,6 +300,8 @@ def test_evaluate_repeats_the_run_s_own_measurement(wholes):
     again = engine.evaluate(tiny_config("verification"), wholes["verification"])
     assert again["metrics"] == results["metrics"]
     assert again["floors"] == results["floors"]
+    assert again["untrained"] == results["untrained"]
+    assert set(again["untrained"]) == set(again["metrics"])
 
 
 def test_evaluation_on_other_people_leaves_out_what_the_classifier_says(wholes):

@@ -165,6 +165,7 @@ def test_the_table_has_teacher_student_control_distilled_and_floor(tmp_path):
     def stage(name: str, task: str, floor: float, **metrics: float) -> None:
         (tmp_path / name).mkdir()
         results = {"task": task, "metrics": metrics, "floors": {m: floor for m in metrics}}
+        results["untrained"] = {m: floor / 2 for m in metrics if m != "top1"}
         checkpoint.write_json(tmp_path / name / "results.json", results)
 
     stage("cls_teacher", "classification", 0.2, top1=0.931)
@@ -179,18 +180,31 @@ def test_the_table_has_teacher_student_control_distilled_and_floor(tmp_path):
     outcomes = {name: Outcome("done", "", 1.0) for name in names}
     outcomes["ali_teacher"] = Outcome("diverged", "at step 3: loss term 'points' is nan", 0)
     outcomes["ali_distilled"] = Outcome("skipped", "needs ali_teacher", 0)
-    stream = io.StringIO()
-    Console(file=stream, width=120).print(pipeline.result_table(tmp_path, outcomes))
-    rows = {}
-    for line in stream.getvalue().splitlines():
-        cells = line.split("  ")
-        cells = [cell.strip() for cell in cells if cell.strip()]
-        rows[cells[0] if cells else ""] = cells[1:]
+    rows = _rows(tmp_path, outcomes)
     assert rows["teacher"] == ["93.1", "diverged", "40.0", "70.0"]
     assert rows["scratch student"] == ["50.0", "-", "-", "-"]
     assert rows["control student, no teacher"] == ["61.0", "-", "-", "-"]
     assert rows["distilled student"] == ["62.0", "-", "-", "-"]
     assert rows[pipeline.FLOOR] == ["20.0", "-", "10.0", "10.0"]
+    assert rows[pipeline.UNTRAINED] == ["-", "-", "5.0", "5.0"]
+    # of pictures from videos, and the student's untrained network before its teacher's
+    stage("ver_scratch", "verification", 0.2, nn_top1=0.3, nn_top1_other_video=0.12)
+    outcomes["ver_scratch"] = Outcome("done", "", 1.0)
+    rows = _rows(tmp_path, outcomes)
+    assert rows["scratch student"] == ["50.0", "-", "30.0", "12.0", "-"]
+    assert rows[pipeline.FLOOR] == ["20.0", "-", "10.0", "20.0", "10.0"]
+    assert rows[pipeline.UNTRAINED] == ["-", "-", "10.0", "10.0", "5.0"]
+
+
+def _rows(root: Path, outcomes: dict[str, Outcome]) -> dict[str, list[str]]:
+    """The cells of the result table by the row's title."""
+    stream = io.StringIO()
+    Console(file=stream, width=120).print(pipeline.result_table(root, outcomes))
+    rows = {}
+    for line in stream.getvalue().splitlines():
+        cells = [cell.strip() for cell in line.split("  ") if cell.strip()]
+        rows[cells[0] if cells else ""] = cells[1:]
+    return rows
 
 
 @pytest.fixture(scope="module")

@@ -70,6 +70,7 @@ def make_run(
         "metrics": metrics,
         "best": evaluations[3],
         "floors": FLOORS[task],
+        "untrained": {"nn_top1": 0.05} if task == "verification" else {},
         "parameters": {"network": 78_575},
         "multiply_adds": {"network": 503_424},
         "data": {
@@ -187,6 +188,7 @@ def test_the_table_holds_every_role_and_the_floor(page):
     assert rows["control student, no teacher"][0] == "68.0"
     assert rows["distilled student"][:3] == ["71.0", "11.0", "42.0"]
     assert rows["floor (raw pixels, mean shape)"] == ["20.0", "30.0", "15.0", "60.0"]
+    assert rows["untrained network"] == [DASH, DASH, "5.0", DASH]
 
 
 def test_every_run_says_what_it_started_from_and_what_it_optimised(page):

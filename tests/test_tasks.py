@@ -434,6 +434,20 @@ def test_a_lone_query_is_no_number_among_the_pictures_results():
     assert np.nanmean(found, dtype=np.float64) == metrics["nn_top1"]
 
 
+def test_the_untrained_network_is_the_one_before_its_first_step_whatever_came_since():
+    task = make_task("verification")
+    before = task.evaluate(eval_batches(groups=True))
+    with torch.no_grad():
+        for parameter in task.network.parameters():
+            parameter.mul_(-1.3)
+    after, items = task.evaluate(eval_batches(groups=True)), task.items()
+    assert after != before
+    assert task.untrained(eval_batches(groups=True)) == before
+    assert {"nn_top1", "nn_top1_other_video"} <= set(before)
+    assert all((task.items()[name] == values).all() for name, values in items.items())
+    assert make_task("alignment").untrained(eval_batches()) == {}
+
+
 def test_pair_accuracy_appears_once_ten_folds_have_people_enough():
     task = build_task(make_config("verification"), 40)
     pictures, _, _ = make_batch(1, 80)
@@ -444,6 +458,9 @@ def test_pair_accuracy_appears_once_ten_folds_have_people_enough():
     assert metrics["pairs"] == 2 * 10 * 4
     assert 0 <= metrics["pair_accuracy"] <= 1
     assert {"roc_far", "roc_tar"} <= set(task.artifacts())
+    assert task.untrained([batch]) == metrics
+    features = build_task(make_config("classification"), 40).untrained([batch])
+    assert set(features) == {n for n in metrics if not n.startswith("nn_")}
     assert "pair_accuracy" not in make_task("verification").evaluate(eval_batches())
 
 

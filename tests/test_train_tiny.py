@@ -228,6 +228,7 @@ def test_eval_and_data_say_what_they_measured(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "nn_top1" in shown
     assert "(floor " in shown
+    assert ", untrained " in shown
     recipe = tmp_path / "run" / "config.yaml"
     assert main(["data", str(recipe), "--grid", str(tmp_path / "grid.png")]) == 0
     shown = capsys.readouterr().out

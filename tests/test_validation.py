@@ -83,9 +83,10 @@ def held_out_run(tmp_path_factory):
 def test_evaluations_see_the_validation_part_and_ends_of_phases_the_test_split_too(held_out_run):
     config, folder, asked, results = held_out_run
     data = RunData(config)
-    # two phases of two epochs and one, and the floors: training pictures and test split
+    # two phases of two epochs and one; the floors: training pictures and test split; the network
+    # before its first step
     expected = [data.validation, data.validation, data.test, data.validation, data.test]
-    expected += [data.train, data.test]
+    expected += [data.train, data.test, data.test]
     assert len(asked) == len(expected)
     assert all(torch.equal(a, e) for a, e in zip(asked, expected, strict=True))
     lines = read_lines(folder / "metrics.jsonl")

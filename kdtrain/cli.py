@@ -39,6 +39,7 @@ RUN_FILES = (
     "metrics.jsonl",
     "timing.jsonl",
     "samples.npz",
+    "tensorboard",
     "items",
     "last",
     "best",

@@ -319,6 +319,16 @@ class TrainConfig:
     "Steps between two checkpoints; the end of each epoch always saves one."
     drop_last: bool = True
     "Leave out the last batch of an epoch when it is not full."
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the networks' training passes by torch.autocast; float16 scales the loss and
+    skips steps that overflow. Weights, losses and evaluations stay float32.
+    """
+    channels_last: bool = True
+    "Keep the channels of a pixel side by side in memory; false keeps planes, torch's default."
+    compile: bool = False
+    "torch.compile student and teacher for training."
+    tensorboard: bool = False
+    "Also write the journal's numbers for TensorBoard, in RUN/tensorboard (extra tensorboard)."
 
     def __post_init__(self) -> None:
         _require(self.threads >= 0, "train.threads", "0 or more", self.threads)

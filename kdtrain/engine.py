@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdtrain import checkpoint, keys, settings
+from kdtrain import checkpoint, divergence, keys, settings
 from kdtrain.batches import RunData
+from kdtrain.board import check_board
 from kdtrain.config import Config
 from kdtrain.environment import (
     check_device,
@@ -30,7 +31,17 @@ from kdtrain.environment import (
     restore_random,
 )
 from kdtrain.history import History
-from kdtrain.journal import Clock, Lines, NonFinite, Screen, Terms, duration, number, plain, unit
+from kdtrain.journal import (
+    Clock,
+    Journal,
+    NonFinite,
+    Screen,
+    Terms,
+    duration,
+    number,
+    plain,
+    unit,
+)
 from kdtrain.models import count_parameters, inherit, multiply_adds, network_from_state
 from kdtrain.optimisation import Optimisation, learning_rate
 from kdtrain.preparation import TrainingError, check_data, prepare_task, without_teacher
@@ -71,6 +82,7 @@ def train(
     """
     screen = screen or Screen(run_dir.name)
     check_device(config)
+    check_board(config)
     with computing(config), checkpoint.lock(run_dir):
         data = RunData(config)
         task = prepare_task(config, data, run_dir, screen)
@@ -132,7 +144,14 @@ class Run:
     ) -> None:
         self.config, self.folder, self.data, self.task = config, folder, data, task
         self.key, self.stop, self.screen = key, stop, screen
-        self.optimisation = Optimisation(task.network, task.extra, config.optim)
+        self.scaled = config.train.precision == "float16"
+        self.optimisation = Optimisation(
+            task.network,
+            task.extra,
+            config.optim,
+            device=data.device.type,
+            scaled=self.scaled,
+        )
         self.schedule = [
             (place, epoch)
             for place, phase in enumerate(config.optim.phases)
@@ -142,7 +161,7 @@ class Run:
         self.at = Position()
         self.terms = Terms()
         self.history = History(*task.metric, config.train.early_stop)
-        self.lines: dict[str, Lines] = {}
+        self.journal: Journal | None = None
         self._batches = data.epoch(0, task.needs_balanced_batches)
         self._start_clock({})
         self._shown = 0.0
@@ -152,7 +171,7 @@ class Run:
         environs = environment(self.config)
         checkpoint.write_text(self.folder / "config.yaml", settings.to_yaml(self.config))
         checkpoint.write_json(self.folder / "run.json", {"key": self.key, "environment": environs})
-        self._open_lines({})
+        self.journal = Journal(self.folder, {}, self.config.train.tensorboard)
 
     def loop(self) -> None:
         """Every epoch from the present position: steps, then save and evaluate at its end."""
@@ -205,15 +224,19 @@ class Run:
                 terms[name] = terms[name] + term.detach() if name in terms else term.detach()
             waited_s += batch.waited_s
         self.at = Position(count, end, self.at.steps + 1)
-        terms |= self.optimisation.step(self.at.steps)
-        self.terms.add(self.at.steps, terms)
         self.clock.step(pictures, waited_s)
+        more = self.optimisation.step(self.at.steps)
+        if more is not None:
+            self.terms.add(self.at.steps, {**terms, **more})
+        elif self.optimisation.skipped_in_a_row >= divergence.MAX_SKIPPED:
+            raise self._diverged(self.at.steps, divergence.by_overflow())
         return rate
 
     def save(self) -> None:
         """Write last/ after checking that every loss since the last line and every weight is
         finite.
         """
+        assert self.journal is not None
         self._check(self.terms.read())
         network, extra = self.task.network.state_dict(), self.task.extra.state_dict()
         self._check_finite({**network, **extra, **self.optimisation.momenta()})
@@ -224,7 +247,7 @@ class Run:
             "random": random_state(self.data.device),
             "terms": self.terms.state(),
             "evaluations": self.history.records,
-            "lengths": {name: lines.sync() for name, lines in self.lines.items()},
+            "lengths": self.journal.sync(),
             "spent": self.clock.spent(),
             "key": self.key,
             "environment": environment(self.config),
@@ -254,7 +277,7 @@ class Run:
         self.at = Position(**state["at"])
         self.terms.restore(state["terms"])
         self.history.records = state["evaluations"]
-        self._open_lines(state["lengths"])
+        self.journal = Journal(self.folder, state["lengths"], self.config.train.tensorboard)
         self._start_clock(state["spent"])
         self.screen.say(
             f"resumed in epoch {self.at.epoch + 1} of {len(self.schedule)}, step {self.at.steps}"
@@ -288,6 +311,7 @@ class Run:
             "untrained": task.untrained(data.evaluation(data.test)),
             "units": {n: unit(n) for n in (*metrics, *floors)},
             "steps": self.at.steps,
+            "skipped_steps": self.optimisation.skipped,
             "parameters": {k: count_parameters(n) for k, n in networks.items()},
             "multiply_adds": {
                 k: multiply_adds(n, config.data.input_size) for k, n in networks.items()
@@ -329,15 +353,12 @@ class Run:
 
     def close(self) -> None:
         """Close the journal."""
-        for lines in self.lines.values():
-            lines.close()
-
-    def _open_lines(self, lengths: Mapping[str, int]) -> None:
-        names = ("metrics", "timing")
-        self.lines = {n: Lines(self.folder / f"{n}.jsonl", lengths.get(n, 0)) for n in names}
+        if self.journal is not None:
+            self.journal.close()
 
     def _write(self, name: str, record: Mapping[str, Any]) -> None:
-        self.lines[name].write(record)
+        assert self.journal is not None
+        self.journal.write(name, record)
 
     def _start_clock(self, spent: Mapping[str, float]) -> None:
         steps = -(-len(self._batches) // self.config.optim.accumulate)
@@ -346,7 +367,10 @@ class Run:
     def _log(self, phase: int, epoch: int, lr: float) -> None:
         self._check(self.terms.read())
         place = {"step": self.at.steps, "phase": phase, "epoch": epoch}
-        self._write("metrics", {"kind": "train", **place, "lr": lr, **self.terms.take()})
+        record = {"kind": "train", **place, "lr": lr, **self.terms.take()}
+        if self.scaled:
+            record["skipped_steps"] = self.optimisation.skipped
+        self._write("metrics", record)
         self._write("timing", {**place, **self.clock.pace()})
         now = time.monotonic()
         if now - self._shown > PROGRESS_EVERY_S:
@@ -415,46 +439,25 @@ class Run:
             yield batch
 
     def _check(self, found: NonFinite | None) -> None:
-        if found is None:
-            return
-        indices = self._pictures(self.at.steps - found.step)
-        raise self._diverged(
-            found.step,
-            f"diverged at step {found.step}: loss term '{found.term}' is {found.value}; "
-            f"the batch was {self.data.names(indices)}. {self._standing()} "
-            "Lower optim.phases' lr, set optim.clip_norm, or give that term less weight.",
-        )
+        if found is not None:
+            names = self._names(self.at.steps - found.step)
+            raise self._diverged(found.step, divergence.by_term(found, names))
 
-    def _pictures(self, back: int) -> Tensor:
+    def _check_finite(self, tensors: Mapping[str, Tensor]) -> None:
+        name = divergence.not_finite(tensors)
+        if name is not None:
+            raise self._diverged(self.at.steps, divergence.by_weight(name, self._names(0)))
+
+    def _names(self, back: int) -> str:
         """The pictures of the step that lies `back` steps before the last one of this epoch."""
         size = self.config.optim.accumulate
         first = (-(-self.at.batch // size) - 1 - back) * size
-        return torch.cat(self._batches[first : first + size])
+        return self.data.names(torch.cat(self._batches[first : first + size]))
 
-    def _check_finite(self, tensors: Mapping[str, Tensor]) -> None:
-        finite = torch.stack([t.isfinite().all() for t in tensors.values()]).tolist()
-        bad = [name for name, good in zip(tensors, finite, strict=True) if not good]
-        if bad:
-            indices = self._pictures(0)
-            raise self._diverged(
-                self.at.steps,
-                f"diverged at step {self.at.steps}: {bad[0]} is no longer finite though the loss "
-                f"was; the batch was {self.data.names(indices)}. {self._standing()} "
-                "Lower optim.phases' lr, or set optim.clip_norm.",
-            )
-
-    def _diverged(self, step: int, message: str) -> TrainingError:
-        """Writes diverged.json, which marks the run as ended: the same run would diverge again."""
+    def _diverged(self, step: int, why: tuple[str, str]) -> TrainingError:
         phase, epoch = self.schedule[self.at.epoch]
-        record = {"key": self.key, "step": step, "phase": phase, "epoch": epoch}
-        record |= {"message": message, **self.clock.summary()}
-        checkpoint.write_json(self.folder / "diverged.json", record)
-        return TrainingError(message)
-
-    def _standing(self) -> str:
-        if (self.folder / "last").exists():
-            return f"{self.folder / 'last'} holds the finite weights of an earlier step."
-        return "No checkpoint had been saved yet."
+        place = {"key": self.key, "phase": phase, "epoch": epoch}
+        return divergence.diverged(self.folder, step, why, {**place, **self.clock.summary()})
 
 
 def _input_keys(config: Config, run_dir: Path) -> dict[str, str]:

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor
 
+from kdtrain.board import Board
 from kdtrain.checkpoint import CheckpointError
 
 
@@ -68,7 +69,11 @@ class Terms:
         return found
 
     def take(self) -> dict[str, float]:
-        """Means over the steps that were read since the last call, by term."""
+        """Means over the steps that were read since the last call, by term; nothing without a
+        step.
+        """
+        if not self._values:
+            return {}
         means = {
             name: math.fsum(column) / len(self._values)
             for name, column in zip(self._names, zip(*self._values, strict=True), strict=True)
@@ -120,6 +125,40 @@ class Lines:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+class Journal:
+    """metrics.jsonl and timing.jsonl of a run folder and, if asked for, their view in
+    tensorboard/.
+    """
+
+    def __init__(self, folder: Path, lengths: Mapping[str, int], board: bool) -> None:
+        """lengths: what `sync` returned for the checkpoint that the run continues from; empty
+        begins anew.
+        """
+        paths = {name: folder / f"{name}.jsonl" for name in ("metrics", "timing")}
+        self._lines = {name: Lines(path, lengths.get(name, 0)) for name, path in paths.items()}
+        self._board: Board | None = None
+        if board:
+            kept = (record for path in paths.values() for record in read_lines(path))
+            self._board = Board(folder / "tensorboard", kept)
+
+    def write(self, name: str, record: Mapping[str, Any]) -> None:
+        """Append a record to metrics or timing."""
+        self._lines[name].write(record)
+        if self._board is not None:
+            self._board.write(record)
+
+    def sync(self) -> dict[str, int]:
+        """Force the lines to disk; the length of each file in bytes."""
+        return {name: lines.sync() for name, lines in self._lines.items()}
+
+    def close(self) -> None:
+        """Close the files."""
+        for lines in self._lines.values():
+            lines.close()
+        if self._board is not None:
+            self._board.close()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

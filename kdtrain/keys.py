@@ -27,11 +27,13 @@ NOT_IN_KEY = (
     "train.threads",
     "train.log_every",
     "train.save_every",
+    "train.tensorboard",
 )
 # Sources that show or order runs and cannot change a trained number.
 NOT_HASHED = (
     "__main__.py",
     "arguments.py",
+    "board.py",
     "cli.py",
     "inspection.py",
     "journal.py",

@@ -1,5 +1,5 @@
-"""One optimiser step and what belongs to it: parameter groups, learning rate, clipping, and the
-running average of the weights.
+"""One optimiser step and what belongs to it: parameter groups, learning rate, loss scaling,
+clipping, and the running average of the weights.
 """
 
 from __future__ import annotations
@@ -108,8 +108,20 @@ class Average:
 class Optimisation:
     """Nesterov SGD over a task's modules: `backward` for each batch of a step, then `step`."""
 
-    def __init__(self, network: nn.Module, extra: nn.Module, optim: OptimConfig) -> None:
-        """extra: modules that are trained beside the network, and neither averaged nor kept."""
+    def __init__(
+        self,
+        network: nn.Module,
+        extra: nn.Module,
+        optim: OptimConfig,
+        *,
+        device: str = "cpu",
+        scaled: bool = False,
+    ) -> None:
+        """extra: modules that are trained beside the network, and neither averaged nor kept.
+        device: type of theirs. scaled: scale the loss so that float16 gradients neither vanish nor
+        overflow (torch.amp.GradScaler); a step that overflows all the same is skipped.
+        """
+        self.skipped, self.skipped_in_a_row = 0, 0
         self._clip_norm = optim.clip_norm
         self._network = network
         self._parameters = [*network.parameters(), *extra.parameters()]
@@ -120,6 +132,9 @@ class Optimisation:
             weight_decay=optim.weight_decay,
             nesterov=True,
         )
+        self._scaler = torch.amp.GradScaler(device, enabled=scaled)
+        # the scaler does not tell whether it let the step happen
+        self._optimizer.register_step_post_hook(self._mark)
         self._average = None if optim.ema is None else Average(network, optim.ema)
 
     def begin(self, rate: float) -> None:
@@ -130,17 +145,30 @@ class Optimisation:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a batch's share of the loss."""
-        loss.backward()
+        self._scaler.scale(loss).backward()
 
-    def step(self, number: int) -> dict[str, Tensor]:
-        """Clip and take step `number`, counted from 1; terms for the journal, as device scalars."""
+    def step(self, number: int) -> dict[str, Tensor] | None:
+        """Clip and take step `number`, counted from 1; terms for the journal, as device scalars.
+
+        None where the scaled gradient overflowed, so that nothing but the scale was changed.
+        """
         terms = {}
         if self._clip_norm is not None:
+            self._scaler.unscale_(self._optimizer)
             terms["gradient_norm"] = clip_grad_norm_(self._parameters, self._clip_norm)
-        self._optimizer.step()
+        self._taken = False
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        if not self._taken:
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+            return None
+        self.skipped_in_a_row = 0
         if self._average is not None:
             self._average.update(number)
         return terms
+
+    def _mark(self, *_: Any) -> None:
+        self._taken = True
 
     def measured(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the network has the weights that are evaluated and kept."""
@@ -160,7 +188,11 @@ class Optimisation:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs beside `weights`."""
-        state: dict[str, Any] = {"optimizer": self._optimizer.state_dict()}
+        state: dict[str, Any] = {
+            "optimizer": self._optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "skipped": (self.skipped, self.skipped_in_a_row),
+        }
         if self._average is not None:
             state["trained"] = dict(self._network.state_dict())
         return state
@@ -169,5 +201,8 @@ class Optimisation:
         """Continue from a checkpoint: what `weights` and `state` returned."""
         self._network.load_state_dict(dict(state.get("trained", weights)))
         self._optimizer.load_state_dict(dict(state["optimizer"]))
+        if self._scaler.is_enabled():
+            self._scaler.load_state_dict(dict(state["scaler"]))
+        self.skipped, self.skipped_in_a_row = state["skipped"]
         if self._average is not None:
             self._average.restore(weights)

@@ -45,7 +45,7 @@ from kdtrain.runs import (
     untrained_of,
 )
 
-PLACE = ("kind", "step", "phase", "epoch", "lr")
+PLACE = ("kind", "step", "phase", "epoch", "lr", "skipped_steps")
 NOT_TERMS = (*PLACE, "loss", "top1", "gradient_norm", "teacher_entropy")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ from kdkernels import batch_triplet_loss
 from kdtrain import evaluate, observe
 from kdtrain.models import FaceNetwork, Outputs, seeded
 from kdtrain.observe import EvalBatch, Seen, look
+from kdtrain.passes import Passes
 from kdtrain.targets import (
     HiddenTarget,
     HintTarget,
@@ -82,6 +83,9 @@ class Task(ABC):
         self.teacher = teacher if target.needs_teacher else None
         if self.teacher is not None:
             self.teacher.eval().requires_grad_(False)
+        self._run = Passes(config.train)
+        for network in filter(None, (self.network, self.teacher)):
+            network.arrange(channels_last=config.train.channels_last)
         self._hidden: HiddenTarget | None = None
         if self.teacher is not None and target.beta:
             with seeded(config.seed + 1):
@@ -113,11 +117,11 @@ class Task(ABC):
         pictures (N, 3, s, s) float in [0, 255]; labels (N,); points (N, 5, 2) landmarks in crop
         pixels, for alignment.
         """
-        outputs: Outputs = self.network(pictures)
+        outputs = self._outputs(self.network, pictures)
         guide = None
         if self.teacher is not None:
             with torch.no_grad():
-                guide = self.teacher(pictures)
+                guide = self._outputs(self.teacher, pictures)
         softmax = softmax_objective(
             outputs.logits,
             None if guide is None else guide.logits,
@@ -133,6 +137,13 @@ class Task(ABC):
         pairs += self._regression(outputs, pictures, points)
         squared = squared_objective(pairs, self.backend)
         return StepResult(*total([self._metric_loss(outputs, labels), softmax, squared]))
+
+    def _outputs(self, network: FaceNetwork, pictures: Tensor) -> Outputs:
+        """A training pass: the feature in float32, as it is projected and normalised outside of
+        train.precision; the others as they come.
+        """
+        outputs: Outputs = self._run(network, pictures)
+        return outputs._replace(hidden=outputs.hidden.float())
 
     def evaluate(self, batches: Iterable[EvalBatch]) -> dict[str, float]:
         """Metrics over a split, in eval mode and without gradient; fractions, all finite.
@@ -247,7 +258,7 @@ class Hint(Classification):
 
     def step(self, pictures: Tensor, labels: Tensor, points: Tensor | None = None) -> StepResult:
         """target.hint r |r(student's maps) - teacher's maps|^2; see Task.step."""
-        ours, theirs = self._maps(pictures)
+        ours, theirs = self._maps(pictures, self._run)
         pair = Pair("hint", ours, theirs, self.target.hint, self.target.hint_reduction)
         return StepResult(*total([squared_objective([pair], self.backend)]))
 
@@ -278,12 +289,16 @@ class Hint(Classification):
         """{}: what the error starts from is the regressor's own."""
         return {}
 
-    def _maps(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    def _maps(
+        self, pictures: Tensor, run: Callable[..., Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """run: how the networks are called in training; None calls them as they are."""
         assert self.teacher is not None
+        run = run or (lambda tap, *inputs: tap(*inputs))
         stage = self.target.hint_stage
         with torch.no_grad():
-            theirs = self.teacher.tap(pictures, stage)
-        return self._hint(self.network.tap(pictures, stage), theirs)
+            theirs = run(self.teacher.tap, pictures, stage).float()
+        return self._hint(run(self.network.tap, pictures, stage).float(), theirs)
 
     def _seen(self, batches: Iterable[EvalBatch]) -> Iterator[tuple[EvalBatch, Tensor, Tensor]]:
         """Each batch with the two maps that are compared, in eval mode and without gradient."""

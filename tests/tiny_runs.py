@@ -82,11 +82,12 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert ours.keys() == theirs.keys()
         assert [k for k in ours if not _same(ours[k], theirs[k])] == [], f"{name}/ differs"
     ours, theirs = (checkpoint.load_state(run / "last") for run in (one, other))
-    for key in ("at", "optimizer", "extra", "random", "terms", "evaluations", "lengths", "key"):
+    keys = ("at", "optimizer", "scaler", "skipped", "trained", "extra")
+    for key in (*keys, "random", "terms", "evaluations", "lengths", "key"):
         if key == "lengths":
             assert ours[key]["metrics"] == theirs[key]["metrics"]
         else:
-            assert _same(ours[key], theirs[key]), f"state {key!r} differs"
+            assert _same(ours.get(key), theirs.get(key)), f"state {key!r} differs"
     items = [{f.name: f.read_bytes() for f in (run / "items").iterdir()} for run in (one, other)]
     assert len(items[0]) > 0
     assert items[0] == items[1]

@@ -35,6 +35,7 @@ def parse(
     parser: ArgumentParser, argv: Sequence[str], stages: Sequence[str] = ()
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(the command's own options, the dotted keys that were given). Raises UsageError."""
+    argv = [_in_full(word) for word in argv]
     known = {option for action in parser._actions for option in action.option_strings}
     for word in argv:
         name = word.partition("=")[0]
@@ -42,7 +43,7 @@ def parse(
             close = nearest(name, [*sorted(known), *(f"--{stage}.KEY" for stage in stages)])
             raise UsageError(f"unknown option {name}; {close}")
     try:
-        given = flatten(parser.parse_args(list(argv), defaults=False).as_dict())
+        given = flatten(parser.parse_args(argv, defaults=False).as_dict())
     except ArgumentError as error:
         raise UsageError(" ".join(str(error).split())) from None
     schema = set(settings.keys())
@@ -78,6 +79,14 @@ def take_stage_keys(argv: list[str], stages: Sequence[str]) -> dict[str, dict[st
         except UsageError as error:
             raise UsageError(f"stage {stage}: {error}") from None
     return special
+
+
+def _in_full(word: str) -> str:
+    """--teacher.run for --teacher, with or without =VALUE; any other word as it is."""
+    name, equals, value = word.partition("=")
+    key = name.removeprefix("--")
+    short = name.startswith("--") and key in settings.SHORT
+    return f"--{settings.SHORT[key]}{equals}{value}" if short else word
 
 
 def value_of(argv: Sequence[str], option: str) -> str | None:

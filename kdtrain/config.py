@@ -205,6 +205,22 @@ class TargetConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """The network that targets come from. `teacher: RUN` and --teacher RUN are short for
+    teacher.run.
+    """
+
+    run: str | None = None
+    "Run folder of the teacher (RUN/best: its best weights); @NAME is the run beside this one."
+    cache: Literal["none", "float32", "float16"] = "none"
+    """Keep the teacher's answers on disk, for every student that meets the same batches: float32
+    trains to the same bits as none, float16 rounds them and takes half the room.
+    """
+    cache_dir: str | None = None
+    "Folder of the kept answers; null is teacher_cache beside the run folder."
+
+
+@dataclass(frozen=True, kw_only=True)
 class TripletConfig:
     """The triplet loss of verification and its identity-balanced batches."""
 
@@ -360,8 +376,7 @@ class Config:
     """Run folder whose last weights start the network (RUN/best: its best); @NAME is the run
     beside this one.
     """
-    teacher: str | None = None
-    "Run folder of the teacher; @NAME is the run beside this one."
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -372,12 +387,12 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
-        if self.target.needs_teacher and self.teacher is None:
+        if self.target.needs_teacher and self.teacher.run is None:
             raise ConfigError(
                 "target.alpha, beta, logits and hint need a teacher: set --teacher to its run "
                 "folder, or the weights to 0"
             )
-        if self.teacher is not None and not self.target.needs_teacher:
+        if self.teacher.run is not None and not self.target.needs_teacher:
             raise ConfigError(
                 "teacher is set but target.alpha, beta, logits and hint are all 0: weigh one, or "
                 "drop it"
@@ -407,5 +422,5 @@ class Config:
 
 
 def run_folder(name: str, run_dir: Path) -> Path:
-    """The folder that init_from or teacher names; @NAME is the run beside run_dir."""
+    """The folder that init_from or teacher.run names; @NAME is the run beside run_dir."""
     return run_dir.parent / name[1:] if name.startswith("@") else Path(name)

@@ -13,6 +13,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,14 @@ from kdtrain.journal import (
 )
 from kdtrain.models import count_parameters, inherit, multiply_adds, network_from_state
 from kdtrain.optimisation import Optimisation, learning_rate
-from kdtrain.preparation import TrainingError, check_data, prepare_task, without_teacher
+from kdtrain.preparation import (
+    TrainingError,
+    check_data,
+    prepare_cache,
+    prepare_task,
+    without_teacher,
+)
+from kdtrain.targets import Guide
 from kdtrain.tasks import Task, build_task
 
 PROGRESS_EVERY_S = 0.5
@@ -162,6 +170,7 @@ class Run:
         self.terms = Terms()
         self.history = History(*task.metric, config.train.early_stop)
         self.journal: Journal | None = None
+        self.answers = prepare_cache(config, data, task, folder, screen)
         self._batches = data.epoch(0, task.needs_balanced_batches)
         self._start_clock({})
         self._shown = 0.0
@@ -179,6 +188,8 @@ class Run:
         for count in range(self.at.epoch, len(self.schedule)):
             phase, epoch = self.schedule[count]
             self._batches = self.data.epoch(count, task.needs_balanced_batches)
+            if self.answers is not None:
+                self.answers.open(phase, epoch, self._batches)
             task.network.train()
             task.extra.train()
             while self.at.batch < len(self._batches):
@@ -214,7 +225,8 @@ class Run:
         for place in range(first, end):
             following = self._batches[place + 1] if place + 1 < len(self._batches) else None
             batch = self.data.batch(self._batches[place], phase, epoch, following)
-            result = self.task.step(batch.pictures, batch.labels, batch.points)
+            guide = self._guide(place, batch.pictures)
+            result = self.task.step(batch.pictures, batch.labels, batch.points, guide)
             found = {"loss": result.loss, **result.terms}
             if end - first > 1:
                 share = len(batch.labels) / pictures
@@ -323,6 +335,8 @@ class Run:
         }
         checkpoint.write_arrays(self.folder / "samples.npz", task.artifacts())
         checkpoint.write_json(self.folder / "results.json", plain(results))
+        if self.answers is not None:
+            self.screen.say(self.answers.summary())
         self.show(1.0)
         self.screen.say(
             f"{ended['why']}; {duration(results['seconds'])}, "
@@ -352,9 +366,17 @@ class Run:
         self.screen.update(share, note)
 
     def close(self) -> None:
-        """Close the journal."""
+        """Close the journal and the teacher's kept answers."""
+        if self.answers is not None:
+            self.answers.close()
         if self.journal is not None:
             self.journal.close()
+
+    def _guide(self, batch: int, pictures: Tensor) -> Guide | None:
+        """The teacher's answer where answers are kept; None leaves the question to the step."""
+        if self.answers is None:
+            return None
+        return self.answers.guide(batch, partial(self.task.guide, pictures))
 
     def _write(self, name: str, record: Mapping[str, Any]) -> None:
         assert self.journal is not None

@@ -20,7 +20,8 @@ from kdtrain.settings import to_flat
 # fingerprint.
 NOT_IN_KEY = (
     "init_from",
-    "teacher",
+    "teacher.run",
+    "teacher.cache_dir",
     "data.root",
     "data.cache",
     "data.workers",
@@ -59,16 +60,17 @@ def run_key(config: Config, inputs: Mapping[str, str], data: str) -> str:
     """16 hex digits over the settings that count, the input runs' keys, the data's key, versions
     and sources.
 
-    inputs: key of the run that `init_from` and `teacher` name, where set.
+    inputs: key of the run that `init_from` and `teacher.run` name, where set, under "init_from" and
+    "teacher".
     """
-    settings = {k: v for k, v in to_flat(config).items() if k not in NOT_IN_KEY}
+    settings = _counted(to_flat(config))
     record = {"settings": settings, "inputs": dict(inputs), "data": data, "sources": source_hash()}
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def input_folders(config: Config, run_dir: Path) -> dict[str, Path]:
     """The run folders that a run reads, by the setting that names them."""
-    names = {"init_from": config.init_from, "teacher": config.teacher}
+    names = {"init_from": config.init_from, "teacher": config.teacher.run}
     return {k: run_folder(name, run_dir) for k, name in names.items() if name is not None}
 
 
@@ -97,11 +99,21 @@ def differences(ours: Config, theirs: Mapping[str, Any]) -> list[str]:
     """'optim.batch_size: 64 here, 32 there' for every setting of the key in which a config differs
     from dotted keys.
     """
-    lines = []
-    for key, value in to_flat(ours).items():
-        if key not in NOT_IN_KEY and theirs.get(key) != value:
-            lines.append(f"{key}: {value} here, {theirs.get(key)} there")
+    lines, there = [], _counted(theirs)
+    for key, value in _counted(to_flat(ours)).items():
+        if there.get(key) != value:
+            lines.append(f"{key}: {value} here, {there.get(key)} there")
     return lines
+
+
+def _counted(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that count. Answers kept in float32 are the teacher's own, bit for bit, so they
+    count as none kept; so does any cache of a run without a teacher.
+    """
+    counted = {key: value for key, value in flat.items() if key not in NOT_IN_KEY}
+    if flat.get("teacher.run") is None or flat.get("teacher.cache") == "float32":
+        counted["teacher.cache"] = "none"
+    return counted
 
 
 @cache

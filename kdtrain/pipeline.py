@@ -1,8 +1,8 @@
 """The whole chain: a preset's recipes as stages with inputs, their keys, what is reused, and the
 result table.
 
-A preset is a folder of recipes. A recipe whose `init_from` or `teacher` is @NAME takes stage NAME
-as an input; stages run in an order that respects this. Stages run as processes of their own
+A preset is a folder of recipes. A recipe whose `init_from` or `teacher.run` is @NAME takes stage
+NAME as an input; stages run in an order that respects this. Stages run as processes of their own
 (scheduler.py), each in its own run folder below the root.
 """
 
@@ -65,7 +65,8 @@ def plan(
     class. Raises ConfigError for an unknown preset, stage or key, an input that is not there, or a
     circle.
     """
-    fixed = [key for key in ("task", "init_from", "teacher") if key in common]
+    common = settings.in_full(common)
+    fixed = [key for key in ("task", "init_from", "teacher.run") if key in common]
     if fixed:
         raise ConfigError(
             f"{fixed[0]} is each stage's own; set it for one stage: --STAGE.{fixed[0]}"
@@ -76,7 +77,7 @@ def plan(
         raise ConfigError(f"no stage {unknown[0]!r}; {settings.nearest(unknown[0], recipes)}")
     stages = {}
     for name, recipe in recipes.items():
-        flat = {**recipe, **common, **special.get(name, {})}
+        flat = {**recipe, **common, **settings.in_full(special.get(name, {}))}
         if flat.get("task") == "classification" and flat.get("data.split") == "identity":
             flat["data.split"] = "identity:random"
         if divide is not None and flat.get("model.divide", 1) != 1:
@@ -85,7 +86,8 @@ def plan(
             config = settings.build(flat)
         except ConfigError as error:
             raise ConfigError(f"stage {name}: {error}") from None
-        named = [v[1:] for v in (config.init_from, config.teacher) if v and v.startswith("@")]
+        read = (config.init_from, config.teacher.run)
+        named = [v[1:] for v in read if v and v.startswith("@")]
         missing = [n for n in named if n not in recipes]
         if missing:
             raise ConfigError(f"stage {name}: no stage {missing[0]!r} to take weights from")

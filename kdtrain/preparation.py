@@ -9,10 +9,11 @@ from pathlib import Path
 
 from kdtrain import checkpoint, keys, settings
 from kdtrain.batches import RunData
-from kdtrain.config import Config
+from kdtrain.config import Config, TeacherConfig
 from kdtrain.journal import Screen
 from kdtrain.models import FaceNetwork, inherit, network_from_state
 from kdtrain.tasks import Task, build_task
+from kdtrain.teacher_cache import TeacherCache, identity
 
 
 class TrainingError(RuntimeError):
@@ -35,6 +36,32 @@ def prepare_task(config: Config, data: RunData, run_dir: Path, screen: Screen) -
     return task
 
 
+def prepare_cache(
+    config: Config, data: RunData, task: Task, run_dir: Path, screen: Screen
+) -> TeacherCache | None:
+    """Where the teacher's answers are kept, with room for them; None where they are not. Raises
+    CacheError.
+    """
+    teacher = config.teacher
+    if task.teacher is None or teacher.cache == "none":
+        return None
+    if not task.guide_widths:
+        screen.say("teacher.cache: what this target reads is not kept, the teacher answers online")
+        return None
+    folder = run_dir.parent / "teacher_cache" if teacher.cache_dir is None else teacher.cache_dir
+    cache = TeacherCache(
+        Path(folder),
+        identity(config, data, task.teacher),
+        task.guide_widths,
+        teacher.cache,
+        data.device,
+        screen.say,
+    )
+    pictures = sum(map(len, data.epoch(0, task.needs_balanced_batches)))
+    cache.reserve(pictures, [phase.epochs for phase in config.optim.phases])
+    return cache
+
+
 def load_network(run: Path) -> FaceNetwork:
     """The network of a run folder, with its last weights (RUN/best: its best)."""
     weights = checkpoint.run_weights(run)
@@ -54,7 +81,7 @@ def without_teacher(config: Config) -> Config:
     # gamma, which measuring does not ask for, as classification has no loss without it
     off = {"alpha": 0.0, "beta": 0.0, "logits": 0.0, "hint": 0.0}
     target = dataclasses.replace(config.target, **off, gamma=1.0)
-    return dataclasses.replace(config, teacher=None, init_from=None, target=target)
+    return dataclasses.replace(config, teacher=TeacherConfig(), init_from=None, target=target)
 
 
 def check_data(task: Task, data: RunData) -> None:

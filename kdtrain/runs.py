@@ -180,7 +180,8 @@ def loss_text(stage: Stage) -> str:
             prefix = "" if weight == 1 else f"{weight:g} "
             parts.append(f"{prefix}{name}" + (f" ({note})" if note else ""))
     teacher = stage.config.get("teacher")
-    return " + ".join(parts) + (f"; teacher {str(teacher).removeprefix('@')}" if teacher else "")
+    name = teacher.get("run") if isinstance(teacher, Mapping) else teacher  # a string is short
+    return " + ".join(parts) + (f"; teacher {str(name).removeprefix('@')}" if name else "")
 
 
 def phases_text(stage: Stage) -> str:

@@ -24,6 +24,8 @@ from jsonargparse import ArgumentError, ArgumentParser
 from kdtrain.config import Config, ConfigError
 
 RECIPES = Path(__file__).parent / "recipes"
+# keys that may be written shorter
+SHORT = {"teacher": "teacher.run"}
 
 
 def _field_docs(kind: type) -> dict[str, str]:
@@ -95,6 +97,11 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def in_full(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The same dotted keys with every short one written in full."""
+    return {SHORT.get(key, key): value for key, value in flat.items()}
+
+
 def recipe_path(name: str) -> Path:
     """The file of a recipe: a path to a YAML file, a run folder, or a name as
     two-cores/cls_teacher.
@@ -158,7 +165,7 @@ def read_recipe(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for base in [bases] if isinstance(bases, str) else bases:
         flat.update(read_recipe(path.parent / base, (*_seen, path)))
-    own = flatten({str(key): value for key, value in tree.items()})
+    own = in_full(flatten({str(key): value for key, value in tree.items()}))
     for key in own:
         if key not in keys():
             raise ConfigError(f"{path}: unknown key {key!r}; {nearest(key, keys())}")
@@ -167,13 +174,14 @@ def read_recipe(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def build(flat: Mapping[str, Any]) -> Config:
-    """A checked Config from dotted keys; keys that are not set take the schema's defaults.
+    """A checked Config from dotted keys, short ones too; keys that are not set take the schema's
+    defaults.
 
     Raises ConfigError for an unknown key, a value of the wrong type, or values that do not fit
     together.
     """
     tree: dict[str, Any] = {}
-    for key, value in flat.items():
+    for key, value in in_full(flat).items():
         if key not in keys():
             raise ConfigError(f"unknown key {key!r}; {nearest(key, keys())}")
         section, _, name = key.rpartition(".")

@@ -27,6 +27,15 @@ class Objective(NamedTuple):
     """Unweighted detached scalars by name."""
 
 
+class Guide(NamedTuple):
+    """A teacher's answer to N pictures, without gradient; what no target reads may be missing."""
+
+    logits: Tensor | None
+    """(N, C)."""
+    hidden: Tensor | None
+    """(N, K) pooled features."""
+
+
 class Pair(NamedTuple):
     """Two tensors of one shape whose squared distance is a term of the loss; the gradient goes to
     `student` only.
@@ -195,7 +204,7 @@ def distillation_pairs(
 ) -> list[Pair]:
     """The hidden and logit pairs of a step that `target` gives a weight.
 
-    student, teacher: outputs of the networks (`hidden`, `logits`); teacher None gives no pair.
+    student: outputs of the network (`hidden`, `logits`). teacher: a Guide; None gives no pair.
     target: a TargetConfig.
     """
     pairs = []

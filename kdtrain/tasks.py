@@ -2,7 +2,8 @@
 beat.
 
 One objective covers them: Phi(task) + alpha soft + beta hidden + logits + gamma softmax (eq. 5 of
-arXiv 1709.02929). Teachers run online, in eval mode and without gradient.
+arXiv 1709.02929). Teachers answer in eval mode and without gradient: online, or their kept answers
+are handed in (teacher_cache.py).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from kdtrain.models import FaceNetwork, Outputs, seeded
 from kdtrain.observe import EvalBatch, Seen, look
 from kdtrain.passes import Passes
 from kdtrain.targets import (
+    Guide,
     HiddenTarget,
     HintTarget,
     Objective,
@@ -111,17 +113,46 @@ class Task(ABC):
                 module.to(device)
         return self
 
-    def step(self, pictures: Tensor, labels: Tensor, points: Tensor | None = None) -> StepResult:
+    @property
+    def guide_widths(self) -> dict[str, int]:
+        """Which outputs of the teacher a Guide brings that the targets read, and their values a
+        picture; empty where it is of no use.
+        """
+        if self.teacher is None:
+            return {}
+        needed = {}
+        if self.target.alpha or self.target.logits:
+            needed["logits"] = self.teacher.num_classes
+        if self.target.beta:
+            needed["hidden"] = self.teacher.width
+        return needed
+
+    def guide(self, pictures: Tensor) -> Guide | None:
+        """The teacher's answer to a training batch (N, 3, s, s), without gradient; None without a
+        teacher.
+        """
+        if self.teacher is None:
+            return None
+        with torch.no_grad():
+            outputs = self._outputs(self.teacher, pictures)
+        return Guide(logits=outputs.logits, hidden=outputs.hidden)
+
+    def step(
+        self,
+        pictures: Tensor,
+        labels: Tensor,
+        points: Tensor | None = None,
+        guide: Guide | None = None,
+    ) -> StepResult:
         """Loss of a training batch with its gradient graph.
 
         pictures (N, 3, s, s) float in [0, 255]; labels (N,); points (N, 5, 2) landmarks in crop
-        pixels, for alignment.
+        pixels, for alignment. guide: the teacher's answer where it is known already; else the
+        teacher is asked.
         """
         outputs = self._outputs(self.network, pictures)
-        guide = None
-        if self.teacher is not None:
-            with torch.no_grad():
-                guide = self._outputs(self.teacher, pictures)
+        if guide is None:
+            guide = self.guide(pictures)
         softmax = softmax_objective(
             outputs.logits,
             None if guide is None else guide.logits,
@@ -256,8 +287,16 @@ class Hint(Classification):
             )
         self.extra["hint"] = self._hint
 
-    def step(self, pictures: Tensor, labels: Tensor, points: Tensor | None = None) -> StepResult:
-        """target.hint r |r(student's maps) - teacher's maps|^2; see Task.step."""
+    def step(
+        self,
+        pictures: Tensor,
+        labels: Tensor,
+        points: Tensor | None = None,
+        guide: Guide | None = None,
+    ) -> StepResult:
+        """target.hint r |r(student's maps) - teacher's maps|^2; see Task.step. A Guide has no maps,
+        so the teacher is always asked.
+        """
         ours, theirs = self._maps(pictures, self._run)
         pair = Pair("hint", ours, theirs, self.target.hint, self.target.hint_reduction)
         return StepResult(*total([squared_objective([pair], self.backend)]))

@@ -10,7 +10,7 @@ import yaml
 from kdtrain import settings
 from kdtrain.arguments import UsageError, take_stage_keys
 from kdtrain.cli import main
-from kdtrain.config import Config, ConfigError, run_folder
+from kdtrain.config import Config, ConfigError, TeacherConfig, run_folder
 from kdtrain.settings import build, nearest, read_recipe, recipe_path, to_flat, to_yaml
 
 
@@ -79,7 +79,7 @@ def test_the_two_cores_preset_is_the_measured_schedule():
 def test_the_control_differs_from_the_distilled_student_by_the_teacher_alone(preset):
     control, distilled = _recipe(f"{preset}/cls_control"), _recipe(f"{preset}/cls_distilled")
     target = dataclasses.replace(distilled.target, alpha=0.0)
-    assert dataclasses.replace(distilled, teacher=None, target=target) == control
+    assert dataclasses.replace(distilled, teacher=TeacherConfig(), target=target) == control
 
 
 def test_every_setting_has_a_help_text():
@@ -139,6 +139,7 @@ def test_a_wrong_recipe_file_is_named_with_what_is_wrong(text, message, tmp_path
         ({"target.temperature": 0.0}, "target.temperature"),
         ({"target.alpha": 1.0}, "need a teacher"),
         ({"teacher": "runs/x"}, "teacher is set but"),
+        ({"teacher.cache": "float64"}, "teacher.cache"),
         ({"data.kind": "celeba"}, "data.root"),
         ({"data.split": "half"}, "data.split"),
         ({"data.split": "identity"}, "identity:random"),
@@ -169,6 +170,27 @@ def test_at_names_the_run_beside_this_one(tmp_path):
     assert run_folder("runs/x", tmp_path / "ali").as_posix() == "runs/x"
 
 
+def test_a_teacher_alone_is_its_run(tmp_path, capsys):
+    for text in ('teacher: "@big"', 'teacher: {run: "@big"}'):
+        (tmp_path / "base.yaml").write_text(f"{text}\ntarget: {{alpha: 1}}\n")
+        config = build(read_recipe(tmp_path / "base.yaml"))
+        assert config.teacher == TeacherConfig(run="@big")
+        (tmp_path / "own.yaml").write_text("base: base.yaml\nteacher: {cache: float32}\n")
+        config = build(read_recipe(tmp_path / "own.yaml"))
+        assert config.teacher == TeacherConfig(run="@big", cache="float32")
+        assert build({**to_flat(config), "teacher": "x"}).teacher.run == "x"
+    (tmp_path / "none.yaml").write_text("teacher: null\n")
+    assert build(read_recipe(tmp_path / "none.yaml")).teacher == TeacherConfig()
+    for words in (["--teacher", "runs/x"], ["--teacher=runs/x"], ["--teacher.run", "runs/x"]):
+        arguments = ["train", "two-cores/cls_distilled", "--dry-run", *words]
+        assert main([*arguments, "--teacher.cache", "float16"]) == 0
+        shown = yaml.safe_load(capsys.readouterr().out)
+        assert shown["teacher"] == {"run": "runs/x", "cache": "float16", "cache_dir": None}
+    argv = ["--one.teacher", "x", "--one.teacher.cache=float32", "--teacher", "y"]
+    special = take_stage_keys(argv, ["one"])
+    assert special == {"one": {"teacher.run": "x", "teacher.cache": "float32"}}
+
+
 def test_nearest_names_one_or_lists_all():
     assert nearest("lerning", ["learning", "other"]) == "did you mean learning?"
     assert nearest("qqq", ["learning", "other"]) == "known: learning, other"
@@ -196,6 +218,7 @@ def test_the_command_line_wins_over_the_recipe(capsys):
         (["train", "nowhere.yaml"], "no recipe file"),
         (["pipeline", "--preset", "two-core"], "did you mean two-cores?"),
         (["pipeline", "--task", "alignment"], "task is each stage's own"),
+        (["pipeline", "--teacher", "x"], "teacher.run is each stage's own"),
         (["pipeline", "--cls_teacher.optim.batchsize", "3"], "did you mean --optim.batch_size?"),
         (["pipeline", "--cls_teecher.seed", "3"], "did you mean --cls_teacher.KEY?"),
         (["eval", "nowhere"], "no run folder"),

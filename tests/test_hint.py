@@ -11,7 +11,7 @@ from tiny_runs import assert_same_run, quiet, stop_after, tiny_config, train
 from kdtrain import checkpoint, engine
 from kdtrain.batches import RunData
 from kdtrain.cli import _default_run_dir
-from kdtrain.config import Config, ConfigError, ModelConfig, TargetConfig
+from kdtrain.config import Config, ConfigError, ModelConfig, TargetConfig, TeacherConfig
 from kdtrain.engine import Interrupted
 from kdtrain.journal import number, read_lines
 from kdtrain.models import FaceNetwork, seeded
@@ -27,7 +27,7 @@ HINT = {"target__hint": 1.0, "target__gamma": 0.0, "target__hint_reduction": "me
 def make_hint(stage: int = 2, fused: bool = True, reduction: str = "mean") -> Task:
     config = Config(
         fused=fused,
-        teacher="teacher",
+        teacher=TeacherConfig(run="teacher"),
         model=ModelConfig(depth=14, width=8, divide=2, stem="small"),
         target=TargetConfig(gamma=0.0, hint=0.5, hint_stage=stage, hint_reduction=reduction),
     )

@@ -72,12 +72,16 @@ def test_every_stage_comes_after_its_inputs():
 
 
 def test_common_keys_reach_every_stage_and_special_keys_one():
-    special = {"ali_teacher": {"seed": 9}}
-    stages = pipeline.plan("two-cores", {"seed": 3, "data.people": 50}, special)
+    special = {"ali_teacher": {"seed": 9}, "ver_distilled": {"teacher": "@cls_teacher"}}
+    common = {"seed": 3, "data.people": 50, "teacher.cache": "float32"}
+    stages = pipeline.plan("two-cores", common, special)
     seeds = {stage.name: stage.config.seed for stage in stages}
     assert seeds.pop("ali_teacher") == 9
     assert set(seeds.values()) == {3}
     assert {stage.config.data.people for stage in stages} == {50}
+    assert {stage.config.teacher.cache for stage in stages} == {"float32"}
+    inputs = {stage.name: stage.inputs for stage in stages}
+    assert set(inputs["ver_distilled"]) == {"cls_distilled", "cls_teacher"}
 
 
 def test_divide_reaches_the_students_only():

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from kdtrain.config import Config, ModelConfig, OptimConfig, Phase, TargetConfig
+from kdtrain.config import Config, ModelConfig, OptimConfig, Phase, TargetConfig, TeacherConfig
 from kdtrain.report import report
 
 DASH = "\N{EN DASH}"
@@ -122,7 +122,7 @@ def make_chain(root: Path) -> Path:
         "classification",
         0.71,
         init_from="@cls_student",
-        teacher="@cls_teacher",
+        teacher=TeacherConfig(run="@cls_teacher"),
         target=TargetConfig(alpha=1.0),
     )
     make_run(root, "ali_teacher", "alignment", 0.09)

@@ -18,6 +18,7 @@ from kdtrain.config import (
     EvalConfig,
     ModelConfig,
     TargetConfig,
+    TeacherConfig,
     TripletConfig,
 )
 from kdtrain.models import FaceNetwork, seeded
@@ -40,7 +41,7 @@ def make_config(task: str, *, fused: bool = True, mining: str = "hard", **target
     return Config(
         task=task,
         fused=fused,
-        teacher="teacher" if wants_teacher else None,
+        teacher=TeacherConfig(run="teacher" if wants_teacher else None),
         model=ModelConfig(depth=14, width=8, divide=2, stem="small"),
         target=TargetConfig(**target),
         triplet=TripletConfig(mining=mining),
@@ -54,7 +55,7 @@ def make_teacher(classes: int = PEOPLE) -> FaceNetwork:
 
 def make_task(name: str, **options) -> Task:
     config = make_config(name, **options)
-    return build_task(config, PEOPLE, make_teacher() if config.teacher else None)
+    return build_task(config, PEOPLE, make_teacher() if config.teacher.run else None)
 
 
 def make_batch(seed: int = 0, count: int = 12, side: int = 16):

@@ -1,4 +1,4 @@
-"""The commands: demo, train, eval, pipeline, data, recipes, report.
+"""The commands: demo, train, eval, pipeline, select-targets, data, recipes, report.
 
 Exit status: 0 done; 1 the run could not go on (one line says why); 2 wrong usage; 130 interrupted,
 to be continued.
@@ -193,6 +193,65 @@ def demo(argv: Sequence[str]) -> int:
     return _pipeline("demo", argv, "demo")
 
 
+def select_targets(argv: Sequence[str]) -> int:
+    """Measure which of the teacher's targets help a student; write that recipe."""
+    parser = command_parser(
+        "select-targets",
+        "RECIPE [--targets soft,hidden,logits] [--seeds N] [--section.key value ...]",
+        "Train a student without targets and with each target alone, over the same seeds; keep the "
+        "weights of those that help, set the others to 0, and write the recipe and the evidence. "
+        "Pictures held out of the training split judge. Run again, it reuses finished runs and "
+        "continues unfinished ones.",
+    )
+    parser.add_argument("recipe", help="recipe name, YAML file or run folder, with a teacher")
+    parser.add_argument(
+        "--targets",
+        type=str,
+        help="candidates: soft, hidden, logits (default: those with a weight, else soft,hidden)",
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="every arm trains seeds 1 to N (3)")
+    parser.add_argument(
+        "--keep-inconclusive",
+        action="store_true",
+        help="keep a target that neither helps nor hurts",
+    )
+    parser.add_argument("--jobs", type=int, help="runs side by side (default: one per core, <= 4)")
+    parser.add_argument(
+        "--run-dir", type=str, help="folder of the runs (default: runs/RECIPE-targets)"
+    )
+    parser.add_argument(
+        "--out", type=str, help="the chosen recipe (default: selected.yaml in the run dir)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="train every run anew")
+    add_keys(parser)
+    options, overrides = parse(parser, argv)
+    path = settings.recipe_path(options["recipe"])
+    default = _default_run_dir(options["recipe"], path)
+    root = Path(options.get("run_dir") or default.with_name(f"{default.name}-targets"))
+    out = Path(options.get("out") or root / "selected.yaml")
+    if out.suffix not in (".yaml", ".yml") or out.resolve() == path.resolve():
+        raise UsageError(f"--out: expected a .yaml file other than the recipe, got {out}")
+    jobs = _jobs(options)
+    from kdtrain import select_targets as study
+
+    words = (*PROGRAM.split(), "select-targets", *argv)
+    command = shlex.join(word for word in words if word != "--overwrite")
+    asked = study.plan(
+        path, overrides, root, targets=options.get("targets"), seeds=options.get("seeds", 3)
+    )
+    status = study.run(
+        asked,
+        out,
+        jobs=jobs,
+        keep_inconclusive=bool(options.get("keep_inconclusive")),
+        overwrite=bool(options.get("overwrite")),
+        command=command,
+    )
+    if status == 130:
+        print(f"stopped; to continue: {command}", file=sys.stderr)
+    return status
+
+
 def data(argv: Sequence[str]) -> int:
     """Show what a recipe's pictures are: counts, split, floors, samples."""
     parser = command_parser(
@@ -242,6 +301,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "eval": evaluate_run,
     "pipeline": pipeline,
+    "select-targets": select_targets,
     "data": data,
     "recipes": recipes,
     "report": report,
@@ -277,8 +337,7 @@ def _pipeline(command: str, argv: Sequence[str], preset: str) -> int:
     stage_names = [f.stem for f in chain.stage_files(preset)]
     special = take_stage_keys(argv, stage_names)
     options, common = parse(parser, argv, stage_names)
-    if options.get("jobs") is not None and options["jobs"] < 1:
-        raise UsageError(f"--jobs: at least 1, got {options['jobs']}")
+    jobs = _jobs(options)
     stages = chain.plan(preset, common, special, options.get("divide"))
     root = Path(options.get("run_dir") or f"runs/{Path(preset).name}")
     if options.get("dry_run"):
@@ -286,7 +345,6 @@ def _pipeline(command: str, argv: Sequence[str], preset: str) -> int:
             needs = f" after {', '.join(stage.inputs)}" if stage.inputs else ""
             print(f"# {stage.name}{needs}\n{settings.to_yaml(stage.config)}")
         return 0
-    jobs = options.get("jobs") or max(1, min(4, chain.cores()))
     overwrite = bool(options.get("overwrite"))
     status, outcomes = chain.run(stages, root, jobs=jobs, overwrite=overwrite)
     if status == 130:
@@ -297,6 +355,16 @@ def _pipeline(command: str, argv: Sequence[str], preset: str) -> int:
         if outcome.state in ("failed", "diverged", "skipped"):
             print(f"error: {name} {outcome.state}: {outcome.note}", file=sys.stderr)
     return status
+
+
+def _jobs(options: dict[str, Any]) -> int:
+    """--jobs, or one per core up to 4."""
+    from kdtrain.pipeline import cores
+
+    jobs = options.get("jobs")
+    if jobs is not None and jobs < 1:
+        raise UsageError(f"--jobs: at least 1, got {jobs}")
+    return jobs or max(1, min(4, cores()))
 
 
 def _default_run_dir(recipe: str, path: Path) -> Path:
@@ -402,6 +470,6 @@ def _is_ours(error: BaseException) -> bool:
 def _overview() -> str:
     lines = [f"usage: {PROGRAM} COMMAND ...", ""]
     for name, command in COMMANDS.items():
-        lines.append(f"  {name:9} {(command.__doc__ or '').splitlines()[0]}")
+        lines.append(f"  {name:15} {(command.__doc__ or '').splitlines()[0]}")
     lines += ["", f"{PROGRAM} COMMAND --help lists a command's options."]
     return "\n".join(lines)

@@ -43,6 +43,8 @@ NOT_HASHED = (
     "report.py",
     "runs.py",
     "scheduler.py",
+    "select_targets.py",
+    "selection.py",
     "settings.py",
 )
 

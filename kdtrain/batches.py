@@ -35,7 +35,9 @@ EVAL_BATCH = 256
 
 
 class Batch(NamedTuple):
-    """One training step's input on the device, and the seconds spent waiting for it."""
+    """One training step's input on the device, and the seconds spent waiting for its pictures
+    (augmentation is computing, not waiting).
+    """
 
     pictures: Tensor
     """(B, 3, s, s) float32 in [0, 255]."""
@@ -104,6 +106,7 @@ class RunData:
         """
         started = time.perf_counter()
         stored = self.store.get(indices)
+        waited_s = time.perf_counter() - started
         if following is not None:
             self.store.prefetch(following)
         points = None if self.points is None else self.points[indices].to(self.device)
@@ -118,7 +121,7 @@ class RunData:
             input_size=self.config.data.input_size,
         )
         labels = self.labels[indices].to(self.device)
-        return Batch(pictures, labels, points, time.perf_counter() - started)
+        return Batch(pictures, labels, points, waited_s)
 
     def evaluation(self, indices: Tensor) -> Iterator[EvalBatch]:
         """Centre crops of the pictures `indices`, in order."""

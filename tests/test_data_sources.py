@@ -266,7 +266,7 @@ def fake_source(labels):
         class_names=[str(k) for k in range(max(labels) + 1)],
         landmarks=None,
         sizes=torch.ones(count, 2, dtype=torch.int64),
-        read=lambda picture: np.zeros((1, 1, 3), dtype=np.uint8),
+        read=lambda picture: Image.new("RGB", (1, 1)),
     )
 
 

@@ -38,6 +38,18 @@ def test_every_mode_gives_pillows_antialiased_resize(folder, cache, workers):
     store.close()
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_of_several_parts_keeps_its_order(folder, workers):
+    source = read_folder(folder)
+    indices = torch.tensor([6, 0, 3, 0, 5, 1, 7, 2, 4] * 5)  # more than twice what a thread takes
+    whole = PictureStore(source, 16, "memory").get(indices)
+    store = PictureStore(source, 16, "none", workers)
+    assert torch.equal(store.get(indices), whole)
+    store.prefetch(indices)
+    assert torch.equal(store.get(indices), whole)
+    store.close()
+
+
 def test_batches_read_ahead_are_found_in_any_order_and_once(folder):
     source = read_folder(folder)
     reads = []

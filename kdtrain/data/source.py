@@ -3,6 +3,7 @@ section of a config.
 """
 
 import hashlib
+import io
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -54,7 +55,7 @@ class FaceSource:
     hold pixel indices are read as index + 0.5. sizes: (N, 2) int64 original width and height.
     groups: (N,) int64 or None, the video a frame comes from, unique over the whole set. skipped:
     messages of what on_error "skip" left out. splits: file name -> column -> one value per picture.
-    read: picture number -> uint8 (H, W, 3) RGB. read_batch, where the source has one: int64 (B,) ->
+    read: picture number -> Pillow picture, RGB. read_batch, where the source has one: int64 (B,) ->
     uint8 (B, 3, H, W).
     """
 
@@ -67,7 +68,7 @@ class FaceSource:
     groups: Tensor | None = None
     skipped: list[str] = field(default_factory=list)
     splits: dict[str, dict[str, list[str]]] = field(default_factory=dict)
-    read: Callable[[int], np.ndarray]
+    read: Callable[[int], Image.Image]
     read_batch: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
@@ -89,7 +90,7 @@ class FaceSource:
         """Returns picture number `picture` as uint8 (H, W, 3), RGB. Raises DataError naming a file
         that cannot be read.
         """
-        return self.read(picture)
+        return np.array(self.read(picture))
 
     def fingerprint(self) -> str:
         """Returns a hex digest of names, sizes, labels and landmarks: the same set read again gives
@@ -101,15 +102,21 @@ class FaceSource:
         return digest.hexdigest()
 
 
-def decode_picture(path: Path) -> np.ndarray:
-    """Returns a picture file as uint8 (H, W, 3), RGB, orientation tags ignored (landmarks refer to
-    the stored pixels).
+def decode_picture(path: Path) -> Image.Image:
+    """Returns a picture file decoded as RGB, orientation tags ignored (landmarks refer to the
+    stored pixels).
 
     Raises DataError naming the file when it is missing, not a picture, or cut off.
     """
     try:
-        with Image.open(path) as picture:
-            return np.array(picture.convert("RGB"))
+        # read whole: Pillow's twenty short reads a JPEG each hand over the interpreter lock, and
+        # two decoding threads then are no faster than one (0.29 against 0.22 ms at 128 pixels)
+        content = io.BytesIO(path.read_bytes())
+        with Image.open(content) as picture:
+            picture.load()
+            return picture if picture.mode == "RGB" else picture.convert("RGB")
+    except Image.UnidentifiedImageError:
+        raise DataError(f"{path}: cannot read this picture: no format that is known") from None
     except _DECODE_ERRORS as error:
         raise DataError(f"{path}: cannot read this picture: {error}") from error
 

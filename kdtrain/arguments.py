@@ -4,7 +4,7 @@ one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
@@ -51,6 +51,26 @@ def parse(
         {key: value for key, value in given.items() if key not in schema},
         {key: value for key, value in given.items() if key in schema},
     )
+
+
+def add_dry_run(parser: ArgumentParser, text: str) -> None:
+    """Add --dry-run, which `text` explains, and what goes with it."""
+    parser.add_argument("--dry-run", action="store_true", help=text)
+    text = "of the whole data set, with --dry-run, where the pictures are not at hand"
+    parser.add_argument("--classes", type=int, help=f"people {text}")
+    parser.add_argument("--pictures", type=int, help=f"pictures {text}")
+
+
+def check_dry_run(options: Mapping[str, Any]) -> None:
+    """Raises UsageError for --classes or --pictures without --dry-run, alone, or below 2."""
+    sizes = {f"--{name}": options.get(name) for name in ("classes", "pictures")}
+    for name, value in sizes.items():
+        if value is not None and not options.get("dry_run"):
+            raise UsageError(f"{name} goes with --dry-run; training counts the pictures itself")
+        if value is not None and value < 2:
+            raise UsageError(f"{name}: at least 2, got {value}")
+    if len([value for value in sizes.values() if value is not None]) == 1:
+        raise UsageError("--classes and --pictures: both or neither; pictures counts the test too")
 
 
 def take_stage_keys(argv: list[str], stages: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -22,6 +22,8 @@ from kdtrain.arguments import (
     PARENT,
     PROGRAM,
     UsageError,
+    add_dry_run,
+    check_dry_run,
     command_parser,
     parse,
     take_stage_keys,
@@ -93,15 +95,17 @@ def train(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--overwrite", action="store_true", help="throw away the run in the run folder"
     )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved config and do nothing"
-    )
+    add_dry_run(parser, "print the resolved config, its size, memory and time, and do nothing")
     add_keys(parser)
     options, overrides = parse(parser, argv)
+    check_dry_run(options)
     path = settings.recipe_path(options["recipe"])
     config = settings.build({**settings.read_recipe(path), **overrides})
     if options.get("dry_run"):
-        print(settings.to_yaml(config), end="")
+        run_dir = Path(options.get("run_dir") or _default_run_dir(options["recipe"], path))
+        from kdtrain import dryrun
+
+        dryrun.show_run(config, run_dir, path.parent, options)
         return 0
     if options.get("resume") and options.get("overwrite"):
         raise UsageError("--resume and --overwrite exclude each other")
@@ -326,7 +330,7 @@ def _pipeline(command: str, argv: Sequence[str], preset: str) -> int:
     parser.add_argument("--divide", type=int, help="kernels of the students: 2, 4 or 8 times fewer")
     parser.add_argument("--resume", action="store_true", help="continue, as it does by itself")
     parser.add_argument("--overwrite", action="store_true", help="train every stage anew")
-    parser.add_argument("--dry-run", action="store_true", help="print the stages and do nothing")
+    add_dry_run(parser, "print the stages, their sizes, memory and time, and do nothing")
     add_keys(parser)
     again = shlex.join(a for a in (*PROGRAM.split(), command, *argv) if a != "--overwrite")
     argv = list(argv)
@@ -338,12 +342,14 @@ def _pipeline(command: str, argv: Sequence[str], preset: str) -> int:
     special = take_stage_keys(argv, stage_names)
     options, common = parse(parser, argv, stage_names)
     jobs = _jobs(options)
+    check_dry_run(options)
     stages = chain.plan(preset, common, special, options.get("divide"))
     root = Path(options.get("run_dir") or f"runs/{Path(preset).name}")
     if options.get("dry_run"):
-        for stage in stages:
-            needs = f" after {', '.join(stage.inputs)}" if stage.inputs else ""
-            print(f"# {stage.name}{needs}\n{settings.to_yaml(stage.config)}")
+        from kdtrain import dryrun
+
+        dryrun.show_stages(stages, root, jobs, options)
+        return 0
         return 0
     overwrite = bool(options.get("overwrite"))
     status, outcomes = chain.run(stages, root, jobs=jobs, overwrite=overwrite)

@@ -36,6 +36,8 @@ NOT_HASHED = (
     "arguments.py",
     "board.py",
     "cli.py",
+    "dryrun.py",
+    "estimate.py",
     "inspection.py",
     "journal.py",
     "pipeline.py",
@@ -46,6 +48,7 @@ NOT_HASHED = (
     "select_targets.py",
     "selection.py",
     "settings.py",
+    "timing.py",
 )
 
 

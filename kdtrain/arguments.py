@@ -5,6 +5,7 @@ one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
@@ -117,3 +118,25 @@ def value_of(argv: Sequence[str], option: str) -> str | None:
         if word.startswith(f"{option}="):
             return word.partition("=")[2]
     return None
+
+
+def default_run_dir(recipe: str, path: Path) -> Path:
+    """runs/two-cores/cls_teacher for a packaged recipe, runs/NAME for NAME.yaml, the folder itself
+    for a run folder.
+    """
+    if Path(recipe).is_dir():
+        return Path(recipe)
+    if path.is_relative_to(settings.RECIPES):
+        # two-cores/tables/cls_hint too stands beside the runs that it names by @
+        return Path("runs") / path.relative_to(settings.RECIPES).parts[0] / path.stem
+    return Path("runs") / path.stem
+
+
+def jobs_of(options: dict[str, Any]) -> int:
+    """--jobs, or one per core up to 4."""
+    from kdtrain.pipeline import cores
+
+    jobs = options.get("jobs")
+    if jobs is not None and jobs < 1:
+        raise UsageError(f"--jobs: at least 1, got {jobs}")
+    return jobs or max(1, min(4, cores()))

@@ -1,4 +1,4 @@
-"""The commands: demo, train, eval, pipeline, select-targets, data, recipes, report.
+"""The commands: demo, train, eval, pipeline, reproduce, select-targets, data, recipes, report.
 
 Exit status: 0 done; 1 the run could not go on (one line says why); 2 wrong usage; 130 interrupted,
 to be continued.
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdtrain import settings
+from kdtrain import settings, studies
 from kdtrain.arguments import (
     PARENT,
     PROGRAM,
@@ -25,6 +25,8 @@ from kdtrain.arguments import (
     add_dry_run,
     check_dry_run,
     command_parser,
+    default_run_dir,
+    jobs_of,
     parse,
     take_stage_keys,
     value_of,
@@ -102,14 +104,14 @@ def train(argv: Sequence[str]) -> int:
     path = settings.recipe_path(options["recipe"])
     config = settings.build({**settings.read_recipe(path), **overrides})
     if options.get("dry_run"):
-        run_dir = Path(options.get("run_dir") or _default_run_dir(options["recipe"], path))
+        run_dir = Path(options.get("run_dir") or default_run_dir(options["recipe"], path))
         from kdtrain import dryrun
 
         dryrun.show_run(config, run_dir, path.parent, options)
         return 0
     if options.get("resume") and options.get("overwrite"):
         raise UsageError("--resume and --overwrite exclude each other")
-    run_dir = Path(options.get("run_dir") or _default_run_dir(options["recipe"], path))
+    run_dir = Path(options.get("run_dir") or default_run_dir(options["recipe"], path))
     resume = bool(options.get("resume"))
     again = shlex.join([*PROGRAM.split(), "train", str(run_dir), "--resume"])
 
@@ -197,65 +199,6 @@ def demo(argv: Sequence[str]) -> int:
     return _pipeline("demo", argv, "demo")
 
 
-def select_targets(argv: Sequence[str]) -> int:
-    """Measure which of the teacher's targets help a student; write that recipe."""
-    parser = command_parser(
-        "select-targets",
-        "RECIPE [--targets soft,hidden,logits] [--seeds N] [--section.key value ...]",
-        "Train a student without targets and with each target alone, over the same seeds; keep the "
-        "weights of those that help, set the others to 0, and write the recipe and the evidence. "
-        "Pictures held out of the training split judge. Run again, it reuses finished runs and "
-        "continues unfinished ones.",
-    )
-    parser.add_argument("recipe", help="recipe name, YAML file or run folder, with a teacher")
-    parser.add_argument(
-        "--targets",
-        type=str,
-        help="candidates: soft, hidden, logits (default: those with a weight, else soft,hidden)",
-    )
-    parser.add_argument("--seeds", type=int, default=3, help="every arm trains seeds 1 to N (3)")
-    parser.add_argument(
-        "--keep-inconclusive",
-        action="store_true",
-        help="keep a target that neither helps nor hurts",
-    )
-    parser.add_argument("--jobs", type=int, help="runs side by side (default: one per core, <= 4)")
-    parser.add_argument(
-        "--run-dir", type=str, help="folder of the runs (default: runs/RECIPE-targets)"
-    )
-    parser.add_argument(
-        "--out", type=str, help="the chosen recipe (default: selected.yaml in the run dir)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="train every run anew")
-    add_keys(parser)
-    options, overrides = parse(parser, argv)
-    path = settings.recipe_path(options["recipe"])
-    default = _default_run_dir(options["recipe"], path)
-    root = Path(options.get("run_dir") or default.with_name(f"{default.name}-targets"))
-    out = Path(options.get("out") or root / "selected.yaml")
-    if out.suffix not in (".yaml", ".yml") or out.resolve() == path.resolve():
-        raise UsageError(f"--out: expected a .yaml file other than the recipe, got {out}")
-    jobs = _jobs(options)
-    from kdtrain import select_targets as study
-
-    words = (*PROGRAM.split(), "select-targets", *argv)
-    command = shlex.join(word for word in words if word != "--overwrite")
-    asked = study.plan(
-        path, overrides, root, targets=options.get("targets"), seeds=options.get("seeds", 3)
-    )
-    status = study.run(
-        asked,
-        out,
-        jobs=jobs,
-        keep_inconclusive=bool(options.get("keep_inconclusive")),
-        overwrite=bool(options.get("overwrite")),
-        command=command,
-    )
-    if status == 130:
-        print(f"stopped; to continue: {command}", file=sys.stderr)
-    return status
-
-
 def data(argv: Sequence[str]) -> int:
     """Show what a recipe's pictures are: counts, split, floors, samples."""
     parser = command_parser(
@@ -305,7 +248,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "eval": evaluate_run,
     "pipeline": pipeline,
-    "select-targets": select_targets,
+    "reproduce": studies.reproduce,
+    "select-targets": studies.select_targets,
     "data": data,
     "recipes": recipes,
     "report": report,
@@ -341,7 +285,7 @@ def _pipeline(command: str, argv: Sequence[str], preset: str) -> int:
     stage_names = [f.stem for f in chain.stage_files(preset)]
     special = take_stage_keys(argv, stage_names)
     options, common = parse(parser, argv, stage_names)
-    jobs = _jobs(options)
+    jobs = jobs_of(options)
     check_dry_run(options)
     stages = chain.plan(preset, common, special, options.get("divide"))
     root = Path(options.get("run_dir") or f"runs/{Path(preset).name}")
@@ -361,28 +305,6 @@ def _pipeline(command: str, argv: Sequence[str], preset: str) -> int:
         if outcome.state in ("failed", "diverged", "skipped"):
             print(f"error: {name} {outcome.state}: {outcome.note}", file=sys.stderr)
     return status
-
-
-def _jobs(options: dict[str, Any]) -> int:
-    """--jobs, or one per core up to 4."""
-    from kdtrain.pipeline import cores
-
-    jobs = options.get("jobs")
-    if jobs is not None and jobs < 1:
-        raise UsageError(f"--jobs: at least 1, got {jobs}")
-    return jobs or max(1, min(4, cores()))
-
-
-def _default_run_dir(recipe: str, path: Path) -> Path:
-    """runs/two-cores/cls_teacher for a packaged recipe, runs/NAME for NAME.yaml, the folder itself
-    for a run folder.
-    """
-    if Path(recipe).is_dir():
-        return Path(recipe)
-    if path.is_relative_to(settings.RECIPES):
-        # two-cores/tables/cls_hint too stands beside the runs that it names by @
-        return Path("runs") / path.relative_to(settings.RECIPES).parts[0] / path.stem
-    return Path("runs") / path.stem
 
 
 def _require_same(config: Config, run_dir: Path) -> None:

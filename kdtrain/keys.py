@@ -30,7 +30,7 @@ NOT_IN_KEY = (
     "train.save_every",
     "train.tensorboard",
 )
-# Sources that show or order runs and cannot change a trained number.
+# Sources that show or order runs and cannot change a trained number; all of tables/ too.
 NOT_HASHED = (
     "__main__.py",
     "arguments.py",
@@ -40,6 +40,7 @@ NOT_HASHED = (
     "estimate.py",
     "inspection.py",
     "journal.py",
+    "keys.py",
     "pipeline.py",
     "plots.py",
     "report.py",
@@ -48,7 +49,9 @@ NOT_HASHED = (
     "select_targets.py",
     "selection.py",
     "settings.py",
+    "studies.py",
     "timing.py",
+    "verdicts.py",
 )
 
 
@@ -136,8 +139,9 @@ def source_hash() -> str:
         root = Path(spec.origin).parent
         files = [f for f in root.rglob("*") if f.suffix in (".py", ".so", ".pyd")]
         for file in sorted(files):
-            if package == "kdtrain" and file.name in NOT_HASHED and file.parent == root:
+            place = file.relative_to(root).as_posix()
+            if package == "kdtrain" and (place in NOT_HASHED or place.startswith("tables/")):
                 continue
-            digest.update(file.relative_to(root).as_posix().encode())
+            digest.update(place.encode())
             digest.update(file.read_bytes())
     return digest.hexdigest()

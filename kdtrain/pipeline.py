@@ -21,7 +21,7 @@ from rich.table import Table
 from kdtrain import checkpoint, keys, settings
 from kdtrain.config import Config, ConfigError
 from kdtrain.journal import duration, number
-from kdtrain.scheduler import Outcome, Work, run_all
+from kdtrain.scheduler import Outcome, Overview, Work, run_all
 
 # The result table: columns by task and metric, rows by the end of the stage's name.
 COLUMNS = (
@@ -48,6 +48,19 @@ class Stage:
     name: str
     config: Config
     inputs: tuple[str, ...]
+    seconds: float = 0.0
+    """Estimated training time; 0 where it is not known."""
+
+    @property
+    def cost(self) -> float:
+        """A weight for the order of stages and the time left."""
+        return self.seconds or _cost(self.config)
+
+
+def inputs_of(config: Config) -> tuple[str, ...]:
+    """The stages beside it that a stage reads."""
+    named = [v[1:] for v in (config.init_from, config.teacher.run) if v and v.startswith("@")]
+    return tuple(dict.fromkeys(named))
 
 
 def plan(
@@ -86,13 +99,12 @@ def plan(
             config = settings.build(flat)
         except ConfigError as error:
             raise ConfigError(f"stage {name}: {error}") from None
-        read = (config.init_from, config.teacher.run)
-        named = [v[1:] for v in read if v and v.startswith("@")]
-        missing = [n for n in named if n not in recipes]
+        inputs = inputs_of(config)
+        missing = [n for n in inputs if n not in recipes]
         if missing:
             raise ConfigError(f"stage {name}: no stage {missing[0]!r} to take weights from")
-        stages[name] = Stage(name, config, tuple(dict.fromkeys(named)))
-    return _ordered(stages)
+        stages[name] = Stage(name, config, inputs)
+    return ordered(stages)
 
 
 def stage_files(preset: str) -> list[Path]:
@@ -134,7 +146,12 @@ def stage_keys(stages: Sequence[Stage], root: Path) -> dict[str, str]:
 
 
 def run(
-    stages: Sequence[Stage], root: Path, *, jobs: int = 1, overwrite: bool = False
+    stages: Sequence[Stage],
+    root: Path,
+    *,
+    jobs: int = 1,
+    overwrite: bool = False,
+    overview: Overview | None = None,
 ) -> tuple[int, dict[str, Outcome]]:
     """Bring every stage below `root` to its end; exit status (0, 1 a stage failed or diverged, 130
     interrupted) and what happened.
@@ -142,7 +159,8 @@ def run(
     A finished stage whose key stands is reused, one that diverged under it stays so and those that
     need it are skipped, an unfinished one continues, one whose key changed is moved to
     root/previous and trained anew. overwrite: all are trained anew. jobs: stages side by side, each
-    with its share of the processors.
+    with its share of the processors. overview: draws what a terminal shows of many stages; with it,
+    reused stages are counted, not listed.
     """
     console = Console(highlight=False, soft_wrap=True)
     threads = max(1, cores() // jobs)
@@ -157,7 +175,8 @@ def run(
             if state == "reused":
                 results = checkpoint.read_json(folder / "results.json") or {}
                 reused[stage.name] = Outcome("reused", "", results.get("seconds", 0.0))
-                console.print(f"{stage.name}: reused, {headline(results)}")
+                if overview is None:
+                    console.print(f"{stage.name}: reused, {headline(results)}")
                 continue
             if state == "diverged":
                 record = checkpoint.read_json(folder / "diverged.json") or {}
@@ -173,10 +192,12 @@ def run(
             recipe = recipes / f"{stage.name}.yaml"
             checkpoint.write_text(recipe, settings.to_yaml(config))
             inputs = tuple(name for name in stage.inputs if name not in reused)
-            cost = _cost(stage.config)
-            works.append(Work(stage.name, recipe, folder, inputs, state == "resume", threads, cost))
-        status, outcomes = run_all(works, root, jobs, console, lost)
-    return status, {s.name: {**reused, **outcomes}[s.name] for s in stages}
+            resume = state == "resume"
+            works.append(Work(stage.name, recipe, folder, inputs, resume, threads, stage.cost))
+        if overview is not None and reused:
+            console.print(f"{len(reused)} of {len(stages)} runs were finished before")
+        status, outcomes = run_all(works, root, jobs, console, {**reused, **lost}, overview)
+    return status, {s.name: outcomes[s.name] for s in stages}
 
 
 def stage_state(folder: Path, key: str) -> str:
@@ -306,7 +327,7 @@ def _cell(
     return "-"
 
 
-def _ordered(stages: Mapping[str, Stage]) -> list[Stage]:
+def ordered(stages: Mapping[str, Stage]) -> list[Stage]:
     """The heaviest chain of followers first: inputs come before what reads them, and two jobs end
     together.
     """
@@ -317,7 +338,7 @@ def _ordered(stages: Mapping[str, Stage]) -> list[Stage]:
             raise ConfigError(f"stages wait for each other in a circle: {', '.join(above)}")
         if name not in chains:
             after = [chain(s.name, (*above, name)) for s in stages.values() if name in s.inputs]
-            chains[name] = _cost(stages[name].config) + max(after, default=0.0)
+            chains[name] = stages[name].cost + max(after, default=0.0)
         return chains[name]
 
     return sorted(stages.values(), key=lambda stage: (-chain(stage.name), stage.name))

@@ -9,12 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 
@@ -24,6 +24,8 @@ from kdtrain.checkpoint import read_json
 from kdtrain.journal import duration, number
 
 POLL_S = 0.25
+# Draws the states of all works by name: reused, done, failed, skipped, stopped, running, waiting.
+Overview = Callable[[Mapping[str, str]], RenderableType]
 
 
 @dataclass(frozen=True)
@@ -66,19 +68,21 @@ def run_all(
     root: Path,
     jobs: int,
     console: Console,
-    lost: Mapping[str, Outcome] | None = None,
+    before: Mapping[str, Outcome] | None = None,
+    overview: Overview | None = None,
 ) -> tuple[int, dict[str, Outcome]]:
     """Train every work after its inputs, at most `jobs` at once.
 
-    lost: stages that have ended without a result before, which works may have as inputs. Returns 0,
-    1 (a stage failed or diverged; those that need it are skipped, others run on) or 130
-    (interrupted), and the outcomes, `lost` among them.
+    before: how other stages have ended already; works whose input is a lost one of them are
+    skipped. overview: what a terminal shows in place of a line for each work. Returns 0, 1 (a
+    stage failed or diverged; those that need it are skipped, others run on) or 130 (interrupted),
+    and the outcomes, `before` among them.
     """
     waiting = {work.name: work for work in works}
     running: dict[str, _Child] = {}
-    outcomes: dict[str, Outcome] = dict(lost or {})
+    outcomes: dict[str, Outcome] = dict(before or {})
     (root / "logs").mkdir(exist_ok=True)
-    view = _View(works, console)
+    view = _View(works, console, overview)
     asked_to_stop = False
 
     def on_signal(number: int, _: Any) -> None:
@@ -186,8 +190,15 @@ def _skip(waiting: dict[str, Work], outcomes: dict[str, Outcome]) -> None:
 class _View:
     """One live table in a terminal, else a line per event."""
 
-    def __init__(self, works: Sequence[Work], console: Console) -> None:
-        self._works, self._console = works, console
+    def __init__(
+        self,
+        works: Sequence[Work],
+        console: Console,
+        overview: Overview | None,
+    ) -> None:
+        self._works, self._console, self._overview = works, console, overview
+        self._ended = 0
+        self._left = 0.0
         self._started = time.monotonic()
         self._live: Live | None = None
         if console.is_terminal and works:
@@ -204,6 +215,10 @@ class _View:
             name = results.get("metric", {}).get("name", "")
             shown = number(name, results.get("metrics", {}).get(name), 1)
             note = f": {name} {shown} in {duration(outcome.seconds)}"
+        self._ended += 1
+        if self._overview is not None:
+            left = f", about {duration(self._left)} left" if self._left else ""
+            note += f" ({self._ended} of {len(self._works)}{left})"
         self.say(f"{work.name}: {outcome.state}{note}")
 
     def update(
@@ -214,8 +229,9 @@ class _View:
         jobs: int,
     ) -> None:
         progress = {n: read_json(c.work.folder / "progress.json") or {} for n, c in running.items()}
+        self._left = self._left_s(waiting, outcomes, progress, jobs)
         if self._live is not None:
-            self._live.update(self._table(running, waiting, outcomes, progress, jobs))
+            self._live.update(self._drawn(running, waiting, outcomes, progress))
             return
         for name, child in running.items():
             epoch = progress[name].get("epoch", 0)
@@ -227,29 +243,30 @@ class _View:
         if self._live is not None:
             self._live.stop()
 
-    def _table(
+    def _drawn(
         self,
         running: Mapping[str, _Child],
         waiting: Mapping[str, Work],
         outcomes: Mapping[str, Outcome],
         progress: Mapping[str, Mapping[str, Any]],
-        jobs: int,
-    ) -> Table:
+    ) -> RenderableType:
         table = Table.grid(padding=(0, 2))
         for work in self._works:
             if work.name in running:
                 share = progress[work.name].get("share", 0.0)
                 bar = ("█" * round(share * 20)).ljust(20, "░")
                 table.add_row(work.name, bar, _note(progress[work.name]))
-            elif work.name in waiting:
-                table.add_row(work.name, "", "waiting")
-            else:
-                table.add_row(work.name, "", outcomes[work.name].state)
-        left = self._left_s(waiting, outcomes, progress, jobs)
+            elif self._overview is None:
+                state = "waiting" if work.name in waiting else outcomes[work.name].state
+                table.add_row(work.name, "", state)
         gone = duration(time.monotonic() - self._started)
-        total = f"{gone} gone" + (f", about {duration(left)} left" if left else "")
+        total = f"{gone} gone" + (f", about {duration(self._left)} left" if self._left else "")
         table.add_row("", "", total)
-        return table
+        if self._overview is None:
+            return table
+        states = {name: outcome.state for name, outcome in outcomes.items()}
+        states |= dict.fromkeys(running, "running") | dict.fromkeys(waiting, "waiting")
+        return Group(self._overview(states), table)
 
     def _left_s(
         self,

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from kdtrain import checkpoint, settings
 from kdtrain.config import Config
-from kdtrain.table_data import Verdict
+from kdtrain.tables.data import Verdict
 from kdtrain.verdicts import Scores, compare
 
 TARGETS = {"soft": "target.alpha", "hidden": "target.beta", "logits": "target.logits"}

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kdtrain.table_data import Verdict
+from kdtrain.tables.data import Verdict
 
 Scores = Sequence[np.ndarray | None]
 """One arm: per seed an array (n,) over the same test items, nan where an item was not measured;

@@ -9,8 +9,8 @@ from test_tasks import PEOPLE, eval_batches, make_batch, make_teacher
 from tiny_runs import assert_same_run, quiet, stop_after, tiny_config, train
 
 from kdtrain import checkpoint, engine
+from kdtrain.arguments import default_run_dir
 from kdtrain.batches import RunData
-from kdtrain.cli import _default_run_dir
 from kdtrain.config import Config, ConfigError, ModelConfig, TargetConfig, TeacherConfig
 from kdtrain.engine import Interrupted
 from kdtrain.journal import number, read_lines
@@ -227,7 +227,7 @@ def test_a_hint_beside_other_terms_is_refused_with_what_to_do(flat, message):
 @pytest.mark.parametrize("preset", ["two-cores", "paper"])
 def test_the_recipe_s_run_stands_beside_its_teacher_s(preset):
     runs = {
-        name: _default_run_dir(f"{preset}/{name}", recipe_path(f"{preset}/{name}"))
+        name: default_run_dir(f"{preset}/{name}", recipe_path(f"{preset}/{name}"))
         for name in ("cls_teacher", "tables/cls_hint", "tables/cls_fitnet")
     }
     assert {path.parent.as_posix() for path in runs.values()} == {f"runs/{preset}"}

@@ -14,11 +14,12 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from kdtrain import checkpoint, table_files
-from kdtrain.table_data import CELL_STATES, Block, Cell, Row, Table, Trend, Verdict
-from kdtrain.table_page import page
-from kdtrain.table_plot import _floors, _limits, _lines, _same_rate, _span, picture
-from kdtrain.table_text import cell_text, cells_csv, markdown, plain, show, trends_csv
+from kdtrain import checkpoint
+from kdtrain.tables import files as table_files
+from kdtrain.tables.data import CELL_STATES, Block, Cell, Row, Table, Trend, Verdict
+from kdtrain.tables.page import page
+from kdtrain.tables.plot import _floors, _limits, _lines, _same_rate, _span, picture
+from kdtrain.tables.text import cell_text, cells_csv, markdown, plain, show, trends_csv
 
 ACCURACY = Block(
     "targets | from scratch",

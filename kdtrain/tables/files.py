@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kdtrain.checkpoint import write_bytes, write_text
-from kdtrain.table_data import Table
-from kdtrain.table_page import page
-from kdtrain.table_plot import picture
-from kdtrain.table_text import cells_csv, markdown, plain, trends_csv
+from kdtrain.tables.data import Table
+from kdtrain.tables.page import page
+from kdtrain.tables.plot import picture
+from kdtrain.tables.text import cells_csv, markdown, plain, trends_csv
 
 
 def write(table: Table, folder: str | Path) -> dict[str, Path]:

@@ -1,7 +1,7 @@
 """What a finished or half-finished result table is made of: cells, rows, blocks, trends.
 
-Plain values: kdtrain/tables.py fills them from run folders,
-kdtrain/verdicts.py judges the trends, kdtrain/table_files.py writes them down. Numbers are in
+Plain values: kdtrain/tables/collect.py fills them from run folders,
+kdtrain/verdicts.py judges the trends, files.py writes them down. Numbers are in
 percent, differences in points (hundredths), as the paper prints them.
 """
 

@@ -20,8 +20,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
-from kdtrain.table_data import Block, Cell, Row, Table, Trend
-from kdtrain.table_text import difference_text, name_text, own_text, seeds_text
+from kdtrain.tables.data import Block, Cell, Row, Table, Trend
+from kdtrain.tables.text import difference_text, name_text, own_text, seeds_text
 
 WIDTH_IN, DPI = 11.0, 150
 WIDTH_RATIOS = (2.1, 1.0)  # ours, the paper's

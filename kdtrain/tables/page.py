@@ -11,9 +11,9 @@ from html import escape
 
 from kdtrain.plots import data_uri
 from kdtrain.report import PAGE, STYLE
-from kdtrain.table_data import Block, Cell, Row, Table, Trend, VerdictState
-from kdtrain.table_plot import VERDICT_COLOURS, picture
-from kdtrain.table_text import (
+from kdtrain.tables.data import Block, Cell, Row, Table, Trend, VerdictState
+from kdtrain.tables.plot import VERDICT_COLOURS, picture
+from kdtrain.tables.text import (
     DASH,
     difference_text,
     name_text,

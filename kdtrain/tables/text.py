@@ -1,6 +1,6 @@
 """A result table as words: for the terminal, as plain text, as Markdown and as CSV.
 
-The wording of cells and verdicts is here once; kdtrain/table_page.py and table_plot.py use it too.
+The wording of cells and verdicts is here once; page.py and plot.py use it too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Grid
 
-from kdtrain.table_data import Block, Cell, Row, Table, Trend, Verdict
+from kdtrain.tables.data import Block, Cell, Row, Table, Trend, Verdict
 
 DASH = "\N{EN DASH}"
 ARM_COLUMNS = (

@@ -1,0 +1,200 @@
+"""Run folders of a reproduction read into the tables' cells, floors and verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from kdtrain import verdicts
+from kdtrain.checkpoint import read_json
+from kdtrain.tables.data import Block, Cell, CellState, Row, Table, Trend, Verdict
+from kdtrain.tables.paper import FULL, SOURCE, At, BlockSpec, Claim, TableSpec
+from kdtrain.tables.stages import Request, RunOf, run_of
+from kdtrain.tasks import TASKS
+
+LOWER_IS_BETTER = frozenset(name for name, sign in (t.metric for t in TASKS.values()) if sign < 0)
+NEUTRAL_POINTS = 2.0  # "about neutral": no difference larger than this
+
+State = Literal["done", "not run", "running", "diverged", "failed"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run folder, as far as it got."""
+
+    folder: Path
+    state: State = "not run"
+    note: str = ""
+    results: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path, key: str, failure: str = "") -> Result:
+        """What is in a run folder under this key; failure: why it failed now, if it did."""
+        results = read_json(folder / "results.json")
+        if results is not None and results.get("key") == key:
+            return cls(folder, "done", "", results)
+        diverged = read_json(folder / "diverged.json")
+        if diverged is not None and diverged.get("key") == key:
+            return cls(folder, "diverged", diverged.get("message", ""))
+        if failure:
+            return cls(folder, "failed", failure)
+        begun = read_json(folder / "run.json")
+        if begun is not None and begun.get("key") == key:
+            return cls(folder, "running")
+        return cls(folder)
+
+    def metric(self, name: str, phase: int) -> float | None:
+        """A test metric at the end of a phase, as a fraction."""
+        phases = self.results.get("phases", [])
+        if not phases:
+            return None
+        found = phases[phase]
+        return found.get("test", found["metrics"]).get(name)
+
+    def items(self, name: str, phase: int) -> np.ndarray | None:
+        """The same for every test picture."""
+        if self.state != "done":
+            return None
+        place = phase % len(self.results["phases"])
+        path = self.folder / "items" / f"phase{place}.npz"
+        if not path.is_file():
+            return None
+        with np.load(path) as arrays:
+            return arrays.get(name)
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Every run that the tables speak of, by what it is."""
+
+    request: Request
+    results: Mapping[RunOf, Result]
+
+    def of(self, at: At, second: bool) -> list[Result]:
+        """The runs behind a cell, one a seed."""
+        runs = [run_of(at, seed, second, self.request) for seed in self.request.seeds]
+        if at.width == FULL:
+            runs = list(dict.fromkeys(runs))  # a shared teacher is one run
+        return [self.results.get(run, Result(Path())) for run in runs]
+
+    def cell(self, at: At | None, metric: str, second: bool) -> Cell:
+        """A cell's mean and spread in percent, or why it has none: the worst of its seeds."""
+        if at is None:
+            return Cell(state="none")
+        found = self.of(at, second)
+        values = [r.metric(metric, at.phase) if r.state == "done" else None for r in found]
+        percent = [None if v is None else 100 * v for v in values]
+        if any(v is not None for v in percent):
+            missing = [r.state for r, v in zip(found, percent, strict=True) if v is None]
+            return Cell.of(percent, paper=at.paper, note=", ".join(sorted(set(missing))))
+        state: CellState = "not run"
+        for wanted in ("running", "failed", "diverged"):
+            if any(r.state == wanted for r in found):
+                state = wanted
+        note = next((r.note for r in found if r.note), "")
+        if all(r.state == "done" for r in found):
+            state, note = "none", "not measured on this data"
+        return Cell(paper=at.paper, state=state, note=note, per_seed=tuple(percent))
+
+    def verdict(self, claim: Claim) -> Verdict:
+        """The claim's fate over the seeds that both arms have."""
+        arms: list[tuple[list[Any], list[Any]]] = []
+        for pair in zip(claim.better, claim.worse, strict=True):
+            ours, theirs = (
+                [r.items(claim.metric, at.phase) for r in self.of(at, claim.second)] for at in pair
+            )
+            if any(a is not None and b is not None for a, b in zip(ours, theirs, strict=True)):
+                arms.append((ours, theirs))
+        if not arms:
+            return Verdict("not run")
+        better, worse = (verdicts.pooled([arm[i] for arm in arms]) for i in (0, 1))
+        higher = claim.metric not in LOWER_IS_BETTER
+        if claim.neutral:
+            return verdicts.neutral(better, worse, margin_points=NEUTRAL_POINTS)
+        return verdicts.compare(better, worse, higher_is_better=higher)
+
+    @cached_property
+    def done(self) -> list[Result]:
+        """The finished runs."""
+        return [result for result in self.results.values() if result.state == "done"]
+
+
+def table(spec: TableSpec, collection: Collection, setting: Sequence[tuple[str, str]]) -> Table:
+    """A table of the paper with the numbers that are there."""
+    blocks = tuple(_block(block, collection) for block in spec.blocks)
+    trends = tuple(
+        Trend(
+            claim.code, claim.text, collection.verdict(claim), _paper_difference(claim),
+            "about neutral: within 2 points" if claim.neutral else "",
+        )
+        for claim in spec.claims
+    )  # fmt: skip
+    notes = [note for block in blocks for note in _uninformative(block)]
+    return Table(
+        spec.name, spec.title, f"{SOURCE}, table {spec.name.removeprefix('table')}", blocks,
+        trends, tuple(dict.fromkeys(notes)), tuple(setting),
+    )  # fmt: skip
+
+
+def _block(spec: BlockSpec, collection: Collection) -> Block:
+    rows = [
+        Row(
+            line.name,
+            line.kind,
+            tuple(collection.cell(at, spec.metric, spec.second) for at in line.places),
+        )
+        for line in spec.lines
+    ]
+    rows += _floors(spec, collection)
+    return Block(
+        spec.title, spec.columns, tuple(rows), spec.metric, spec.metric not in LOWER_IS_BETTER
+    )
+
+
+def _floors(spec: BlockSpec, collection: Collection) -> list[Row]:
+    """What learns nothing, read off the block's own runs."""
+    places = [at for line in spec.lines for at in line.places if at is not None]
+    found = [r for at in places for r in collection.of(at, spec.second) if r.state == "done"]
+    students = [r for r in found if not r.folder.name.split("_s")[0].endswith("teacher")]
+    rows = []
+    raw = "mean shape" if spec.metric == "nrmse" else "raw pixels"
+    for name, place, runs in (
+        (raw, "floors", found),
+        ("untrained network", "untrained", students),
+    ):
+        known = {r.folder.name: r.results.get(place, {}).get(spec.metric) for r in runs}
+        values = [v for v in known.values() if v is not None]
+        if values:
+            first = Cell(100 * float(np.mean(values)), state="done")
+            rest = tuple(Cell(state="none") for _ in spec.columns[1:])
+            rows.append(Row(name, "floor", (first, *rest)))
+    return rows
+
+
+def _uninformative(block: Block) -> list[str]:
+    """The label of a block whose teacher does not beat the floor that learns nothing."""
+    teacher = [row.cells[0].value for row in block.rows if row.kind == "teacher"]
+    floors = [row.cells[0].value for row in block.rows if row.kind == "floor"]
+    sign = 1 if block.higher_is_better else -1
+    return [
+        f"uninformative: {block.title}: the teacher ({a:.1f}) does not beat the floor ({b:.1f})"
+        for a in teacher
+        for b in floors[:1]
+        if a is not None and b is not None and sign * (a - b) <= 0
+    ]
+
+
+def _paper_difference(claim: Claim) -> float | None:
+    """What the claim's cells differ by in the paper, in points."""
+    sign = -1 if claim.metric in LOWER_IS_BETTER else 1
+    found = []
+    for better, worse in zip(claim.better, claim.worse, strict=True):
+        if better.paper is None or worse.paper is None:
+            return None
+        found.append(sign * (better.paper - worse.paper))
+    return float(np.mean(found))

@@ -316,7 +316,7 @@ def hidden_l2(
     again = torch.empty((), **floats)
     weight_stride = 0 if weight_tensor is None else weight_tensor.stride(0)
 
-    with rows.on(students[0]):
+    with rows.on(students[0], "hidden_l2"):
         table = plan.table(weights, students, teachers, gradients)
         for sweep in plan.sweeps:
             rows.launch(
@@ -387,7 +387,7 @@ def hidden_l2_give_(gradients: list[Tensor], incoming: Tensor, post_scale: Tenso
     elements = [gradients[i].numel() for i in given]
     addresses = [gradients[i].data_ptr() for i in given]
     device = gradients[given[0]].device
-    with rows.on(gradients[given[0]]):
+    with rows.on(gradients[given[0]], "hidden_l2"):
         table = tables.fill([*first, *elements, *given, *addresses], gradients[given[0]])
         begin = 0
         for dtype in dict.fromkeys(gradients[i].dtype for i in given):

@@ -334,7 +334,7 @@ def kd_cross_entropy(
     # Accesses of single classes need more for their addresses.
     is_wide = plan.wide_student and plan.wide_gradient and plan.wide_teacher == plan.has_teacher
     limit = rows.register_limit(128 if is_wide or not want_gradient else 168)
-    with rows.on(student):
+    with rows.on(student, "kd_cross_entropy"):
         if divisor == "given":
             labels = (target_or_any, count, target_stride, n, ignore_index)
             rows.launch(_count_rows, (1,), *labels, BLOCK=1024, num_warps=4)

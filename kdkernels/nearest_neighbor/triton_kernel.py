@@ -143,7 +143,7 @@ def nearest_neighbor(queries: Tensor, gallery: Tensor | None) -> tuple[Tensor, T
     strides = (queries.stride(0), gallery.stride(0))
     found = (counters, ambiguous, best, distance, index)
 
-    with rows.on(queries):
+    with rows.on(queries, "nearest_neighbor"):
         if centred:
             step = triton.cdiv(gallery_count, SAMPLE_ROWS)
             rows.launch(

@@ -103,7 +103,10 @@ def batch_triplet_loss(
         return loss, gradient, *_kept(embeddings, is_none, partners, slopes), scale
     totals = torch.empty((3, count), dtype=torch.float64, device=embeddings.device)
     # Autocast would run the products in 16 bits.
-    with rows.on(embeddings), torch.autocast(embeddings.device.type, enabled=False):
+    with (
+        rows.on(embeddings, "batch_triplet_loss"),
+        torch.autocast(embeddings.device.type, enabled=False),
+    ):
         if is_hard:
             x = _mine_hard(embeddings, labels, margin, squared, losses, totals, partners, slopes)
             loss, factor, scale = add_up(totals, reduction)
@@ -144,7 +147,10 @@ def batch_triplet_gradient(
     """The gradient of reduction "none" for the incoming one (N,)."""
     if len(embeddings) == 0:
         return torch.empty_like(embeddings, memory_format=torch.contiguous_format)
-    with rows.on(embeddings), torch.autocast(embeddings.device.type, enabled=False):
+    with (
+        rows.on(embeddings, "batch_triplet_loss"),
+        torch.autocast(embeddings.device.type, enabled=False),
+    ):
         if mining == "hard":
             x = embeddings if embeddings.stride(1) == 1 else embeddings.contiguous()
             return gather_hard(x, partners, slopes, incoming, None)

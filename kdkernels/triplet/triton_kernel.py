@@ -298,7 +298,7 @@ def triplet_loss(
     sizes = (*(t.stride(0) // unit for t in members), count, features // unit)
     sizes = (*sizes, margin, eps, int(active_at_zero))
     options = {"UNIT": unit, **tile}
-    with rows.on(anchor):
+    with rows.on(anchor, "triplet_loss"):
         rows.launch(
             _forward,
             (programs,),
@@ -346,7 +346,7 @@ def triplet_give_(gradients: list[Tensor], incoming: Tensor, post_scale: Tensor)
     per_row = incoming.dim() > 0
     elements, block = given[0].numel(), 2048
     programs = min(triton.cdiv(elements, block), 8 * rows.multiprocessors(given[0].device))
-    with rows.on(given[0]):
+    with rows.on(given[0], "triplet_loss"):
         rows.launch(
             _give,
             (programs,),

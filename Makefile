@@ -30,10 +30,10 @@ test: venv
 
 # Most tests keep one core busy, so two of these run side by side. `pytest` alone is the first two.
 test-suite:
-	$(BIN)/python -m pytest --ignore tests/test_triton_code.py
+	$(BIN)/python -m pytest --ignore-glob 'tests/test_triton_*.py'
 
 test-gpu-code:
-	$(BIN)/python -m pytest tests/test_triton_code.py
+	$(BIN)/python -m pytest tests/test_triton_code.py tests/test_triton_order.py
 
 test-without-native:
 	PYTHONPATH=tests/without_native $(BIN)/python -m pytest tests/test_contract.py tests/test_import.py tests/test_train_tiny.py

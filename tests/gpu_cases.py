@@ -93,6 +93,7 @@ def _kd_cases() -> list[Case]:
             ]
         found += [
             kd(1024, classes, FP16, teacher=FP16),
+            kd(1024, classes, BF16, teacher=BF16, reduction="none", incoming="rows", name="none"),
             kd(1024, classes, FP32, teacher=BF16, name="mixed"),
             kd(1024, classes, BF16, teacher=FP32, name="mixed"),
             kd(1024, classes, FP16, teacher=BF16, name="mixed"),

@@ -41,7 +41,7 @@ KB = 1024
 MULTIPROCESSORS = 132  # of the GPU that the launchers are asked to plan for, an H200
 JOBS = 2
 ROW_KERNELS = ("_one_tile", "two_sweeps", "split_statistics", "split_gradient")
-DISASSEMBLED = (*ROW_KERNELS, "scan")  # whose instructions are judged, on sm_90
+DISASSEMBLED = (*ROW_KERNELS, "_give_rows", "scan")  # whose instructions are judged, on sm_90
 
 
 @dataclass(frozen=True)
@@ -184,6 +184,15 @@ def recording(target: str) -> Iterator[list[Launch]]:
         yield launches
 
 
+def variant_of(
+    kernel: Any, *arguments: object, target: str = "sm_90", **options: object
+) -> Variant:
+    """What a launch of `kernel` would compile."""
+    with recording(target) as launches:
+        triton_rows.launch(kernel, (1,), *arguments, **options)
+    return launches[0].variant
+
+
 def launches_of(op: str, sample: Sample, incoming: str, target: str) -> list[Launch]:
     """What a call, and its backward where it has gradients, launches.
 
@@ -218,7 +227,7 @@ def compile_variant(variant: Variant, disassemble: bool) -> Code:
         return Code(error=_with_causes(error))
     shared = compiled.metadata.shared
     if target.gpu.backend == "hip":
-        return machine_code.read_amd(compiled.asm["amdgcn"], shared)
+        return machine_code.read_amd(compiled.asm["amdgcn"], shared, disassemble)
     return machine_code.read_nvidia(compiled.asm["cubin"], compiled.asm["ptx"], shared, disassemble)
 
 
@@ -247,11 +256,14 @@ def faults(variant: Variant, code: Code) -> list[str]:
 
 def row_costs(variant: Variant, code: Code) -> list[Cost]:
     """What an element costs a row kernel of kd_cross_entropy: one entry in all where it keeps the
-    row in registers, else one for each steady loop; nothing for other kernels."""
-    if variant.kernel not in ROW_KERNELS or not code.instructions:
+    row in registers, else one for each steady loop, backward's `_give_rows` among them; nothing for
+    other kernels."""
+    if variant.kernel not in (*ROW_KERNELS, "_give_rows") or not code.instructions:
         return []
     sizes = {"*fp32": 4, "*bf16": 2, "*fp16": 2}
     kinds = dict(variant.signature)
+    if variant.kernel == "_give_rows":
+        return machine_code.cost_of_sweeps(code, sizes[kinds["gradient_ptr"]])
     inputs = (
         ["student_ptr", "teacher_ptr"]
         if variant.constexprs["PLAN.has_teacher"]

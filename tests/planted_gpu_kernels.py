@@ -1,4 +1,5 @@
-"""Kernels with one fault each that only their compiled code shows; test_triton_code.py must see it.
+"""Kernels with one fault each that only their compiled code shows; test_triton_code.py and
+test_triton_order.py must see it.
 
 In a module of their own, as the processes that compile import them by name.
 """
@@ -65,3 +66,15 @@ def does_not_compile(x_ptr, y_ptr, SIZE: tl.constexpr):
     else:
         value = tl.load(x_ptr + at).to(tl.float16)
     tl.store(y_ptr + at, value)
+
+
+@triton.jit
+def label_written_twice(gradient_ptr, label_ptr, BARRIER: tl.constexpr, BLOCK: tl.constexpr):
+    """A row, then the label's column again by one lane; which of the two stays is left to chance
+    without BARRIER, as the row's is another lane's."""
+    at = tl.arange(0, BLOCK)
+    tl.store(gradient_ptr + at, at.to(tl.float32))
+    label = tl.load(label_ptr)
+    if BARRIER:
+        tl.debug_barrier()
+    tl.store(gradient_ptr + label, -1.0)

@@ -20,11 +20,9 @@ if library.is_interpreted():
     pytest.skip("compiles: runs without TRITON_INTERPRET", allow_module_level=True)
 
 import planted_gpu_kernels as planted
-from gpu_code import TARGETS, Found, compile_all, faults, found_for, recording, row_costs
+from gpu_code import TARGETS, Found, compile_all, faults, found_for, row_costs, variant_of
 from machine_code import Code, Instruction, cost_of_sweeps, parse_sass, wide_bytes
 from triton.runtime.jit import JITFunction
-
-from kdkernels import triton_rows
 
 each_op = pytest.mark.parametrize("op", library.OPS)
 
@@ -126,6 +124,16 @@ def test_two_sweeps_stay_within_their_instructions(dtype, tau):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_number_a_row_costs_backward_no_division(dtype):
+    for classes in (10575, 93431):
+        (found,) = row_kernels("_give_rows", f"1024x{classes} {dtype} none")
+        (cost,) = row_costs(found.variant, found.code)
+        assert cost.instructions <= 5
+        assert cost.stores_wide
+        assert found.code.count("CALL") == 0
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_nearest_neighbor_uses_the_tensor_cores(dtype):
     # float32 through three TF32 products is still HGMMA
     assert any(
@@ -136,11 +144,9 @@ def test_nearest_neighbor_uses_the_tensor_cores(dtype):
 
 
 def launch_planted(kernel, *arguments, **options):
-    with recording("sm_90") as launches:
-        triton_rows.launch(kernel, (1,), *arguments, **options)
-    (launch,) = launches
-    (code,) = compile_all([launch.variant], disassemble=True).values()
-    return launch.variant, code
+    variant = variant_of(kernel, *arguments, **options)
+    (code,) = compile_all([variant], disassemble=True).values()
+    return variant, code
 
 
 class TestPlanted:
@@ -183,9 +189,7 @@ class TestSpecialisation:
     """What the JIT compiles in of the arguments, and what not."""
 
     def variant(self, *arguments, target="sm_90"):
-        with recording(target) as launches:
-            triton_rows.launch(planted.masked_everywhere, (1,), *arguments, BLOCK=64)
-        return launches[0].variant
+        return variant_of(planted.masked_everywhere, *arguments, BLOCK=64, target=target)
 
     def test_addresses_and_integers(self):
         x = torch.empty(64)
@@ -229,6 +233,7 @@ def test_sass_read_by_hand():
     assert [i.address for i in instructions] == list(range(0, 0xA0, 16))
     assert instructions[6] == Instruction(0x60, "BRA", 0x30)
     assert instructions[2].jump is None  # names a label without going there
+    assert [i.always for i in instructions[-3:]] == [False, False, True]
     assert [i.loaded for i in instructions if i.loaded] == [16, 2, 16]
     assert [i.stored for i in instructions if i.stored] == [8]
     assert wide_bytes(instructions) == 32

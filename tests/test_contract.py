@@ -37,6 +37,7 @@ from contract_device import (
     same_bits_on_another_stream,
     wide_strides,
 )
+from contract_values import PROMISES as OF_VALUES
 
 import kdkernels
 from kdkernels import library
@@ -159,6 +160,14 @@ def test_float16_soft_gradient_survives_a_loss_scale(op, backend, device):
 @pytest.mark.parametrize(("op", "backend", "device"), [c for c in BACKENDS if c[0] == KD])
 def test_bad_labels_are_caught(op, backend, device):
     bad_labels_are_caught(find_op(op, device), backend)
+
+
+@pytest.mark.parametrize(
+    ("op", "backend", "device", "promise"),
+    [(*case, p) for case in BACKENDS for op, p in OF_VALUES if op == case[0]],
+)
+def test_promise_about_numbers_that_are_not_finite(op, backend, device, promise):
+    promise(find_op(op, device), backend)
 
 
 if GPUS:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import contract
+import contract_values
 import torch
 from contract import Op
 
@@ -218,6 +219,13 @@ def label_written_before_its_tile(student, teacher, target, **options):
     return kd(_EditGradient.apply(student, edit), teacher, target, **options)
 
 
+def any_largest_logit_is_a_hit(student, teacher, target, **options):
+    found = kd(student, teacher, target, **options)
+    if not options.get("return_terms"):
+        return found
+    return found[0], found[1]._replace(hits=(student.argmax(dim=1) == target).sum().float())
+
+
 class _IncomingIgnored(torch.autograd.Function):
     """Returns early because post_scale is 1, whatever gradient arrives."""
 
@@ -275,6 +283,19 @@ def mean_over_positive_hinges(embeddings, labels, **options):
 def semihard_mined_as_hard(embeddings, labels, **options):
     if options.get("mining", "hard") == "semihard":
         options["mining"] = "hard"
+    return batch(embeddings, labels, **options)
+
+
+def rows_at_infinity_dropped(embeddings, labels, **options):
+    if options.get("reduction") == "none":
+        return batch(embeddings, labels, **options)
+    finite = ~embeddings.isinf().any(dim=1)
+    return batch(embeddings[finite], labels[finite], **options)
+
+
+def nan_hinges_not_counted(embeddings, labels, **options):
+    if options.get("reduction") == "nonzero" and bool(embeddings.isnan().any()):
+        options["reduction"] = "sum"
     return batch(embeddings, labels, **options)
 
 
@@ -403,10 +424,26 @@ _OTHERS = {
     ],
 }
 
-ALL = [
-    Wrong(function.__name__, "kd_cross_entropy", function, promise) for function, promise in _KD
-] + [
-    Wrong(function.__name__, op, function, accurate)
-    for op, functions in _OTHERS.items()
-    for function in functions
+_OF_VALUES = [
+    (rows_at_infinity_dropped, contract_values.infinite_negatives_make_triplets),
+    (nan_hinges_not_counted, contract_values.nan_hinges_count_as_nonzero),
 ]
+_KD.append(
+    (
+        any_largest_logit_is_a_hit,
+        partial(contract_values.rows_without_a_distribution_hit_nothing, backend="eager"),
+    )
+)
+
+ALL = (
+    [Wrong(function.__name__, "kd_cross_entropy", function, promise) for function, promise in _KD]
+    + [
+        Wrong(function.__name__, op, function, accurate)
+        for op, functions in _OTHERS.items()
+        for function in functions
+    ]
+    + [
+        Wrong(function.__name__, "batch_triplet_loss", function, partial(promise, backend="eager"))
+        for function, promise in _OF_VALUES
+    ]
+)

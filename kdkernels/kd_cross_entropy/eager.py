@@ -12,7 +12,8 @@ class KDTerms(NamedTuple):
     hard, soft, entropy are means over the counted rows (0 where none counts): H(softmax(s), y) with
     label smoothing, H(softmax(s/tau), softmax(t/tau)) without alpha and tau^2, and the entropy of
     softmax(t/tau); so soft - entropy is the Kullback-Leibler divergence. hits counts rows whose
-    first largest logit is the label's, count the counted rows.
+    first largest logit is the label's (none of a row that is no distribution: with a NaN or +inf,
+    or all -inf), count the counted rows.
     """
 
     hard: Tensor
@@ -62,7 +63,7 @@ def kd_cross_entropy(
         # Where nobody has checked the labels (on CUDA it would wait), a bad one spoils its row: a
         # factor, for NaN in the other branch of a torch.where would reach every gradient.
         hard = hard * torch.where(counts & ~in_range, torch.nan, 1.0).to(compute)
-        hits = (s.detach().argmax(dim=1) == label) & ~s.detach().isnan().any(dim=1)
+        hits = (s.detach().argmax(dim=1) == label) & ~log_probs.detach().isnan().any(dim=1)
 
     if teacher is not None:
         t = torch.where(counts[:, None], teacher.detach().to(compute), 0.0) / temperature

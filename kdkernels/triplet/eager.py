@@ -88,7 +88,7 @@ def batch_triplet_loss(
     """The hinge of the mined triplets; arguments as checked by op.batch_triplet_loss.
 
     Selection is on squared distances, ties go to the lowest index, and a NaN is selected before any
-    number.
+    number. A negative at an infinite distance is one like any other.
     """
     compute = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
     x = embeddings.to(compute)
@@ -98,12 +98,13 @@ def batch_triplet_loss(
     same = labels[:, None] == labels[None, :]
     positive = same & ~torch.eye(rows, dtype=torch.bool, device=x.device)
     negative = ~same
+    largest = torch.finfo(compute).max  # stands for inf, which marks what must not be selected
 
     if mining == "hard":
         with torch.no_grad():
             d = squared_distances(x)
             p = d.masked_fill(~positive, -INF).argmax(dim=1)
-            n = d.masked_fill(~negative, INF).argmin(dim=1)
+            n = d.clamp(max=largest).masked_fill(~negative, INF).argmin(dim=1)
         counts = positive.any(dim=1) & negative.any(dim=1)  # (N,)
         hinge = torch.relu(distance(x, x[p], squared) - distance(x, x[n], squared) + margin)
     elif mining == "semihard":
@@ -112,7 +113,7 @@ def batch_triplet_loss(
             d = squared_distances(x)
             to_positive = d.gather(1, index)[:, :, None]  # (N, P, 1)
             farther = negative[:, None, :] & ~(d[:, None, :] <= to_positive)  # (N, P, N)
-            n = torch.where(farther, d[:, None, :], INF).argmin(dim=2)  # (N, P)
+            n = torch.where(farther, d.clamp(max=largest)[:, None, :], INF).argmin(dim=2)  # (N, P)
         counts = exists & farther.any(dim=2)
         a = x[:, None, :]
         hinge = torch.relu(distance(a, x[index], squared) - distance(a, x[n], squared) + margin)
@@ -123,5 +124,6 @@ def batch_triplet_loss(
         counts = exists[:, :, None] & negative[:, None, :]
 
     hinge = torch.where(counts, hinge, 0.0).reshape(rows, -1)
-    number = (hinge > 0).sum() if reduction == "nonzero" else counts.sum()
+    # a NaN is not zero: its gradient goes on, so it counts
+    number = (~(hinge <= 0)).sum() if reduction == "nonzero" else counts.sum()
     return reduce(hinge.sum(dim=1), number, reduction)

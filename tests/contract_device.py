@@ -4,6 +4,7 @@ Functions of (Op, backend) like those of contract.py. Those that need a GPU are 
 one; they are written for kernels, not for eager.
 """
 
+import importlib
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ import torch
 from contract import (
     Op,
     Result,
+    accuracy,
     compare,
     compare_bits,
     flatten,
@@ -24,7 +26,9 @@ from torch import Tensor
 
 import kdkernels
 from kdkernels import library
+from kdkernels.kd_cross_entropy.samples import make as make_kd
 from kdkernels.sample import Argument, Sample, keep_strides
+from kdkernels.triplet.samples import make_batch
 
 GB = 2**30
 
@@ -207,6 +211,47 @@ LARGE: dict[str, Callable[[Op, str, int], None]] = {
     "batch_triplet_loss": _large_batch,
     "nearest_neighbor": _large_gallery,
 }
+
+
+def _classes_by_every_path(op: Op) -> list[Sample]:
+    """Rows in two sweeps, rows split over programs, and more rows than a program counts itself."""
+    rows_of = importlib.import_module("kdkernels.triton_rows")
+    kernel = importlib.import_module("kdkernels.kd_cross_entropy.triton_kernel")
+    many = rows_of.multiprocessors(torch.empty(0, device=op.device).device) + 1
+    wide = kernel.ONE_TILE_CLASSES + 27
+    split = 2 * kernel.PART_CLASSES + 5  # two parts at least, the last one short
+    anything = {"temperature": 2.5, "label_smoothing": 0.1, "return_terms": True}
+    each = {"reduction": "none", "ignored": 1}
+    return [
+        make_kd(rows, max(wide, classes), device=op.device, **options)
+        for rows, classes in ((many, wide), (2, split))
+        for options in ({}, anything, each)
+    ] + [make_kd(kernel.COUNTED_HERE + 2, 37, device=op.device, ignored=3)]
+
+
+def _batches_by_every_path(op: Op) -> list[Sample]:
+    """More rows than lie in one chunk of anchors, so tiles for "hard"."""
+    batch = importlib.import_module("kdkernels.triplet.triton_batch")
+    people = int(batch.CHUNK_ELEMENTS**0.5) // 4 + 2
+    found = []
+    for mining in ("hard", "semihard", "all"):
+        for reduction in ("mean", "none"):
+            options = {"mining": mining, "reduction": reduction, "margin": 1.0}
+            found.append(make_batch([4] * people, 12, device=op.device, **options))
+    return found
+
+
+LARGE_PATHS = {
+    "kd_cross_entropy": _classes_by_every_path,
+    "batch_triplet_loss": _batches_by_every_path,
+}
+
+
+def paths_of_large_problems(op: Op, backend: str) -> None:
+    """1: shapes just above what a kernel takes in one go, against eager in float64."""
+    samples = LARGE_PATHS[op.name](op)
+    assert samples
+    accuracy(replace(op, samples=tuple(samples)), backend, torch.float32)
 
 
 def no_host_synchronisation(op: Op, backend: str) -> None:

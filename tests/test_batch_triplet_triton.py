@@ -10,6 +10,7 @@ from itertools import product
 import pytest
 import torch
 from contract import accuracy, every_element_written, find_op, same_bits_twice
+from contract_device import paths_of_large_problems
 from test_triplet import MININGS, REDUCTIONS, all_triples, loss_and_gradient
 
 from kdkernels import backends, batch_triplet_loss
@@ -71,6 +72,23 @@ def test_every_sample_by_the_paths_of_large_batches(mining, dtype):
 def test_form_by_the_paths_of_large_batches(promise):
     op = find_op("batch_triplet_loss", DEVICE)
     promise(replace(op, samples=tuple(small(320))), "triton", torch.float32)
+
+
+@pytest.mark.usefixtures("_large")
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU test_contract.py runs it, at full size")
+def test_the_devices_own_check_takes_the_paths_of_large_batches(monkeypatch):
+    rows = []
+    chunks = triton_batch._chunks
+
+    def see(count):
+        found = list(chunks(count))
+        rows.append(len(found))
+        return iter(found)
+
+    monkeypatch.setattr(triton_batch, "_chunks", see)
+    paths_of_large_problems(find_op("batch_triplet_loss"), "triton")
+    assert rows
+    assert min(rows) > 1
 
 
 def test_large_batches_hold_no_square_matrix(monkeypatch):

@@ -29,10 +29,12 @@ from contract import (
     unmoved_by_the_default_dtype,
 )
 from contract_device import (
+    LARGE_PATHS,
     bad_labels_are_caught,
     memory_for,
     no_host_synchronisation,
     past_two_to_the_31,
+    paths_of_large_problems,
     same_bits_from_a_graph,
     same_bits_on_another_stream,
     wide_strides,
@@ -181,6 +183,12 @@ if GPUS:
     @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
     def test_promise_of_a_gpu(op, backend, device, promise):
         promise(find_op(op, device), backend)
+
+    @pytest.mark.parametrize(
+        ("op", "backend", "device"), [c for c in ON_CUDA if c[0] in LARGE_PATHS]
+    )
+    def test_the_paths_of_large_problems(op, backend, device):
+        paths_of_large_problems(find_op(op, device), backend)
 
     @pytest.mark.parametrize(("op", "backend", "device"), ON_CUDA)
     def test_kernels_are_the_default_on_cuda(op, backend, device):

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from contract import accuracy, find_op
+from contract_device import paths_of_large_problems
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_kd_cross_entropy import calls
@@ -108,6 +109,24 @@ def test_ties_across_tiles_and_parts_hit_only_at_the_first(path, monkeypatch):
     target = torch.tensor([7, 1500, 2999, 8], device=DEVICE)
     _, terms = kd_cross_entropy(student, None, target, return_terms=True, backend="triton")
     assert (float(terms.hits), float(terms.count)) == (1.0, 4.0)
+
+
+@runs
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU test_contract.py runs it, at full size")
+def test_the_devices_own_check_takes_every_path(monkeypatch):
+    for name, value in {"ONE_TILE_CLASSES": 32, "PART_CLASSES": 40, "COUNTED_HERE": 12}.items():
+        monkeypatch.setattr(triton_kernel, name, value)
+    launched = set()
+    launch = triton_rows.launch
+
+    def see(kernel, *arguments, **options):
+        launched.add(kernel.__name__)
+        launch(kernel, *arguments, **options)
+
+    monkeypatch.setattr(triton_rows, "launch", see)
+    paths_of_large_problems(find_op("kd_cross_entropy"), "triton")
+    paths = {"two_sweeps", "split_statistics", "split_gradient", "_count_rows", "_give_rows"}
+    assert paths <= launched
 
 
 @runs

@@ -54,8 +54,9 @@ def reproduce(argv: Sequence[str]) -> int:
     options, common = parse(parser, argv, prefixes)
 
     from kdtrain.tables import reproduce as tables
+    from kdtrain.tables.plan import request_from
 
-    request = tables.request_from(options, common, special)
+    request = request_from(options, common, special)
     root = Path(options.get("run_dir") or f"runs/tables-{Path(request.scale).name}")
     status = tables.main(
         request, root, jobs=jobs_of(options), budget_min=options.get("budget"), command=command,

@@ -21,8 +21,10 @@ from rich.console import Console
 from tiny_runs import TASK_KEYS, TINY, environment
 
 from kdtrain.cli import main
+from kdtrain.tables import plan as planning
 from kdtrain.tables import reproduce
-from kdtrain.tables.reproduce import Plan, _overview, make_plan, show_plan
+from kdtrain.tables.plan import Plan, make_plan, show_plan
+from kdtrain.tables.reproduce import _overview
 from kdtrain.tables.stages import Group, Request, RunOf
 
 ONE = [{"epochs": 1, "lr": 0.05}]
@@ -101,7 +103,7 @@ def test_given_again_it_trains_nothing_and_writes_the_same_table(table3, scale, 
                  "--run-dir", str(root)]) == 0  # fmt: skip
     assert before == {f: f.stat().st_mtime_ns for f in root.glob("*/results.json")}
     assert (root / "tables" / "table3.csv").read_bytes() == table
-    assert "11 runs in all, 11 finished before" in capsys.readouterr().out
+    assert "13 runs in all, 13 finished before" in capsys.readouterr().out
 
 
 def test_killed_in_the_middle_and_started_again_it_ends_in_the_same_table(table3, scale, tmp_path):
@@ -135,18 +137,19 @@ def planned(scale: Path, root: Path, budget: float | None, **options) -> Plan:
 
 
 def test_a_budget_takes_the_first_groups_and_says_what_it_leaves(scale, tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduce, "_seconds", lambda runs, stages, threads: {
+    monkeypatch.setattr(planning, "_seconds", lambda runs, stages, threads: {
         stages[run].name: 60.0 for run in runs})  # fmt: skip
     whole = planned(scale, tmp_path, None)
     assert whole.taken == whole.groups
-    part = planned(scale, tmp_path, 0.5 * whole.clock_s / 60)
+    part = planned(scale, tmp_path, 0.8 * whole.clock_s / 60)
     assert part.groups == whole.groups
-    assert part.taken == whole.groups[:1]
-    assert part.clock_s <= 0.5 * whole.clock_s
+    assert part.taken[0] == whole.groups[0]
+    assert 0 < len(part.taken) < len(part.groups)
+    assert part.clock_s <= 0.8 * whole.clock_s
     console = Console(width=100, record=True, file=io.StringIO())
     show_plan(part, console)
     text = console.export_text()
-    assert "over the budget: not run" in text
+    assert "not run: over the budget" in text
     assert "taken" in text
 
 
@@ -154,7 +157,7 @@ def test_a_group_without_its_inputs_is_not_taken(scale, tmp_path, monkeypatch):
     # the distilled students of table 3 are in its own group; a budget that has only room for
     # groups behind it must not take those that start from its runs
     costs = {"table1": 1.0, "ali": 1e6}
-    monkeypatch.setattr(reproduce, "_seconds", lambda runs, stages, threads: {
+    monkeypatch.setattr(planning, "_seconds", lambda runs, stages, threads: {
         stages[run].name: costs["ali" if run.part.startswith(("ali", "cls_teacher")) else "table1"]
         for run in runs})  # fmt: skip
     plan = planned(scale, tmp_path, 10.0)
@@ -165,7 +168,7 @@ def test_a_group_without_its_inputs_is_not_taken(scale, tmp_path, monkeypatch):
 
 
 def test_the_overview_marks_each_run(scale, tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduce, "_seconds", lambda runs, stages, threads: {})
+    monkeypatch.setattr(planning, "_seconds", lambda runs, stages, threads: {})
     plan = planned(scale, tmp_path, None, seeds=(1, 2))
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(_overview(plan, {"cls_soft_8_s1": "done", "cls_soft_8_s2": "running"}))
@@ -183,6 +186,10 @@ def test_the_overview_marks_each_run(scale, tmp_path, monkeypatch):
         (["table1", "--seed", "4"], "--seed out"),
         (["table1", "--scale", "huge"], "--scale huge"),
         (["table1", "--jobs", "0"], "--jobs"),
+        (["table3", "--widths", "4"], "is of the student of 1/8; add it"),
+        (["table5", "--verification.target.gamma", "0"], "--target.gamma out"),
+        (["table1", "--optim.phases", "[{epochs: 1, lr: 0.1}]"], "--scale folder of your own"),
+        (["table3", "--second.data.people", "9"], "only table2 has a second data source"),
     ],
 )
 def test_wrong_usage_names_the_option(arguments, words, capsys, monkeypatch):

@@ -36,7 +36,7 @@ ACCURACY = Block(
             "paper",
             (
                 Cell(per_seed=(None,) * 3, paper=61.27, state="diverged", note="loss NaN at 7"),
-                Cell(per_seed=(44.0, None, None), state="running"),
+                Cell(per_seed=(44.0, None, None), state="unfinished"),
             ),
         ),
         Row("softmax alone", "control", (Cell.of((70.0, None, 71.0)), Cell(state="failed"))),
@@ -77,7 +77,15 @@ TABLE = Table(
 
 def test_the_table_of_these_tests_has_a_cell_of_every_state() -> None:
     cells = [cell for block in TABLE.blocks for row in block.rows for cell in row.cells]
-    assert {cell.state for cell in cells} == set(CELL_STATES)
+    assert {cell.state for cell in cells} | {"not measured"} == set(CELL_STATES)
+
+
+def test_a_cell_without_what_its_metric_needs_is_not_a_dash() -> None:
+    row = Row("soft", "paper", (Cell(state="not measured", paper=61.27),))
+    block = Block("pairs", ("/8",), (row,), "pair_accuracy")
+    table = dataclasses.replace(TABLE, blocks=(block,), trends=())
+    assert "not measured (paper 61.3)" in plain(table)
+    assert "not measured" in page([table], [b""])
     assert {trend.verdict.state for trend in TRENDS} == {
         *("held", "reversed", "inconclusive", "not run")
     }
@@ -87,7 +95,7 @@ def test_a_cell_says_mean_spread_and_paper_or_why_it_has_no_number() -> None:
     texts = [cell_text(cell) for row in ACCURACY.rows for cell in row.cells]
     assert texts == [
         *("61.3 ± 1.5 (paper 60.1)", "not run (paper 64.5)"),
-        *("diverged (paper 61.3)", "running"),
+        *("diverged (paper 61.3)", "unfinished"),
         *("70.5 ± 0.7, 2 of 3 seeds", "failed"),
         *("83.2", "\N{EN DASH}"),
         *("94.5 ± 0.5 (paper 88.6)", "94.5 ± 0.5 (paper 88.6)"),
@@ -254,7 +262,7 @@ def test_the_page_is_well_formed_and_shows_every_cell_and_verdict() -> None:
     assert rows["hidden"] == [
         *("hidden | mean over elements", "61.3 ± 1.5 | paper 60.1", "not run | paper 64.5")
     ]
-    assert rows["soft <eq. 2>"][1:] == ["diverged | paper 61.3 | loss NaN at 7", "running"]
+    assert rows["soft <eq. 2>"][1:] == ["diverged | paper 61.3 | loss NaN at 7", "unfinished"]
     assert rows["Pretrain"][1] == "11.25 ± 0.25 | paper 3.36"
     assert ["T5", "soft about neutral", "held"] in [row[:3] for row in found.rows]
     words = {word: style for style, word in found.chips}

@@ -37,6 +37,15 @@ def test_every_place_names_a_part_and_every_part_has_a_place():
     assert unseen == {"cls_hint"}  # a start alone
 
 
+def test_whatever_a_claim_speaks_of_is_planned_with_its_table():
+    for name, spec in table_specs().items():
+        request = Request((name,), seeds=(1,))
+        runs = {run for group in groups(table_specs(), request) for run in group.runs}
+        for claim in spec.claims:
+            for at in (*claim.better, *claim.worse):
+                assert run_of(at, 1, claim.second, request) in runs, (name, claim.text)
+
+
 def test_rows_have_a_place_for_each_column_and_claims_speak_of_cells():
     for name, spec in table_specs(second=True).items():
         for block in spec.blocks:
@@ -52,8 +61,8 @@ def test_rows_have_a_place_for_each_column_and_claims_speak_of_cells():
         for claim in spec.claims:
             assert len(claim.better) == len(claim.worse)
             for at in (*claim.better, *claim.worse):
-                if claim.text.endswith("the joint softmax lifts"):
-                    continue  # beside table 4
+                if claim.text.endswith("the joint softmax lifts") and "triplet" in at.part:
+                    continue  # in table 4
                 assert (at.part, at.width, at.phase) in shown, (name, claim.text)
 
 
@@ -186,7 +195,7 @@ def test_what_has_no_number_says_why(tmp_path, request8):
         for part in ("cls_hidden", "cls_logits", "cls_fitnet", "cls_distilled", "cls_scratch")
     }
     assert state == {
-        "cls_hidden": "diverged", "cls_logits": "running", "cls_fitnet": "not run",
+        "cls_hidden": "diverged", "cls_logits": "unfinished", "cls_fitnet": "not run",
         "cls_distilled": "failed", "cls_scratch": "not run",
     }  # fmt: skip
     half = found.cell(At("cls_soft", 8), "top1", False)
@@ -205,7 +214,7 @@ def test_verdicts_pair_the_seeds_and_items_of_both_arms(tmp_path, request8):
         finished(tmp_path / f"cls_control_8_s{seed}", "k", control, top1=base[None])
     shown = table(table_specs()["table1"], collected(request8, tmp_path, {}), [])
     verdicts = {trend.claim: trend.verdict for trend in shown.trends}
-    control = verdicts["full initialisation and soft target > softmax alone, same rates"]
+    control = verdicts["full > softmax alone, same rates"]
     assert control.state == "held"
     assert control.seeds == control.agreeing == 2
     assert 5 < (control.difference or 0) < 20
@@ -231,3 +240,43 @@ def test_names_of_runs_tell_them_apart():
     assert len({run.name for run in runs}) == len(runs)
     assert RunOf("cls_soft", 8, 1).name == "cls_soft_8_s1"
     assert RunOf("cls_teacher", FULL, 2, True).name == "b_cls_teacher_s2"
+
+
+def test_claims_over_all_count_the_pairs_that_are_there_and_compare_them_with_the_paper(tmp_path):
+    request = Request(("table4",), seeds=(1,))
+    for start, top in (("pretrain", 0.0), ("distill", 1.0)):
+        for target in ("none", "hidden", "soft"):
+            scores = {"nn_top1": np.full((1, 50), top, np.float32)}
+            finished(
+                tmp_path / f"ver_triplet_{start}_{target}_8_s1", "k", {"nn_top1": [top]}, **scores
+            )
+    shown = table(table_specs()["table4"], collected(request, tmp_path, {}), [])
+    (over,) = [t for t in shown.trends if t.claim == "over all: Distill beats Pretrain"]
+    assert over.verdict.state == "held"
+    assert over.note == "over 3 of 9 pairs"
+    assert over.paper == pytest.approx((56.69 - 51.03 + 53.99 - 49.19 + 56.52 - 51.76) / 3)
+
+
+def test_a_claim_whose_arm_diverged_says_so(tmp_path, request8):
+    for seed in (1, 2):
+        folder = tmp_path / f"cls_fitnet_8_s{seed}"
+        folder.mkdir()
+        (folder / "diverged.json").write_text('{"key": "k", "message": "nan"}')
+    shown = table(table_specs()["table1"], collected(request8, tmp_path, {}), [])
+    verdicts = {trend.claim: trend.verdict.state for trend in shown.trends}
+    assert verdicts["FitNet > scratch"] == "diverged"
+    assert verdicts["hidden > logits, first rate"] == "not run"
+
+
+def test_an_untrained_network_stands_below_the_width_that_it_has(tmp_path):
+    request = Request(("table2",), seeds=(1,))
+    for width, floor in ((2, 0.7), (8, 0.5)):
+        folder = tmp_path / f"cls_soft_{width}_s1"
+        finished(folder, "k", {"pair_accuracy": [0.9, 0.9]})
+        results = json.loads((folder / "results.json").read_text())
+        results["untrained"] = {"pair_accuracy": floor}
+        (folder / "results.json").write_text(json.dumps(results))
+    shown = table(table_specs()["table2"], collected(request, tmp_path, {}), [])
+    rows = {row.name: row for row in shown.blocks[1].rows}
+    values = [cell.value for cell in rows["untrained network"].cells]
+    assert values == [pytest.approx(70), None, pytest.approx(50)]

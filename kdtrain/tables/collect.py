@@ -20,7 +20,7 @@ from kdtrain.tasks import TASKS
 LOWER_IS_BETTER = frozenset(name for name, sign in (t.metric for t in TASKS.values()) if sign < 0)
 NEUTRAL_POINTS = 2.0  # "about neutral": no difference larger than this
 
-State = Literal["done", "not run", "running", "diverged", "failed"]
+State = Literal["done", "not run", "unfinished", "diverged", "failed"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Result:
             return cls(folder, "failed", failure)
         begun = read_json(folder / "run.json")
         if begun is not None and begun.get("key") == key:
-            return cls(folder, "running")
+            return cls(folder, "unfinished")
         return cls(folder)
 
     def metric(self, name: str, phase: int) -> float | None:
@@ -93,25 +93,42 @@ class Collection:
             missing = [r.state for r, v in zip(found, percent, strict=True) if v is None]
             return Cell.of(percent, paper=at.paper, note=", ".join(sorted(set(missing))))
         state: CellState = "not run"
-        for wanted in ("running", "failed", "diverged"):
+        for wanted in ("unfinished", "failed", "diverged"):
             if any(r.state == wanted for r in found):
                 state = wanted
         note = next((r.note for r in found if r.note), "")
         if all(r.state == "done" for r in found):
-            state, note = "none", "not measured on this data"
+            state, note = "not measured", "these pictures have not what it needs"
         return Cell(paper=at.paper, state=state, note=note, per_seed=tuple(percent))
 
-    def verdict(self, claim: Claim) -> Verdict:
-        """The claim's fate over the seeds that both arms have."""
+    def trend(self, claim: Claim) -> Trend:
+        """The claim's fate over the seeds that both arms have, of the pairs that are there."""
         arms: list[tuple[list[Any], list[Any]]] = []
+        kept: list[tuple[At, At]] = []
+        diverged = False
         for pair in zip(claim.better, claim.worse, strict=True):
+            found = [self.of(at, claim.second) for at in pair]
+            diverged |= any(r.state == "diverged" for arm in found for r in arm)
             ours, theirs = (
-                [r.items(claim.metric, at.phase) for r in self.of(at, claim.second)] for at in pair
+                [r.items(claim.metric, at.phase) for r in arm]
+                for at, arm in zip(pair, found, strict=True)
             )
             if any(a is not None and b is not None for a, b in zip(ours, theirs, strict=True)):
                 arms.append((ours, theirs))
-        if not arms:
-            return Verdict("not run")
+                kept.append(pair)
+        notes = ["about neutral: within 2 points"] if claim.neutral else []
+        if kept and len(kept) < len(claim.better):
+            notes.append(f"over {len(kept)} of {len(claim.better)} pairs")
+        if diverged:
+            notes.append("an arm diverged" if not kept else "seeds that diverged are left out")
+        verdict = self._verdict(claim, arms) if arms else Verdict("not run")
+        if not arms and diverged:
+            verdict = Verdict("diverged")
+        paper = _paper_difference(kept or list(zip(claim.better, claim.worse, strict=True)), claim)
+        digits = _digits(claim.metric)
+        return Trend(claim.code, claim.text, verdict, paper, "; ".join(notes), digits)
+
+    def _verdict(self, claim: Claim, arms: Sequence[tuple[list[Any], list[Any]]]) -> Verdict:
         better, worse = (verdicts.pooled([arm[i] for arm in arms]) for i in (0, 1))
         higher = claim.metric not in LOWER_IS_BETTER
         if claim.neutral:
@@ -127,13 +144,7 @@ class Collection:
 def table(spec: TableSpec, collection: Collection, setting: Sequence[tuple[str, str]]) -> Table:
     """A table of the paper with the numbers that are there."""
     blocks = tuple(_block(block, collection) for block in spec.blocks)
-    trends = tuple(
-        Trend(
-            claim.code, claim.text, collection.verdict(claim), _paper_difference(claim),
-            "about neutral: within 2 points" if claim.neutral else "",
-        )
-        for claim in spec.claims
-    )  # fmt: skip
+    trends = tuple(collection.trend(claim) for claim in spec.claims)
     notes = [note for block in blocks for note in _uninformative(block)]
     return Table(
         spec.name, spec.title, f"{SOURCE}, table {spec.name.removeprefix('table')}", blocks,
@@ -152,28 +163,52 @@ def _block(spec: BlockSpec, collection: Collection) -> Block:
     ]
     rows += _floors(spec, collection)
     return Block(
-        spec.title, spec.columns, tuple(rows), spec.metric, spec.metric not in LOWER_IS_BETTER
+        spec.title,
+        spec.columns,
+        tuple(rows),
+        spec.metric,
+        spec.metric not in LOWER_IS_BETTER,
+        digits=_digits(spec.metric),
     )
 
 
+def _digits(metric: str) -> int:
+    """Decimals of a percentage: errors of a few percent need two."""
+    return 2 if metric == "nrmse" else 1
+
+
 def _floors(spec: BlockSpec, collection: Collection) -> list[Row]:
-    """What learns nothing, read off the block's own runs."""
-    places = [at for line in spec.lines for at in line.places if at is not None]
-    found = [r for at in places for r in collection.of(at, spec.second) if r.state == "done"]
-    students = [r for r in found if not r.folder.name.split("_s")[0].endswith("teacher")]
-    rows = []
+    """What learns nothing, read off the block's own runs: raw pixels, and an untrained network,
+    which is another one for each width.
+    """
+    columns = list(zip(*(line.places for line in spec.lines), strict=True))
+    students = [[at for at in column if at is not None and at.width != FULL] for column in columns]
+    every = [at for line in spec.lines for at in line.places if at is not None]
+    one_width = len({at.width for column in students for at in column}) == 1
+    if one_width:
+        students = [[at for column in students for at in column]]
     raw = "mean shape" if spec.metric == "nrmse" else "raw pixels"
-    for name, place, runs in (
-        (raw, "floors", found),
+    rows = []
+    for name, place, groups in (
+        (raw, "floors", [every]),
         ("untrained network", "untrained", students),
     ):
-        known = {r.folder.name: r.results.get(place, {}).get(spec.metric) for r in runs}
-        values = [v for v in known.values() if v is not None]
-        if values:
-            first = Cell(100 * float(np.mean(values)), state="done")
-            rest = tuple(Cell(state="none") for _ in spec.columns[1:])
-            rows.append(Row(name, "floor", (first, *rest)))
+        values = [_mean_floor(collection, group, spec, place) for group in groups]
+        values += [None] * (len(columns) - len(values))
+        if any(value is not None for value in values):
+            cells = (Cell(state="none") if v is None else Cell(v, state="done") for v in values)
+            rows.append(Row(name, "floor", tuple(cells)))
     return rows
+
+
+def _mean_floor(
+    collection: Collection, places: Sequence[At], spec: BlockSpec, kind: str
+) -> float | None:
+    """The mean, in percent, over the finished runs of these places; None without any."""
+    found = {r.folder.name: r for at in places for r in collection.of(at, spec.second)}
+    values = [r.results.get(kind, {}).get(spec.metric) for r in found.values() if r.state == "done"]
+    known = [v for v in values if v is not None]
+    return 100 * float(np.mean(known)) if known else None
 
 
 def _uninformative(block: Block) -> list[str]:
@@ -189,11 +224,11 @@ def _uninformative(block: Block) -> list[str]:
     ]
 
 
-def _paper_difference(claim: Claim) -> float | None:
-    """What the claim's cells differ by in the paper, in points."""
+def _paper_difference(pairs: Sequence[tuple[At, At]], claim: Claim) -> float | None:
+    """What these pairs of cells differ by in the paper, in points."""
     sign = -1 if claim.metric in LOWER_IS_BETTER else 1
     found = []
-    for better, worse in zip(claim.better, claim.worse, strict=True):
+    for better, worse in pairs:
         if better.paper is None or worse.paper is None:
             return None
         found.append(sign * (better.paper - worse.paper))

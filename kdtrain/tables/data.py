@@ -12,11 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-CellState = Literal["done", "not run", "running", "diverged", "failed", "none"]
-CELL_STATES: tuple[CellState, ...] = ("done", "not run", "running", "diverged", "failed", "none")
+CellState = Literal[
+    "done", "not run", "unfinished", "diverged", "failed", "not measured", "none"
+]  # fmt: skip
+CELL_STATES: tuple[CellState, ...] = (
+    "done", "not run", "unfinished", "diverged", "failed", "not measured", "none"
+)  # fmt: skip
 RowKind = Literal["paper", "control", "extra", "floor", "teacher"]
 ROW_KINDS: tuple[RowKind, ...] = ("paper", "control", "extra", "floor", "teacher")
-VerdictState = Literal["held", "reversed", "inconclusive", "not run"]
+VerdictState = Literal["held", "reversed", "inconclusive", "diverged", "not run"]
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,10 @@ class Verdict:
 class Cell:
     """One number of a table: mean over seeds in percent, or why there is none.
 
-    state: done | not run | running | diverged | failed, or none where the table has no such cell
-    (printed as a dash). Only a done cell has a value; one that is done with fewer seeds than
-    per_seed has places for says so. Raises ValueError when state and value disagree.
+    state: done | not run | unfinished (interrupted) | diverged | failed | not measured (the data
+    have not what the metric needs), or none where the table has no such cell (printed as a dash).
+    Only a done cell has a value; one that is done with fewer seeds than per_seed has places for
+    says so. Raises ValueError when state and value disagree.
     """
 
     value: float | None = None

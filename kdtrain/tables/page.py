@@ -151,7 +151,7 @@ h3 { margin-top: 26px; }
 .table td small { white-space: normal; }
 tr.control th, tr.extra th { font-weight: 400; }
 tr.floor th, tr.floor td, tr.teacher th, tr.teacher td { color: var(--soft); font-weight: 400; }
-td.not-run, td.running, td.none { color: var(--soft); }
+td.not-run, td.unfinished, td.not-measured, td.none { color: var(--soft); }
 td.diverged, td.failed { color: var(--bad); }
 .trends th, .trends td { text-align: left; }
 .trends td:nth-child(2) { white-space: normal; min-width: 180px; }

@@ -1,6 +1,6 @@
 """The kinds of runs that tables 1 to 5 of arXiv 1709.02929 are made of, whatever width and seed.
 
-tables.py names them in its cells; reproduce.py makes stages of them. Nothing here trains.
+paper.py names them in its cells; reproduce.py makes stages of them. Nothing here trains.
 """
 
 from __future__ import annotations
@@ -72,8 +72,14 @@ def _transferred(
     yield Part(
         name=f"{prefix}_scratch", recipe=recipe, schedule=f"{task}.scratch", settings=settings
     )
-    for start, weights in (("pretrain", f"{prefix}_scratch"), ("distill", "cls_distilled")):
-        for target in ("none", "hidden", "soft"):
+    starts = (
+        ("pretrain", f"{prefix}_scratch"),
+        ("distill", "cls_distilled"),
+        ("plain", "cls_control"),
+    )
+    for start, weights in starts:
+        # "plain" starts from the classification student without a teacher: the control of "distill"
+        for target in ("none",) if start == "plain" else ("none", "hidden", "soft"):
             yield Part(
                 name=f"{prefix}_{start}_{target}",
                 recipe=recipe,

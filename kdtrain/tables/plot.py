@@ -38,6 +38,7 @@ VERDICT_COLOURS = {
     "reversed": BAD,
     "inconclusive": "#b45309",
     "not run": "#9ca3af",
+    "diverged": "#b91c1c",
 }
 FLOOR_STYLES = ("--", ":", "-.")
 NAME_WIDTH = 34
@@ -174,7 +175,7 @@ def _draw_block(figure: Figure, grid: GridSpec, number: int, block: Block) -> No
         _ticks(theirs, block.unit, step if same else None)
         for lane in lanes:
             _draw_paper(theirs, lane, block.digits)
-        scale = "" if span is None else ", same scale" if same else ", another scale"
+        scale = "" if span is None else ", same axis" if same else ", another axis"
         _title(theirs, f"the paper, other data{scale}", light=True)
 
 

@@ -74,24 +74,17 @@ def groups(specs: Mapping[str, TableSpec], request: Request) -> list[Group]:
     ranked: dict[tuple[int, int, int, int], dict[RunOf, None]] = {}
     labels: dict[tuple[int, int, int, int], str] = {}
     for name in request.tables:
-        for block in specs[name].blocks:
-            for line in block.lines:
-                for at in line.places:
-                    if at is None or at.width not in (FULL, *request.widths):
-                        continue
-                    width = max(request.widths) if at.width == FULL else at.width
-                    rank = (
-                        int(block.second),
-                        NARROWEST_FIRST.index(width),
-                        int(line.kind == "extra"),
-                        TABLE_ORDER.index(name),
-                    )
-                    source = ", second data source" if block.second else ""
-                    extra = ", further rows" if line.kind == "extra" else ""
-                    labels[rank] = f"{name}, 1/{width}{extra}{source}"
-                    found = ranked.setdefault(rank, {})
-                    for seed in request.seeds:
-                        found.update(dict.fromkeys(_with_inputs(at, seed, block.second, request)))
+        for at, second, extra in _places(specs[name]):
+            if at.width not in (FULL, *request.widths):
+                continue
+            width = max(request.widths) if at.width == FULL else at.width
+            order = NARROWEST_FIRST.index(width), int(extra), TABLE_ORDER.index(name)
+            rank = (int(second), *order)
+            words = f"{name}, 1/{width}{', further rows' if extra else ''}"
+            labels[rank] = f"{words}{', second data source' if second else ''}"
+            found = ranked.setdefault(rank, {})
+            for seed in request.seeds:
+                found.update(dict.fromkeys(_with_inputs(at, seed, second, request)))
     taken: set[RunOf] = set()
     ordered = []
     for rank in sorted(ranked):
@@ -100,6 +93,15 @@ def groups(specs: Mapping[str, TableSpec], request: Request) -> list[Group]:
         if runs:
             ordered.append(Group(labels[rank], runs))
     return ordered
+
+
+def _places(spec: TableSpec) -> Iterator[tuple[At, bool, bool]]:
+    """The cells of a table and of its claims: where, on the second source, beyond the paper."""
+    for block in spec.blocks:
+        for line in block.lines:
+            yield from ((at, block.second, line.kind == "extra") for at in line.places if at)
+    for claim in spec.claims:
+        yield from ((at, claim.second, False) for at in (*claim.better, *claim.worse))
 
 
 def run_of(at: At, seed: int, second: bool, request: Request) -> RunOf:

@@ -32,7 +32,8 @@ STATE_STYLES = {
     "not run": "dim",
     "diverged": "red",
     "failed": "red",
-    "running": "cyan",
+    "unfinished": "cyan",
+    "not measured": "dim",
 }
 TEXT_WIDTH = 140  # three columns of "61.3 ± 1.2 (paper 64.5)" beside a name
 

@@ -198,6 +198,28 @@ def test_wrong_usage_names_the_option(arguments, words, capsys, monkeypatch):
     assert words in capsys.readouterr().err
 
 
+def test_a_dry_run_prints_runs_costs_and_plan_and_writes_nothing(scale, tmp_path, capsys):
+    root = tmp_path / "nothing"
+    arguments = ["reproduce", "table3", "--scale", str(scale), "--run-dir", str(root), "--dry-run"]
+    assert main([*arguments, "--seeds", "2", "--jobs", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert not root.exists()
+    documents = [d for d in yaml.safe_load_all(printed.split("\n# stage")[0]) if d]
+    assert len(documents) == 13
+    assert {document["seed"] for document in documents} == {1}
+    assert "# ali_distill_soft_8_s1" in printed
+    assert re.search(r"table3, 1/8 +26 +0", printed)
+
+
+def test_a_dry_run_does_without_the_pictures(scale, tmp_path, capsys):
+    away = ["--data.kind", "folder", "--data.root", str(tmp_path / "casia-webface")]
+    assert main(["reproduce", "table1", "--scale", str(scale), "--seeds", "1", "--jobs", "1",
+                 "--run-dir", str(tmp_path / "runs"), "--dry-run", *away]) == 0  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "10,575" in printed or "CASIA-WebFace" in printed
+    assert "no plan of all seeds without the pictures" in printed
+
+
 def test_groups_of_a_plan_hold_runs_once():
     group = Group("a", (RunOf("cls_soft", 8, 1),))
     assert group.runs[0].name == "cls_soft_8_s1"

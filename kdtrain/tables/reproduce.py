@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from rich.columns import Columns
@@ -16,13 +17,14 @@ from rich.console import Group as RichGroup
 from rich.table import Table as Grid
 from rich.text import Text
 
-from kdtrain import pipeline
+from kdtrain import dryrun, pipeline
 from kdtrain.journal import duration
 from kdtrain.scheduler import Outcome
 from kdtrain.tables import files
 from kdtrain.tables.collect import Collection, Result, table
+from kdtrain.tables.paper import table_specs
 from kdtrain.tables.plan import TABLES, Plan, make_plan, show_plan
-from kdtrain.tables.stages import Request, with_seconds
+from kdtrain.tables.stages import Request, groups, stages, with_seconds
 from kdtrain.tables.text import show
 
 MARKS = {
@@ -46,15 +48,37 @@ def main(
     command: str,
     dry_run: bool = False,
 ) -> int:
-    """The command: plan, print it, train, write the tables; exit status 0, 1 or 130."""
+    """The command: plan, print it, train, write the tables; exit status 0, 1 or 130. dry_run: print
+    the first seed's runs, their cost and the plan, and write nothing.
+    """
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = 120  # a file has no width of its own
-    if not dry_run:
-        root.mkdir(parents=True, exist_ok=True)
+    if dry_run:
+        return _dry_run(request, root, jobs, budget_min, console)
+    root.mkdir(parents=True, exist_ok=True)
     plan = make_plan(request, root, jobs=jobs, budget_min=budget_min, say=console.print)
     show_plan(plan, console)
-    return 0 if dry_run else carry_out(plan, root, console, command=command)
+    return carry_out(plan, root, console, command=command)
+
+
+def _dry_run(
+    request: Request, root: Path, jobs: int, budget_min: float | None, console: Console
+) -> int:
+    """Print the runs of the first seed as YAML with their cost, and the plan where the pictures
+    are there; write nothing.
+    """
+    specs = table_specs(request.second is not None)
+    seed = replace(request, seeds=request.seeds[:1])
+    runs = [run for group in groups(specs, seed) for run in group.runs]
+    dryrun.show_stages(stages(runs, seed), root, jobs, {})
+    try:
+        plan = make_plan(request, root, jobs=jobs, budget_min=budget_min, say=lambda _: None)
+    except (ValueError, OSError, RuntimeError) as error:
+        console.print(f"# no plan of all seeds without the pictures: {error}", markup=False)
+        return 0
+    show_plan(plan, console)
+    return 0
 
 
 def carry_out(plan: Plan, root: Path, console: Console, *, command: str) -> int:

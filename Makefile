@@ -26,14 +26,14 @@ test: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(MAKE) --jobs 2 --output-sync=target test-suite test-gpu-code interpret-triplets interpret-rows test-without-native
+	$(MAKE) --jobs 2 --output-sync=target test-gpu-code test-suite interpret-triplets interpret-rows test-without-native
 
-# Most tests keep one core busy, so two of these run side by side. `pytest` alone is the first two.
+# Two of these run side by side, each on one core. `pytest` alone is the first two.
 test-suite:
-	$(BIN)/python -m pytest --ignore-glob 'tests/test_triton_*.py'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore-glob 'tests/test_triton_*.py'
 
 test-gpu-code:
-	$(BIN)/python -m pytest tests/test_triton_code.py tests/test_triton_order.py
+	GPU_CODE_JOBS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_triton_code.py tests/test_triton_order.py
 
 test-without-native:
 	PYTHONPATH=tests/without_native $(BIN)/python -m pytest tests/test_contract.py tests/test_import.py tests/test_train_tiny.py

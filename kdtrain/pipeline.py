@@ -197,7 +197,7 @@ def run(
         if overview is not None and reused:
             console.print(f"{len(reused)} of {len(stages)} runs were finished before")
         status, outcomes = run_all(works, root, jobs, console, {**reused, **lost}, overview)
-    return status, {s.name: outcomes[s.name] for s in stages}
+    return status, {s.name: {**reused, **outcomes}[s.name] for s in stages}
 
 
 def stage_state(folder: Path, key: str) -> str:

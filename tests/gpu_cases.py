@@ -103,8 +103,6 @@ def _kd_cases() -> list[Case]:
                temperature=2.5, name="smoothing, terms, any tau"),
             kd(1024, classes, label_smoothing=0.1, return_terms=True, name="smoothing, terms"),
             kd(1024, classes, temperature=1.0, name="tau 1"),
-            kd(1024, classes, temperature=2.0, name="tau 2"),
-            kd(1024, classes, temperature=4.0, name="tau 4"),
             kd(1024, classes, temperature=7.0, name="tau 7"),
             kd(1024, classes, reduction="sum", labels=torch.int32, name="sum, int32 labels"),
             kd(1024, classes, offset=1, teacher_offset=1, name="misaligned"),
@@ -114,7 +112,7 @@ def _kd_cases() -> list[Case]:
         ]  # fmt: skip
     for offset in (0, 1):
         found.append(kd(64, 93431, FP32, teacher=BF16, offset=offset, name="mixed"))
-    for classes in (1, 100, 1000, 2048, 4097, 8191, 16384, 16385):
+    for classes in (1, 1000, 4097, 16384, 16385):
         found.append(kd(1024, classes))
         found.append(kd(1024, classes, BF16, teacher=BF16))
     any_tau = {"temperature": 2.5, "reduction": "sum", "name": "any tau, sum"}

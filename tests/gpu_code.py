@@ -39,7 +39,7 @@ from kdkernels.sample import Sample
 
 KB = 1024
 MULTIPROCESSORS = 132  # of the GPU that the launchers are asked to plan for, an H200
-JOBS = 2
+JOBS = int(os.environ.get("GPU_CODE_JOBS", "2"))  # processes that compile
 ROW_KERNELS = ("_one_tile", "two_sweeps", "split_statistics", "split_gradient")
 DISASSEMBLED = (*ROW_KERNELS, "_give_rows", "scan")  # whose instructions are judged, on sm_90
 

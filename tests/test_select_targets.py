@@ -45,9 +45,10 @@ def in_process(stop: Callable[[], bool] = lambda: False) -> Callable[..., Any]:
         root: Path,
         jobs: int,
         console: Any,
-        lost: Mapping[str, Outcome] | None = None,
+        before: Mapping[str, Outcome] | None = None,
+        overview: Any = None,
     ) -> tuple[int, dict[str, Outcome]]:
-        outcomes = dict(lost or {})
+        outcomes = dict(before or {})
         for work in works:
             config = settings.build(settings.read_recipe(work.recipe))
             try:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdtrain.config import Config
+from kdtrain.config import Config, DataConfig
 from kdtrain.data import (
     FaceSource,
     Frame,
@@ -46,6 +46,28 @@ class Batch(NamedTuple):
     points: Tensor | None
     """(B, 5, 2) landmarks in pixels of the crop."""
     waited_s: float
+
+
+def shared_source(data: DataConfig, sources: dict[DataConfig, FaceSource]) -> FaceSource:
+    """The source of a data section, from `sources` where one was read alike before: how pictures
+    are split, resized and kept makes no other source.
+    """
+    read = DataConfig(
+        kind=data.kind,
+        root=data.root,
+        split=data.split if data.split.startswith("file:") else "random",
+        on_error=data.on_error,
+        people=data.people,
+        pictures=data.pictures,
+        synthetic_seed=data.synthetic_seed,
+        store_size=data.store_size,
+        input_size=data.store_size,
+        landmark_file=data.landmark_file,
+        workers=data.workers,
+    )
+    if read not in sources:
+        sources[read] = build_source(read)
+    return sources[read]
 
 
 def split(source: FaceSource, config: Config) -> tuple[Tensor, Tensor]:

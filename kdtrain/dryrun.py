@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 import torch
 
 from kdtrain import settings
-from kdtrain.batches import split
+from kdtrain.batches import parts, shared_source
 from kdtrain.config import Config, ConfigError, DataConfig, ModelConfig, run_folder
-from kdtrain.data import DataError, FaceSource, balanced_batches, build_source, hold_out
+from kdtrain.data import DataError, FaceSource, balanced_batches
 from kdtrain.environment import environment
-from kdtrain.estimate import Estimate, estimate, wall_time
+from kdtrain.estimate import Estimate, estimate
 from kdtrain.journal import duration
+from kdtrain.order import wall_time
 from kdtrain.pipeline import Stage, cores
 from kdtrain.tasks import TASKS
 from kdtrain.timing import batch_pictures, network_size
@@ -174,7 +175,7 @@ def count(
         return _published(config, given, "")
     if data.kind == "synthetic" or Path(data.root or "").is_dir():
         try:
-            return _counted(config, {} if sources is None else sources)
+            return counted(config, {} if sources is None else sources)
         except (DataError, ValueError) as error:
             return str(error)
     known = PUBLISHED.get(re.sub("[^a-z0-9]", "", Path(data.root or "").name.lower()))
@@ -189,25 +190,10 @@ def count(
     return _published(config, known, f"{note} and {known.pictures:,} pictures")
 
 
-def _counted(config: Config, sources: dict[DataConfig, FaceSource]) -> Counts:
-    data = config.data
-    # what a source is read by; the rest of the section only splits, resizes or keeps its pictures
-    alike = DataConfig(
-        kind=data.kind,
-        root=data.root,
-        split=data.split if data.split.startswith("file:") else "random",
-        on_error=data.on_error,
-        people=data.people,
-        pictures=data.pictures,
-        synthetic_seed=data.synthetic_seed,
-        landmark_file=data.landmark_file,
-        workers=data.workers,
-    )
-    if alike not in sources:
-        sources[alike] = build_source(alike)
-    source = sources[alike]
-    train, test = split(source, config)
-    train, validation = hold_out(source, train, data)
+def counted(config: Config, sources: dict[DataConfig, FaceSource]) -> Counts:
+    """The same from the pictures themselves; raises DataError or ValueError where they are not."""
+    source = shared_source(config.data, sources)
+    train, validation, test = parts(source, config)
     batches = None
     if TASKS[config.task].needs_balanced_batches:
         people, pictures = config.triplet.people, config.triplet.pictures

@@ -8,7 +8,6 @@ tried here is timed on fewer pictures and scaled; `Estimate.scaled` says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kdtrain.config import Config, ConfigError, ModelConfig
@@ -163,35 +162,6 @@ def estimate(
     )
 
 
-def wall_time(
-    seconds: Mapping[str, float], inputs: Mapping[str, Sequence[str]], jobs: int
-) -> float:
-    """Seconds on the clock until every stage is done, `jobs` of them side by side.
-
-    As the scheduler runs them: the stage with the longest chain of followers first, as soon as its
-    inputs are done; an input that is no stage here is done already. seconds: of each stage while
-    others run beside it (two jobs that share caches and memory are each slower than alone). Raises
-    ValueError for jobs below 1 or stages that wait for each other.
-    """
-    if jobs < 1:
-        raise ValueError(f"wall_time: jobs must be at least 1, got {jobs}")
-    order = _longest_chain_first(seconds, inputs)
-    ends: dict[str, float] = {}
-    running: dict[str, float] = {}
-    now = 0.0
-    waiting = list(order)
-    while waiting or running:
-        for name in list(waiting):
-            needs = [n for n in inputs.get(name, ()) if n in seconds]
-            if len(running) < jobs and all(ends.get(n, now + 1) <= now for n in needs):
-                waiting.remove(name)
-                running[name] = now + seconds[name]
-        now = min(running.values())
-        for name in [n for n, end in running.items() if end == now]:
-            ends[name] = running.pop(name)
-    return now
-
-
 def batches_of_epoch(config: Config, pictures: int) -> int:
     """Batches of one epoch over `pictures` training pictures."""
     full, rest = divmod(pictures, batch_pictures(config))
@@ -203,22 +173,3 @@ def _evaluations(config: Config) -> int:
     """Evaluations during training: every train.eval_every epochs, and at the end of each phase."""
     every = config.train.eval_every
     return sum(-(-phase.epochs // every) for phase in config.optim.phases)
-
-
-def _longest_chain_first(
-    seconds: Mapping[str, float], inputs: Mapping[str, Iterable[str]]
-) -> list[str]:
-    """Stages by the time from their start to the end of the longest chain that follows, longest
-    first.
-    """
-    chains: dict[str, float] = {}
-
-    def chain(name: str, above: tuple[str, ...] = ()) -> float:
-        if name in above:
-            raise ValueError(f"wall_time: stages wait for each other: {', '.join(above)}")
-        if name not in chains:
-            after = [chain(n, (*above, name)) for n in seconds if name in inputs.get(n, ())]
-            chains[name] = seconds[name] + max(after, default=0.0)
-        return chains[name]
-
-    return sorted(seconds, key=lambda name: (-chain(name), name))

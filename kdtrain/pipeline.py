@@ -12,16 +12,20 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from kdtrain import checkpoint, keys, settings
-from kdtrain.config import Config, ConfigError
+from kdtrain.config import Config, ConfigError, DataConfig
 from kdtrain.journal import duration, number
+from kdtrain.order import longest_chain_first
 from kdtrain.scheduler import Outcome, Overview, Work, run_all
+
+if TYPE_CHECKING:
+    from kdtrain.data import FaceSource
 
 # The result table: columns by task and metric, rows by the end of the stage's name.
 COLUMNS = (
@@ -119,22 +123,20 @@ def stage_files(preset: str) -> list[Path]:
     return files
 
 
-def stage_keys(stages: Sequence[Stage], root: Path) -> dict[str, str]:
+def stage_keys(
+    stages: Sequence[Stage],
+    root: Path,
+    sources: dict[DataConfig, FaceSource] | None = None,
+) -> dict[str, str]:
     """The key that each stage's run will have, worked out from the configs, the pictures and the
-    inputs' keys.
+    inputs' keys. sources: those read before, and afterwards those read here (batches.py).
     """
-    from kdtrain.batches import parts
-    from kdtrain.data import build_source
+    from kdtrain.batches import parts, shared_source
 
-    sources: dict[Any, Any] = {}
+    sources = {} if sources is None else sources
     found: dict[str, str] = {}
     for stage in stages:
-        data = stage.config.data
-        drawn = replace(data, split="random", validation_fraction=0.0, cache="auto")
-        drawn = replace(drawn, store_size=data.input_size)
-        if drawn not in sources:
-            sources[drawn] = build_source(data)
-        source = sources[drawn]
+        source = shared_source(stage.config.data, sources)
         train, _, test = parts(source, stage.config)
         data_key = keys.data_key(source.fingerprint(), train, test)
         inputs = {}
@@ -331,17 +333,12 @@ def ordered(stages: Mapping[str, Stage]) -> list[Stage]:
     """The heaviest chain of followers first: inputs come before what reads them, and two jobs end
     together.
     """
-    chains: dict[str, float] = {}
-
-    def chain(name: str, above: tuple[str, ...] = ()) -> float:
-        if name in above:
-            raise ConfigError(f"stages wait for each other in a circle: {', '.join(above)}")
-        if name not in chains:
-            after = [chain(s.name, (*above, name)) for s in stages.values() if name in s.inputs]
-            chains[name] = stages[name].cost + max(after, default=0.0)
-        return chains[name]
-
-    return sorted(stages.values(), key=lambda stage: (-chain(stage.name), stage.name))
+    costs = {name: stage.cost for name, stage in stages.items()}
+    try:
+        names = longest_chain_first(costs, {name: s.inputs for name, s in stages.items()})
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return [stages[name] for name in names]
 
 
 def _cost(config: Config) -> float:

@@ -15,8 +15,9 @@ from kdtrain import dryrun, estimate, settings, timing
 from kdtrain.batches import RunData
 from kdtrain.cli import main
 from kdtrain.config import ConfigError, ModelConfig
-from kdtrain.estimate import Estimate, wall_time
+from kdtrain.estimate import Estimate
 from kdtrain.models import FaceNetwork, count_parameters, multiply_adds
+from kdtrain.order import longest_chain_first, wall_time
 from kdtrain.tasks import Task
 from kdtrain.timing import Timing, network_size
 
@@ -200,6 +201,19 @@ def test_estimates_add_up(measured):
     assert both.memory_bytes == max(one.memory_bytes, other.memory_bytes)
     assert both.parameters == other.parameters
     assert both.scaled
+
+
+def test_the_longest_chain_of_followers_runs_first():
+    costs = {"a": 1.0, "b": 2.0, "c": 5.0, "d": 3.0}
+    assert longest_chain_first(costs, {}) == ["c", "d", "b", "a"]
+    assert longest_chain_first(costs, {"c": ("a",), "d": ("a", "elsewhere")}) == [
+        "a",
+        "c",
+        "d",
+        "b",
+    ]
+    with pytest.raises(ValueError, match="wait for each other: a, b"):
+        longest_chain_first(costs, {"a": ("b",), "b": ("a",)})
 
 
 def test_wall_time_of_graphs_worked_by_hand():

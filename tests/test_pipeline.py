@@ -100,7 +100,7 @@ def test_identity_split_keeps_classification_among_the_training_people():
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        ({"a": {"init_from": "@b"}, "b": {"init_from": "@a"}}, "circle"),
+        ({"a": {"init_from": "@b"}, "b": {"init_from": "@a"}}, "wait for each other"),
         ({"a": {"init_from": "@c"}}, "no stage 'c'"),
         ({"a": {"optim__batch_size": 0}}, "stage a: optim.batch_size"),
     ],

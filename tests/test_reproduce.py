@@ -137,7 +137,7 @@ def planned(scale: Path, root: Path, budget: float | None, **options) -> Plan:
 
 
 def test_a_budget_takes_the_first_groups_and_says_what_it_leaves(scale, tmp_path, monkeypatch):
-    monkeypatch.setattr(planning, "_seconds", lambda runs, stages, threads: {
+    monkeypatch.setattr(planning, "_seconds", lambda runs, stages, threads, sources: {
         stages[run].name: 60.0 for run in runs})  # fmt: skip
     whole = planned(scale, tmp_path, None)
     assert whole.taken == whole.groups
@@ -157,7 +157,7 @@ def test_a_group_without_its_inputs_is_not_taken(scale, tmp_path, monkeypatch):
     # the distilled students of table 3 are in its own group; a budget that has only room for
     # groups behind it must not take those that start from its runs
     costs = {"table1": 1.0, "ali": 1e6}
-    monkeypatch.setattr(planning, "_seconds", lambda runs, stages, threads: {
+    monkeypatch.setattr(planning, "_seconds", lambda runs, stages, threads, sources: {
         stages[run].name: costs["ali" if run.part.startswith(("ali", "cls_teacher")) else "table1"]
         for run in runs})  # fmt: skip
     plan = planned(scale, tmp_path, 10.0)
@@ -168,7 +168,7 @@ def test_a_group_without_its_inputs_is_not_taken(scale, tmp_path, monkeypatch):
 
 
 def test_the_overview_marks_each_run(scale, tmp_path, monkeypatch):
-    monkeypatch.setattr(planning, "_seconds", lambda runs, stages, threads: {})
+    monkeypatch.setattr(planning, "_seconds", lambda runs, stages, threads, sources: {})
     plan = planned(scale, tmp_path, None, seeds=(1, 2))
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(_overview(plan, {"cls_soft_8_s1": "done", "cls_soft_8_s2": "running"}))

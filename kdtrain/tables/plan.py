@@ -13,12 +13,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as Grid
 
-from kdtrain import pipeline
-from kdtrain.batches import split
-from kdtrain.config import ConfigError
-from kdtrain.data import build_source
-from kdtrain.estimate import estimate, wall_time
+from kdtrain import dryrun, pipeline
+from kdtrain.config import ConfigError, DataConfig
+from kdtrain.data import FaceSource
+from kdtrain.estimate import estimate
 from kdtrain.journal import duration
+from kdtrain.order import wall_time
 from kdtrain.settings import nearest
 from kdtrain.tables.paper import NARROWEST, WIDTHS, TableSpec, table_specs
 from kdtrain.tables.stages import Group, Request, RunOf, groups, schedules, stages
@@ -119,7 +119,8 @@ def make_plan(
     asked = groups(specs, request)
     runs = _known([run for group in asked for run in group.runs], specs, request, root)
     planned = dict(zip(runs, stages(runs, request), strict=True))
-    keys = pipeline.stage_keys(list(planned.values()), root)
+    sources: dict[DataConfig, FaceSource] = {}
+    keys = pipeline.stage_keys(list(planned.values()), root, sources)
     states = {
         run: pipeline.stage_state(root / stage.name, keys[stage.name])
         for run, stage in planned.items()
@@ -127,7 +128,7 @@ def make_plan(
     ours = [run for group in asked for run in group.runs]
     open_runs = [run for run in ours if states[run] not in ("reused", "diverged")]
     say(f"{len(ours)} runs in all, {len(ours) - len(open_runs)} finished before; timing steps")
-    seconds = _seconds(open_runs, planned, max(1, pipeline.cores() // jobs))
+    seconds = _seconds(open_runs, planned, max(1, pipeline.cores() // jobs), sources)
     by_name = {stage.name: run for run, stage in planned.items()}
     have = {run for run, state in states.items() if state == "reused"}
     taken: list[Group] = []
@@ -176,28 +177,38 @@ def _clock(
 
 
 def _seconds(
-    runs: Sequence[RunOf], planned: Mapping[RunOf, pipeline.Stage], threads: int
+    runs: Sequence[RunOf],
+    planned: Mapping[RunOf, pipeline.Stage],
+    threads: int,
+    sources: dict[DataConfig, FaceSource],
 ) -> dict[str, float]:
     """Estimated seconds of each run; a teacher's answers cost once a seed, as they are kept."""
-    sizes: dict[object, tuple[int, int, int]] = {}
+    counts: dict[object, dryrun.Counts] = {}
     networks = {stage.name: stage.config.model for stage in planned.values()}
     answered: set[tuple[str, int]] = set()
     found = {}
     for run in runs:
         config = planned[run].config
-        if config.data not in sizes:
-            source = build_source(config.data)
-            train, test = split(source, config)
-            sizes[config.data] = (source.num_classes, len(train), len(test))
-        classes, pictures, tests = sizes[config.data]
+        seen = (config.data, config.task)
+        if seen not in counts:
+            counts[seen] = dryrun.counted(config, sources)
         name = (config.teacher.run or "").removeprefix("@")
         kept = config.teacher.cache != "none" and (name, run.seed) in answered
         answered.add((name, run.seed))
-        found[planned[run].name] = estimate(
-            config, classes=classes, pictures=pictures, test_pictures=tests,
-            teacher=networks[name] if name else None, answers_kept=kept,
-            threads=config.train.threads or threads,
-        ).total_s + START_S  # fmt: skip
+        found[planned[run].name] = (
+            START_S
+            + estimate(
+                config,
+                classes=counts[seen].classes,
+                pictures=counts[seen].train,
+                test_pictures=counts[seen].test,
+                validation_pictures=counts[seen].validation,
+                teacher=networks[name] if name else None,
+                answers_kept=kept,
+                threads=config.train.threads or threads,
+                epoch_batches=counts[seen].epoch_batches,
+            ).total_s
+        )
     return found
 
 

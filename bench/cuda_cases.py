@@ -7,24 +7,10 @@ import torch
 
 from bench import baselines
 from bench.case import OWN, Case, Contender, Floor, Inputs, op_call, tensors_of
-from bench.inputs import feature_maps, logits, persons, search, triplets
+from bench.inputs import RESNET50_TAPS, feature_maps, logits, persons, search, triplets
 from bench.libraries import LIGER, pytorch_metric_learning
 
 BF16 = torch.bfloat16
-# The hidden layers of a ResNet-50 on 112 x 112 faces: the stem, three in each of 16 blocks, the
-# pooled features; (count, channels, side).
-RESNET50_TAPS = [
-    (1, 64, 56),
-    (6, 64, 28),
-    (3, 256, 28),
-    (8, 128, 14),
-    (4, 512, 14),
-    (12, 256, 7),
-    (6, 1024, 7),
-    (6, 512, 4),
-    (3, 2048, 4),
-    (1, 2048, 1),
-]
 
 
 def own(op: str) -> Contender:
@@ -175,7 +161,7 @@ HIDDEN = replace(
     name="resnet50-batch128-bf16",
     about="50 layers of a ResNet-50 on 112 x 112 faces, batch 128 (295 M elements), bfloat16",
     inputs=feature_maps,
-    sizes={"batch": 128, "shapes": RESNET50_TAPS, "dtype": BF16},
+    sizes={"batch": 128, "shapes": [(1, *tap) for tap in RESNET50_TAPS], "dtype": BF16},
     quick={"batch": 2, "shapes": [(2, 8, 7), (1, 12, 3)], "dtype": BF16},
     contenders=(
         own("hidden_l2"),

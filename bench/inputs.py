@@ -6,6 +6,16 @@ from torch import Tensor
 
 from bench.case import Inputs
 
+# The hidden layers of a ResNet-50 on 112 x 112 faces: the stem, three in each of 16 blocks, the
+# pooled features; (channels, side).
+RESNET50_TAPS = [
+    (64, 56),
+    *((channels, side)
+      for width, side, blocks in ((64, 28, 3), (128, 14, 4), (256, 7, 6), (512, 4, 3))
+      for channels in (width, width, 4 * width) * blocks),
+    (2048, 1),
+]  # fmt: skip
+
 
 def generator(seed: int, device: str) -> torch.Generator:
     """A generator on the device: a GPU case has more numbers than a CPU makes in its time."""

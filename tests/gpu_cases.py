@@ -12,18 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.inputs import RESNET50_TAPS
 from kdkernels.sample import Sample
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-# The hidden layers of a ResNet-50 on 112 x 112 faces: the stem, three in each of 16 blocks, the
-# pooled features; (channels, side).
-TAPS = [
-    (64, 56),
-    *((channels, side)
-      for width, side, blocks in ((64, 28, 3), (128, 14, 4), (256, 7, 6), (512, 4, 3))
-      for channels in (width, width, 4 * width) * blocks),
-    (2048, 1),
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,37 +71,37 @@ def _kd_cases() -> list[Case]:
             found.append(kd(rows, classes, dtype, teacher=dtype))
         for rows, classes in ((128, 10575), (256, 93431), (64, 100_000)):
             found.append(kd(rows, classes, dtype, teacher=dtype))
-    for classes in (10575, 93431):
-        for rows in (1024, 64):
-            found += [
-                kd(rows, classes, teacher=None, name="no teacher"),
-                kd(rows, classes, labels=None, name="no target"),
-                kd(rows, classes, temperature=2.5, name="any tau"),
-                kd(rows, classes, label_smoothing=0.1, name="smoothing"),
-                kd(rows, classes, return_terms=True, name="terms"),
-                kd(rows, classes, gradient=False, name="no gradient"),
-                kd(rows, classes, gradient=False, return_terms=True, name="terms alone"),
-                kd(rows, classes, reduction="none", incoming="rows", name="none"),
-            ]
+    everything = {"label_smoothing": 0.1, "return_terms": True, "temperature": 2.5}
+    for classes in (10575, 93431):  # a row in registers, a row in two sweeps
         found += [
+            kd(1024, classes, teacher=None, name="no teacher"),
+            kd(1024, classes, labels=None, name="no target"),
+            kd(1024, classes, temperature=2.5, name="any tau"),
+            kd(1024, classes, gradient=False, name="no gradient"),
+            kd(1024, classes, gradient=False, return_terms=True, name="terms alone"),
+            kd(1024, classes, reduction="none", incoming="rows", name="none"),
             kd(1024, classes, FP16, teacher=FP16),
             kd(1024, classes, BF16, teacher=BF16, reduction="none", incoming="rows", name="none"),
             kd(1024, classes, FP32, teacher=BF16, name="mixed"),
             kd(1024, classes, BF16, teacher=FP32, name="mixed"),
             kd(1024, classes, FP16, teacher=BF16, name="mixed"),
-            kd(1024, classes, BF16, teacher=None, name="no teacher"),
             kd(1024, classes, BF16, teacher=BF16, temperature=2.5, name="any tau"),
-            kd(1024, classes, BF16, teacher=BF16, label_smoothing=0.1, return_terms=True,
-               temperature=2.5, name="smoothing, terms, any tau"),
+            kd(1024, classes, BF16, teacher=BF16, **everything, name="smoothing, terms, any tau"),
             kd(1024, classes, label_smoothing=0.1, return_terms=True, name="smoothing, terms"),
-            kd(1024, classes, temperature=1.0, name="tau 1"),
-            kd(1024, classes, temperature=7.0, name="tau 7"),
-            kd(1024, classes, reduction="sum", labels=torch.int32, name="sum, int32 labels"),
+            kd(1024, classes, temperature=1.0, labels=torch.int32, name="tau 1, int32 labels"),
+            kd(1024, classes, temperature=7.0, reduction="sum", name="tau 7, sum"),
             kd(1024, classes, offset=1, teacher_offset=1, name="misaligned"),
             kd(1024, classes, BF16, teacher=BF16, offset=1, name="misaligned student"),
             kd(1024, classes, FP32, teacher=BF16, offset=1, name="mixed, misaligned student"),
             kd(8192, classes, BF16, teacher=BF16, name="many rows"),
-        ]  # fmt: skip
+        ]
+    found += [  # long rows that several programs share
+        kd(64, 93431, teacher=None, name="no teacher"),
+        kd(64, 93431, **everything, name="smoothing, terms, any tau"),
+        kd(64, 93431, gradient=False, return_terms=True, name="terms alone"),
+        kd(64, 93431, gradient=False, name="no gradient"),
+        kd(64, 93431, labels=None, reduction="none", incoming="rows", name="no target, none"),
+    ]
     for offset in (0, 1):
         found.append(kd(64, 93431, FP32, teacher=BF16, offset=offset, name="mixed"))
     for classes in (1, 1000, 4097, 16384, 16385):
@@ -208,7 +200,7 @@ def _hidden_cases() -> list[Case]:
         sample = Sample("", tensors, options, ("students",) if gradient else ())
         return Case("hidden_l2", f"{name} {_names(dtype, teacher or dtype)}", sample)
 
-    taps = [(128, channels, side, side) for channels, side in TAPS]
+    taps = [(128, channels, side, side) for channels, side in RESNET50_TAPS]
     last = torch.channels_last
     return [
         of("50 taps", taps, BF16),

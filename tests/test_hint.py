@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_tasks import PEOPLE, eval_batches, make_batch, make_teacher
 from tiny_runs import assert_same_run, quiet, stop_after, tiny_config, train
+from tiny_tasks import PEOPLE, eval_batches, make_batch, make_teacher
 
 from kdtrain import checkpoint, engine
 from kdtrain.arguments import default_run_dir

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from bench import traffic
-from bench.traffic import READ, WRITTEN, Meter, count, extrapolate, measure
+from bench.meter import READ, WRITTEN, Case, Meter, count, extrapolate, measure
 from kdkernels import triton_rows
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -26,38 +26,38 @@ FP32, BF16 = torch.float32, torch.bfloat16
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_kd_cross_entropy_in_registers_moves_the_floor(dtype):
-    result = count(traffic._kd(1024, 10_575, dtype))
+    result = count(traffic.kd(1024, 10_575, dtype))
     assert result.launches == 3
     assert result.over_floor <= 1.01
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_kd_cross_entropy_in_two_sweeps_moves_five_thirds(dtype):
-    assert count(traffic._kd(1024, 17_003, dtype)).over_floor == pytest.approx(5 / 3, rel=5e-3)
+    assert count(traffic.kd(1024, 17_003, dtype)).over_floor == pytest.approx(5 / 3, rel=5e-3)
 
 
 def test_kd_cross_entropy_split_over_programs_moves_five_thirds():
-    assert count(traffic._kd(64, 20_001, FP32)).over_floor == pytest.approx(5 / 3, rel=2e-2)
+    assert count(traffic.kd(64, 20_001, FP32)).over_floor == pytest.approx(5 / 3, rel=2e-2)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_triplet_loss_moves_the_floor(dtype):
-    assert count(traffic._triplets(8192, 512, dtype)).over_floor <= 1.01
+    assert count(traffic.triplets(8192, 512, dtype)).over_floor <= 1.01
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_hidden_l2_moves_the_floor(dtype):
     taps = [(64, 28), (256, 7), (2048, 1)]
-    assert count(traffic._hidden(128, dtype, taps)).over_floor <= 1.01
+    assert count(traffic.hidden(128, dtype, taps)).over_floor <= 1.01
 
 
-def nearest_in_small_tiles() -> traffic.Case:
-    return replace(traffic._nearest(4096, BF16, 64), constants=(), instances=(64, 128, 192))
+def nearest_in_small_tiles() -> Case:
+    return replace(traffic.nearest(4096, BF16, 64), constants=(), instances=(64, 128, 192))
 
 
 @pytest.mark.parametrize(
     ("case", "rows"),
-    [(nearest_in_small_tiles(), 256), (traffic._triplets(8192, 64, FP32), 256)],
+    [(nearest_in_small_tiles(), 256), (traffic.triplets(8192, 64, FP32), 256)],
     ids=["nearest_neighbor", "triplet_loss"],
 )
 def test_three_instances_predict_a_fourth(case, rows):
@@ -74,7 +74,7 @@ def test_three_instances_predict_a_fourth(case, rows):
 
 
 def test_products_of_matrices_are_counted():
-    nearest, batch = nearest_in_small_tiles(), traffic._batch(4096, (128, 256, 384), 64)
+    nearest, batch = nearest_in_small_tiles(), traffic.batch(4096, (128, 256, 384), 64)
     assert measure(nearest, 128).products == nearest.products(128)
     # three products of 16-bit halves
     assert measure(batch, 256).products == 3 * batch.products(256)
@@ -83,7 +83,7 @@ def test_products_of_matrices_are_counted():
 def test_small_instances_of_another_path_are_refused():
     # the small instances mine by a Gram matrix, the full size by tiles
     threshold = ("kdkernels.triplet.triton_batch", "TILED_ROWS", 2048)
-    case = replace(traffic._batch(4096, (8, 12, 16), 64), constants=(threshold,))
+    case = replace(traffic.batch(4096, (8, 12, 16), 64), constants=(threshold,))
     with pytest.raises((AssertionError, ValueError)):
         count(case)
 

@@ -10,16 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-
-class ConfigError(ValueError):
-    """A recipe, key or value that cannot be used; the message says which, and what to write
-    instead.
-    """
-
-
-def _require(holds: bool, key: str, expected: str, got: object) -> None:
-    if not holds:
-        raise ConfigError(f"{key}: expected {expected}, got {got!r}")
+from kdtrain.config_checks import ConfigError, require
+from kdtrain.config_target import TargetConfig, TeacherConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,28 +62,28 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         by_file = self.split.startswith("file:") and self.split.count(":") >= 2
-        _require(
+        require(
             by_file or self.split in ("random", "identity", "identity:random"),
             "data.split",
             "random, identity, identity:random or file:NAME.csv:COLUMN",
             self.split,
         )
-        _require(0 < self.test_fraction < 1, "data.test_fraction", "0 < x < 1", self.test_fraction)
+        require(0 < self.test_fraction < 1, "data.test_fraction", "0 < x < 1", self.test_fraction)
         held_out = self.validation_fraction
-        _require(0 <= held_out < 1, "data.validation_fraction", "0 <= x < 1", held_out)
-        _require(self.input_size >= 8, "data.input_size", "at least 8", self.input_size)
-        _require(
+        require(0 <= held_out < 1, "data.validation_fraction", "0 <= x < 1", held_out)
+        require(self.input_size >= 8, "data.input_size", "at least 8", self.input_size)
+        require(
             self.store_size >= self.input_size,
             "data.store_size",
             f"at least data.input_size ({self.input_size})",
             self.store_size,
         )
-        _require(self.workers >= 0, "data.workers", "0 or more", self.workers)
-        _require(self.people >= 2, "data.people", "at least 2", self.people)
-        _require(self.pictures >= 2, "data.pictures", "at least 2", self.pictures)
-        _require(0 <= self.noise < 1, "data.noise", "0 <= x < 1", self.noise)
+        require(self.workers >= 0, "data.workers", "0 or more", self.workers)
+        require(self.people >= 2, "data.people", "at least 2", self.people)
+        require(self.pictures >= 2, "data.pictures", "at least 2", self.pictures)
+        require(0 <= self.noise < 1, "data.noise", "0 <= x < 1", self.noise)
         if self.kind != "synthetic":
-            _require(
+            require(
                 self.root is not None, "data.root", f"a folder, for data.kind {self.kind}", None
             )
 
@@ -110,7 +102,7 @@ class AugmentConfig:
     "Largest crop side as a fraction of the picture's (jitter)."
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             0 < self.scale_min <= self.scale_max <= 1,
             "augment.scale_min, augment.scale_max",
             "0 < min <= max <= 1",
@@ -132,92 +124,12 @@ class ModelConfig:
     "imagenet: 7x7 stride 2 and 3x3 stride 2 max pooling; small: 3x3 stride 2 alone."
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.width >= self.divide and self.width % self.divide == 0,
             "model.width",
             f"a multiple of model.divide ({self.divide})",
             self.width,
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TargetConfig:
-    """Weights and form of every term beside the task's own loss."""
-
-    alpha: float = 0.0
-    "Weight of the soft target: cross-entropy with the teacher's softened prediction."
-    beta: float = 0.0
-    "Weight of the hidden target: squared distance of the pooled features."
-    gamma: float = 1.0
-    """Weight of the softmax loss with the labels: the task loss of classification, the joint
-    softmax elsewhere. 0 leaves classification to its targets (to the hidden one alone: the
-    classifier stays untrained, and top1 says so).
-    """
-    logits: float = 0.0
-    "Weight of the logits target: squared distance of the logits."
-    hint: float = 0.0
-    """Weight of a FitNet hint: squared distance of a middle stage's output, through a learnt
-    regressor. A stage of its own, without any other term; the student's layers above keep their
-    values.
-    """
-    temperature: float = 3.0
-    "Temperature of the soft target."
-    tau_squared: bool = False
-    "Multiply the soft target by temperature^2 (Hinton et al. 2015)."
-    hidden_proj: Literal["linear", "none"] = "linear"
-    """Learnt projection of the student's feature onto the teacher's, where widths differ; dropped
-    after training.
-    """
-    hidden_normalize: bool = False
-    "Scale both features to unit length before the hidden target."
-    hidden_reduction: Literal["batchmean", "mean", "sum"] = "batchmean"
-    "batchmean divides by the pictures (the papers' norm), mean also by the feature's length."
-    logits_reduction: Literal["batchmean", "mean", "sum"] = "batchmean"
-    "The same for the logits target."
-    hint_stage: Literal[1, 2, 3, 4] = 2
-    "Residual stage whose output is the hint, in student and teacher."
-    hint_reduction: Literal["batchmean", "mean", "sum"] = "batchmean"
-    "The same for the hint."
-    label_smoothing: float = 0.0
-    "Share of the label's probability that is spread over all classes."
-
-    def __post_init__(self) -> None:
-        weights = {name: getattr(self, name) for name in ("gamma", "alpha", "beta", "logits")}
-        for name, value in {**weights, "hint": self.hint}.items():
-            _require(math.isfinite(value) and value >= 0, f"target.{name}", "0 or more", value)
-        others = [f"target.{name} is {value:g}" for name, value in weights.items() if value]
-        if self.hint and others:
-            raise ConfigError(
-                f"target.hint: a hint is a stage of its own, but {', '.join(others)}: set these "
-                "weights to 0 (target.gamma too), and give them to a run with init_from this one"
-            )
-        finite = math.isfinite(self.temperature)
-        _require(
-            finite and self.temperature > 0, "target.temperature", "more than 0", self.temperature
-        )
-        smooth = self.label_smoothing
-        _require(0 <= smooth < 1, "target.label_smoothing", "0 <= x < 1", smooth)
-
-    @property
-    def needs_teacher(self) -> bool:
-        """True when a term that the teacher yields has a weight."""
-        return self.alpha > 0 or self.beta > 0 or self.logits > 0 or self.hint > 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherConfig:
-    """The network that targets come from. `teacher: RUN` and --teacher RUN are short for
-    teacher.run.
-    """
-
-    run: str | None = None
-    "Run folder of the teacher (RUN/best: its best weights); @NAME is the run beside this one."
-    cache: Literal["none", "float32", "float16"] = "none"
-    """Keep the teacher's answers on disk, for every student that meets the same batches: float32
-    trains to the same bits as none, float16 rounds them and takes half the room.
-    """
-    cache_dir: str | None = None
-    "Folder of the kept answers; null is teacher_cache beside the run folder."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,9 +152,9 @@ class TripletConfig:
     "Pictures of each person in a batch."
 
     def __post_init__(self) -> None:
-        _require(self.margin >= 0, "triplet.margin", "0 or more", self.margin)
-        _require(self.people >= 2, "triplet.people", "at least 2", self.people)
-        _require(self.pictures >= 2, "triplet.pictures", "at least 2", self.pictures)
+        require(self.margin >= 0, "triplet.margin", "0 or more", self.margin)
+        require(self.people >= 2, "triplet.people", "at least 2", self.people)
+        require(self.pictures >= 2, "triplet.pictures", "at least 2", self.pictures)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,8 +167,8 @@ class Phase:
     "Learning rate."
 
     def __post_init__(self) -> None:
-        _require(self.epochs >= 1, "optim.phases: epochs", "at least 1", self.epochs)
-        _require(math.isfinite(self.lr) and self.lr > 0, "optim.phases: lr", "more than 0", self.lr)
+        require(self.epochs >= 1, "optim.phases: epochs", "at least 1", self.epochs)
+        require(math.isfinite(self.lr) and self.lr > 0, "optim.phases: lr", "more than 0", self.lr)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,24 +205,24 @@ class OptimConfig:
     """
 
     def __post_init__(self) -> None:
-        _require(len(self.phases) > 0, "optim.phases", "at least one {epochs, lr}", self.phases)
-        _require(self.batch_size >= 2, "optim.batch_size", "at least 2", self.batch_size)
-        _require(0 < self.momentum < 1, "optim.momentum", "0 < x < 1 (Nesterov)", self.momentum)
-        _require(self.accumulate >= 1, "optim.accumulate", "at least 1", self.accumulate)
+        require(len(self.phases) > 0, "optim.phases", "at least one {epochs, lr}", self.phases)
+        require(self.batch_size >= 2, "optim.batch_size", "at least 2", self.batch_size)
+        require(0 < self.momentum < 1, "optim.momentum", "0 < x < 1 (Nesterov)", self.momentum)
+        require(self.accumulate >= 1, "optim.accumulate", "at least 1", self.accumulate)
         final, warmup = self.final_lr_fraction, self.warmup_epochs
-        _require(0 <= final <= 1, "optim.final_lr_fraction", "0 <= x <= 1", final)
+        require(0 <= final <= 1, "optim.final_lr_fraction", "0 <= x <= 1", final)
         epochs = sum(phase.epochs for phase in self.phases)
-        _require(
+        require(
             0 <= warmup <= epochs,
             "optim.warmup_epochs",
             f"from 0 to the epochs of all phases ({epochs})",
             warmup,
         )
         ema = self.ema
-        _require(ema is None or 0 < ema < 1, "optim.ema", "0 < x < 1, or null", ema)
-        _require(self.weight_decay >= 0, "optim.weight_decay", "0 or more", self.weight_decay)
+        require(ema is None or 0 < ema < 1, "optim.ema", "0 < x < 1, or null", ema)
+        require(self.weight_decay >= 0, "optim.weight_decay", "0 or more", self.weight_decay)
         clip = self.clip_norm
-        _require(clip is None or clip > 0, "optim.clip_norm", "more than 0, or null", clip)
+        require(clip is None or clip > 0, "optim.clip_norm", "more than 0, or null", clip)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,11 +259,11 @@ class TrainConfig:
     "Also write the journal's numbers for TensorBoard, in RUN/tensorboard (extra tensorboard)."
 
     def __post_init__(self) -> None:
-        _require(self.threads >= 0, "train.threads", "0 or more", self.threads)
+        require(self.threads >= 0, "train.threads", "0 or more", self.threads)
         for name in ("log_every", "eval_every", "save_every"):
-            _require(getattr(self, name) >= 1, f"train.{name}", "at least 1", getattr(self, name))
+            require(getattr(self, name) >= 1, f"train.{name}", "at least 1", getattr(self, name))
         stop = self.early_stop
-        _require(stop is None or stop >= 1, "train.early_stop", "at least 1, or null", stop)
+        require(stop is None or stop >= 1, "train.early_stop", "at least 1, or null", stop)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -413,7 +325,7 @@ class Config:
                     "data.split identity tests on people without a class of their own: "
                     "use identity:random, random or file: for classification"
                 )
-            _require(
+            require(
                 self.target.gamma > 0 or self.target.needs_teacher,
                 "target.gamma",
                 "more than 0 for classification, unless target.alpha, beta or logits has a weight",

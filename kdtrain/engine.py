@@ -53,7 +53,8 @@ from kdtrain.preparation import (
     without_teacher,
 )
 from kdtrain.targets import Guide
-from kdtrain.tasks import Task, build_task
+from kdtrain.task import Task
+from kdtrain.tasks import build_task
 
 PROGRESS_EVERY_S = 0.5
 CLASSIFIER_METRICS = ("top1", "cross_entropy")

@@ -12,7 +12,8 @@ from kdtrain.batches import RunData
 from kdtrain.config import Config, TeacherConfig
 from kdtrain.journal import Screen
 from kdtrain.models import FaceNetwork, inherit, network_from_state
-from kdtrain.tasks import Task, build_task
+from kdtrain.task import Task
+from kdtrain.tasks import build_task
 from kdtrain.teacher_cache import TeacherCache, identity
 
 

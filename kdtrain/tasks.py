@@ -1,241 +1,27 @@
 """The three tasks: what one step optimises, how the network is measured, and which floor it must
-beat.
-
-One objective covers them: Phi(task) + alpha soft + beta hidden + logits + gamma softmax (eq. 5 of
-arXiv 1709.02929). Teachers answer in eval mode and without gradient: online, or their kept answers
-are handed in (teacher_cache.py).
+beat. What they share is in task.py.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from kdkernels import batch_triplet_loss
 from kdtrain import evaluate, observe
 from kdtrain.models import FaceNetwork, Outputs, seeded
-from kdtrain.observe import EvalBatch, Seen, look
-from kdtrain.passes import Passes
-from kdtrain.targets import (
-    Guide,
-    HiddenTarget,
-    HintTarget,
-    Objective,
-    Pair,
-    distillation_pairs,
-    softmax_objective,
-    squared_objective,
-    total,
-)
+from kdtrain.observe import EvalBatch, Seen
+from kdtrain.targets import Guide, HintTarget, Objective, Pair, squared_objective, total
+from kdtrain.task import StepResult, Task
 
 FLOOR_QUERIES = 5000
 CURVE_LIMIT = 0.3  # NRMSE up to which a report draws errors
 POINT_NAMES = ("lefteye", "righteye", "nose", "leftmouth", "rightmouth")
-
-
-class StepResult(NamedTuple):
-    """One step's loss and what it consists of."""
-
-    loss: Tensor
-    """Scalar with gradient."""
-    terms: dict[str, Tensor]
-    """Unweighted detached float32 scalars on the device, the same names at every step."""
-
-
-class Task(ABC):
-    """A network, its teacher, and the loss, metrics and floor of one task.
-
-    network: what is trained and saved. extra: modules that are trained but dropped afterwards.
-    teacher: eval mode, no gradient, in neither state nor optimiser; None where no target needs it.
-    """
-
-    metric: tuple[str, int]
-    """Name of the metric that judges a run, and +1 where more is better, -1 where less is."""
-    needs_balanced_batches = False
-    needs_landmarks = False
-
-    def __init__(self, config: Any, num_classes: int, teacher: FaceNetwork | None = None) -> None:
-        target = config.target
-        if target.needs_teacher and teacher is None:
-            raise ValueError(
-                "build_task: target.alpha, beta, logits or hint is above 0, which needs a teacher "
-                "network"
-            )
-        if (
-            teacher is not None
-            and (target.alpha or target.logits)
-            and teacher.num_classes != num_classes
-        ):
-            raise ValueError(
-                f"build_task: the teacher tells {teacher.num_classes} people apart and the data "
-                f"has {num_classes}; train the teacher on the same people, or set target.alpha and "
-                "target.logits to 0"
-            )
-        self.config = config
-        self.target = target
-        self.backend = None if config.fused else "eager"
-        self.network = self._fresh(num_classes)
-        self.teacher = teacher if target.needs_teacher else None
-        if self.teacher is not None:
-            self.teacher.eval().requires_grad_(False)
-        self._run = Passes(config.train)
-        for network in filter(None, (self.network, self.teacher)):
-            network.arrange(channels_last=config.train.channels_last)
-        self._hidden: HiddenTarget | None = None
-        if self.teacher is not None and target.beta:
-            with seeded(config.seed + 1):
-                self._hidden = HiddenTarget(
-                    self.network.width,
-                    self.teacher.width,
-                    projection=target.hidden_proj,
-                    normalize=target.hidden_normalize,
-                )
-        self.extra = nn.ModuleDict({} if self._hidden is None else {"hidden": self._hidden})
-        self._samples: dict[str, np.ndarray] = {}
-        self._items: dict[str, Tensor] = {}
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network is."""
-        return self.network.classifier.weight.device
-
-    def to(self, device: torch.device | str) -> Task:
-        """Moves network, teacher and extra modules."""
-        for module in (self.network, self.teacher, self.extra):
-            if module is not None:
-                module.to(device)
-        return self
-
-    @property
-    def guide_widths(self) -> dict[str, int]:
-        """Which outputs of the teacher a Guide brings that the targets read, and their values a
-        picture; empty where it is of no use.
-        """
-        if self.teacher is None:
-            return {}
-        needed = {}
-        if self.target.alpha or self.target.logits:
-            needed["logits"] = self.teacher.num_classes
-        if self.target.beta:
-            needed["hidden"] = self.teacher.width
-        return needed
-
-    def guide(self, pictures: Tensor) -> Guide | None:
-        """The teacher's answer to a training batch (N, 3, s, s), without gradient; None without a
-        teacher.
-        """
-        if self.teacher is None:
-            return None
-        with torch.no_grad():
-            outputs = self._outputs(self.teacher, pictures)
-        return Guide(logits=outputs.logits, hidden=outputs.hidden)
-
-    def step(
-        self,
-        pictures: Tensor,
-        labels: Tensor,
-        points: Tensor | None = None,
-        guide: Guide | None = None,
-    ) -> StepResult:
-        """Loss of a training batch with its gradient graph.
-
-        pictures (N, 3, s, s) float in [0, 255]; labels (N,); points (N, 5, 2) landmarks in crop
-        pixels, for alignment. guide: the teacher's answer where it is known already; else the
-        teacher is asked.
-        """
-        outputs = self._outputs(self.network, pictures)
-        if guide is None:
-            guide = self.guide(pictures)
-        softmax = softmax_objective(
-            outputs.logits,
-            None if guide is None else guide.logits,
-            labels,
-            gamma=self.target.gamma,
-            alpha=self.target.alpha,
-            temperature=self.target.temperature,
-            tau_squared=self.target.tau_squared,
-            label_smoothing=self.target.label_smoothing,
-            backend=self.backend,
-        )
-        pairs = distillation_pairs(outputs, guide, self._hidden, self.target)
-        pairs += self._regression(outputs, pictures, points)
-        squared = squared_objective(pairs, self.backend)
-        return StepResult(*total([self._metric_loss(outputs, labels), softmax, squared]))
-
-    def _outputs(self, network: FaceNetwork, pictures: Tensor) -> Outputs:
-        """A training pass: the feature in float32, as it is projected and normalised outside of
-        train.precision; the others as they come.
-        """
-        outputs: Outputs = self._run(network, pictures)
-        return outputs._replace(hidden=outputs.hidden.float())
-
-    def evaluate(self, batches: Iterable[EvalBatch]) -> dict[str, float]:
-        """Metrics over a split, in eval mode and without gradient; fractions, all finite.
-
-        A metric that cannot be measured on this data (no landmarks, too few pairs) is absent.
-        ValueError without a picture.
-        """
-        seen = look(self.network, batches, self.device)
-        metrics = self._evaluate(seen)
-        self._items["index"] = seen.indices
-        return metrics
-
-    def items(self) -> dict[str, np.ndarray]:
-        """The last `evaluate` picture by picture, in its order.
-
-        float32 (N,) for each metric that is a mean over pictures, under its name (nan for a picture
-        that it leaves out), and "index", int64 (N,): the picture's place in the source.
-        """
-        return {
-            name: values.cpu().to(torch.int64 if name == "index" else torch.float32).numpy()
-            for name, values in self._items.items()
-        }
-
-    @abstractmethod
-    def floors(self, train: Iterable[EvalBatch], test: Iterable[EvalBatch]) -> dict[str, float]:
-        """The same metrics for a method that learns nothing: raw pixels, or the mean shape of the
-        training split.
-        """
-
-    def untrained(self, test: Iterable[EvalBatch]) -> dict[str, float]:
-        """The metrics of features that a network of this shape has before its first step.
-
-        Its weights are those drawn from config.seed, whatever the run started from; running
-        statistics are at their initial values. {} where the metrics are not of features.
-        """
-        return {}
-
-    def artifacts(self) -> dict[str, np.ndarray]:
-        """Small arrays of the last `evaluate` for the report: pictures with what the network made
-        of them, and curves.
-        """
-        return dict(self._samples)
-
-    def _fresh(self, num_classes: int) -> FaceNetwork:
-        with seeded(self.config.seed):
-            return FaceNetwork(self.config.model, num_classes, self.needs_landmarks)
-
-    def _untrained(self, test: Iterable[EvalBatch]) -> Seen:
-        network = self._fresh(self.network.num_classes).to(self.device)
-        return look(network, test, self.device)
-
-    @abstractmethod
-    def _evaluate(self, seen: Seen) -> dict[str, float]: ...
-
-    def _metric_loss(self, outputs: Outputs, labels: Tensor) -> Objective | None:
-        """Phi where it is neither the softmax loss nor a squared distance."""
-        return None
-
-    def _regression(self, outputs: Outputs, pictures: Tensor, points: Tensor | None) -> list[Pair]:
-        """Phi where it is a squared distance."""
-        return []
 
 
 class Classification(Task):

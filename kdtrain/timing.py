@@ -29,7 +29,8 @@ from kdtrain.models import FaceNetwork, count_parameters, multiply_adds, seeded
 from kdtrain.observe import EvalBatch, look
 from kdtrain.optimisation import Optimisation
 from kdtrain.targets import Guide
-from kdtrain.tasks import TASKS, Task, build_task
+from kdtrain.task import Task
+from kdtrain.tasks import TASKS, build_task
 
 TIMED_S = 8.0
 "About the longest that one shape is timed, seconds."

@@ -21,7 +21,7 @@ from kdtrain.environment import computing
 from kdtrain.journal import Screen, read_lines
 from kdtrain.models import FaceNetwork, seeded
 from kdtrain.preparation import TrainingError
-from kdtrain.tasks import Task
+from kdtrain.task import Task
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from kdtrain.config import ConfigError, ModelConfig
 from kdtrain.estimate import Estimate
 from kdtrain.models import FaceNetwork, count_parameters, multiply_adds
 from kdtrain.order import longest_chain_first, wall_time
-from kdtrain.tasks import Task
+from kdtrain.task import Task
 from kdtrain.timing import Timing, network_size
 
 TEACHER = ModelConfig(depth=14, width=16, stem="small")

@@ -19,7 +19,8 @@ from kdtrain.preparation import prepare_task
 from kdtrain.report import report
 from kdtrain.settings import build, recipe_path
 from kdtrain.targets import HintTarget
-from kdtrain.tasks import Task, build_task
+from kdtrain.task import Task
+from kdtrain.tasks import build_task
 
 HINT = {"target__hint": 1.0, "target__gamma": 0.0, "target__hint_reduction": "mean"}
 

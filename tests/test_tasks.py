@@ -18,7 +18,8 @@ from tiny_tasks import (
 from torch.nn import functional as F
 
 from kdtrain import evaluate, tasks
-from kdtrain.tasks import Task, build_task
+from kdtrain.task import Task
+from kdtrain.tasks import build_task
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ from kdtrain.engine import Interrupted
 from kdtrain.journal import Screen
 from kdtrain.preparation import prepare_cache, prepare_task
 from kdtrain.targets import Guide
-from kdtrain.tasks import Task
+from kdtrain.task import Task
 from kdtrain.teacher_cache import CacheError, TeacherCache, identity
 
 BATCHES = [torch.tensor([4, 1, 7]), torch.tensor([2, 2])]

@@ -18,7 +18,7 @@ from kdtrain.engine import Interrupted
 from kdtrain.history import History
 from kdtrain.journal import Screen, read_lines
 from kdtrain.settings import build
-from kdtrain.tasks import Task
+from kdtrain.task import Task
 
 
 @pytest.mark.parametrize("split", ["random", "identity", "identity:random"])

@@ -15,7 +15,8 @@ from kdtrain.config import (
 )
 from kdtrain.models import FaceNetwork, seeded
 from kdtrain.observe import EvalBatch
-from kdtrain.tasks import Task, build_task
+from kdtrain.task import Task
+from kdtrain.tasks import build_task
 
 PEOPLE = 6
 NAMES = ("classification", "alignment", "verification")

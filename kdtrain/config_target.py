@@ -1,0 +1,91 @@
+"""What a student is taught besides its task, and by whom: the sections target and teacher of a
+config.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from kdtrain.config_checks import ConfigError, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetConfig:
+    """Weights and form of every term beside the task's own loss."""
+
+    alpha: float = 0.0
+    "Weight of the soft target: cross-entropy with the teacher's softened prediction."
+    beta: float = 0.0
+    "Weight of the hidden target: squared distance of the pooled features."
+    gamma: float = 1.0
+    """Weight of the softmax loss with the labels: the task loss of classification, the joint
+    softmax elsewhere. 0 leaves classification to its targets (to the hidden one alone: the
+    classifier stays untrained, and top1 says so).
+    """
+    logits: float = 0.0
+    "Weight of the logits target: squared distance of the logits."
+    hint: float = 0.0
+    """Weight of a FitNet hint: squared distance of a middle stage's output, through a learnt
+    regressor. A stage of its own, without any other term; the student's layers above keep their
+    values.
+    """
+    temperature: float = 3.0
+    "Temperature of the soft target."
+    tau_squared: bool = False
+    "Multiply the soft target by temperature^2 (Hinton et al. 2015)."
+    hidden_proj: Literal["linear", "none"] = "linear"
+    """Learnt projection of the student's feature onto the teacher's, where widths differ; dropped
+    after training.
+    """
+    hidden_normalize: bool = False
+    "Scale both features to unit length before the hidden target."
+    hidden_reduction: Literal["batchmean", "mean", "sum"] = "batchmean"
+    "batchmean divides by the pictures (the papers' norm), mean also by the feature's length."
+    logits_reduction: Literal["batchmean", "mean", "sum"] = "batchmean"
+    "The same for the logits target."
+    hint_stage: Literal[1, 2, 3, 4] = 2
+    "Residual stage whose output is the hint, in student and teacher."
+    hint_reduction: Literal["batchmean", "mean", "sum"] = "batchmean"
+    "The same for the hint."
+    label_smoothing: float = 0.0
+    "Share of the label's probability that is spread over all classes."
+
+    def __post_init__(self) -> None:
+        weights = {name: getattr(self, name) for name in ("gamma", "alpha", "beta", "logits")}
+        for name, value in {**weights, "hint": self.hint}.items():
+            require(math.isfinite(value) and value >= 0, f"target.{name}", "0 or more", value)
+        others = [f"target.{name} is {value:g}" for name, value in weights.items() if value]
+        if self.hint and others:
+            raise ConfigError(
+                f"target.hint: a hint is a stage of its own, but {', '.join(others)}: set these "
+                "weights to 0 (target.gamma too), and give them to a run with init_from this one"
+            )
+        finite = math.isfinite(self.temperature)
+        require(
+            finite and self.temperature > 0, "target.temperature", "more than 0", self.temperature
+        )
+        smooth = self.label_smoothing
+        require(0 <= smooth < 1, "target.label_smoothing", "0 <= x < 1", smooth)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """True when a term that the teacher yields has a weight."""
+        return self.alpha > 0 or self.beta > 0 or self.logits > 0 or self.hint > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """The network that targets come from. `teacher: RUN` and --teacher RUN are short for
+    teacher.run.
+    """
+
+    run: str | None = None
+    "Run folder of the teacher (RUN/best: its best weights); @NAME is the run beside this one."
+    cache: Literal["none", "float32", "float16"] = "none"
+    """Keep the teacher's answers on disk, for every student that meets the same batches: float32
+    trains to the same bits as none, float16 rounds them and takes half the room.
+    """
+    cache_dir: str | None = None
+    "Folder of the kept answers; null is teacher_cache beside the run folder."

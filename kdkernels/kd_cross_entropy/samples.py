@@ -51,6 +51,7 @@ def samples(device: str = "cpu") -> list[Sample]:
         make(2, 4096 + 31, device=device, temperature=4.0),
         make(3, 10575, device=device, temperature=2.5),
         make(2, 16411, device=device, temperature=1.0),
+        make(1, 93431, device=device),
         make(23, 93431, device=device, name="a gradient past the caches"),
         make(9, 101, device=device, temperature=2.0, tau_squared=True, alpha=0.7),
         make(9, 101, device=device, temperature=7.3, alpha=3.0, reduction="sum"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from kdtrain.config_checks import ConfigError, require
-from kdtrain.config_target import TargetConfig, TeacherConfig
+from kdtrain.config_target import TEACHER_WEIGHTS, TargetConfig, TeacherConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,16 +299,14 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
+        known = f"target.{', '.join(TEACHER_WEIGHTS[:-1])} and {TEACHER_WEIGHTS[-1]}"
         if self.target.needs_teacher and self.teacher.run is None:
             raise ConfigError(
-                "target.alpha, beta, logits and hint need a teacher: set --teacher to its run "
-                "folder, or the weights to 0"
+                f"{known} need a teacher: set --teacher to its run folder, or the weights to 0"
             )
         if self.teacher.run is not None and not self.target.needs_teacher:
-            raise ConfigError(
-                "teacher is set but target.alpha, beta, logits and hint are all 0: weigh one, or "
-                "drop it"
-            )
+            raise ConfigError(f"teacher is set but {known} are all 0: weigh one, or drop it")
+        self._check_relations()
         if self.target.hint and self.task != "classification":
             raise ConfigError(
                 f"target.hint is a stage before classification, got task {self.task}: set task to "
@@ -328,9 +326,19 @@ class Config:
             require(
                 self.target.gamma > 0 or self.target.needs_teacher,
                 "target.gamma",
-                "more than 0 for classification, unless target.alpha, beta or logits has a weight",
+                "more than 0 for classification, unless a target of the teacher has a weight",
                 self.target.gamma,
             )
+
+    def _check_relations(self) -> None:
+        """RKD compares three pictures at least: two are always one mean distance apart."""
+        batch, key = self.optim.batch_size, "optim.batch_size"
+        for name in ("rkd_distance", "rkd_angle"):
+            if getattr(self.target, name) and self.task != "verification" and batch < 3:
+                raise ConfigError(
+                    f"target.{name} compares at least 3 pictures of a batch, and {key} is {batch}: "
+                    f"raise it, or set target.{name} to 0"
+                )
 
 
 def run_folder(name: str, run_dir: Path) -> Path:

@@ -10,6 +10,12 @@ from typing import Literal
 
 from kdtrain.config_checks import ConfigError, require
 
+TEACHER_WEIGHTS = (
+    *("alpha", "beta", "logits", "embedding_l2", "embedding_cosine"),
+    *("rkd_distance", "rkd_angle", "attention", "hint"),
+)
+"""Fields of TargetConfig that weigh a term which the teacher yields."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TargetConfig:
@@ -26,6 +32,22 @@ class TargetConfig:
     """
     logits: float = 0.0
     "Weight of the logits target: squared distance of the logits."
+    embedding_l2: float = 0.0
+    """Weight of the embedding target: squared distance of the pooled features scaled to unit
+    length, 2 (1 - cos), mean over pictures.
+    """
+    embedding_cosine: float = 0.0
+    "Weight of the same as 1 - cos, half of embedding_l2; published weights are 64 and 128."
+    rkd_distance: float = 0.0
+    """Weight of RKD's distances between the pictures of a batch (Park et al. 2019); published
+    weights are 25 beside a softmax loss and 1 in metric learning.
+    """
+    rkd_angle: float = 0.0
+    "Weight of RKD's angles between three pictures of a batch; published weights are 50 and 2."
+    attention: float = 0.0
+    """Weight of attention transfer: squared distance of the residual stages' unit-length maps of
+    summed squared activations (Zagoruyko and Komodakis 2017); the published weight is 1000.
+    """
     hint: float = 0.0
     """Weight of a FitNet hint: squared distance of a middle stage's output, through a learnt
     regressor. A stage of its own, without any other term; the student's layers above keep their
@@ -41,6 +63,10 @@ class TargetConfig:
     """
     hidden_normalize: bool = False
     "Scale both features to unit length before the hidden target."
+    embedding_proj: Literal["linear", "none"] = "linear"
+    """The same for the embedding targets, before the scaling; theirs is another map than the hidden
+    target's.
+    """
     hidden_reduction: Literal["batchmean", "mean", "sum"] = "batchmean"
     "batchmean divides by the pictures (the papers' norm), mean also by the feature's length."
     logits_reduction: Literal["batchmean", "mean", "sum"] = "batchmean"
@@ -53,10 +79,14 @@ class TargetConfig:
     "Share of the label's probability that is spread over all classes."
 
     def __post_init__(self) -> None:
-        weights = {name: getattr(self, name) for name in ("gamma", "alpha", "beta", "logits")}
-        for name, value in {**weights, "hint": self.hint}.items():
+        weights = {name: getattr(self, name) for name in ("gamma", *TEACHER_WEIGHTS)}
+        for name, value in weights.items():
             require(math.isfinite(value) and value >= 0, f"target.{name}", "0 or more", value)
-        others = [f"target.{name} is {value:g}" for name, value in weights.items() if value]
+        others = [
+            f"target.{name} is {value:g}"
+            for name, value in weights.items()
+            if value and name != "hint"
+        ]
         if self.hint and others:
             raise ConfigError(
                 f"target.hint: a hint is a stage of its own, but {', '.join(others)}: set these "
@@ -72,7 +102,17 @@ class TargetConfig:
     @property
     def needs_teacher(self) -> bool:
         """True when a term that the teacher yields has a weight."""
-        return self.alpha > 0 or self.beta > 0 or self.logits > 0 or self.hint > 0
+        return any(getattr(self, name) > 0 for name in TEACHER_WEIGHTS)
+
+    @property
+    def needs_hidden(self) -> bool:
+        """True when a term that reads the teacher's pooled feature has a weight."""
+        return self.beta > 0 or self.needs_embedding or self.rkd_distance > 0 or self.rkd_angle > 0
+
+    @property
+    def needs_embedding(self) -> bool:
+        """True when an embedding target has a weight."""
+        return self.embedding_l2 > 0 or self.embedding_cosine > 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,8 @@ class Outputs(NamedTuple):
     """(N, 10) landmarks as (x / W - 0.5, y / H - 0.5), x before y, point after point; None without
     a landmark head.
     """
+    attention: tuple[Tensor, ...] = ()
+    """(N, h, w) of each residual stage, where they were asked for; see attention_map."""
 
 
 class Bottleneck(nn.Module):
@@ -58,6 +60,15 @@ class Bottleneck(nn.Module):
         out = torch.relu_(self.norm1(self.conv1(maps)))
         out = torch.relu_(self.norm2(self.conv2(out)))
         return torch.relu_(self.norm3(self.conv3(out)) + self.shortcut(maps))
+
+
+def attention_map(maps: Tensor) -> Tensor:
+    """Where a network looks: the squared activations of maps (N, C, h, w), summed over channels.
+
+    Q of attention transfer (Zagoruyko and Komodakis 2017, arXiv 1612.03928, section 3.1); (N, h, w)
+    in float32 at least.
+    """
+    return maps.to(torch.promote_types(maps.dtype, torch.float32)).square().sum(1)
 
 
 class Backbone(nn.Module):
@@ -99,10 +110,22 @@ class Backbone(nn.Module):
         """Output (N, widths[stage - 1], h, w) of residual stage 1 to 4; the layers above it do not
         run.
         """
-        maps = self.pool(torch.relu_(self.stem_norm(self.stem(self.input_norm(pictures)))))
+        maps = self._entry(pictures)
         for part in list(self.stages)[:stage]:
             maps = part(maps)
         return maps
+
+    def attend(self, pictures: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Pooled features, and the attention_map (N, h, w) of each residual stage."""
+        maps, attention = self._entry(pictures), []
+        for part in self.stages:
+            maps = part(maps)
+            attention.append(attention_map(maps))
+        return maps.mean((2, 3)), tuple(attention)
+
+    def _entry(self, pictures: Tensor) -> Tensor:
+        """What the first residual stage reads."""
+        return self.pool(torch.relu_(self.stem_norm(self.stem(self.input_norm(pictures)))))
 
 
 class FaceNetwork(nn.Module):
@@ -154,13 +177,21 @@ class FaceNetwork(nn.Module):
 
     def forward(self, pictures: Tensor) -> Outputs:
         """Feature, class scores and landmarks of raw pictures (N, 3, H, W) in [0, 255]."""
-        hidden = self.backbone(pictures.contiguous(memory_format=self._format))
-        points = None if self.regressor is None else self.regressor(hidden)
-        return Outputs(hidden, self.classifier(hidden), points)
+        return self._heads(self.backbone(pictures.contiguous(memory_format=self._format)))
 
     def tap(self, pictures: Tensor, stage: int) -> Tensor:
         """Output (N, C, h, w) of residual stage 1 to 4 for raw pictures; see Backbone.maps."""
         return self.backbone.maps(pictures.contiguous(memory_format=self._format), stage)
+
+    def attend(self, pictures: Tensor) -> Outputs:
+        """What `forward` gives, and the attention_map of every residual stage."""
+        pictures = pictures.contiguous(memory_format=self._format)
+        hidden, attention = self.backbone.attend(pictures)
+        return self._heads(hidden)._replace(attention=attention)
+
+    def _heads(self, hidden: Tensor) -> Outputs:
+        points = None if self.regressor is None else self.regressor(hidden)
+        return Outputs(hidden, self.classifier(hidden), points)
 
 
 @contextmanager

@@ -28,6 +28,11 @@ TERM_COLOURS = {
     "logits": "#7c3aed",
     "triplet": "#db2777",
     "points": "#0891b2",
+    "embedding_l2": "#65a30d",
+    "embedding_cosine": "#b45309",
+    "rkd_distance": "#9333ea",
+    "rkd_angle": "#0d9488",
+    "attention": "#be123c",
 }
 TRUE_COLOUR, PREDICTED_COLOUR = "#ffffff", "#ff5a1f"
 WIDTH_IN, HEIGHT_IN, DPI = 11.0, 2.5, 150

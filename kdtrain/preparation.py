@@ -10,6 +10,7 @@ from pathlib import Path
 from kdtrain import checkpoint, keys, settings
 from kdtrain.batches import RunData
 from kdtrain.config import Config, TeacherConfig
+from kdtrain.config_target import TEACHER_WEIGHTS
 from kdtrain.journal import Screen
 from kdtrain.models import FaceNetwork, inherit, network_from_state
 from kdtrain.task import Task
@@ -80,7 +81,7 @@ def load_network(run: Path) -> FaceNetwork:
 def without_teacher(config: Config) -> Config:
     """The config with every teacher target off, for measuring a network by itself."""
     # gamma, which measuring does not ask for, as classification has no loss without it
-    off = {"alpha": 0.0, "beta": 0.0, "logits": 0.0, "hint": 0.0}
+    off = dict.fromkeys(TEACHER_WEIGHTS, 0.0)
     target = dataclasses.replace(config.target, **off, gamma=1.0)
     return dataclasses.replace(config, teacher=TeacherConfig(), init_from=None, target=target)
 

@@ -173,6 +173,11 @@ def loss_text(stage: Stage) -> str:
         ("alpha", "soft", tau),
         ("beta", "hidden", target.get("hidden_reduction")),
         ("logits", "logits", target.get("logits_reduction")),
+        ("embedding_l2", "embedding L2", ""),
+        ("embedding_cosine", "embedding cosine", ""),
+        ("rkd_distance", "RKD distance", ""),
+        ("rkd_angle", "RKD angle", ""),
+        ("attention", "attention transfer", ""),
         ("hint", f"hint of stage {target.get('hint_stage')}", target.get("hint_reduction")),
     ):
         weight = target.get(key)

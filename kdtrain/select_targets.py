@@ -24,7 +24,17 @@ from rich.console import Console
 from kdtrain import checkpoint, keys, pipeline, settings
 from kdtrain.config import Config, ConfigError, TeacherConfig
 from kdtrain.scheduler import Outcome
-from kdtrain.selection import TARGETS, WIDTH, Arm, Selection, check, judge, table, write
+from kdtrain.selection import (
+    PUBLISHED,
+    TARGETS,
+    WIDTH,
+    Arm,
+    Selection,
+    check,
+    judge,
+    table,
+    write,
+)
 
 VALIDATION = 0.2
 """data.validation_fraction of the arms, where neither the recipe nor the command line sets one."""
@@ -87,9 +97,9 @@ def plan(
     """What a recipe and a command line ask for.
 
     targets: candidates with commas; by default those with a weight in the recipe, else soft and
-    hidden. A candidate without weight gets weight 1; a target that is no candidate keeps the
-    recipe's weight in every arm. Raises ConfigError for a recipe without teacher, an unknown
-    target, an input run that is missing, and settings that do not fit together.
+    hidden. A candidate without weight gets its PUBLISHED weight, else 1; a target that is no
+    candidate keeps the recipe's weight in every arm. Raises ConfigError for a recipe without
+    teacher, an unknown target, an input run that is missing, and settings that do not fit together.
     """
     if "seed" in overrides:
         raise ConfigError("seed is each arm's own: --seeds N trains seeds 1 to N")
@@ -110,7 +120,7 @@ def plan(
                 raise ConfigError(f"--targets: no {name!r}; {settings.nearest(name, TARGETS)}")
     else:
         names = [name for name, weight in given.items() if weight > 0] or ["soft", "hidden"]
-    weights = {name: given[name] or 1.0 for name in TARGETS if name in names}
+    weights = {name: given[name] or PUBLISHED.get(name, 1.0) for name in TARGETS if name in names}
     key = "data.validation_fraction"
     final = settings.build({**flat, **_keys(weights)}).data.validation_fraction
     held_out = final if key in overrides or final > 0 else VALIDATION

@@ -25,8 +25,19 @@ from kdtrain.config import Config
 from kdtrain.tables.data import Verdict
 from kdtrain.verdicts import Scores, compare
 
-TARGETS = {"soft": "target.alpha", "hidden": "target.beta", "logits": "target.logits"}
+TARGETS = {
+    "soft": "target.alpha",
+    "hidden": "target.beta",
+    "logits": "target.logits",
+    "embedding_l2": "target.embedding_l2",
+    "embedding_cosine": "target.embedding_cosine",
+    "rkd_distance": "target.rkd_distance",
+    "rkd_angle": "target.rkd_angle",
+    "attention": "target.attention",
+}
 """The teacher's targets and the settings that weigh them."""
+PUBLISHED = {"embedding_cosine": 128.0, "rkd_distance": 25.0, "rkd_angle": 50.0, "attention": 1e3}
+"""Weights of those whose authors use another than 1, beside a softmax loss (docs/training.md)."""
 RULE = (
     "Rule: a target is judged by the paired bootstrap of its arm against none over seeds and "
     "pictures (95 %). held: its weight stays; reversed (it hurts): 0; inconclusive: 0 too, as a "

@@ -69,6 +69,8 @@ def reproduce(argv: Sequence[str]) -> int:
 
 def select_targets(argv: Sequence[str]) -> int:
     """Measure which of the teacher's targets help a student; write that recipe."""
+    from kdtrain.selection import TARGETS
+
     parser = command_parser(
         "select-targets",
         "RECIPE [--targets soft,hidden,logits] [--seeds N] [--section.key value ...]",
@@ -81,7 +83,7 @@ def select_targets(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--targets",
         type=str,
-        help="candidates: soft, hidden, logits (default: those with a weight, else soft,hidden)",
+        help=f"candidates: {', '.join(TARGETS)} (default: those with a weight, else soft,hidden)",
     )
     parser.add_argument("--seeds", type=int, default=3, help="every arm trains seeds 1 to N (3)")
     parser.add_argument(

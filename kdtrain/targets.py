@@ -34,6 +34,8 @@ class Guide(NamedTuple):
     """(N, C)."""
     hidden: Tensor | None
     """(N, K) pooled features."""
+    attention: tuple[Tensor, ...] = ()
+    """(N, h, w) of each residual stage; see models.attention_map."""
 
 
 class Pair(NamedTuple):
@@ -98,8 +100,8 @@ def squared_objective(pairs: Sequence[Pair], backend: str | None = None) -> Obje
     """sum_i weight_i r_i |S_i - T_i|^2 over all pairs in one hidden_l2 launch; r_i by each pair's
     own reduction.
 
-    Regression, hidden and logit targets of a step share the launch. Pairs of weight 0 are left out;
-    None when none is left. Terms: r_i |S_i - T_i|^2 under each pair's name.
+    All squared distances of a step share the launch. Pairs of weight 0 are left out; None when none
+    is left. Terms: r_i |S_i - T_i|^2 under each pair's name, added where several have it.
     """
     pairs = [pair for pair in pairs if pair.weight]
     if not pairs:
@@ -115,8 +117,11 @@ def squared_objective(pairs: Sequence[Pair], backend: str | None = None) -> Obje
         return_terms=True,
         backend=backend,
     )
-    named = zip(pairs, terms, factors, strict=True)
-    return Objective(loss, {pair.name: term * factor for pair, term, factor in named})
+    named: dict[str, Tensor] = {}
+    for pair, term, factor in zip(pairs, terms, factors, strict=True):
+        term = term * factor
+        named[pair.name] = named[pair.name] + term if pair.name in named else term
+    return Objective(loss, named)
 
 
 def _per_batchmean(pair: Pair) -> float:
@@ -188,11 +193,11 @@ class HintTarget(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """The two (N, teacher_width, h, w) tensors to be compared, from the maps of the stage."""
-        student, teacher = _halved(student, teacher), _halved(teacher, student)
+        student, teacher = halved(student, teacher), halved(teacher, student)
         return self.regressor(student), teacher
 
 
-def _halved(maps: Tensor, other: Tensor) -> Tensor:
+def halved(maps: Tensor, other: Tensor) -> Tensor:
     """Maps (N, C, H, W) averaged two by two until they are no larger than the other's."""
     while maps.shape[-1] > other.shape[-1]:
         maps = F.avg_pool2d(maps, 2, ceil_mode=True)

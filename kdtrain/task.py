@@ -1,8 +1,8 @@
 """What the tasks share: a network, its teacher, one step's loss, and how it is measured.
 
 One objective covers them: Phi(task) + alpha soft + beta hidden + logits + gamma softmax (eq. 5 of
-arXiv 1709.02929). Teachers answer in eval mode and without gradient: online, or their kept answers
-are handed in (teacher_cache.py).
+arXiv 1709.02929), and the targets of baselines.py. Teachers answer in eval mode and
+without gradient: online, or their kept answers are handed in (teacher_cache.py).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kdtrain.baselines import EmbeddingTarget, baseline_pairs, relation_objective
 from kdtrain.models import FaceNetwork, Outputs, seeded
 from kdtrain.observe import EvalBatch, Seen, look
 from kdtrain.passes import Passes
@@ -55,8 +56,7 @@ class Task(ABC):
         target = config.target
         if target.needs_teacher and teacher is None:
             raise ValueError(
-                "build_task: target.alpha, beta, logits or hint is above 0, which needs a teacher "
-                "network"
+                "build_task: a target of the teacher has a weight, which needs a teacher network"
             )
         if (
             teacher is not None
@@ -79,6 +79,8 @@ class Task(ABC):
         for network in filter(None, (self.network, self.teacher)):
             network.arrange(channels_last=config.train.channels_last)
         self._hidden: HiddenTarget | None = None
+        self._embedding_target: EmbeddingTarget | None = None
+        self.extra = nn.ModuleDict()
         if self.teacher is not None and target.beta:
             with seeded(config.seed + 1):
                 self._hidden = HiddenTarget(
@@ -87,7 +89,13 @@ class Task(ABC):
                     projection=target.hidden_proj,
                     normalize=target.hidden_normalize,
                 )
-        self.extra = nn.ModuleDict({} if self._hidden is None else {"hidden": self._hidden})
+            self.extra["hidden"] = self._hidden
+        if self.teacher is not None and target.needs_embedding:
+            with seeded(config.seed + 1):
+                self._embedding_target = EmbeddingTarget(
+                    self.network.width, self.teacher.width, projection=target.embedding_proj
+                )
+            self.extra["embedding"] = self._embedding_target
         self._samples: dict[str, np.ndarray] = {}
         self._items: dict[str, Tensor] = {}
 
@@ -106,14 +114,14 @@ class Task(ABC):
     @property
     def guide_widths(self) -> dict[str, int]:
         """Which outputs of the teacher a Guide brings that the targets read, and their values a
-        picture; empty where it is of no use.
+        picture; empty where it is of no use, as to attention transfer, whose maps are not kept.
         """
-        if self.teacher is None:
+        if self.teacher is None or self.target.attention:
             return {}
         needed = {}
         if self.target.alpha or self.target.logits:
             needed["logits"] = self.teacher.num_classes
-        if self.target.beta:
+        if self.target.needs_hidden:
             needed["hidden"] = self.teacher.width
         return needed
 
@@ -125,7 +133,7 @@ class Task(ABC):
             return None
         with torch.no_grad():
             outputs = self._outputs(self.teacher, pictures)
-        return Guide(logits=outputs.logits, hidden=outputs.hidden)
+        return Guide(outputs.logits, outputs.hidden, outputs.attention)
 
     def step(
         self,
@@ -155,15 +163,23 @@ class Task(ABC):
             backend=self.backend,
         )
         pairs = distillation_pairs(outputs, guide, self._hidden, self.target)
+        theirs = None if guide is None else guide.hidden
+        embedded = None
+        if self._embedding_target is not None and theirs is not None:
+            embedded = self._embedding_target(outputs.hidden, theirs)
+        pairs += baseline_pairs(outputs, guide, embedded, self.target)
         pairs += self._regression(outputs, pictures, points)
         squared = squared_objective(pairs, self.backend)
-        return StepResult(*total([self._metric_loss(outputs, labels), softmax, squared]))
+        relations = relation_objective(outputs.hidden, theirs, embedded, self.target)
+        metric = self._metric_loss(outputs, labels)
+        return StepResult(*total([metric, softmax, squared, relations]))
 
     def _outputs(self, network: FaceNetwork, pictures: Tensor) -> Outputs:
         """A training pass: the feature in float32, as it is projected and normalised outside of
-        train.precision; the others as they come.
+        train.precision; the others as they come. With attention maps where they are compared.
         """
-        outputs: Outputs = self._run(network, pictures)
+        run = network.attend if self.target.attention else network
+        outputs: Outputs = self._run(run, pictures)
         return outputs._replace(hidden=outputs.hidden.float())
 
     def evaluate(self, batches: Iterable[EvalBatch]) -> dict[str, float]:

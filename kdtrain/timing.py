@@ -23,6 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from kdtrain import settings
 from kdtrain.config import Config, ModelConfig
+from kdtrain.config_target import TEACHER_WEIGHTS
 from kdtrain.data import augment, center
 from kdtrain.environment import computing
 from kdtrain.models import FaceNetwork, count_parameters, multiply_adds, seeded
@@ -56,7 +57,7 @@ _FREE = (
 )
 # Settings of which only it counts whether they are set.
 _SWITCHES = (
-    *("target.alpha", "target.beta", "target.gamma", "target.logits", "target.hint"),
+    *("target.gamma", *(f"target.{name}" for name in TEACHER_WEIGHTS)),
     *("optim.clip_norm", "optim.ema"),
 )
 _PICTURES = ("data.store_size", "data.input_size")

@@ -13,6 +13,7 @@ from kdtrain.config import (
     TeacherConfig,
     TripletConfig,
 )
+from kdtrain.config_target import TEACHER_WEIGHTS
 from kdtrain.models import FaceNetwork, seeded
 from kdtrain.observe import EvalBatch
 from kdtrain.task import Task
@@ -23,7 +24,7 @@ NAMES = ("classification", "alignment", "verification")
 
 
 def make_config(task: str, *, fused: bool = True, mining: str = "hard", **target: float) -> Config:
-    wants_teacher = any(target.get(name) for name in ("alpha", "beta", "logits"))
+    wants_teacher = any(target.get(name) for name in TEACHER_WEIGHTS)
     target.setdefault("gamma", 1.0 if task == "classification" else 0.0)
     return Config(
         task=task,

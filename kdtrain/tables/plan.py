@@ -15,6 +15,7 @@ from rich.table import Table as Grid
 
 from kdtrain import dryrun, pipeline
 from kdtrain.config import ConfigError, DataConfig
+from kdtrain.config_target import TEACHER_WEIGHTS
 from kdtrain.data import FaceSource
 from kdtrain.estimate import estimate
 from kdtrain.journal import duration
@@ -27,9 +28,9 @@ TABLES = tuple(table_specs())
 START_S = 4.0  # of a run's process: start, imports, pictures; counted beside the timed steps
 # What makes the cells of a table what they are.
 OWN = (
-    "task", "seed", "init_from", "teacher.run", "model.divide", "optim.phases", "target.alpha",
-    "target.beta", "target.gamma", "target.logits", "target.hint", "target.tau_squared",
-)  # fmt: skip
+    *("task", "seed", "init_from", "teacher.run", "model.divide", "optim.phases", "target.gamma"),
+    *("target.tau_squared", *(f"target.{name}" for name in TEACHER_WEIGHTS)),
+)
 
 
 @dataclass(frozen=True)

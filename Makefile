@@ -5,7 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv demo test test-suite test-gpu-code test-without-native interpret-triplets interpret-rows bench format clean
+.PHONY: venv demo test test-suite test-gpu-code test-types test-without-native interpret-triplets interpret-rows bench format clean
 
 venv: .venv/installed
 
@@ -25,15 +25,17 @@ demo: venv
 test: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
-	$(MAKE) --jobs 2 --output-sync=target test-gpu-code test-suite interpret-triplets interpret-rows test-without-native
+	$(MAKE) --jobs 2 --output-sync=target test-gpu-code test-suite interpret-triplets interpret-rows test-without-native test-types
 
-# Two of these run side by side, each on one core. `pytest` alone is the first two.
+# Two of these run side by side, each on one core, the longest first. `pytest` alone is the first two.
 test-suite:
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore-glob 'tests/test_triton_*.py'
 
 test-gpu-code:
 	GPU_CODE_JOBS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_triton_code.py tests/test_triton_order.py
+
+test-types:
+	$(BIN)/pyright
 
 test-without-native:
 	PYTHONPATH=tests/without_native $(BIN)/python -m pytest tests/test_contract.py tests/test_import.py tests/test_train_tiny.py

@@ -6,6 +6,13 @@
 #include "ops.h"
 #include "parallel.h"
 
+// The row kernel alone: labels are checked, and losses added up, by a caller that goes chunk by chunk.
+void kd_cross_entropy_chunk(const KdCrossEntropyArgs& args, int threads) {
+  const auto rows = KDK_AT_LEVEL(kd_cross_entropy_rows);
+  parallel_rows(args.rows, threads, kd_cross_entropy_scratch(args.classes),
+                [&](int64_t begin, int64_t end, float* scratch) { rows(args, begin, end, scratch); });
+}
+
 // The op: label check, count of the rows that matter, row kernel in parallel, reduction in row order.
 // reduced: 6 floats: loss (mean or sum), hard, soft, entropy (means over counted rows), hits, counted rows.
 // post_scale: what backward multiplies by besides the incoming gradient.
@@ -35,9 +42,8 @@ int64_t kd_cross_entropy(KdCrossEntropyArgs args, bool mean, float* reduced, flo
     *post_scale = static_cast<float>(1.0 / (power * divisor));
   }
   args.stream = args.student.dtype == kFloat32 && args.rows * args.classes * 4 >= kStreamBytes;
-  const auto rows = KDK_AT_LEVEL(kd_cross_entropy_rows);
-  parallel_rows(args.rows, threads, kd_cross_entropy_scratch(args.classes),
-                [&](int64_t begin, int64_t end, float* scratch) { rows(args, begin, end, scratch); });
+  args.gradient_stride = args.classes;
+  kd_cross_entropy_chunk(args, threads);
 
   double loss = 0, hard = 0, soft = 0, entropy = 0, hits = 0;
   for (int64_t row = 0; row < args.rows; ++row) {

@@ -21,6 +21,12 @@ struct RowTerms {
   float hard, soft, entropy, hit;
 };
 
+// What a margin makes of a row's label in the hard term: the logit s_y becomes s_y + added, and the gradient of that is
+// multiplied by `slope` on its way to s_y.
+struct RowMargin {
+  float added, slope;
+};
+
 struct KdCrossEntropyArgs {
   Matrix student;
   Matrix teacher;      // data null: plain cross-entropy
@@ -34,9 +40,12 @@ struct KdCrossEntropyArgs {
   float gradient_scale;       // 1/n of a mean, or the power of two that float16 is stored with
   float* loss;                // (rows,)
   RowTerms* terms;            // (rows,)
-  RowStatistics* statistics;  // (rows,) or null
+  RowStatistics* statistics;  // (rows,) or null; of rows without a margin
   bool stream;                // store a float32 gradient past the caches
-  void* gradient;             // (rows, classes) contiguous in the student's dtype, null: loss alone
+  void* gradient;             // (rows, classes) in the student's dtype, null: loss alone. May be the student itself: a
+                              // row is read to its end before its gradient is written
+  int64_t gradient_stride;    // from row to row, in elements
+  const RowMargin* margin;    // (rows,) or null
 };
 
 namespace v4 {

@@ -53,6 +53,34 @@ void bind_kd_cross_entropy(py::module_& m) {
         return kd_cross_entropy(args, mean, address<float>(reduced), address<float>(post_scale), threads);
       },
       "Loss, terms and gradient of every row; returns the first row with a bad label, -1 if none.");
+  m.def(
+      "kd_cross_entropy_chunk",
+      [](const py::tuple& student, const py::tuple& teacher, uintptr_t target, bool target_is_int64,
+         int64_t target_stride, int64_t rows, int64_t classes, float temperature, float alpha, float label_smoothing,
+         int64_t ignore_index, float gradient_scale, uintptr_t margin, uintptr_t loss, uintptr_t terms,
+         uintptr_t gradient, int64_t gradient_stride, int threads) {
+        KdCrossEntropyArgs args{};
+        args.student = matrix(student);
+        args.teacher = matrix(teacher);
+        args.target = address<const void>(target);
+        args.target_is_int64 = target_is_int64;
+        args.target_stride = target_stride;
+        args.rows = rows;
+        args.classes = classes;
+        args.temperature = temperature;
+        args.alpha = alpha;
+        args.label_smoothing = label_smoothing;
+        args.ignore_index = ignore_index;
+        args.gradient_scale = gradient_scale;
+        args.margin = address<const RowMargin>(margin);
+        args.loss = address<float>(loss);
+        args.terms = address<RowTerms>(terms);
+        args.gradient = address<void>(gradient);
+        args.gradient_stride = gradient_stride;
+        const py::gil_scoped_release release;
+        kd_cross_entropy_chunk(args, threads);
+      },
+      "Loss, terms and gradient of the rows of a chunk; the gradient may take the place of the logits.");
 }
 
 void bind_give_gradient(py::module_& m) {

@@ -11,6 +11,7 @@
 #include "triplet.h"
 
 int64_t kd_cross_entropy(KdCrossEntropyArgs args, bool mean, float* reduced, float* post_scale, int threads);
+void kd_cross_entropy_chunk(const KdCrossEntropyArgs& args, int threads);
 void give_gradient(const GiveGradientArgs& args, int threads);
 void triplet_loss(TripletArgs args, bool mean, float* reduced, float* post_scale, int threads);
 bool batch_triplet_centre(const CentreArgs& args, int threads);

@@ -40,8 +40,12 @@ def kd_cross_entropy(
     ignore_index: int,
     label_smoothing: float,
     reduction: str,
+    hard_logits: Tensor | None = None,
 ) -> tuple[Tensor, KDTerms]:
-    """Loss and terms by eq. (2) of arXiv 1709.02929; arguments as op.py checks them."""
+    """Loss and terms by eq. (2) of arXiv 1709.02929; arguments as op.py checks them.
+
+    hard_logits: (N, C), what the hard term takes for the student's logits; a margin changes them.
+    """
     rows = student.shape[0]
     compute = torch.float64 if student.dtype == torch.float64 else torch.float32
     s = student.to(compute)
@@ -55,7 +59,8 @@ def kd_cross_entropy(
         label = torch.where(counts & in_range, target, 0).long()
         # A NaN in a row that counts for nothing must not reach any gradient.
         s = torch.where(counts[:, None], s, 0.0)
-        log_probs = torch.log_softmax(s, dim=1)  # (N, C)
+        h = s if hard_logits is None else torch.where(counts[:, None], hard_logits, 0.0)
+        log_probs = torch.log_softmax(h, dim=1)  # (N, C)
         hard = -log_probs.gather(1, label[:, None])[:, 0]
         if label_smoothing != 0.0:
             smooth = -log_probs.mean(dim=1)

@@ -241,13 +241,13 @@ def kd_cross_entropy(
     return (loss, KDTerms(*terms.unbind())) if return_terms else loss
 
 
-def check_temperature(temperature: object) -> float:
+def check_temperature(temperature: object, op: str = NAME) -> float:
     """A temperature whose square and inverse float32 can hold."""
-    value = lib.check_number(NAME, "temperature", temperature, above=0.0)
-    return lib.check_number(NAME, "temperature", value, at_least=1 / LARGEST, at_most=LARGEST)
+    value = lib.check_number(op, "temperature", temperature, above=0.0)
+    return lib.check_number(op, "temperature", value, at_least=1 / LARGEST, at_most=LARGEST)
 
 
-def check_label_range(target: Tensor, classes: int, ignore_index: int) -> None:
+def check_label_range(target: Tensor, classes: int, ignore_index: int, op: str = NAME) -> None:
     """Raises ValueError where a label is neither a class nor ignore_index.
 
     On the CPU; elsewhere it would wait for the device, so only under kdkernels.validate(True).
@@ -258,7 +258,7 @@ def check_label_range(target: Tensor, classes: int, ignore_index: int) -> None:
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
         raise lib.reject(
-            NAME,
+            op,
             f"target must lie in [0, {classes}) or be ignore_index ({ignore_index}), "
             f"got {int(target[row])} in row {row}",
         )

@@ -22,12 +22,13 @@ from kdkernels.kd_cross_entropy.triton_row import (
     gradient_of,
     is_first,
     largest,
-    losses,
+    merge_label,
     references,
     row_maxima,
     row_sums,
     store_label,
     store_row,
+    top_logit,
     weight_of,
     zero_gradient,
 )
@@ -45,10 +46,13 @@ from kdkernels.kd_cross_entropy.triton_tiles import (
     label_of,
     load_edge,
     load_label,
+    load_margin,
     load_tiles,
+    others,
     positions,
     store_tile,
     vectors_of,
+    without_label,
 )
 
 ONE_TILE_CLASSES = 16384  # up to here a row pair stays in registers
@@ -60,7 +64,7 @@ LARGEST_POWER = 8  # integer temperatures up to here need one exponential for bo
 
 @triton.jit
 def _row_in_registers(
-    student, teacher, gradient, outputs, row, label, valid, classes, labels, numbers,
+    student, teacher, gradient, outputs, row, label, valid, margin, classes, labels, numbers,
     gradient_scale, PLAN: tl.constexpr,
 ):  # fmt: skip
     loss_ptr, terms_ptr, count_ptr = outputs
@@ -81,7 +85,9 @@ def _row_in_registers(
         s_first, t_first, at, limit, PLAN.full, PLAN.tiles, True, "evict_first", PLAN
     )
     s_tiles, t_tiles = s_full + s_rest, t_full + t_rest
-    s_edge, t_edge = load_edge(student, teacher, column, on_edge, PLAN)
+    s_tiles, t_tiles = without_label(s_tiles, t_tiles, at, label - head, PLAN.tiles, PLAN)
+    on_others = others(on_edge, column, label, PLAN)
+    s_edge, t_edge = load_edge(student, teacher, column, on_others, PLAN)
     s_label, t_label = load_label(student, teacher, label, PLAN)
     count = count_share(labels, PLAN)  # its loads wait together with the row's
     s_max = largest(s_tiles, s_edge, PLAN.tiles)
@@ -89,18 +95,21 @@ def _row_in_registers(
     if PLAN.has_teacher:
         t_max = largest(t_tiles, t_edge, PLAN.tiles)
     s_max, t_max = row_maxima(s_max, t_max, PLAN)
-    is_hit = s_label == s_max
+    most = top_logit(s_max, s_label, PLAN)
+    is_hit = s_label == most
     if PLAN.terms and PLAN.has_target:
-        is_hit = is_first(student, label, s_label, s_max, PLAN)
+        is_hit = is_first(student, label, s_label, most, PLAN)
 
     # 2. Exponentials in the place of the logits, and their sums.
     refs = references(s_max, t_max)
-    sums = edge_sums(s_edge, t_edge, on_edge, refs, scale, PLAN)
+    sums = edge_sums(s_edge, t_edge, on_others, refs, scale, PLAN)
     sums, parked = add_exponentials(
         sums, s_tiles, t_tiles, at, limit, refs, scale, PLAN.tiles, PLAN.full, PLAN
     )
     sums, count = row_sums(sums, count, PLAN)
-    found, totals = losses(s_max, refs, is_hit, sums, s_label, valid, classes, numbers, PLAN)
+    found, totals, slope = merge_label(
+        s_max, refs, is_hit, sums, s_label, t_label, margin, valid, classes, numbers, PLAN
+    )
     store_row(loss_ptr, terms_ptr, row, found, PLAN)
 
     # 3. The gradient from the exponentials.
@@ -118,12 +127,14 @@ def _row_in_registers(
         value = gradient_of(u, p, v, factors, PLAN).to(gradient.dtype.element_ty)
         tl.store(gradient + column, value, mask=on_edge)
         if PLAN.has_target:
-            store_label(gradient, label, s_label, t_label, refs, factors, weight, numbers, PLAN)
+            store_label(
+                gradient, label, s_label, t_label, refs, factors, weight, slope, numbers, PLAN
+            )
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _one_tile(
-    student_ptr, teacher_ptr, target_ptr, gradient_ptr, loss_ptr, terms_ptr, count_ptr,
+    student_ptr, teacher_ptr, target_ptr, gradient_ptr, loss_ptr, terms_ptr, count_ptr, margin_ptr,
     stride_student, stride_teacher, stride_target, stride_gradient, row_count, classes,
     ignore_index, scale, inverse_tau, alpha, smoothing, gradient_scale, PLAN: tl.constexpr,
 ):  # fmt: skip
@@ -133,7 +144,8 @@ def _one_tile(
         _row_in_registers(
             student_ptr + row * stride_student, teacher_ptr + row * stride_teacher,
             gradient_ptr + row * stride_gradient, (loss_ptr, terms_ptr, count_ptr), row, label,
-            valid, classes, (target_ptr, stride_target, row_count, ignore_index),
+            valid, load_margin(margin_ptr, row, PLAN), classes,
+            (target_ptr, stride_target, row_count, ignore_index),
             (scale, inverse_tau, alpha, smoothing), gradient_scale, PLAN,
         )  # fmt: skip
     else:
@@ -195,6 +207,7 @@ def make_plan(
     terms: bool,
     divisor: str,
     parts: int,
+    margin: bool = False,
 ) -> Plan:
     """The variant for tensors with unit column stride; parts 0 asks for a row in registers."""
     pivot = student
@@ -238,6 +251,7 @@ def make_plan(
         gradient=gradient is not None,
         divisor=divisor,
         parts=triton.next_power_of_2(parts),
+        margin=margin,
     )
 
 
@@ -252,6 +266,124 @@ def _is_aligned_like(tensor: Tensor, pivot: Tensor) -> bool:
 def with_unit_columns(tensor: Tensor) -> Tensor:
     """The tensor where its rows are without gaps, else a copy."""
     return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
+
+
+def parts_of(student: Tensor) -> int:
+    """Programs that share a row: 0 where one keeps it in registers, 1 where one sweeps it twice."""
+    rows_here, classes = student.shape
+    side_by_side = rows.multiprocessors(student.device)
+    if classes <= ONE_TILE_CLASSES:
+        return 0
+    if rows_here >= side_by_side:
+        return 1
+    wanted = triton.cdiv(PROGRAMS_WANTED * side_by_side, rows_here)
+    return max(1, min(wanted, classes // PART_CLASSES))
+
+
+def launch_rows(
+    student: Tensor,
+    teacher: Tensor | None,
+    target: Tensor | None,
+    gradient: Tensor | None,
+    outputs: tuple[Tensor, Tensor | None, Tensor],
+    margin: Tensor | None,
+    *,
+    temperature: float,
+    alpha: float,
+    ignore_index: int,
+    label_smoothing: float,
+    divisor: str,
+    gradient_scale: float,
+) -> None:
+    """The row kernel alone, on logits with unit column stride; at least one row.
+
+    outputs: losses (N,), terms (N, 4) or None, and the number of rows that count, which is read
+    where divisor is "given". margin: (N, 2) or None. The gradient may take the student's place
+    where parts_of(student) is 0 or 1: a lane has read what it writes, and all have read the label.
+    """
+    n, classes = student.shape
+    loss, terms, count = outputs
+    parts = parts_of(student)
+    plan = make_plan(
+        student,
+        teacher,
+        gradient,
+        has_target=target is not None,
+        soft=teacher is not None and alpha != 0.0,
+        temperature=temperature,
+        smoothing=label_smoothing != 0.0,
+        terms=terms is not None,
+        divisor=divisor,
+        parts=parts,
+        margin=margin is not None,
+    )
+    teacher_or_any = student if teacher is None else teacher
+    target_or_any = loss if target is None else target
+    target_stride = 0 if target is None else target.stride(0)
+    gradient_or_any = student if gradient is None else gradient
+    tensors = (student, teacher_or_any, target_or_any)
+    strides = (student.stride(0), teacher_or_any.stride(0), target_stride)
+    scale = math.log2(math.e) / temperature
+    numbers = (scale, 1.0 / temperature, alpha, label_smoothing, gradient_scale)
+    warps = plan.lanes // rows.warp_size()
+    # 128 registers leave room for two programs of 8 warps: one loads while the other computes.
+    # Without a limit the compiler spills a few in places, to make room for one program more.
+    # Accesses of single classes need more for their addresses.
+    is_wide = plan.wide_student and plan.wide_gradient and plan.wide_teacher == plan.has_teacher
+    limit = rows.register_limit(128 if is_wide or gradient is None else 168)
+    outputs_or_any = (
+        loss,
+        loss if terms is None else terms,
+        count,
+        loss if margin is None else margin,
+    )
+    sizes = (gradient_or_any.stride(0), n, classes)
+    if parts <= 1:
+        kernel = two_sweeps if parts else _one_tile
+        everything = (
+            *tensors,
+            gradient_or_any,
+            *outputs_or_any,
+            *strides,
+            *sizes,
+            ignore_index,
+            *numbers,
+        )
+        rows.launch(kernel, (n,), *everything, PLAN=plan, num_warps=warps, **limit)
+    else:
+        statistics = torch.empty(
+            (n, STATISTICS.value, parts), dtype=torch.float32, device=student.device
+        )
+        rows.launch(
+            split_statistics,
+            (n * parts,),
+            *tensors,
+            statistics,
+            *strides,
+            classes,
+            parts,
+            ignore_index,
+            scale,
+            PLAN=plan,
+            num_warps=warps,
+            **limit,
+        )
+        rows.launch(
+            split_gradient,
+            (n if gradient is None else n * parts,),
+            *tensors,
+            gradient_or_any,
+            statistics,
+            *outputs_or_any,
+            *strides,
+            *sizes,
+            parts,
+            ignore_index,
+            *numbers,
+            PLAN=plan,
+            num_warps=warps,
+            **limit,
+        )
 
 
 def kd_cross_entropy(
@@ -297,85 +429,30 @@ def kd_cross_entropy(
         else:
             divisor = "counted here" if n <= COUNTED_HERE else "given"
 
-    side_by_side = rows.multiprocessors(student.device)
-    parts = 0
-    if classes > ONE_TILE_CLASSES:
-        parts = 1
-        if n < side_by_side:
-            wanted = triton.cdiv(PROGRAMS_WANTED * side_by_side, n)
-            parts = max(1, min(wanted, classes // PART_CLASSES))
-    plan = make_plan(
-        student,
-        teacher,
-        gradient if want_gradient else None,
-        has_target=target is not None,
-        soft=teacher is not None and alpha != 0.0,
-        temperature=temperature,
-        smoothing=label_smoothing != 0.0,
-        terms=want_terms,
-        divisor=divisor,
-        parts=parts,
-    )
-
     per_row = torch.empty(n, **floats)
     terms = torch.empty((n, 4) if want_terms else (0,), **floats)
     total, means = torch.empty((), **floats), torch.empty(5 if want_terms else 0, **floats)
     count, post_scale = torch.empty((), **floats), torch.empty((), **floats)
-    teacher_or_any = student if teacher is None else teacher
     target_or_any = per_row if target is None else target
     target_stride = 0 if target is None else target.stride(0)
-    tensors = (student, teacher_or_any, target_or_any)
-    strides = (student.stride(0), teacher_or_any.stride(0), target_stride)
-    scale = math.log2(math.e) / temperature
-    numbers = (scale, 1.0 / temperature, alpha, label_smoothing, gradient_scale)
-    warps = plan.lanes // rows.warp_size()
-    # 128 registers leave room for two programs of 8 warps: one loads while the other computes.
-    # Without a limit the compiler spills a few in places, to make room for one program more.
-    # Accesses of single classes need more for their addresses.
-    is_wide = plan.wide_student and plan.wide_gradient and plan.wide_teacher == plan.has_teacher
-    limit = rows.register_limit(128 if is_wide or not want_gradient else 168)
     with rows.on(student, "kd_cross_entropy"):
         if divisor == "given":
             labels = (target_or_any, count, target_stride, n, ignore_index)
             rows.launch(_count_rows, (1,), *labels, BLOCK=1024, num_warps=4)
-        outputs = (per_row, terms, count)
-        sizes = (classes, n, classes)  # the gradient's row stride first
-        if parts <= 1:
-            kernel = two_sweeps if parts else _one_tile
-            everything = (*tensors, gradient, *outputs, *strides, *sizes, ignore_index, *numbers)
-            rows.launch(kernel, (n,), *everything, PLAN=plan, num_warps=warps, **limit)
-        else:
-            statistics = torch.empty((n, STATISTICS.value, parts), **floats)
-            rows.launch(
-                split_statistics,
-                (n * parts,),
-                *tensors,
-                statistics,
-                *strides,
-                classes,
-                parts,
-                ignore_index,
-                scale,
-                PLAN=plan,
-                num_warps=warps,
-                **limit,
-            )
-            rows.launch(
-                split_gradient,
-                (n * parts if want_gradient else n,),
-                *tensors,
-                gradient,
-                statistics,
-                *outputs,
-                *strides,
-                *sizes,
-                parts,
-                ignore_index,
-                *numbers,
-                PLAN=plan,
-                num_warps=warps,
-                **limit,
-            )
+        launch_rows(
+            student,
+            teacher,
+            target,
+            gradient if want_gradient else None,
+            (per_row, terms if want_terms else None, count),
+            None,
+            temperature=temperature,
+            alpha=alpha,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            divisor=divisor,
+            gradient_scale=gradient_scale,
+        )
         rows.launch(
             _finish,
             (1,),

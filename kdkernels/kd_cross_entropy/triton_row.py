@@ -166,7 +166,9 @@ def add_exponentials(
                 VB += tl.sum(weighted(v, b), axis=1)
         if PLAN.smoothing:
             s = s_tiles[i]
-            if i >= FULL:
+            if PLAN.margin:  # the label, and what is masked: cosines are finite
+                s = tl.where(s == -INFINITY, 0.0, s)
+            elif i >= FULL:
                 s = tl.where(at + i * PLAN.lanes * PLAN.vec < limit, s, 0.0)
             S += tl.sum(s, axis=1)
     return (P, U, V, VA, VB, S), (us, ps, vs)
@@ -233,6 +235,53 @@ def losses(s_max, refs, is_hit, sums, s_label, valid, classes, numbers, PLAN: tl
 
 
 @triton.jit
+def top_logit(s_max, s_label, PLAN: tl.constexpr):
+    """The row's maximum, from that of the classes its sums are taken of."""
+    return tl.maximum(s_max, s_label) if PLAN.margin else s_max
+
+
+@triton.jit
+def merge_label(
+    s_max, refs, is_hit, sums, s_label, t_label, margin, valid, classes, numbers,
+    PLAN: tl.constexpr,
+):  # fmt: skip
+    """What losses() gives; and the derivative of the loss by the label's logit, with a margin.
+
+    There the label is a part of its own, with one logit in the hard term and another in the soft
+    one: left out of the sums it never has to be taken out of them, which would cancel where its
+    probability is near 1. P, U and V come back relative to the references of the other classes, so
+    they may be infinite; a gradient over them is then 0, as it should be.
+    """
+    if PLAN.margin:
+        scale, inverse_tau, alpha, smoothing = numbers
+        P, U, V, VA, VB, S = sums
+        top = references(tl.maximum(refs[0], s_label), tl.maximum(refs[1], t_label))
+        _, U_top, V_top, VA_top, VB_top, _ = move(sums, refs, top, scale, PLAN)
+        a, b, u, p, v = exponentials(s_label, t_label, top, scale, PLAN)
+        U_top, V_top = U_top + u, V_top + v
+        s_hard = s_label + margin[0]
+        hard_top = tl.maximum(refs[0], s_hard)
+        rest = P * tl.exp2((refs[0] - hard_top) * LOG2E)
+        mine = tl.exp2((s_hard - hard_top) * LOG2E)
+        merged = (
+            rest + mine, U_top, V_top, VA_top + weighted(v, a), VB_top + weighted(v, b), S + s_hard
+        )  # fmt: skip
+        found, totals = losses(
+            s_max, (hard_top, top[1]), is_hit, merged, s_hard, valid, classes, numbers, PLAN
+        )
+        slope = margin[1] * valid * (smoothing - smoothing / classes - rest / (rest + mine))
+        if PLAN.soft:
+            slope += alpha * inverse_tau * (u / U_top - v / V_top)
+        P = tl.where(totals[0] == totals[0], P + tl.exp2((s_hard - refs[0]) * LOG2E), float("nan"))
+        U = tl.where(totals[1] == totals[1], U + tl.exp2((s_label - refs[0]) * scale), float("nan"))
+        V = tl.where(totals[2] == totals[2], V + tl.exp2((t_label - refs[1]) * scale), float("nan"))
+        return found, (P, U, V), slope
+    else:
+        found, totals = losses(s_max, refs, is_hit, sums, s_label, valid, classes, numbers, PLAN)
+        return found, totals, 0.0
+
+
+@triton.jit
 def coefficients(totals, weight, valid, classes, numbers, PLAN: tl.constexpr):
     """A, B, D and E of the gradient A p + B u - D v - E."""
     P, U, V = totals
@@ -271,12 +320,16 @@ def gradient_of(u, p, v, factors, PLAN: tl.constexpr):
 
 @triton.jit
 def store_label(
-    gradient, label, s_label, t_label, refs, factors, weight, numbers, PLAN: tl.constexpr
+    gradient, label, s_label, t_label, refs, factors, weight, slope, numbers, PLAN: tl.constexpr
 ):
-    """The label's column once more, with its one-hot; after a barrier, as another lane wrote it."""
-    scale, inverse_tau, alpha, smoothing = numbers
-    a, b, u, p, v = exponentials(s_label, t_label, refs, scale, PLAN)
-    value = gradient_of(u, p, v, factors, PLAN) - weight * (1.0 - smoothing)
+    """The label's column once more, with its one-hot or, with a margin, as merge_label found it;
+    after a barrier, as another lane wrote it."""
+    if PLAN.margin:
+        value = weight * slope
+    else:
+        scale, inverse_tau, alpha, smoothing = numbers
+        a, b, u, p, v = exponentials(s_label, t_label, refs, scale, PLAN)
+        value = gradient_of(u, p, v, factors, PLAN) - weight * (1.0 - smoothing)
     tl.debug_barrier()
     tl.store(gradient + label, value.to(gradient.dtype.element_ty))
 

@@ -15,12 +15,13 @@ from kdkernels.kd_cross_entropy.triton_row import (
     gradient_of,
     largest,
     left_of_label,
-    losses,
     merge,
+    merge_label,
     move,
     references,
     store_label,
     store_row,
+    top_logit,
     weight_of,
     zero_gradient,
 )
@@ -32,10 +33,13 @@ from kdkernels.kd_cross_entropy.triton_tiles import (
     label_of,
     load_edge,
     load_label,
+    load_margin,
     load_tiles,
+    others,
     positions,
     store_tile,
     vectors_of,
+    without_label,
 )
 
 STATISTICS = tl.constexpr(9)  # of a part of a row: three maxima, six sums
@@ -52,6 +56,7 @@ def _sweep_statistics(
     VEC: tl.constexpr = PLAN.vec
     GROUP: tl.constexpr = PLAN.tiles * PLAN.lanes * VEC
     column, on_edge = edge_columns(head, body, classes, with_head, with_tail, PLAN)
+    on_edge = others(on_edge, column, label, PLAN)
     s_max, t_max = load_edge(student, teacher, column, on_edge, PLAN)
     before = tl.where(column < label, s_max, -INFINITY)
     refs = references(s_max, t_max)
@@ -82,6 +87,7 @@ def _add_group(
     s_tiles, t_tiles = load_tiles(
         student, teacher, at, end, 0, PLAN.tiles, MASKED, "evict_last", PLAN
     )
+    s_tiles, t_tiles = without_label(s_tiles, t_tiles, at, label_at, PLAN.tiles, PLAN)
     old = references(s_max, t_max)
     s_max = largest(s_tiles, s_max, PLAN.tiles)
     if PLAN.has_teacher:
@@ -118,7 +124,7 @@ def _gradient_group(
 @triton.jit
 def _sweep_gradient(
     student, teacher, gradient, label, s_label, t_label, valid, head, begin, end, body, classes,
-    with_head, with_tail, refs, totals, weight, numbers, PLAN: tl.constexpr,
+    with_head, with_tail, refs, totals, weight, slope, numbers, PLAN: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the same classes, the last ones first: those are still in the L2."""
     VEC: tl.constexpr = PLAN.vec
@@ -148,7 +154,9 @@ def _sweep_gradient(
         is_here |= (label < head) & with_head
         is_here |= (label >= head + body) & with_tail
         if is_here:
-            store_label(gradient, label, s_label, t_label, refs, factors, weight, numbers, PLAN)
+            store_label(
+                gradient, label, s_label, t_label, refs, factors, weight, slope, numbers, PLAN
+            )
 
 
 @triton.jit
@@ -163,7 +171,7 @@ def _part_of(part, parts, body, PLAN: tl.constexpr):
 
 @triton.jit(do_not_specialize=VARYING)
 def two_sweeps(
-    student_ptr, teacher_ptr, target_ptr, gradient_ptr, loss_ptr, terms_ptr, count_ptr,
+    student_ptr, teacher_ptr, target_ptr, gradient_ptr, loss_ptr, terms_ptr, count_ptr, margin_ptr,
     stride_student, stride_teacher, stride_target, stride_gradient, row_count, classes,
     ignore_index, scale, inverse_tau, alpha, smoothing, gradient_scale, PLAN: tl.constexpr,
 ):  # fmt: skip
@@ -175,20 +183,24 @@ def two_sweeps(
         numbers = (scale, inverse_tau, alpha, smoothing)
         head, body = geometry(student, teacher, classes, PLAN)
         s_label, t_label = load_label(student, teacher, label, PLAN)
+        margin = load_margin(margin_ptr, row, PLAN)
         labels = (target_ptr, stride_target, row_count, ignore_index)
         s_max, t_max, before, sums, count = _sweep_statistics(
             student, teacher, label, head, 0, body, body, classes, True, True, scale,
             count_share(labels, PLAN), PLAN,
         )  # fmt: skip
         refs = references(s_max, t_max)
-        is_hit = (s_label == s_max) & (before < s_max)
-        found, totals = losses(s_max, refs, is_hit, sums, s_label, valid, classes, numbers, PLAN)
+        most = top_logit(s_max, s_label, PLAN)
+        is_hit = (s_label == most) & (before < most)
+        found, totals, slope = merge_label(
+            s_max, refs, is_hit, sums, s_label, t_label, margin, valid, classes, numbers, PLAN
+        )
         store_row(loss_ptr, terms_ptr, row, found, PLAN)
         if PLAN.gradient:
             weight = weight_of(count, count_ptr, gradient_scale, PLAN)
             _sweep_gradient(
                 student, teacher, gradient, label, s_label, t_label, valid, head, 0, body, body,
-                classes, True, True, refs, totals, weight, numbers, PLAN,
+                classes, True, True, refs, totals, weight, slope, numbers, PLAN,
             )  # fmt: skip
     else:
         store_row(loss_ptr, terms_ptr, row, (0.0, 0.0, 0.0, 0.0, 0.0), PLAN)
@@ -221,8 +233,9 @@ def split_statistics(
 @triton.jit(do_not_specialize=VARYING)
 def split_gradient(
     student_ptr, teacher_ptr, target_ptr, gradient_ptr, statistics_ptr, loss_ptr, terms_ptr,
-    count_ptr, stride_student, stride_teacher, stride_target, stride_gradient, row_count, classes,
-    parts, ignore_index, scale, inverse_tau, alpha, smoothing, gradient_scale, PLAN: tl.constexpr,
+    count_ptr, margin_ptr, stride_student, stride_teacher, stride_target, stride_gradient,
+    row_count, classes, parts, ignore_index, scale, inverse_tau, alpha, smoothing, gradient_scale,
+    PLAN: tl.constexpr,
 ):  # fmt: skip
     """Merges a row's parts and forms the gradient of one; its loss comes from part 0. Without
     gradients there is one program a row. The last rows come first: they are still in the L2."""
@@ -238,6 +251,7 @@ def split_gradient(
     if counts:
         numbers = (scale, inverse_tau, alpha, smoothing)
         s_label, t_label = load_label(student, teacher, label, PLAN)
+        margin = load_margin(margin_ptr, row, PLAN)
         lane = tl.arange(0, PLAN.parts)
         record = statistics_ptr + row * STATISTICS * parts + lane
         read = ()
@@ -247,8 +261,11 @@ def split_gradient(
         sums = (read[3], read[4], read[5], read[6], read[7], read[8])
         s_max, t_max, before, sums, _ = merge(read[0], read[1], read[2], sums, read[3], scale, PLAN)
         refs = references(s_max, t_max)
-        is_hit = (s_label == s_max) & (before < s_max)
-        found, totals = losses(s_max, refs, is_hit, sums, s_label, valid, classes, numbers, PLAN)
+        most = top_logit(s_max, s_label, PLAN)
+        is_hit = (s_label == most) & (before < most)
+        found, totals, slope = merge_label(
+            s_max, refs, is_hit, sums, s_label, t_label, margin, valid, classes, numbers, PLAN
+        )
         if part == 0:
             store_row(loss_ptr, terms_ptr, row, found, PLAN)
         if PLAN.gradient:
@@ -257,7 +274,7 @@ def split_gradient(
             weight = weight_of(count, count_ptr, gradient_scale, PLAN)
             _sweep_gradient(
                 student, teacher, gradient, label, s_label, t_label, valid, head, begin, end, body,
-                classes, with_head, with_tail, refs, totals, weight, numbers, PLAN,
+                classes, with_head, with_tail, refs, totals, weight, slope, numbers, PLAN,
             )  # fmt: skip
     else:
         if part == 0:

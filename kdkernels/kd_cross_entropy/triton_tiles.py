@@ -45,6 +45,7 @@ class Plan:
     gradient: bool
     divisor: str  # "one"; or the rows that count: "counted here", "given"
     parts: int  # a power of two, at least the programs that share a row
+    margin: bool = False  # whether the label has another logit in the hard term
 
 
 @triton.jit
@@ -80,6 +81,39 @@ def edge_columns(head, body, classes, with_head, with_tail, PLAN: tl.constexpr):
     in_head = lane < PLAN.vec
     column = tl.where(in_head, lane, head + body + lane - PLAN.vec)
     return column, tl.where(in_head, (lane < head) & with_head, (column < classes) & with_tail)
+
+
+@triton.jit
+def others(exists, column, label, PLAN: tl.constexpr):
+    """Which lanes hold a class that sums are taken of: with a margin the label is a part of its
+    own, which is merged like that of a split row (triton_row.merge_label)."""
+    if PLAN.margin:
+        return exists & (column != label)
+    else:
+        return exists
+
+
+@triton.jit
+def without_label(s_tiles, t_tiles, at, label_at, TILES: tl.constexpr, PLAN: tl.constexpr):
+    """The tiles, with a margin -inf at the label."""
+    if PLAN.margin:
+        s_others, t_others = (), ()
+        for i in tl.static_range(TILES):
+            is_label = at + i * PLAN.lanes * PLAN.vec == label_at
+            s_others = s_others + (tl.where(is_label, -INFINITY, s_tiles[i]),)
+            t_others = t_others + (tl.where(is_label, -INFINITY, t_tiles[i]),)
+        return s_others, t_others
+    else:
+        return s_tiles, t_tiles
+
+
+@triton.jit
+def load_margin(margin_ptr, row, PLAN: tl.constexpr):
+    """What is added to the label's logit in the hard term, and the slope of that."""
+    if PLAN.margin:
+        return tl.load(margin_ptr + row * 2), tl.load(margin_ptr + row * 2 + 1)
+    else:
+        return 0.0, 1.0
 
 
 @triton.jit

@@ -40,6 +40,51 @@ def kd_cross_entropy_compiled(
     return compiled(kd_cross_entropy, temperature=temperature)(student, teacher, target)
 
 
+def linear_kd(
+    features: Tensor, weight: Tensor, target: Tensor, teacher: list[Tensor], *, temperature: float
+) -> Tensor:
+    """Two linear layers, then `kd_cross_entropy` on their logits."""
+    with torch.no_grad():
+        of_teacher = F.linear(teacher[0], teacher[1])
+    return kd_cross_entropy(F.linear(features, weight), of_teacher, target, temperature=temperature)
+
+
+def linear_kd_compiled(
+    features: Tensor, weight: Tensor, target: Tensor, teacher: list[Tensor], *, temperature: float
+) -> Tensor:
+    """`linear_kd` under torch.compile."""
+    return compiled(linear_kd, temperature=temperature)(features, weight, target, teacher)
+
+
+def linear_cross_entropy(
+    features: Tensor, weight: Tensor, target: Tensor, *, temperature: float
+) -> Tensor:
+    """A linear layer and F.cross_entropy; without a teacher the temperature has no part."""
+    return F.cross_entropy(F.linear(features, weight), target)
+
+
+def linear_cross_entropy_compiled(
+    features: Tensor, weight: Tensor, target: Tensor, *, temperature: float
+) -> Tensor:
+    """`linear_cross_entropy` under torch.compile."""
+    return compiled(linear_cross_entropy, temperature=temperature)(features, weight, target)
+
+
+def linear_cross_entropy_of_torch(
+    features: Tensor, weight: Tensor, target: Tensor, *, temperature: float
+) -> Tensor:
+    """torch's own op for both, on its reference path."""
+    return F.linear_cross_entropy(features, weight, target)
+
+
+def linear_cross_entropy_chunked(
+    features: Tensor, weight: Tensor, target: Tensor, *, temperature: float
+) -> Tensor:
+    """torch's own op, chunk by chunk as it chooses; a second backward needs it to be told."""
+    options = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True)
+    return F.linear_cross_entropy(features, weight, target, options=options)
+
+
 def triplet_loss(anchor: Tensor, positive: Tensor, negative: Tensor, *, margin: float) -> Tensor:
     """Squared differences, sums, relu, mean."""
     to_positive = (anchor - positive).square().sum(dim=1)

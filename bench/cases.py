@@ -1,9 +1,14 @@
 """All cases, and how the command line finds them."""
 
-from bench import cpu_cases, cuda_cases
+from bench import cpu_cases, cuda_cases, head_cases
 from bench.case import Case
 
-CASES: tuple[Case, ...] = (*cpu_cases.CASES, *cuda_cases.CASES)
+CASES: tuple[Case, ...] = (
+    *cpu_cases.CASES,
+    *head_cases.CPU_CASES,
+    *cuda_cases.CASES,
+    *head_cases.CUDA_CASES,
+)
 
 
 def cases_on(device: str) -> list[Case]:

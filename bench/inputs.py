@@ -43,6 +43,33 @@ def logits(
     return {"student": one(), "teacher": one(), "target": target}
 
 
+def heads(
+    seed: int,
+    device: str,
+    rows: int,
+    classes: int,
+    features: int,
+    with_teacher: bool,
+    dtype: torch.dtype = torch.float32,
+) -> Inputs:
+    """Features, a classifier's weight and labels, for logits of about +-3; and the same of a
+    teacher."""
+    g = generator(seed, device)
+
+    def normal(*shape: int, scale: float) -> Tensor:
+        values = torch.empty(shape, device=device)
+        return values.normal_(0, scale, generator=g).to(dtype)
+
+    def head() -> list[Tensor]:
+        size = 3.0 * features**-0.5
+        return [normal(rows, features, scale=1.0), normal(classes, features, scale=size)]
+
+    student = head()
+    target = torch.randint(classes, (rows,), generator=g, device=device)
+    inputs = {"features": student[0], "weight": student[1], "target": target}
+    return {**inputs, "teacher": head()} if with_teacher else inputs
+
+
 def on_grid(x: Tensor) -> Tensor:
     """Rows of about unit norm with entries in multiples of 2^-11.
 

@@ -1,9 +1,7 @@
 """Other libraries' ways to a case's result, measured where they are installed.
 
-Not here, because they compute something else than any op of kdkernels: cut-cross-entropy,
-torch.nn.functional.linear_cross_entropy and Liger's fused linear losses take features and a
-classifier's weight and spend their time in its matrix products, where kd_cross_entropy takes logits
-and has no weight gradient to form. Their rows belong to an op that takes the same.
+Not here, because it computes something else than any op of kdkernels: cut-cross-entropy, which
+leaves out gradients that are small.
 """
 
 from functools import cache
@@ -118,4 +116,67 @@ LIGER = Contender(
     modules=("liger_kernel",),
     install="pip install --no-deps liger-kernel",
     waits=True,  # it counts the rows and compares the incoming gradient on the host
+)
+
+
+@cache
+def liger_heads(temperature: float):
+    """Liger's linear cross entropy, and its chunked distillation with both terms at full weight;
+    at beta 0 the soft one is the divergence from the teacher."""
+    from liger_kernel.chunked_loss import (  # pyright: ignore[reportMissingImports]
+        LigerFusedLinearJSDLoss,
+    )
+    from liger_kernel.transformers import (  # pyright: ignore[reportMissingImports]
+        LigerFusedLinearCrossEntropyLoss,
+    )
+
+    distillation = LigerFusedLinearJSDLoss(
+        weight_hard_loss=1.0, weight_soft_loss=1.0, beta=0.0, temperature=temperature
+    )
+    return LigerFusedLinearCrossEntropyLoss(), distillation
+
+
+def linear_cross_entropy_liger(
+    features: Tensor, weight: Tensor, target: Tensor, *, temperature: float
+) -> Tensor:
+    """Liger's linear cross entropy."""
+    return liger_heads(temperature)[0](weight, features, target)
+
+
+def linear_kd_liger(
+    features: Tensor, weight: Tensor, target: Tensor, teacher: list[Tensor], *, temperature: float
+) -> Tensor:
+    """Liger's chunked distillation."""
+    distillation = liger_heads(temperature)[1]
+    return distillation(features, weight, teacher[0], teacher[1], target, None, None)
+
+
+def linear_kd_with_divergence(
+    features: Tensor, weight: Tensor, target: Tensor, teacher: list[Tensor], *, temperature: float
+) -> Tensor:
+    """linear_kd_cross_entropy without the teacher's entropy, which has the same gradient."""
+    loss, terms = kdkernels.linear_kd_cross_entropy(
+        *(features, weight, target),
+        teacher=(teacher[0], teacher[1]),
+        temperature=temperature,
+        return_terms=True,
+        backend="eager",
+    )
+    return loss - terms.entropy
+
+
+LIGER_HEAD = Contender(
+    "Liger, linear cross entropy",
+    linear_cross_entropy_liger,
+    modules=("liger_kernel",),
+    install="pip install --no-deps liger-kernel",
+    waits=True,  # as LIGER
+)
+LIGER_HEAD_DISTILLATION = Contender(
+    "Liger, chunked distillation",
+    linear_kd_liger,
+    truth=linear_kd_with_divergence,
+    modules=("liger_kernel",),
+    install="pip install --no-deps liger-kernel",
+    waits=True,  # it compiles chunk by chunk, and counts the rows on the host
 )

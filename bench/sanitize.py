@@ -57,6 +57,29 @@ def kd_cross_entropy(device: str) -> Iterator[Call]:
             yield f"{rows}x{classes} no {absent}, no gradient", inputs, (), {}
 
 
+def linear_kd_cross_entropy(device: str) -> Iterator[Call]:
+    """Both kinds of head with every kind of teacher: a row in registers, in two sweeps, and split
+    over programs; in one chunk."""
+    for rows, classes, dtype in ((7, 130, FP32), (300, 17001, BF16), (2, 93431, FP16)):
+        target = torch.randint(classes, (rows,), device=device)
+        target[0] = -100
+        features, weight = (matrix(device, n, 24, dtype) for n in (rows, classes))
+        teacher = (matrix(device, rows, 40, dtype), matrix(device, classes, 40, dtype))
+        bias = torch.randn(classes, device=device)
+        cosine = {"normalize": True, "scale": 16.0}
+        for kind, extra, options in (
+            ("bias", {"bias": bias, "teacher": (*teacher, bias)}, {}),
+            ("none", {"teacher": teacher}, {"reduction": "none"}),
+            ("margin", {"teacher": teacher}, {**cosine, "margin": kdkernels.ArcFace(0.5)}),
+            ("logits", {"teacher": matrix(device, rows, classes, dtype, 1)}, cosine),
+            ("alone", {}, {**cosine, "margin": kdkernels.CosFace(0.35), "reduction": "none"}),
+        ):
+            inputs = {"features": features, "weight": weight, "target": target, **extra}
+            name = f"{rows}x{classes} {dtype} {kind}"
+            yield name, inputs, ("features", "weight"), {**options, "return_terms": True}
+            yield f"{name}, no gradient", inputs, (), options
+
+
 def triplet_loss(device: str) -> Iterator[Call]:
     """Narrow and wide rows, every dtype, aligned or not."""
     for rows, features, dtype, offset, options in (
@@ -135,6 +158,7 @@ def nearest_neighbor(device: str) -> Iterator[Call]:
 
 CALLS = {
     "kd_cross_entropy": kd_cross_entropy,
+    "linear_kd_cross_entropy": linear_kd_cross_entropy,
     "batch_triplet_loss": batch_triplet_loss,
     "nearest_neighbor": nearest_neighbor,
     "hidden_l2": hidden_l2,

@@ -44,7 +44,13 @@ class Target:
         return self.wall == (timing == WALL) and self.gradient in (None, gradient)
 
 
-KD, BATCH = "kd_cross_entropy", "batch_triplet_loss"
+KD, BATCH, HEAD = "kd_cross_entropy", "batch_triplet_loss", "linear_kd_cross_entropy"
+HEADS = tuple(
+    f"{rows}x{classes}{teacher}"
+    for classes in (10575, 93431, 360232)
+    for rows in (256, 1024)
+    for teacher in ("-teacher", "")
+)
 PML = "pytorch-metric-learning"
 # Flags of all triplets at N=1024 would be 1024 MB at one byte each: 64 MB is far from N^3 and
 # generous to N^2 (4 MB).
@@ -77,6 +83,12 @@ CPU_TARGETS = (
     Target("hidden_l2", "resnet50-batch32", FLOOR, "", 1.6),
     Target("nearest_neighbor", "20000x20000", FASTER, "GEMM tiles", 0.7),
     Target("nearest_neighbor", "20000x20000", MEMORY, "", 64),
+    *(Target(HEAD, case, FASTER, "torch", 1.5) for case in HEADS),
+    *(Target(HEAD, case, FLOOR, "", 1.15) for case in HEADS),
+    # the weight's gradient, 738 MB, and a tenth of what eager holds beside it: six matrices of
+    # 256 x 360,232 with a teacher, three without
+    Target(HEAD, "256x360232-teacher", MEMORY, "", 738 + 221),
+    Target(HEAD, "256x360232", MEMORY, "", 738 + 111),
 )
 
 
@@ -116,6 +128,7 @@ GPU_TARGETS = (
     gpu(BATCH, "hard-16384", MEMORY, ND_MB),
     *(gpu(BATCH, f"hard-{rows}", FASTER, 1, PML) for rows in (1024, 4096, 16384)),
     gpu("nearest_neighbor", "100000x100000-bf16", SHARE, 0.6),
+    *(gpu(HEAD, f"{case}-bf16", FLOOR, 1.25) for case in HEADS),
 )
 TARGETS = CPU_TARGETS + GPU_TARGETS
 

@@ -11,6 +11,16 @@ from kdkernels.kd_cross_entropy.op import (
     kd_cross_entropy,
 )
 from kdkernels.library import backends, empty_cache, isa, isa_levels, set_isa, validate
+from kdkernels.linear_kd_cross_entropy.margins import (
+    ArcFace,
+    CombinedMargin,
+    CosFace,
+    adaface_margin,
+)
+from kdkernels.linear_kd_cross_entropy.op import (
+    LinearKDCrossEntropyLoss,
+    linear_kd_cross_entropy,
+)
 from kdkernels.nearest_neighbor.eager import Nearest
 from kdkernels.nearest_neighbor.op import nearest_neighbor
 from kdkernels.triplet.batch_op import BatchTripletLoss, batch_triplet_loss
@@ -19,14 +29,19 @@ from kdkernels.triplet.op import TripletLoss, TripletMarginLoss, triplet_loss
 __version__ = "0.1.0"
 
 __all__ = [
+    "ArcFace",
     "BatchTripletLoss",
+    "CombinedMargin",
+    "CosFace",
     "CrossEntropyLoss",
     "HiddenL2Loss",
     "KDCrossEntropyLoss",
     "KDTerms",
+    "LinearKDCrossEntropyLoss",
     "Nearest",
     "TripletLoss",
     "TripletMarginLoss",
+    "adaface_margin",
     "backends",
     "batch_triplet_loss",
     "empty_cache",
@@ -34,6 +49,7 @@ __all__ = [
     "isa",
     "isa_levels",
     "kd_cross_entropy",
+    "linear_kd_cross_entropy",
     "nearest_neighbor",
     "set_isa",
     "triplet_loss",

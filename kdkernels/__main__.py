@@ -15,11 +15,11 @@ def table() -> str:
         f"kdkernels {kdkernels.__version__}, torch {torch.__version__}, "
         f"{platform.machine()}, {torch.get_num_threads()} threads",
         "",
-        f"{'op':<20} {'device':<8} {'backends (the first is the default)'}",
+        f"{'op':<24} {'device':<8} {'backends (the first is the default)'}",
     ]
     for op in library.OPS:
         for device in ("cpu", "cuda"):
-            lines.append(f"{op:<20} {device:<8} {', '.join(library.backends(op, device))}")
+            lines.append(f"{op:<24} {device:<8} {', '.join(library.backends(op, device))}")
     lines.append("")
     if library.native is not None:
         levels = ", ".join(library.isa_levels())

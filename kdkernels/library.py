@@ -25,7 +25,14 @@ except ModuleNotFoundError as error:
         raise
     native = None  # not built; one that is there but does not load raises ImportError, to be seen
 
-OPS = ("kd_cross_entropy", "hidden_l2", "triplet_loss", "batch_triplet_loss", "nearest_neighbor")
+OPS = (
+    "kd_cross_entropy",
+    "linear_kd_cross_entropy",
+    "hidden_l2",
+    "triplet_loss",
+    "batch_triplet_loss",
+    "nearest_neighbor",
+)
 BACKENDS = ("native", "triton", "eager")  # in the order of preference
 REDUCTIONS = ("mean", "sum", "none")
 LEVELS = ("baseline", "v3", "v4")  # KDKERNELS_ISA; x86-64-v3 is AVX2, x86-64-v4 is AVX-512

@@ -155,6 +155,25 @@ def _large_kd(op: Op, backend: str, elements: int) -> None:
     _same_as_last_rows(op, backend, Sample("", tensors, {"reduction": "none"}, ("student",)))
 
 
+def _large_head(op: Op, backend: str, elements: int) -> None:
+    """Logits of 0 but for the last classes, which the far end of the weight makes 1, 2 and 3."""
+    features = min(512, elements // 8 + 1)
+    classes = elements // features + 4
+    weight = torch.zeros(classes, features, dtype=torch.bfloat16, device=op.device)
+    weight[-3:, -1] = torch.arange(1, 4, device=op.device)
+    weight.requires_grad_()
+    x = torch.ones(3, features, dtype=torch.bfloat16, device=op.device)
+    target = torch.arange(classes - 3, classes, device=op.device)
+    loss = op.function(x, weight, target, reduction="sum", backend=backend)
+    (gradient,) = torch.autograd.grad(loss, weight)
+    far = torch.arange(1, 4, device=op.device, dtype=torch.float64)
+    total = far.exp().sum() + (classes - 3)
+    torch.testing.assert_close(loss.double(), 3 * total.log() - far.sum(), rtol=1e-5, atol=0)
+    want = (3 * far.exp() / total - 1)[:, None].expand(3, features)
+    torch.testing.assert_close(gradient[-3:].double(), want, rtol=1e-2, atol=0)
+    assert float(gradient[-4, 0]) > 0
+
+
 def _large_triplets(op: Op, backend: str, elements: int) -> None:
     features = min(4099, elements // 8 + 1)
     rows = elements // features + 4
@@ -206,6 +225,7 @@ def _large_batch(op: Op, backend: str, elements: int) -> None:
 
 LARGE: dict[str, Callable[[Op, str, int], None]] = {
     "kd_cross_entropy": _large_kd,
+    "linear_kd_cross_entropy": _large_head,
     "hidden_l2": _large_pair,
     "triplet_loss": _large_triplets,
     "batch_triplet_loss": _large_batch,

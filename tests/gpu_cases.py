@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.inputs import RESNET50_TAPS
+from kdkernels import ArcFace
 from kdkernels.sample import Sample
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -113,6 +114,55 @@ def _kd_cases() -> list[Case]:
     found.append(kd(1024, 16384, **any_tau))
     found.append(kd(1024, 16384, BF16, teacher=BF16, **any_tau))
     return found
+
+
+def _head_cases() -> list[Case]:
+    """Row kernels with a margin, in place, and what scales rows and columns."""
+
+    def of(
+        rows: int,
+        classes: int,
+        name: str,
+        dtype: torch.dtype = FP32,
+        *,
+        margin: bool = True,
+        teacher: bool = True,
+        incoming: str = "one",
+        gradient: bool = True,
+        **options: Any,
+    ) -> Case:
+        def head() -> list[Tensor]:
+            return [torch.zeros(rows, 16, dtype=dtype), torch.zeros(classes, 16, dtype=dtype)]
+
+        features, weight = head()
+        tensors: dict[str, Any] = {
+            "features": features,
+            "weight": weight,
+            "teacher": head() if teacher else None,
+            "target": torch.zeros(rows, dtype=torch.int64),
+        }
+        if margin:
+            options = {"normalize": True, "scale": 64.0, "margin": ArcFace(0.5), **options}
+        wanted = ("features", "weight") if gradient else ()
+        label = f"{rows}x{classes} {_names(dtype)} {name}"
+        return Case(
+            "linear_kd_cross_entropy", label, Sample("", tensors, options, wanted), incoming
+        )
+
+    return [
+        of(1024, 10575, "margin"),
+        of(1024, 10575, "margin", BF16),
+        of(256, 93431, "margin"),
+        of(64, 93431, "margin"),
+        of(
+            *(1024, 10575, "margin, smoothing, terms, any tau"),
+            label_smoothing=0.1,
+            return_terms=True,
+            temperature=2.5,
+        ),
+        of(1024, 2000, "none", BF16, margin=False, reduction="none", incoming="rows"),
+        of(1024, 2000, "no margin", BF16, margin=False),
+    ]
 
 
 def _triplet_cases() -> list[Case]:
@@ -249,6 +299,7 @@ def _nearest_cases() -> list[Case]:
 
 MAKERS = {
     "kd_cross_entropy": _kd_cases,
+    "linear_kd_cross_entropy": _head_cases,
     "hidden_l2": _hidden_cases,
     "triplet_loss": _triplet_cases,
     "batch_triplet_loss": _batch_cases,

@@ -34,6 +34,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import kdkernels
 from kdkernels import library, triton_rows
+from kdkernels.linear_kd_cross_entropy import triton_kernel as head
 from kdkernels.nearest_neighbor import triton_kernel as nearest
 from kdkernels.sample import Sample
 
@@ -172,6 +173,7 @@ def recording(target: str) -> Iterator[list[Launch]]:
     changes: list[tuple[Any, str, Any]] = [
         (triton_rows, "launch", record),
         (triton_rows, "multiprocessors", lambda _: MULTIPROCESSORS),
+        (head, "multiplies_narrow", lambda _: True),
         (nearest, "architecture_of", lambda _: chosen.architecture),
         (torch.version, "hip", "6.4" if chosen.gpu.backend == "hip" else None),
         (library, "AVAILABLE", {key: (*v, "triton") for key, v in library.AVAILABLE.items()}),

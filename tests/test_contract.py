@@ -7,6 +7,7 @@ are judged as well, with what only a GPU can break: `-k cuda` runs these alone.
 
 import pytest
 import torch
+import wrong_heads
 import wrong_kernels
 from contract import (
     accuracy,
@@ -202,7 +203,7 @@ if GPUS > 1:
         accuracy(find_op(op, "cuda:1"), backend, torch.float32)
 
 
-@pytest.mark.parametrize("wrong", wrong_kernels.ALL, ids=lambda w: w.name)
+@pytest.mark.parametrize("wrong", wrong_kernels.ALL + wrong_heads.ALL, ids=lambda w: w.name)
 def test_a_wrong_kernel_is_rejected(wrong):
     op = find_op(wrong.op)
     wrong.promise(op)  # the right one passes

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+# the head's rows are those of the logits' op, and its specification is on its specification
+BUILDS_ON = {"linear_kd_cross_entropy": "kd_cross_entropy"}
 OPS = sorted(p.name for p in (ROOT / "kdkernels").iterdir() if (p / "op.py").exists())
 
 
@@ -30,8 +32,17 @@ def ours(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("op", OPS)
 def test_the_specification_and_the_samples_know_torch_only(op):
-    for name in ("eager.py", "samples.py"):
-        allowed = ("kdkernels.sample", f"kdkernels.{op}.eager")
+    under = BUILDS_ON.get(op, op)
+    for name in ("eager.py", "samples.py", "margins.py"):
+        if not (ROOT / "kdkernels" / op / name).exists():
+            assert name == "margins.py"
+            continue
+        allowed = (
+            "kdkernels.sample",
+            f"kdkernels.{op}.eager",
+            f"kdkernels.{op}.margins",
+            f"kdkernels.{under}.eager",
+        )
         for module in ours(ROOT / "kdkernels" / op / name):
             assert module.startswith(allowed), f"{op}/{name} imports {module}"
 
@@ -41,7 +52,8 @@ def test_an_op_imports_no_other_op(op):
     for path in (ROOT / "kdkernels" / op).glob("*.py"):
         for module in ours(path):
             other = module.split(".")[1]
-            assert other not in OPS or other == op, f"{path.name} of {op} imports {module}"
+            allowed = (op, BUILDS_ON.get(op))
+            assert other not in OPS or other in allowed, f"{path.name} of {op} imports {module}"
 
 
 def is_outside(module: str, allowed: tuple[str, ...]) -> bool:
@@ -57,6 +69,13 @@ def test_triton_kernels_know_torch_triton_and_their_shared_code_only(op):
     own = [path.stem for path in (ROOT / "kdkernels" / op).glob("triton_*.py")]
     assert own
     allowed = ("torch", "triton", "kdkernels.triton_rows", *(f"kdkernels.{op}.{n}" for n in own))
+    if op in BUILDS_ON:
+        shared = ("chunks", "head")  # of both backends: torch, and no kernel
+        allowed += (f"kdkernels.{BUILDS_ON[op]}.triton_kernel",)
+        allowed += tuple(f"kdkernels.{op}.{name}" for name in shared)
+        for name in shared:
+            for module in imports(ROOT / "kdkernels" / op / f"{name}.py"):
+                assert not is_outside(module, ("torch", f"kdkernels.{op}.head")), f"{op}/{name}.py"
     for name in own:
         for module in imports(ROOT / "kdkernels" / op / f"{name}.py"):
             assert not is_outside(module, allowed), f"{op}/{name}.py imports {module}"

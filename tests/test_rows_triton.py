@@ -92,6 +92,7 @@ def test_every_op_asks_before_its_first_launch(op, monkeypatch):
     x, labels = torch.randn(4, 6), torch.tensor([0, 0, 1, 1])
     arguments = {
         "kd_cross_entropy": (x, x, labels),
+        "linear_kd_cross_entropy": (x, x, labels),
         "hidden_l2": ([x], [x]),
         "triplet_loss": (x, x, x),
         "batch_triplet_loss": (x, labels),

@@ -29,7 +29,7 @@ class Wrong:
         return replace(op, function=self.function)
 
 
-class _EditGradient(torch.autograd.Function):
+class EditGradient(torch.autograd.Function):
     """Identity whose gradient is passed through `edit(gradient)`."""
 
     @staticmethod
@@ -86,7 +86,7 @@ def ignored_rows_in_the_gradient(student, teacher, target, **options):
         ignored = target == options.get("ignore_index", -100)
         return gradient + 1e-3 * ignored[:, None]
 
-    return kd(_EditGradient.apply(student, edit), teacher, target, **options)
+    return kd(EditGradient.apply(student, edit), teacher, target, **options)
 
 
 def all_rows_in_the_mean(student, teacher, target, **options):
@@ -102,10 +102,10 @@ def tail_unwritten(student, teacher, target, **options):
         out[:, :whole] = gradient[:, :whole]
         return out
 
-    return kd(_EditGradient.apply(student, edit), teacher, target, **options)
+    return kd(EditGradient.apply(student, edit), teacher, target, **options)
 
 
-class _StaleRows(torch.autograd.Function):
+class StaleRows(torch.autograd.Function):
     """A per-row loss whose gradient takes the first row's incoming gradient for all."""
 
     @staticmethod
@@ -118,7 +118,7 @@ class _StaleRows(torch.autograd.Function):
 
 
 def stale_gradient_in_none(student, teacher, target, **options):
-    return _StaleRows.apply(kd(student, teacher, target, **options))
+    return StaleRows.apply(kd(student, teacher, target, **options))
 
 
 class _MeanFoldedBeforeHalf(torch.autograd.Function):
@@ -184,7 +184,7 @@ def head_of_a_misaligned_row_dropped(student, teacher, target, **options):
     def edit(gradient):
         return gradient * (torch.arange(gradient.shape[1]) >= before[:, None])
 
-    return kd(_EditGradient.apply(student, edit), teacher, target, **options)
+    return kd(EditGradient.apply(student, edit), teacher, target, **options)
 
 
 def parts_merged_without_rescaling(student, teacher, target, **options):
@@ -216,7 +216,7 @@ def label_written_before_its_tile(student, teacher, target, **options):
         label = torch.where(counts, target, 0).long()[:, None]
         return gradient.scatter_add(1, label, one[:, None].to(gradient.dtype))
 
-    return kd(_EditGradient.apply(student, edit), teacher, target, **options)
+    return kd(EditGradient.apply(student, edit), teacher, target, **options)
 
 
 def any_largest_logit_is_a_hit(student, teacher, target, **options):

@@ -1,0 +1,96 @@
+"""The cases of linear_kd_cross_entropy on the CPU and on a GPU: features and a classifier's weight
+in, the gradients of both out."""
+
+from collections.abc import Callable
+
+import torch
+
+from bench import baselines, libraries
+from bench.case import OWN, Case, Contender, Floor, Inputs, op_call
+from bench.inputs import heads
+
+OP = "linear_kd_cross_entropy"
+BF16 = torch.bfloat16
+
+
+def products(inputs: Inputs) -> Callable[[], None]:
+    """The products that the result cannot do without, each of all rows into a buffer that is there:
+    logits of each network, gradients of features and of weight."""
+    x, w = inputs["features"].detach(), inputs["weight"].detach()
+    teacher = inputs.get("teacher")
+    logits = x.new_zeros(len(x), len(w))
+    by_x, by_w = torch.zeros_like(x), torch.zeros_like(w)
+
+    def run() -> None:
+        torch.mm(x, w.t(), out=logits)
+        if teacher is not None:
+            torch.mm(teacher[0], teacher[1].t(), out=logits)
+        torch.mm(logits, w, out=by_x)
+        torch.mm(logits.t(), x, out=by_w)
+
+    return run
+
+
+def operations(inputs: Inputs) -> tuple[float, str]:
+    """The operations of these products."""
+    number = 3 if inputs.get("teacher") is None else 4
+    return 2.0 * number * inputs["features"].numel() * len(inputs["weight"]), "TFLOP/s"
+
+
+def case(
+    device: str, rows: int, classes: int, with_teacher: bool, dtype: torch.dtype, rounds: int
+) -> Case:
+    """One size, without a teacher or with one of the student's width."""
+    name = f"{rows}x{classes}" + ("-teacher" if with_teacher else "")
+    if with_teacher:
+        plain, compiled = baselines.linear_kd, baselines.linear_kd_compiled
+        others = (libraries.LIGER_HEAD_DISTILLATION,)
+    else:
+        plain, compiled = baselines.linear_cross_entropy, baselines.linear_cross_entropy_compiled
+        others = (
+            Contender("F.linear_cross_entropy", baselines.linear_cross_entropy_of_torch),
+            Contender("F.linear_cross_entropy, chunked", baselines.linear_cross_entropy_chunked),
+            libraries.LIGER_HEAD,
+        )
+        if not hasattr(torch.nn.functional, "linear_cross_entropy"):
+            others = others[2:]
+    if device == "cpu":
+        others = tuple(c for c in others if not c.modules)  # Liger's kernels need a GPU
+    sizes = {"rows": rows, "classes": classes, "features": 512}
+    quick = {"rows": 5, "classes": 130, "features": 16}
+    shared = {"with_teacher": with_teacher, "dtype": dtype}
+    kind = "bfloat16" if dtype == BF16 else "float32"
+    about = f"N={rows} C={classes:,} D=512, {kind}, {'tau=3' if with_teacher else 'no teacher'}"
+    return Case(
+        OP,
+        name if device == "cpu" else f"{name}-bf16",
+        about,
+        heads,
+        {**sizes, **shared},
+        {**quick, **shared},
+        (
+            Contender(OWN[device], op_call(OP, "native" if device == "cpu" else None)),
+            Contender("torch", plain),
+            Contender("torch.compile", compiled, compiles=True),
+            *others,
+        ),
+        (Floor("floor: GEMMs", products),),
+        {"temperature": 3.0},
+        ("features", "weight"),
+        rounds=rounds,
+        device=device,
+        work=operations,
+    )
+
+
+SIZES = [(rows, classes) for classes in (10575, 93431, 360232) for rows in (256, 1024)]
+CPU_CASES = tuple(
+    case("cpu", rows, classes, with_teacher, torch.float32, 10 if classes < 50_000 else 5)
+    for rows, classes in SIZES
+    for with_teacher in (True, False)
+)
+CUDA_CASES = tuple(
+    case("cuda", rows, classes, with_teacher, BF16, 30)
+    for rows, classes in SIZES
+    for with_teacher in (True, False)
+)

@@ -1,0 +1,393 @@
+"""linear_kd_cross_entropy: schema, autograd, functional and module."""
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from kdkernels import library as lib
+from kdkernels.kd_cross_entropy.op import LARGEST, check_label_range, check_temperature
+from kdkernels.linear_kd_cross_entropy import eager, native
+from kdkernels.linear_kd_cross_entropy.arguments import (
+    NAME,
+    Teacher,
+    check_head,
+    check_margin,
+    check_scale,
+    check_teacher,
+    is_straight_through,
+)
+from kdkernels.linear_kd_cross_entropy.eager import KDTerms
+from kdkernels.linear_kd_cross_entropy.margins import Margin
+
+
+def _shapes(features: Tensor, weight: Tensor, want: tuple[bool, ...]) -> list[Tensor]:
+    shapes = (tuple(features.shape), tuple(weight.shape), (weight.shape[0],))
+    return [
+        features.new_empty(shape if wanted else (0,), dtype=torch.float32)
+        for shape, wanted in zip(shapes, want, strict=True)
+    ]
+
+
+def _fake(features, weight, *arguments):
+    *_, reduction, want_features, want_weight, want_bias, want_terms = arguments
+    new, rows = features.new_empty, features.shape[0]
+    gradients = _shapes(features, weight, (want_features, want_weight, want_bias))
+    loss = new((rows,) if reduction == "none" else (), dtype=torch.float32)
+    return loss, new((5 if want_terms else 0,), dtype=torch.float32), *gradients
+
+
+def _gradient_fake(features, weight, *arguments):
+    *_, want_features, want_weight, want_bias, _ = arguments
+    return tuple(_shapes(features, weight, (want_features, want_weight, want_bias)))
+
+
+# loss is (N,) for "none" and 0-d else; terms (5,), (0,) where not wanted; the gradients of
+# features, weight and bias are float32 and (0,) where not wanted. teacher: logits, or None and a
+# head. m2, m3: (N,) float32.
+_CALL = (
+    "Tensor features, Tensor weight, Tensor? bias, Tensor? teacher, Tensor? teacher_features, "
+    "Tensor? teacher_weight, Tensor? teacher_bias, Tensor? target, Tensor? m2, Tensor? m3, "
+    "bool normalize, float scale, float teacher_scale, bool straight_through, float temperature, "
+    "float alpha, int ignore_index, float label_smoothing, str reduction, bool want_features, "
+    "bool want_weight, bool want_bias"
+)
+lib.define(
+    NAME,
+    f"({_CALL}, bool want_terms) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake,
+    native=native.forward,
+    triton="kdkernels.linear_kd_cross_entropy.triton_kernel:forward",
+)
+lib.define(
+    f"{NAME}_gradient",
+    f"({_CALL}, Tensor incoming) -> (Tensor, Tensor, Tensor)",
+    _gradient_fake,
+    native=native.backward,
+    triton="kdkernels.linear_kd_cross_entropy.triton_kernel:backward",
+)
+
+
+class _LinearKDCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, backend, want, want_terms, *call):
+        is_none = call[-1] == "none"
+        # with a weight a row still to come, no gradient can be formed yet
+        wanted = (False,) * 3 if is_none else want
+        loss, terms, *gradients = lib.raw(NAME, backend)(*call, *wanted, want_terms)
+        ctx.backend, ctx.want, ctx.is_none = backend, want, is_none
+        ctx.dtypes = [None if t is None else t.dtype for t in call[:3]]
+        if is_none:
+            ctx.save_for_backward(*call[:10])
+            ctx.options = call[10:]
+        else:
+            ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(terms)
+        return loss, terms
+
+    @staticmethod
+    def backward(ctx, incoming, _):  # pyright: ignore[reportIncompatibleMethodOverride]
+        lib.claim_gradients(ctx, NAME)
+        if ctx.is_none:
+            form = lib.raw(f"{NAME}_gradient", ctx.backend)
+            given = form(*ctx.saved_tensors, *ctx.options, *ctx.want, incoming)
+        else:
+            one = torch.ones((), dtype=torch.float32, device=incoming.device)
+            given = [
+                lib.give_gradient(gradient, incoming, one, ctx.backend) if wanted else gradient
+                for gradient, wanted in zip(ctx.saved_tensors, ctx.want, strict=True)
+            ]
+        found = (
+            gradient.to(dtype) if wanted else None
+            for gradient, dtype, wanted in zip(given, ctx.dtypes, ctx.want, strict=True)
+        )
+        return None, None, None, *found, *(None,) * 16
+
+
+@overload
+def linear_kd_cross_entropy(
+    features: Tensor,
+    weight: Tensor,
+    target: Tensor | None,
+    *,
+    bias: Tensor | None = ...,
+    teacher: Teacher | None = ...,
+    normalize: bool = ...,
+    scale: float = ...,
+    teacher_scale: float | None = ...,
+    margin: Margin | None = ...,
+    margin_grad: str = ...,
+    temperature: float = ...,
+    alpha: float = ...,
+    tau_squared: bool = ...,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    reduction: str = ...,
+    return_terms: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def linear_kd_cross_entropy(
+    features: Tensor,
+    weight: Tensor,
+    target: Tensor | None,
+    *,
+    bias: Tensor | None = ...,
+    teacher: Teacher | None = ...,
+    normalize: bool = ...,
+    scale: float = ...,
+    teacher_scale: float | None = ...,
+    margin: Margin | None = ...,
+    margin_grad: str = ...,
+    temperature: float = ...,
+    alpha: float = ...,
+    tau_squared: bool = ...,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    reduction: str = ...,
+    return_terms: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, KDTerms]: ...
+@overload
+def linear_kd_cross_entropy(
+    features: Tensor,
+    weight: Tensor,
+    target: Tensor | None,
+    *,
+    bias: Tensor | None = ...,
+    teacher: Teacher | None = ...,
+    normalize: bool = ...,
+    scale: float = ...,
+    teacher_scale: float | None = ...,
+    margin: Margin | None = ...,
+    margin_grad: str = ...,
+    temperature: float = ...,
+    alpha: float = ...,
+    tau_squared: bool = ...,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    reduction: str = ...,
+    return_terms: bool,
+    backend: str | None = ...,
+) -> Tensor | tuple[Tensor, KDTerms]: ...
+def linear_kd_cross_entropy(
+    features: Tensor,
+    weight: Tensor,
+    target: Tensor | None,
+    *,
+    bias: Tensor | None = None,
+    teacher: Teacher | None = None,
+    normalize: bool = False,
+    scale: float = 1.0,
+    teacher_scale: float | None = None,
+    margin: Margin | None = None,
+    margin_grad: str = "exact",
+    temperature: float = 3.0,
+    alpha: float = 1.0,
+    tau_squared: bool = False,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    return_terms: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, KDTerms]:
+    """kd_cross_entropy on the logits of a classifier, without keeping them.
+
+        s = features weight^T (+ bias),     or  s_nc = scale cos(features_n, weight_c) if normalize
+        loss_n = H(softmax(s'_n), y_n) + alpha * H(softmax(s_n / tau), softmax(t_n / tau))
+
+    with H(p, q) = -sum_c q_c log p_c. s' is s but for the label's logit, which a margin makes
+    scale (cos(theta + m2) - m3) (see margins.py); without a margin s' = s. Of the rows' options
+    (temperature, alpha, tau_squared, ignore_index, label_smoothing, reduction, return_terms) see
+    kd_cross_entropy. hits counts labels with the first largest logit of s, without the margin.
+
+    features: (N, D). weight: (C, D). bias: (C,), not with normalize. float32, bfloat16 or float16,
+    each its own dtype and strides (float64 runs on eager). target: (N,) int32 or int64, None for
+    the soft term alone. teacher: (features, weight) or (features, weight, bias) of the teacher,
+    (N, E), (C, E) and (C,), normalised where the student is and scaled by teacher_scale (None: by
+    scale); or (N, C) logits, taken as they are; or None.
+
+    margin: ArcFace(m), CosFace(m) or CombinedMargin(m2, m3), for normalize=True and a target; each
+    m a float or an (N,) tensor, without gradient. Beyond theta + m2 = pi the label's cosine goes on
+    as cos(theta) - m2 sin(m2). margin_grad="exact" is the derivative of this; "straight_through"
+    takes that of the margin as 1, as InsightFace trains.
+
+    Returns a float32 scalar ("mean" over the rows that count, "sum") or (N,) ("none"); with
+    return_terms also KDTerms.
+
+    Gradients flow to features, weight and bias, each in its own dtype, and through both norms of a
+    normalised head; none to the teacher. A row of zeros has cosine 0 and gradient 0. A tensor that
+    needs no gradient costs none: a frozen weight no product. The weight's gradient is summed in
+    float32. Gradients are formed in forward and given away in backward, so a second backward or a
+    double backward raises (use backend="eager" for either); with reduction="none" they are formed
+    in backward, from logits that are computed again, since each row's weight arrives there.
+
+    Memory beyond inputs and gradients: float32 logits of a chunk of rows for each network (see
+    docs/ops.md). Under autocast features and weight are taken as they are given.
+
+    A label out of range raises on the CPU and under kdkernels.validate(True); elsewhere it makes
+    the row's loss and gradient NaN, without waiting for the device.
+
+    Raises ValueError where shapes, dtypes, devices, options or (on the CPU) the label range are
+    wrong.
+    """
+    tensors = check_head("", features, weight, bias)
+    rows, classes = features.shape[0], weight.shape[0]
+    scale = check_scale("scale", scale, normalize)
+    straight_through = is_straight_through(margin_grad)
+    logits: Tensor | None = None
+    head: tuple[Tensor | None, ...] = (None, None, None)
+    if isinstance(teacher, Tensor):
+        logits = lib.check_tensor(NAME, "teacher", teacher).detach()
+        if logits.shape != (rows, classes) or logits.device != features.device:
+            raise lib.reject(
+                NAME,
+                f"teacher must be logits of shape ({rows}, {classes}) on {features.device}, "
+                f"got {tuple(logits.shape)} on {logits.device}",
+            )
+        tensors.append(logits)
+        if teacher_scale is not None:
+            raise lib.reject(
+                NAME, "teacher_scale is for a teacher (features, weight): logits are taken as given"
+            )
+    elif teacher is not None:
+        head = check_teacher(teacher, features, weight, tensors)
+    elif target is None:
+        raise lib.reject(NAME, "teacher and target are both None: there is nothing to compare with")
+    if normalize and (bias is not None or head[2] is not None):
+        raise lib.reject(NAME, "bias and normalize=True do not go together: cosines have no offset")
+    if teacher_scale is None:
+        teacher_scale = scale
+    teacher_scale = check_scale("teacher_scale", teacher_scale, normalize)
+    if target is not None:
+        lib.check_labels(NAME, "target", target, rows, features.device)
+    m2, m3 = check_margin(margin, features, normalize and target is not None)
+    temperature = check_temperature(temperature, NAME)
+    alpha = lib.check_number(NAME, "alpha", alpha, at_least=-LARGEST, at_most=LARGEST)
+    label_smoothing = lib.check_number(
+        NAME, "label_smoothing", label_smoothing, at_least=0.0, at_most=1.0
+    )
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise lib.reject(NAME, f"ignore_index must be an int, got {ignore_index!r}")
+    lib.check_choice(NAME, "reduction", reduction, lib.REDUCTIONS)
+    backend = lib.choose_backend(NAME, backend, tensors)
+    if target is not None:
+        check_label_range(target, classes, ignore_index, NAME)
+    if backend == "eager":
+        loss, terms = eager.linear_kd_cross_entropy(
+            features,
+            weight,
+            bias,
+            target,
+            logits if logits is not None else tuple(t for t in head if t is not None) or None,
+            normalize=normalize,
+            scale=scale,
+            teacher_scale=teacher_scale,
+            m2=m2,
+            m3=m3,
+            straight_through=straight_through,
+            temperature=temperature,
+            alpha=alpha,
+            tau_squared=tau_squared,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+        )
+        return (loss, terms) if return_terms else loss
+
+    factor = alpha * temperature**2 if tau_squared else alpha
+    call = (
+        *(features, weight, bias, logits, *head, target, m2, m3, normalize, scale, teacher_scale),
+        *(straight_through, temperature, factor, ignore_index, label_smoothing, reduction),
+    )
+    want = tuple(t is not None and lib.wants_gradient(t) for t in (features, weight, bias))
+    if any(want):
+        loss, terms = _LinearKDCrossEntropy.apply(backend, want, return_terms, *call)
+    else:
+        loss, terms, *_ = lib.raw(NAME, backend)(*call, *want, return_terms)
+    return (loss, KDTerms(*terms.unbind())) if return_terms else loss
+
+
+class LinearKDCrossEntropyLoss(nn.Module):
+    """linear_kd_cross_entropy as a module: `loss(features, weight, target, bias=, teacher=)`;
+    arguments and errors as there.
+
+    Replaces a linear layer, or normalised features and weights, and KDCrossEntropyLoss on its
+    logits; the weight stays where it is. A margin whose m is a tensor goes to the call, and takes
+    the place of the module's own. Differences from the pair: those of KDCrossEntropyLoss, and
+    logits of 16-bit features and weights are float32.
+    """
+
+    def __init__(
+        self,
+        *,
+        normalize: bool = False,
+        scale: float = 1.0,
+        teacher_scale: float | None = None,
+        margin: Margin | None = None,
+        margin_grad: str = "exact",
+        temperature: float = 3.0,
+        alpha: float = 1.0,
+        tau_squared: bool = False,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        return_terms: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.normalize = normalize
+        self.scale = check_scale("scale", scale, normalize)
+        if teacher_scale is not None:
+            teacher_scale = check_scale("teacher_scale", teacher_scale, normalize)
+        self.teacher_scale = teacher_scale
+        self.margin = margin
+        is_straight_through(margin_grad)
+        self.margin_grad = margin_grad
+        self.temperature = check_temperature(temperature, NAME)
+        self.alpha = lib.check_number(NAME, "alpha", alpha, at_least=-LARGEST, at_most=LARGEST)
+        self.tau_squared = tau_squared
+        self.ignore_index = ignore_index
+        self.label_smoothing = lib.check_number(
+            NAME, "label_smoothing", label_smoothing, at_least=0.0, at_most=1.0
+        )
+        self.reduction = lib.check_choice(NAME, "reduction", reduction, lib.REDUCTIONS)
+        self.return_terms = return_terms
+        self.backend = backend
+
+    def forward(
+        self,
+        features: Tensor,
+        weight: Tensor,
+        target: Tensor | None,
+        *,
+        bias: Tensor | None = None,
+        teacher: Teacher | None = None,
+        margin: Margin | None = None,
+    ) -> Tensor | tuple[Tensor, KDTerms]:
+        return linear_kd_cross_entropy(
+            features,
+            weight,
+            target,
+            bias=bias,
+            teacher=teacher,
+            normalize=self.normalize,
+            scale=self.scale,
+            teacher_scale=self.teacher_scale,
+            margin=self.margin if margin is None else margin,
+            margin_grad=self.margin_grad,
+            temperature=self.temperature,
+            alpha=self.alpha,
+            tau_squared=self.tau_squared,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            reduction=self.reduction,
+            return_terms=self.return_terms,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"normalize={self.normalize}, scale={self.scale}, margin={self.margin}, "
+            f"temperature={self.temperature}, alpha={self.alpha}, reduction={self.reduction!r}"
+        )

@@ -42,7 +42,7 @@ test-without-native:
 
 # The interpreter runs on one core: two processes share the ops.
 INTERPRET := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_contract.py \
-	$(patsubst %,tests/test_%.py,kd_cross_entropy linear_kd_cross_entropy hidden_l2 triplet nearest_neighbor) \
+	$(patsubst %,tests/test_%.py,kd_cross_entropy linear_kd_cross_entropy head_rows hidden_l2 triplet nearest_neighbor) \
 	$(wildcard tests/test_*_triton.py)
 
 interpret-triplets:

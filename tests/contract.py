@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+from poison import poisoned_empty
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,7 +20,6 @@ from kdkernels.sample import Argument, Sample
 
 HOMES = {"triplet_loss": "triplet", "batch_triplet_loss": "triplet"}
 EPS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
-NAMES_OF_TORCH_EMPTY = ("empty", "empty_like", "empty_strided")
 
 
 @dataclass(frozen=True)
@@ -274,32 +274,6 @@ def second_backward_raises(op: Op, backend: str) -> None:
                 continue
             same = all(map(torch.equal, kept, first))
             raise AssertionError(f"{op.name}: a second backward ran (results kept: {same})")
-
-
-@contextmanager
-def poisoned_empty():
-    """torch.empty and its like filled with NaN, or with the largest int."""
-
-    def poison(function):
-        def filled(*args, **kwargs):
-            value = function(*args, **kwargs)
-            if value.is_floating_point():
-                return value.fill_(torch.nan)
-            return value.fill_(True if value.dtype == torch.bool else torch.iinfo(value.dtype).max)
-
-        return filled
-
-    originals = {name: getattr(torch, name) for name in NAMES_OF_TORCH_EMPTY}
-    new_empty = Tensor.new_empty
-    try:
-        for name, function in originals.items():
-            setattr(torch, name, poison(function))
-        Tensor.new_empty = poison(new_empty)
-        yield
-    finally:
-        for name, function in originals.items():
-            setattr(torch, name, function)
-        Tensor.new_empty = new_empty
 
 
 def every_element_written(op: Op, backend: str, dtype: torch.dtype) -> None:

@@ -27,16 +27,17 @@ seconds=${GPU_SECONDS:-530}
 python=${PYTHON:-python3}
 site=$PWD/build/gpu-site
 log=$results/gpu-$(date +%Y-%m-%d).log
-ops=(kd_cross_entropy batch_triplet_loss nearest_neighbor hidden_l2 triplet_loss)
+ops=(kd_cross_entropy batch_triplet_loss nearest_neighbor hidden_l2 triplet_loss linear_kd_cross_entropy)
 shortest=20  # a part is not begun with less time than this
 ending=10    # what the table takes
 failed=() left=()
 
 # The sources that an op's results depend on, as a short hash.
 fingerprint() {
-  local folder=$1
-  if [[ $1 == *triplet_loss ]]; then folder=triplet; fi
-  find kdkernels/*.py "kdkernels/$folder" -name '*.py' ! -name _build_info.py -print0 |
+  local folders=("kdkernels/$1")
+  if [[ $1 == *triplet_loss ]]; then folders=(kdkernels/triplet); fi
+  if [ "$1" = linear_kd_cross_entropy ]; then folders+=(kdkernels/kd_cross_entropy); fi
+  find kdkernels/*.py "${folders[@]}" -name '*.py' ! -name _build_info.py -print0 |
     sort -z | xargs -0 cat | sha256sum | cut -c1-12
 }
 
@@ -114,6 +115,7 @@ install() {
 contract() { # OP
   local only="cuda and $1 and not eager-cuda" workers=$(($(nproc) / 2)) parallel=()
   if [ "$1" = triplet_loss ]; then only="$only and not batch_triplet_loss"; fi
+  if [ "$1" = kd_cross_entropy ]; then only="$only and not linear_kd_cross_entropy"; fi
   if ((workers > 8)); then workers=8; fi
   # Most of its time is Triton's compilation.
   if ((workers > 1)) && "$python" -c "import xdist" 2>/dev/null; then parallel=(-n "$workers"); fi

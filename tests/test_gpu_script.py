@@ -25,6 +25,8 @@ case "$*" in
 esac
 """
 
+OPS = len(sanitize.CALLS)
+
 
 @pytest.fixture
 def script(tmp_path):
@@ -75,7 +77,7 @@ def test_the_script_is_valid_and_its_plan_runs_nothing(script):
     assert (plan.status, plan.asked) == (0, [])
     parts = [line.split(" (")[0] for line in plan.printed.splitlines()]
     assert parts[:3] == ["== install", "== contract kd_cross_entropy", "== bench kd_cross_entropy"]
-    assert len(parts) == 1 + 4 * len(sanitize.CALLS)
+    assert len(parts) == 1 + 4 * OPS
     for line in plan.printed.splitlines():
         if " -m bench " in line:
             options = command.parse(line.split(" -m bench ")[1].split())
@@ -93,20 +95,31 @@ def test_a_finished_part_is_not_run_again_until_its_sources_change(script, tmp_p
         "failed: none",
         "left for the next call with this state: none",
     ]
-    for word, times in (("-m pytest", 5), ("--device cuda", 5), ("--tool", 10), ("--summary", 1)):
+    for word, times in (
+        ("-m pytest", OPS),
+        ("--device cuda", OPS),
+        ("--tool", 2 * OPS),
+        ("--summary", 1),
+    ):
         assert sum(word in call for call in first.asked) == times, word
     assert len(script().asked) == 2  # pip and the table
     (first.root / "kdkernels" / "triplet" / "some.py").write_text("changed")
     again = script()
     assert again.status == 0
     assert sum("-m pytest" in call for call in again.asked) == 2  # both triplet losses
+    (first.root / "kdkernels" / "kd_cross_entropy" / "some.py").write_text("changed")
+    # and the head, which builds on it; an op's name must not run the tests of another
+    tests = [call for call in script().asked if "-m pytest" in call]
+    assert len(tests) == 2
+    assert "kd_cross_entropy and not eager-cuda and not linear_kd_cross_entropy" in tests[0]
+    assert "cuda and linear_kd_cross_entropy and not eager-cuda" in tests[1]
 
 
 def test_a_failing_part_keeps_no_other_from_running_and_is_run_again(script):
     first = script(BROKEN_CONTRACT="hidden_l2", BROKEN_BENCH="kd_cross_entropy")
     assert first.status == 1
     assert "failed: bench kd_cross_entropy contract hidden_l2" in first.printed
-    assert sum("--tool" in call for call in first.asked) == 10
+    assert sum("--tool" in call for call in first.asked) == 2 * OPS
     second = script()
     assert second.status == 0
     ours = [call for call in second.asked if "pip" not in call and "report" not in call]
@@ -128,14 +141,14 @@ def test_without_time_parts_are_left_for_the_next_call(script, tmp_path):
 def test_results_go_to_out_and_an_earlier_state_is_taken_from_a_folder(script, tmp_path):
     out, state = tmp_path / "out", tmp_path / "state"
     assert script(OUT=str(out), BROKEN_CONTRACT="hidden_l2").status == 1
-    assert len((out / "finished").read_text().splitlines()) == 19
+    assert len((out / "finished").read_text().splitlines()) == 4 * OPS - 1
     (out / "rows.csv").write_text("rows\n")
     out.rename(state)
     second = script(str(state), OUT=str(out))
     assert second.status == 0
     assert sum("-m pytest" in call for call in second.asked) == 1
     assert (out / "rows.csv").read_text() == "rows\n"
-    assert len((out / "finished").read_text().splitlines()) == 20
+    assert len((out / "finished").read_text().splitlines()) == 4 * OPS
     assert len(list(out.glob("gpu-*.log"))) == 1
 
 

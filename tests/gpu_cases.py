@@ -223,8 +223,9 @@ def _batch_cases() -> list[Case]:
             found.append(of(rows, 512, BF16, mining=mining))
         for rows in (1024, 16_384):
             found += [
+                of(rows, 512, FP32, mining=mining, reduction="none", incoming="rows"),
                 of(rows, 512, FP32, mining=mining, squared=False, reduction="nonzero"),
-                of(rows, 512, FP16, mining=mining, reduction="none", incoming="rows"),
+                of(rows, 512, FP16, mining=mining, reduction="sum"),
                 of(rows, 512, FP32, mining=mining, gradient=False),
             ]
         found.append(of(1000, 127, FP32, mining=mining))

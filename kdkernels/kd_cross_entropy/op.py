@@ -201,14 +201,9 @@ def kd_cross_entropy(
         lib.check_like(NAME, "teacher", teacher, student, "student")
     if target is not None:
         lib.check_labels(NAME, "target", target, student.shape[0], student.device)
-    temperature = check_temperature(temperature)
-    alpha = lib.check_number(NAME, "alpha", alpha, at_least=-LARGEST, at_most=LARGEST)
-    label_smoothing = lib.check_number(
-        NAME, "label_smoothing", label_smoothing, at_least=0.0, at_most=1.0
+    temperature, alpha, label_smoothing = check_row_options(
+        temperature, alpha, label_smoothing, ignore_index, reduction
     )
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise lib.reject(NAME, f"ignore_index must be an int, got {ignore_index!r}")
-    lib.check_choice(NAME, "reduction", reduction, lib.REDUCTIONS)
     tensors = [student] if teacher is None else [student, teacher]
     backend = lib.choose_backend(NAME, backend, tensors)
     if target is not None and backend != "native":  # which finds it in the same sweep
@@ -245,6 +240,25 @@ def check_temperature(temperature: object, op: str = NAME) -> float:
     """A temperature whose square and inverse float32 can hold."""
     value = lib.check_number(op, "temperature", temperature, above=0.0)
     return lib.check_number(op, "temperature", value, at_least=1 / LARGEST, at_most=LARGEST)
+
+
+def check_row_options(
+    temperature: object,
+    alpha: object,
+    label_smoothing: object,
+    ignore_index: object,
+    reduction: object,
+    op: str = NAME,
+) -> tuple[float, float, float]:
+    """Temperature, alpha and label smoothing as floats, where all options of a row are right."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise lib.reject(op, f"ignore_index must be an int, got {ignore_index!r}")
+    lib.check_choice(op, "reduction", reduction, lib.REDUCTIONS)
+    return (
+        check_temperature(temperature, op),
+        lib.check_number(op, "alpha", alpha, at_least=-LARGEST, at_most=LARGEST),
+        lib.check_number(op, "label_smoothing", label_smoothing, at_least=0.0, at_most=1.0),
+    )
 
 
 def check_label_range(target: Tensor, classes: int, ignore_index: int, op: str = NAME) -> None:
@@ -286,14 +300,12 @@ class KDCrossEntropyLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        self.temperature = check_temperature(temperature)
-        self.alpha = lib.check_number(NAME, "alpha", alpha, at_least=-LARGEST, at_most=LARGEST)
+        self.temperature, self.alpha, self.label_smoothing = check_row_options(
+            temperature, alpha, label_smoothing, ignore_index, reduction
+        )
         self.tau_squared = tau_squared
         self.ignore_index = ignore_index
-        self.label_smoothing = lib.check_number(
-            NAME, "label_smoothing", label_smoothing, at_least=0.0, at_most=1.0
-        )
-        self.reduction = lib.check_choice(NAME, "reduction", reduction, lib.REDUCTIONS)
+        self.reduction = reduction
         self.return_terms = return_terms
         self.backend = backend
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kdkernels import library as lib
-from kdkernels.kd_cross_entropy.op import LARGEST, check_label_range, check_temperature
+from kdkernels.kd_cross_entropy.op import check_label_range, check_row_options
 from kdkernels.linear_kd_cross_entropy import eager, native
 from kdkernels.linear_kd_cross_entropy.arguments import (
     NAME,
@@ -262,14 +262,9 @@ def linear_kd_cross_entropy(
     if target is not None:
         lib.check_labels(NAME, "target", target, rows, features.device)
     m2, m3 = check_margin(margin, features, normalize and target is not None)
-    temperature = check_temperature(temperature, NAME)
-    alpha = lib.check_number(NAME, "alpha", alpha, at_least=-LARGEST, at_most=LARGEST)
-    label_smoothing = lib.check_number(
-        NAME, "label_smoothing", label_smoothing, at_least=0.0, at_most=1.0
+    temperature, alpha, label_smoothing = check_row_options(
+        temperature, alpha, label_smoothing, ignore_index, reduction, NAME
     )
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise lib.reject(NAME, f"ignore_index must be an int, got {ignore_index!r}")
-    lib.check_choice(NAME, "reduction", reduction, lib.REDUCTIONS)
     backend = lib.choose_backend(NAME, backend, tensors)
     if target is not None:
         check_label_range(target, classes, ignore_index, NAME)
@@ -344,14 +339,12 @@ class LinearKDCrossEntropyLoss(nn.Module):
         self.margin = margin
         is_straight_through(margin_grad)
         self.margin_grad = margin_grad
-        self.temperature = check_temperature(temperature, NAME)
-        self.alpha = lib.check_number(NAME, "alpha", alpha, at_least=-LARGEST, at_most=LARGEST)
+        self.temperature, self.alpha, self.label_smoothing = check_row_options(
+            temperature, alpha, label_smoothing, ignore_index, reduction, NAME
+        )
         self.tau_squared = tau_squared
         self.ignore_index = ignore_index
-        self.label_smoothing = lib.check_number(
-            NAME, "label_smoothing", label_smoothing, at_least=0.0, at_most=1.0
-        )
-        self.reduction = lib.check_choice(NAME, "reduction", reduction, lib.REDUCTIONS)
+        self.reduction = reduction
         self.return_terms = return_terms
         self.backend = backend
 

@@ -112,10 +112,10 @@ class RunData:
         landmarks = self.source.landmarks
         self.points = None if landmarks is None else self.store.landmarks_in_store()
 
-    def epoch(self, number: int, balanced: bool) -> list[Tensor]:
+    def epoch(self, number: int) -> list[Tensor]:
         """Index lists of the batches of epoch `number`, counted from the start of the run."""
         config = self.config
-        if balanced:
+        if config.balanced:
             people, pictures = config.triplet.people, config.triplet.pictures
             return balanced_batches(self.train, self.labels, people, pictures, config.seed, number)
         return random_batches(

@@ -111,8 +111,8 @@ def run_weights(run: Path) -> Path:
         if (folder / WEIGHTS).is_file():
             return folder
     raise CheckpointError(
-        f"{run}: no trained weights there, which init_from or teacher.run asks for (@NAME is the "
-        "run beside this one); train that run first, or name its folder"
+        f"{run}: no trained weights there, which a setting as init_from or teacher.run asks for "
+        "(@NAME is the run beside this one); train that run first, or name its folder"
     )
 
 

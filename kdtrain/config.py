@@ -6,12 +6,17 @@ settings.py turns YAML recipes and command-line keys into a Config.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 
 from kdtrain.config_checks import ConfigError, require
 from kdtrain.config_target import TEACHER_WEIGHTS, TargetConfig, TeacherConfig
+
+RUN_SETTINGS: Mapping[str, str] = {"init_from": "init_from", "teacher": "teacher.run"}
+"""Settings whose value is a run folder, or @NAME for the run beside: by the input's name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +141,10 @@ class ModelConfig:
 class TripletConfig:
     """The triplet loss of verification and its identity-balanced batches."""
 
+    weight: float = 1.0
+    """Weight of the triplet loss. 0 leaves verification to the softmax loss (target.gamma) and its
+    margin, in ordinary batches: how face recognition is mostly trained.
+    """
     margin: float = 0.4
     "lambda of eq. 8."
     mining: Literal["hard", "semihard", "all"] = "semihard"
@@ -152,6 +161,8 @@ class TripletConfig:
     "Pictures of each person in a batch."
 
     def __post_init__(self) -> None:
+        finite = math.isfinite(self.weight)
+        require(finite and self.weight >= 0, "triplet.weight", "0 or more", self.weight)
         require(self.margin >= 0, "triplet.margin", "0 or more", self.margin)
         require(self.people >= 2, "triplet.people", "at least 2", self.people)
         require(self.pictures >= 2, "triplet.pictures", "at least 2", self.pictures)
@@ -324,17 +335,36 @@ class Config:
                     "use identity:random, random or file: for classification"
                 )
             require(
-                self.target.gamma > 0 or self.target.needs_teacher,
+                self._has_other_loss,
                 "target.gamma",
                 "more than 0 for classification, unless a target of the teacher has a weight",
                 self.target.gamma,
             )
 
+        if self.task == "verification" and not (self.triplet.weight or self._has_other_loss):
+            raise ConfigError(
+                "triplet.weight 0 leaves verification without a loss: raise it or target.gamma"
+            )
+
+    @property
+    def balanced(self) -> bool:
+        """True where a batch is triplet.people x triplet.pictures: where triplets are mined."""
+        return self.task == "verification" and self.triplet.weight > 0
+
+    @property
+    def _has_other_loss(self) -> bool:
+        return self.target.gamma > 0 or self.target.needs_teacher
+
+    def runs(self) -> dict[str, str]:
+        """What names a run that this one reads, by the name of the input (RUN_SETTINGS)."""
+        values = {name: attrgetter(key)(self) for name, key in RUN_SETTINGS.items()}
+        return {name: value for name, value in values.items() if value is not None}
+
     def _check_relations(self) -> None:
         """RKD compares three pictures at least: two are always one mean distance apart."""
         batch, key = self.optim.batch_size, "optim.batch_size"
         for name in ("rkd_distance", "rkd_angle"):
-            if getattr(self.target, name) and self.task != "verification" and batch < 3:
+            if getattr(self.target, name) and not self.balanced and batch < 3:
                 raise ConfigError(
                     f"target.{name} compares at least 3 pictures of a batch, and {key} is {batch}: "
                     f"raise it, or set target.{name} to 0"

@@ -24,7 +24,6 @@ from kdtrain.estimate import Estimate, estimate
 from kdtrain.journal import duration
 from kdtrain.order import wall_time
 from kdtrain.pipeline import Stage, cores
-from kdtrain.tasks import TASKS
 from kdtrain.timing import batch_pictures, network_size
 
 DAY_S = 86400.0
@@ -195,7 +194,7 @@ def counted(config: Config, sources: dict[DataConfig, FaceSource]) -> Counts:
     source = shared_source(config.data, sources)
     train, validation, test = parts(source, config)
     batches = None
-    if TASKS[config.task].needs_balanced_batches:
+    if config.balanced:
         people, pictures = config.triplet.people, config.triplet.pictures
         batches = len(balanced_batches(train, source.labels, people, pictures, config.seed, 0))
     return Counts(source.num_classes, len(train), len(validation), len(test), batches, "")

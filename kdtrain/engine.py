@@ -172,7 +172,7 @@ class Run:
         self.history = History(*task.metric, config.train.early_stop)
         self.journal: Journal | None = None
         self.answers = prepare_cache(config, data, task, folder, screen)
-        self._batches = data.epoch(0, task.needs_balanced_batches)
+        self._batches = data.epoch(0)
         self._start_clock({})
         self._shown = 0.0
 
@@ -188,7 +188,7 @@ class Run:
         config, task = self.config, self.task
         for count in range(self.at.epoch, len(self.schedule)):
             phase, epoch = self.schedule[count]
-            self._batches = self.data.epoch(count, task.needs_balanced_batches)
+            self._batches = self.data.epoch(count)
             if self.answers is not None:
                 self.answers.open(phase, epoch, self._batches)
             task.network.train()

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from kdtrain.config import Config, ConfigError, ModelConfig
 from kdtrain.environment import check_device
-from kdtrain.tasks import TASKS
 from kdtrain.timing import batch_pictures, network_size, timing
 
 
@@ -165,7 +164,7 @@ def estimate(
 def batches_of_epoch(config: Config, pictures: int) -> int:
     """Batches of one epoch over `pictures` training pictures."""
     full, rest = divmod(pictures, batch_pictures(config))
-    drops = config.train.drop_last or TASKS[config.task].needs_balanced_batches
+    drops = config.train.drop_last or config.balanced
     return full if drops else full + bool(rest)
 
 

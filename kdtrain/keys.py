@@ -13,14 +13,13 @@ from typing import Any
 from torch import Tensor
 
 from kdtrain.checkpoint import WEIGHTS, CheckpointError, read_json, run_weights
-from kdtrain.config import Config, run_folder
+from kdtrain.config import RUN_SETTINGS, Config, run_folder
 from kdtrain.settings import to_flat
 
 # How and where a run computes, shows and finds things; the pictures themselves are in the data's
 # fingerprint.
 NOT_IN_KEY = (
-    "init_from",
-    "teacher.run",
+    *RUN_SETTINGS.values(),
     "teacher.cache_dir",
     "data.root",
     "data.cache",
@@ -69,8 +68,7 @@ def run_key(config: Config, inputs: Mapping[str, str], data: str) -> str:
     """16 hex digits over the settings that count, the input runs' keys, the data's key, versions
     and sources.
 
-    inputs: key of the run that `init_from` and `teacher.run` name, where set, under "init_from" and
-    "teacher".
+    inputs: key of each run that the config names, by the name of the input (config.RUN_SETTINGS).
     """
     settings = _counted(to_flat(config))
     record = {"settings": settings, "inputs": dict(inputs), "data": data, "sources": source_hash()}
@@ -79,8 +77,7 @@ def run_key(config: Config, inputs: Mapping[str, str], data: str) -> str:
 
 def input_folders(config: Config, run_dir: Path) -> dict[str, Path]:
     """The run folders that a run reads, by the setting that names them."""
-    names = {"init_from": config.init_from, "teacher": config.teacher.run}
-    return {k: run_folder(name, run_dir) for k, name in names.items() if name is not None}
+    return {name: run_folder(run, run_dir) for name, run in config.runs().items()}
 
 
 def input_key(folder: Path) -> str:

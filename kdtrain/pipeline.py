@@ -1,9 +1,9 @@
 """The whole chain: a preset's recipes as stages with inputs, their keys, what is reused, and the
 result table.
 
-A preset is a folder of recipes. A recipe whose `init_from` or `teacher.run` is @NAME takes stage
-NAME as an input; stages run in an order that respects this. Stages run as processes of their own
-(scheduler.py), each in its own run folder below the root.
+A preset is a folder of recipes. A recipe that names a run (config.RUN_SETTINGS) as @NAME takes
+stage NAME as an input; stages run in an order that respects this. Stages run as processes of their
+own (scheduler.py), each in its own run folder below the root.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kdtrain import checkpoint, keys, settings
-from kdtrain.config import Config, ConfigError, DataConfig
+from kdtrain.config import RUN_SETTINGS, Config, ConfigError, DataConfig
 from kdtrain.journal import duration, number
 from kdtrain.order import longest_chain_first
 from kdtrain.scheduler import Outcome, Overview, Work, run_all
@@ -63,7 +63,7 @@ class Stage:
 
 def inputs_of(config: Config) -> tuple[str, ...]:
     """The stages beside it that a stage reads."""
-    named = [v[1:] for v in (config.init_from, config.teacher.run) if v and v.startswith("@")]
+    named = [run[1:] for run in config.runs().values() if run.startswith("@")]
     return tuple(dict.fromkeys(named))
 
 
@@ -83,7 +83,7 @@ def plan(
     circle.
     """
     common = settings.in_full(common)
-    fixed = [key for key in ("task", "init_from", "teacher.run") if key in common]
+    fixed = [key for key in ("task", *RUN_SETTINGS.values()) if key in common]
     if fixed:
         raise ConfigError(
             f"{fixed[0]} is each stage's own; set it for one stage: --STAGE.{fixed[0]}"

@@ -59,7 +59,7 @@ def prepare_cache(
         data.device,
         screen.say,
     )
-    pictures = sum(map(len, data.epoch(0, task.needs_balanced_batches)))
+    pictures = sum(map(len, data.epoch(0)))
     cache.reserve(pictures, [phase.epochs for phase in config.optim.phases])
     return cache
 
@@ -101,4 +101,4 @@ def check_data(task: Task, data: RunData) -> None:
             f"{source.name}: task classification needs at least 2 people (classes), found "
             f"{source.num_classes}"
         )
-    data.epoch(0, task.needs_balanced_batches)
+    data.epoch(0)

@@ -165,7 +165,10 @@ def loss_text(stage: Stage) -> str:
         parts.append("points")
     if stage.task == "verification":
         triplet = stage.config.get("triplet", {})
-        parts.append(f"triplet ({triplet.get('mining')}, margin {triplet.get('margin')})")
+        weight = triplet.get("weight", 1)
+        named = f"triplet ({triplet.get('mining')}, margin {triplet.get('margin')})"
+        if weight:
+            parts.append(named if weight == 1 else f"{weight:g} {named}")
     tau = f"tau {target.get('temperature'):g}" if target.get("temperature") else ""
     tau += ", tau\N{SUPERSCRIPT TWO}" if target.get("tau_squared") else ""
     for key, name, note in (

@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 
 from kdtrain import checkpoint, keys, pipeline, settings
-from kdtrain.config import Config, ConfigError, TeacherConfig
+from kdtrain.config import RUN_SETTINGS, Config, ConfigError, TeacherConfig
 from kdtrain.scheduler import Outcome
 from kdtrain.selection import (
     PUBLISHED,
@@ -147,8 +147,7 @@ def require_inputs(config: Config, root: Path, recipe: Path, overrides: Mapping[
         problem = _problem(folder)
         if problem is None:
             continue
-        named = config.init_from if setting == "init_from" else config.teacher.run
-        assert named is not None
+        named = config.runs()[setting]
         if not named.startswith("@") or (folder / "diverged.json").exists():
             raise ConfigError(f"{setting}: {problem}")
         data = {key: value for key, value in overrides.items() if key.startswith("data.")}
@@ -173,7 +172,7 @@ def training_commands(name: str, folder: Path, recipes: Path, extra: str) -> lis
     if recipe is None:
         return [f"python -m kdtrain train RECIPE_OF_{name} --run-dir {folder}"]
     flat, commands = settings.read_recipe(recipe), []
-    for value in (flat.get("init_from"), flat.get("teacher.run")):
+    for value in map(flat.get, RUN_SETTINGS.values()):
         if value and value.startswith("@") and _problem(folder.parent / value[1:]):
             before = training_commands(value[1:], folder.parent / value[1:], recipes, extra)
             commands += [command for command in before if command not in commands]

@@ -49,7 +49,6 @@ class Task(ABC):
 
     metric: tuple[str, int]
     """Name of the metric that judges a run, and +1 where more is better, -1 where less is."""
-    needs_balanced_batches = False
     needs_landmarks = False
 
     def __init__(self, config: Any, num_classes: int, teacher: FaceNetwork | None = None) -> None:

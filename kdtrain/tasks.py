@@ -197,17 +197,18 @@ class Alignment(Task):
 
 class Verification(Task):
     """Eq. 8-9: the triplet loss on pooled features, with joint softmax and targets where they have
-    a weight.
+    a weight; or the softmax loss and targets alone (triplet.weight 0).
 
     Features are scaled to unit length first, unless triplet.normalize is off; so are those whose
     neighbours are sought.
     """
 
     metric = ("nn_top1", +1)
-    needs_balanced_batches = True
 
-    def _metric_loss(self, outputs: Outputs, labels: Tensor) -> Objective:
+    def _metric_loss(self, outputs: Outputs, labels: Tensor) -> Objective | None:
         options = self.config.triplet
+        if not options.weight:
+            return None
         loss = batch_triplet_loss(
             self._embedding(outputs.hidden),
             labels,
@@ -217,7 +218,8 @@ class Verification(Task):
             reduction=options.reduction,
             backend=self.backend,
         )
-        return Objective(loss, {"triplet": loss})
+        weighted = loss if options.weight == 1 else options.weight * loss
+        return Objective(weighted, {"triplet": loss})
 
     def _embedding(self, hidden: Tensor) -> Tensor:
         return F.normalize(hidden, dim=1) if self.config.triplet.normalize else hidden

@@ -57,7 +57,7 @@ _FREE = (
 )
 # Settings of which only it counts whether they are set.
 _SWITCHES = (
-    *("target.gamma", *(f"target.{name}" for name in TEACHER_WEIGHTS)),
+    *("triplet.weight", "target.gamma", *(f"target.{name}" for name in TEACHER_WEIGHTS)),
     *("optim.clip_norm", "optim.ema"),
 )
 _PICTURES = ("data.store_size", "data.input_size")
@@ -96,7 +96,7 @@ _timings: dict[str, Timing] = {}
 
 def batch_pictures(config: Config) -> int:
     """Pictures of a training step."""
-    if TASKS[config.task].needs_balanced_batches:
+    if config.balanced:
         return config.triplet.people * config.triplet.pictures
     return config.optim.batch_size
 
@@ -310,7 +310,7 @@ class _Trial:
         """
         wanted = max(LEAST, min(most, batch_pictures(self.config)))
         alike = 1
-        if self.task.needs_balanced_batches:
+        if self.config.balanced:
             alike = min(self.config.triplet.pictures, wanted // 2)
         else:
             wanted = min(wanted, batch_pictures(self.config))

@@ -265,7 +265,7 @@ def test_pictures_that_are_there_are_counted_batches_included():
     assert isinstance(counts, dryrun.Counts)
     assert (counts.classes, counts.train, counts.test) == (8, 24, 16)
     data = RunData(config)
-    assert counts.epoch_batches == len(data.epoch(0, balanced=True))
+    assert counts.epoch_batches == len(data.epoch(0))
     counts = dryrun.count(tiny_config(data__validation_fraction=0.25))
     assert isinstance(counts, dryrun.Counts)
     assert (counts.train, counts.validation) == (18, 6)

@@ -126,6 +126,27 @@ def test_verification_is_the_triplet_loss_of_unit_features_and_the_joint_softmax
     torch.testing.assert_close(result.loss, metric + softmax)
 
 
+def test_the_triplet_loss_takes_its_weight_and_0_leaves_the_softmax_loss_in_ordinary_batches():
+    config = make_config("verification", mining="all", gamma=0.5)
+    pictures, labels, _ = make_batch()
+    losses = {}
+    for weight in (0.0, 1.0, 3.0):
+        triplet = dataclasses.replace(config.triplet, weight=weight)
+        weighted = dataclasses.replace(config, triplet=triplet)
+        assert weighted.balanced == (weight > 0)
+        task = build_task(weighted, PEOPLE)
+        losses[weight] = task.step(pictures, labels)
+    assert set(losses[0.0].terms) == {"hard", "top1"}
+    torch.testing.assert_close(losses[0.0].loss, 0.5 * losses[0.0].terms["hard"])
+    metric = losses[1.0].terms["triplet"]
+    torch.testing.assert_close(losses[1.0].loss - losses[0.0].loss, metric)
+    torch.testing.assert_close(losses[3.0].loss - losses[0.0].loss, 3 * metric)
+    triplet = dataclasses.replace(config.triplet, weight=0.0)
+    target = dataclasses.replace(config.target, gamma=0.0)
+    with pytest.raises(ValueError, match=r"triplet\.weight 0 leaves verification without a loss"):
+        dataclasses.replace(config, triplet=triplet, target=target)
+
+
 def test_with_the_triplet_loss_alone_the_classifier_gets_no_gradient():
     task = make_task("verification")
     pictures, labels, _ = make_batch()

@@ -141,7 +141,7 @@ def test_losses_with_float16_answers_move_by_no_more_than_rounding_explains(root
     task = prepare_task(config, data, root / "run", quiet())
     cache = prepare_cache(config, data, task, root / "run", quiet())
     assert cache is not None
-    batches = data.epoch(0, task.needs_balanced_batches)
+    batches = data.epoch(0)
     cache.open(0, 0, batches)
     for number, indices in enumerate(batches):
         batch = data.batch(indices, phase=0, epoch=0, following=None)

@@ -60,7 +60,7 @@ def test_a_step_takes_the_mean_gradient_of_its_batches_by_pictures(tmp_path, mon
     with computing(config):
         data = RunData(config)
         task = build_task(config, data.source.num_classes)
-        batches = data.epoch(0, False)
+        batches = data.epoch(0)
         assert [len(b) for b in batches] == [5, 5, 5, 5, 4]
         task.network.train()
         for group, found in ((batches[:3], gradients[0]), (batches[3:], gradients[1])):
@@ -143,7 +143,7 @@ def test_a_loss_that_is_not_finite_names_the_pictures_of_the_whole_step(tmp_path
     config = tiny_config(**GROUPS)
     with pytest.raises(engine.TrainingError, match="step 2") as caught:
         train(config, tmp_path)
-    batches = RunData(config).epoch(0, False)
+    batches = RunData(config).epoch(0)
     assert RunData(config).names(torch.cat(batches[3:])) in str(caught.value)
 
 

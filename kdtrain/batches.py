@@ -24,6 +24,7 @@ from kdtrain.data import (
     center,
     hold_out,
     random_batches,
+    shrink,
     split_indices,
     to_original,
     training_labels,
@@ -46,6 +47,42 @@ class Batch(NamedTuple):
     points: Tensor | None
     """(B, 5, 2) landmarks in pixels of the crop."""
     waited_s: float
+    teacher_pictures: Tensor | None = None
+    """(B, 3, t, t): the same crops as the teacher sees them, where it reads another size."""
+
+
+class Views(NamedTuple):
+    """One crop and flip of each of B pictures, at the size of either network."""
+
+    pictures: Tensor
+    """(B, 3, s, s) float32 in [0, 255]."""
+    points: Tensor | None
+    """(B, 5, 2) landmarks in pixels of `pictures`."""
+    teacher_pictures: Tensor | None
+    """(B, 3, t, t); None where there is no teacher, or it reads `pictures`."""
+
+
+def training_views(
+    stored: Tensor, points: Tensor | None, indices: Tensor, config: Config, phase: int, epoch: int
+) -> Views:
+    """The augmented crops of stored pictures (B, 3, S, S) uint8, for student and teacher; see
+    data.augment and data.shrink.
+    """
+    crops, points, frame = augment(
+        stored,
+        points,
+        indices,
+        seed=config.seed,
+        phase=phase,
+        epoch=epoch,
+        config=config.augment,
+        input_size=config.data.crop_side,
+    )
+    pictures, smaller, _ = shrink(crops, points, frame, config.data.input_size)
+    theirs = None
+    if config.teacher.run is not None and config.teacher_side != config.data.input_size:
+        theirs, _, _ = shrink(crops, None, frame, config.teacher_side)
+    return Views(pictures, smaller, theirs)
 
 
 def shared_source(data: DataConfig, sources: dict[DataConfig, FaceSource]) -> FaceSource:
@@ -132,18 +169,9 @@ class RunData:
         if following is not None:
             self.store.prefetch(following)
         points = None if self.points is None else self.points[indices].to(self.device)
-        pictures, points, _ = augment(
-            stored.to(self.device),
-            points,
-            indices,
-            seed=self.config.seed,
-            phase=phase,
-            epoch=epoch,
-            config=self.config.augment,
-            input_size=self.config.data.input_size,
-        )
+        views = training_views(stored.to(self.device), points, indices, self.config, phase, epoch)
         labels = self.labels[indices].to(self.device)
-        return Batch(pictures, labels, points, waited_s)
+        return Batch(views.pictures, labels, views.points, waited_s, views.teacher_pictures)
 
     def evaluation(self, indices: Tensor) -> Iterator[EvalBatch]:
         """Centre crops of the pictures `indices`, in order."""
@@ -151,7 +179,8 @@ class RunData:
         for part in indices.split(EVAL_BATCH):
             stored = self.store.get(part).to(self.device)
             points = None if self.points is None else self.points[part].to(self.device)
-            pictures, _, frame = center(stored, points, data.input_size, self.config.augment)
+            crop = center(stored, points, data.crop_side, self.config.augment)
+            pictures, _, frame = shrink(*crop, data.input_size)
             sizes = source.sizes[part]
             yield EvalBatch(
                 pictures=pictures,

@@ -46,10 +46,12 @@ class DataConfig:
     "A missing or damaged picture stops the run, or is left out, counted and reported."
     store_size: int = 36
     "Pictures are resized to this square once, pixels."
-    input_size: int = 32
-    """Side of the network's input, cropped from the stored picture: anywhere in training, the
-    centre in evaluation.
+    crop_size: int | None = None
+    """Side of the crop in stored pixels (with augment.crop jitter: in pixels that the window is
+    sampled at), taken anywhere in training, from the centre in evaluation; null takes input_size.
     """
+    input_size: int = 32
+    "Side of the network's input: the crop, averaged down to it where it is larger."
     cache: Literal["auto", "memory", "none"] = "auto"
     "Keep resized pictures in memory; auto does so up to 2 GiB."
     workers: int = 0
@@ -78,9 +80,16 @@ class DataConfig:
         require(0 <= held_out < 1, "data.validation_fraction", "0 <= x < 1", held_out)
         require(self.input_size >= 8, "data.input_size", "at least 8", self.input_size)
         require(
-            self.store_size >= self.input_size,
+            self.crop_side >= self.input_size,
+            "data.crop_size",
+            f"at least data.input_size ({self.input_size}), as crops are never enlarged",
+            self.crop_size,
+        )
+        crop = "input_size" if self.crop_size is None else "crop_size"
+        require(
+            self.store_size >= self.crop_side,
             "data.store_size",
-            f"at least data.input_size ({self.input_size})",
+            f"at least data.{crop} ({self.crop_side})",
             self.store_size,
         )
         require(self.workers >= 0, "data.workers", "0 or more", self.workers)
@@ -92,6 +101,11 @@ class DataConfig:
                 self.root is not None, "data.root", f"a folder, for data.kind {self.kind}", None
             )
 
+    @property
+    def crop_side(self) -> int:
+        """Pixels of the crop's side, from which every network's input is made."""
+        return self.input_size if self.crop_size is None else self.crop_size
+
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
@@ -100,7 +114,7 @@ class AugmentConfig:
     flip: bool = True
     "Mirror half of the training pictures; left and right landmarks change places."
     crop: Literal["random", "jitter"] = "random"
-    "random: a shifted crop of the input size; jitter: also scaled, always inside the picture."
+    "random: a shifted crop of data.crop_size; jitter: also scaled, always inside the picture."
     scale_min: float = 0.85
     "Smallest crop side as a fraction of the picture's (jitter)."
     scale_max: float = 0.95
@@ -318,6 +332,7 @@ class Config:
         if self.teacher.run is not None and not self.target.needs_teacher:
             raise ConfigError(f"teacher is set but {known} are all 0: weigh one, or drop it")
         self._check_relations()
+        self._check_resolutions()
         if self.target.hint and self.task != "classification":
             raise ConfigError(
                 f"target.hint is a stage before classification, got task {self.task}: set task to "
@@ -369,6 +384,37 @@ class Config:
                     f"target.{name} compares at least 3 pictures of a batch, and {key} is {batch}: "
                     f"raise it, or set target.{name} to 0"
                 )
+
+    @property
+    def teacher_side(self) -> int:
+        """Side of the pictures that the teacher is asked on."""
+        own = self.teacher.input_size
+        return self.data.input_size if own is None else own
+
+    def _check_resolutions(self) -> None:
+        """Both networks read one crop; maps of two sizes meet where one halves into the other."""
+        side, theirs = self.data.input_size, self.teacher_side
+        require(
+            8 <= theirs <= self.data.crop_side,
+            "teacher.input_size",
+            f"from 8 to the crop's {self.data.crop_side} pixels (data.crop_size), or null",
+            theirs,
+        )
+        if theirs == side:
+            return
+        if self.target.hint:
+            raise ConfigError(
+                f"target.hint compares maps of one input, and the teacher sees {theirs} pixels "
+                f"(teacher.input_size), the student {side}: set teacher.input_size to null"
+            )
+        smaller, larger = sorted((side, theirs))
+        while larger > smaller and not larger % 2:
+            larger //= 2
+        if self.target.attention and larger != smaller:
+            raise ConfigError(
+                "target.attention compares maps that halve into each other: teacher.input_size "
+                f"({theirs}) and data.input_size ({side}) must differ by a power of two"
+            )
 
 
 def run_folder(name: str, run_dir: Path) -> Path:

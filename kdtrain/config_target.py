@@ -123,6 +123,10 @@ class TeacherConfig:
 
     run: str | None = None
     "Run folder of the teacher (RUN/best: its best weights); @NAME is the run beside this one."
+    input_size: int | None = None
+    """Side of the pictures that the teacher sees, the student's crops and flips at another
+    resolution; null shows it the student's own.
+    """
     cache: Literal["none", "float32", "float16"] = "none"
     """Keep the teacher's answers on disk, for every student that meets the same batches: float32
     trains to the same bits as none, float16 rounds them and takes half the room.

@@ -277,6 +277,8 @@ def _table(rows: Sequence[Row]) -> list[str]:
 def _cells(row: Row) -> tuple[str, ...]:
     config, cost = row.run.config, row.cost
     teacher = "" if row.run.teacher is None else network_name(row.run.teacher)
+    if teacher and config.teacher_side != config.data.input_size:
+        teacher += f" at {config.teacher_side}"
     head = (row.run.name, ", ".join(row.run.inputs), network_name(config.model))
     head += (str(config.data.input_size),)
     batch = str(batch_pictures(config))

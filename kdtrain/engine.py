@@ -226,8 +226,9 @@ class Run:
         for place in range(first, end):
             following = self._batches[place + 1] if place + 1 < len(self._batches) else None
             batch = self.data.batch(self._batches[place], phase, epoch, following)
-            guide = self._guide(place, batch.pictures)
-            result = self.task.step(batch.pictures, batch.labels, batch.points, guide)
+            seen = batch.teacher_pictures
+            guide = self._guide(place, batch.pictures if seen is None else seen)
+            result = self.task.step(batch.pictures, batch.labels, batch.points, guide, seen)
             found = {"loss": result.loss, **result.terms}
             if end - first > 1:
                 share = len(batch.labels) / pictures
@@ -309,8 +310,10 @@ class Run:
         ended = self.history.ended(self._epoch(), len(self.schedule))
         floors = task.floors(data.evaluation(data.train), data.evaluation(data.test))
         networks = {"student" if task.teacher is not None else "network": task.network}
+        sides = dict.fromkeys(networks, config.data.input_size)
         if task.teacher is not None:
             networks["teacher"] = task.teacher
+            sides["teacher"] = config.teacher_side
         results = {
             "status": "finished",
             "task": config.task,
@@ -326,9 +329,7 @@ class Run:
             "steps": self.at.steps,
             "skipped_steps": self.optimisation.skipped,
             "parameters": {k: count_parameters(n) for k, n in networks.items()},
-            "multiply_adds": {
-                k: multiply_adds(n, config.data.input_size) for k, n in networks.items()
-            },
+            "multiply_adds": {k: multiply_adds(n, sides[k]) for k, n in networks.items()},
             "data": data.summary(),
             "key": self.key,
             **self.clock.summary(),

@@ -136,7 +136,8 @@ def estimate(
     own = network_size(config, config.model, classes)
     guide = None
     if teacher is not None:
-        guide = network_size(config, teacher, teacher_classes or classes)
+        side = config.teacher_side
+        guide = network_size(config, teacher, teacher_classes or classes, side)
     kept = answers_kept and config.teacher.cache != "none"
     timed = timing(config, classes, teacher, teacher_classes or classes, kept, threads, steps)
     share = batch / timed.pictures

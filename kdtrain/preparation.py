@@ -27,7 +27,10 @@ def prepare_task(config: Config, data: RunData, run_dir: Path, screen: Screen) -
     the data do not serve it.
     """
     folders = keys.input_folders(config, run_dir)
-    teacher = load_network(folders["teacher"]) if "teacher" in folders else None
+    teacher = None
+    if "teacher" in folders:
+        teacher = load_network(folders["teacher"])
+        say_other_size(config, folders["teacher"], screen)
     task = build_task(config, data.source.num_classes, teacher)
     check_data(task, data)
     if "init_from" in folders:
@@ -67,6 +70,24 @@ def prepare_cache(
 def load_network(run: Path) -> FaceNetwork:
     """The network of a run folder, with its last weights (RUN/best: its best)."""
     weights = checkpoint.run_weights(run)
+    return network_from_state(_own_config(run).model, checkpoint.load_weights(weights))
+
+
+def say_other_size(config: Config, run: Path, screen: Screen) -> None:
+    """Tell people where a teacher is asked on pictures of another size than it was trained on and
+    no setting asks for it.
+    """
+    own, side = _own_config(run).data.input_size, config.teacher_side
+    if config.teacher.input_size is None and own != side:
+        screen.say(
+            f"teacher {run.name} was trained on pictures of {own} pixels and is asked on the "
+            f"student's {side}; teacher.input_size {own} (data.crop_size at least that) shows it "
+            "the same crops at its own size"
+        )
+
+
+def _own_config(run: Path) -> Config:
+    """The config of a run folder, or of the run that a checkpoint lies in."""
     recipe = next(
         (f for f in (run / "config.yaml", run.parent / "config.yaml") if f.is_file()), None
     )
@@ -74,8 +95,7 @@ def load_network(run: Path) -> FaceNetwork:
         raise checkpoint.CheckpointError(
             f"{run}: no config.yaml beside its weights; name a run folder"
         )
-    model = settings.build(settings.read_recipe(recipe)).model
-    return network_from_state(model, checkpoint.load_weights(weights))
+    return settings.build(settings.read_recipe(recipe))
 
 
 def without_teacher(config: Config) -> Config:

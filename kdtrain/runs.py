@@ -107,7 +107,9 @@ def pictures_text(stage: Stage) -> str:
             text += f", {source['validation']:,} for validation"
         if source.get("skipped"):
             text += f", {source['skipped']} skipped"
-    return text + f"; split {data.get('split')}; {data.get('input_size')} pixels"
+    text += f"; split {data.get('split')}; {data.get('input_size')} pixels"
+    crop = data.get("crop_size")
+    return text + (f" of crops of {crop}" if crop else "")
 
 
 def machine_text(stage: Stage) -> str:
@@ -189,7 +191,11 @@ def loss_text(stage: Stage) -> str:
             parts.append(f"{prefix}{name}" + (f" ({note})" if note else ""))
     teacher = stage.config.get("teacher")
     name = teacher.get("run") if isinstance(teacher, Mapping) else teacher  # a string is short
-    return " + ".join(parts) + (f"; teacher {str(name).removeprefix('@')}" if name else "")
+    if not name:
+        return " + ".join(parts)
+    side = teacher.get("input_size") if isinstance(teacher, Mapping) else None
+    size = f" on {side} pixels" if side else ""
+    return " + ".join(parts) + f"; teacher {str(name).removeprefix('@')}{size}"
 
 
 def phases_text(stage: Stage) -> str:

@@ -125,8 +125,8 @@ class Task(ABC):
         return needed
 
     def guide(self, pictures: Tensor) -> Guide | None:
-        """The teacher's answer to a training batch (N, 3, s, s), without gradient; None without a
-        teacher.
+        """The teacher's answer to a training batch (N, 3, t, t) of its own size, without gradient;
+        None without a teacher.
         """
         if self.teacher is None:
             return None
@@ -140,16 +140,17 @@ class Task(ABC):
         labels: Tensor,
         points: Tensor | None = None,
         guide: Guide | None = None,
+        teacher_pictures: Tensor | None = None,
     ) -> StepResult:
         """Loss of a training batch with its gradient graph.
 
         pictures (N, 3, s, s) float in [0, 255]; labels (N,); points (N, 5, 2) landmarks in crop
         pixels, for alignment. guide: the teacher's answer where it is known already; else the
-        teacher is asked.
+        teacher is asked, on teacher_pictures (N, 3, t, t) where it reads another size.
         """
         outputs = self._outputs(self.network, pictures)
         if guide is None:
-            guide = self.guide(pictures)
+            guide = self.guide(pictures if teacher_pictures is None else teacher_pictures)
         softmax = softmax_objective(
             outputs.logits,
             None if guide is None else guide.logits,

@@ -79,9 +79,10 @@ class Hint(Classification):
         labels: Tensor,
         points: Tensor | None = None,
         guide: Guide | None = None,
+        teacher_pictures: Tensor | None = None,
     ) -> StepResult:
         """target.hint r |r(student's maps) - teacher's maps|^2; see Task.step. A Guide has no maps,
-        so the teacher is always asked.
+        so the teacher is always asked, on the same pictures (Config sees to it).
         """
         ours, theirs = self._maps(pictures, self._run)
         pair = Pair("hint", ours, theirs, self.target.hint, self.target.hint_reduction)

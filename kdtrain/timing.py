@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from kdtrain import settings
+from kdtrain.batches import training_views
 from kdtrain.config import Config, ModelConfig
 from kdtrain.config_target import TEACHER_WEIGHTS
-from kdtrain.data import augment, center
+from kdtrain.data import center, shrink
 from kdtrain.environment import computing
 from kdtrain.models import FaceNetwork, count_parameters, multiply_adds, seeded
 from kdtrain.observe import EvalBatch, look
@@ -60,7 +61,7 @@ _SWITCHES = (
     *("triplet.weight", "target.gamma", *(f"target.{name}" for name in TEACHER_WEIGHTS)),
     *("optim.clip_norm", "optim.ema"),
 )
-_PICTURES = ("data.store_size", "data.input_size")
+_PICTURES = ("data.store_size", "data.crop_size", "data.input_size", "teacher.input_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +102,12 @@ def batch_pictures(config: Config) -> int:
     return config.optim.batch_size
 
 
-def network_size(config: Config, model: ModelConfig, classes: int) -> Size:
-    """Size of a network at the config's input; nothing is allocated or computed (meta tensors)."""
-    return _size(model, classes, TASKS[config.task].needs_landmarks, config.data.input_size)
+def network_size(config: Config, model: ModelConfig, classes: int, side: int | None = None) -> Size:
+    """Size of a network at the config's input, or at `side` pixels; nothing is allocated or
+    computed (meta tensors).
+    """
+    side = config.data.input_size if side is None else side
+    return _size(model, classes, TASKS[config.task].needs_landmarks, side)
 
 
 @cache
@@ -232,19 +236,19 @@ class _Trial:
         self.task.network.train()
         self.task.extra.train()
         started = self._now()
-        pictures, points, _ = augment(
+        views = training_views(
             stored.to(self.device),
             None if points is None else points.to(self.device),
             torch.arange(len(labels)),
-            seed=0,
+            self.config,
             phase=0,
             epoch=0,
-            config=self.config.augment,
-            input_size=self.config.data.input_size,
         )
         # a rate at which random labels cannot make the weights infinite within a few steps
         self.optimisation.begin(1e-6)
-        loss = self.task.step(pictures, labels.to(self.device), points, guide).loss
+        loss = self.task.step(
+            views.pictures, labels.to(self.device), views.points, guide, views.teacher_pictures
+        ).loss
         self.optimisation.backward(loss)
         between = self._now()
         self.taken += 1
@@ -290,14 +294,14 @@ class _Trial:
         """Seconds of the forward pass over `pictures` centre crops."""
         stored, points = self._pictures(pictures)
         started = self._now()
-        crops, _, _ = center(
-            stored.to(self.device), None, self.config.data.input_size, self.config.augment
-        )
+        data = self.config.data
+        crop = center(stored.to(self.device), None, data.crop_side, self.config.augment)
+        crops, _, _ = shrink(*crop, data.input_size)
         batch = EvalBatch(
             pictures=crops,
             labels=torch.zeros(pictures, dtype=torch.int64, device=self.device),
             indices=torch.arange(pictures),
-            sizes=torch.full((pictures, 2), self.config.data.store_size),
+            sizes=torch.full((pictures, 2), data.store_size),
             points_original=points,
             to_original=lambda found: found,
         )
@@ -356,7 +360,8 @@ def _fitting(
     # kept
     each = 1.4 * network_size(config, config.model, classes).activations + 8 * classes
     if teacher is not None:
-        each += 0.4 * network_size(config, teacher, teacher_classes).activations
+        theirs = network_size(config, teacher, teacher_classes, config.teacher_side)
+        each += 0.4 * theirs.activations
         each += 4 * teacher_classes
     return max(LEAST, min(batch_pictures(config), int(limit / each)))
 

@@ -142,6 +142,7 @@ def test_the_kept_answer_teaches_as_the_teacher_does():
 def test_attention_is_not_kept_and_says_that_the_teacher_answers_online(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(preparation, "load_network", lambda _: make_teacher(8))
+    monkeypatch.setattr(preparation, "say_other_size", lambda *_: None)
     options = {"target__attention": 1000.0, "target__beta": 1.0, "teacher__cache": "float32"}
     config = tiny_config(teacher="@teacher", **options)
     data, screen = RunData(config), quiet()

@@ -184,7 +184,8 @@ def test_a_teacher_alone_is_its_run(tmp_path, capsys):
         arguments = ["train", "two-cores/cls_distilled", "--dry-run", *words]
         assert main([*arguments, "--teacher.cache", "float16"]) == 0
         shown = yaml.safe_load(capsys.readouterr().out)
-        assert shown["teacher"] == {"run": "runs/x", "cache": "float16", "cache_dir": None}
+        given = TeacherConfig(run="runs/x", cache="float16")
+        assert shown["teacher"] == dataclasses.asdict(given)
     argv = ["--one.teacher", "x", "--one.teacher.cache=float32", "--teacher", "y"]
     special = take_stage_keys(argv, ["one"])
     assert special == {"one": {"teacher.run": "x", "teacher.cache": "float32"}}

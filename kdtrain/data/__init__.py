@@ -3,6 +3,7 @@
 from kdtrain.data.celeba import read_celeba
 from kdtrain.data.folder import read_folder
 from kdtrain.data.grid import sample_grid
+from kdtrain.data.resize import area_average, shrink
 from kdtrain.data.samplers import balanced_batches, left_out, random_batches
 from kdtrain.data.source import DataError, FaceSource, build_source
 from kdtrain.data.split import hold_out, split_indices, training_labels
@@ -15,6 +16,7 @@ __all__ = [
     "FaceSource",
     "Frame",
     "PictureStore",
+    "area_average",
     "augment",
     "balanced_batches",
     "build_source",
@@ -25,6 +27,7 @@ __all__ = [
     "read_celeba",
     "read_folder",
     "sample_grid",
+    "shrink",
     "split_indices",
     "synthetic_faces",
     "to_original",

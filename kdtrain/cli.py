@@ -164,13 +164,20 @@ def evaluate_run(argv: Sequence[str]) -> int:
     """Measure a trained run again."""
     parser = command_parser(
         "eval",
-        "RUN [--section.key value ...]",
+        "RUN [--gallery RUN] [--section.key value ...]",
         "Measure a run's network on its test split, or on other pictures given by keys. RUN: a run "
         "folder (its last weights) or its checkpoint RUN/best.",
     )
     parser.add_argument("run", help="run folder, or its best/")
+    parser.add_argument(
+        "--gallery",
+        type=str,
+        help="run folder whose network's features are searched (verification): eval.gallery",
+    )
     add_keys(parser)
     options, overrides = parse(parser, argv)
+    if options.get("gallery") is not None:
+        overrides["eval.gallery"] = options["gallery"]
     from kdtrain import engine
 
     run = Path(options["run"])

@@ -15,7 +15,11 @@ from typing import Literal
 from kdtrain.config_checks import ConfigError, require
 from kdtrain.config_target import TEACHER_WEIGHTS, TargetConfig, TeacherConfig
 
-RUN_SETTINGS: Mapping[str, str] = {"init_from": "init_from", "teacher": "teacher.run"}
+RUN_SETTINGS: Mapping[str, str] = {
+    "init_from": "init_from",
+    "teacher": "teacher.run",
+    "gallery": "eval.gallery",
+}
 """Settings whose value is a run folder, or @NAME for the run beside: by the input's name."""
 
 
@@ -297,6 +301,11 @@ class EvalConfig:
 
     normalizer: Literal["interocular", "diagonal", "side"] = "interocular"
     "What landmark errors are divided by: eye distance, or diagonal or side of the picture."
+    gallery: str | None = None
+    """Run folder of another network, such as the teacher, whose features are searched by this one's
+    (verification; RUN/best: its best weights); @NAME is the run beside this one. Adds the metrics
+    asym_...; changes nothing that is trained.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,6 +342,11 @@ class Config:
             raise ConfigError(f"teacher is set but {known} are all 0: weigh one, or drop it")
         self._check_relations()
         self._check_resolutions()
+        if self.eval.gallery is not None and self.task != "verification":
+            raise ConfigError(
+                f"eval.gallery: features are searched in task verification, got {self.task}; set "
+                "eval.gallery to null"
+            )
         if self.target.hint and self.task != "classification":
             raise ConfigError(
                 f"target.hint is a stage before classification, got task {self.task}: set task to "

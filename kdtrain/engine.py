@@ -48,6 +48,7 @@ from kdtrain.optimisation import Optimisation, learning_rate
 from kdtrain.preparation import (
     TrainingError,
     check_data,
+    open_gallery,
     prepare_cache,
     prepare_task,
     without_teacher,
@@ -124,6 +125,9 @@ def evaluate(config: Config, run: Path) -> dict[str, Any]:
         trained = network_from_state(config.model, weights)
         inherit(task.network, trained.state_dict())
         task.to(data.device)
+        gallery = keys.input_folders(config, _folder(run)).get("gallery")
+        if gallery is not None:
+            task.gallery = open_gallery(gallery, data, task)
         metrics = task.evaluate(data.evaluation(data.test))
         floors = task.floors(data.evaluation(data.train), data.evaluation(data.test))
         if trained.num_classes != data.source.num_classes:
@@ -482,6 +486,11 @@ class Run:
         phase, epoch = self.schedule[self.at.epoch]
         place = {"key": self.key, "phase": phase, "epoch": epoch}
         return divergence.diverged(self.folder, step, why, {**place, **self.clock.summary()})
+
+
+def _folder(run: Path) -> Path:
+    """The run folder of a run or of one of its checkpoints."""
+    return run if (run / "config.yaml").is_file() else run.parent
 
 
 def _input_keys(config: Config, run_dir: Path) -> dict[str, str]:

@@ -175,19 +175,51 @@ def _nn_hit(right: Tensor, has_mate: Tensor) -> Tensor:
     return torch.where(has_mate, right.float(), float("nan"))
 
 
-def _nearest_other_group(features: Tensor, groups: Tensor, chunk: int = 512) -> Tensor:
-    """(N,) index of the nearest row of another group; itself where there is none. Memory: chunk x N
-    distances.
+def cross_hits(
+    queries: Tensor, gallery: Tensor, labels: Tensor, groups: Tensor | None = None
+) -> dict[str, Tensor]:
+    """`nn_hits` across two networks: each query's nearest row among another network's features of
+    the same pictures, but its own picture's (with groups also: its own video's).
+
+    queries, gallery (N, D): row i is picture i in both. Returns float32 (N,) as nn_hits does,
+    "nn_top1" and with groups "nn_top1_other_video". ValueError for shapes that differ.
     """
-    # distances do not change when the mean is taken off, and the Gram form then cancels less
-    centred = features.float() - features.float().mean(0)
-    squares = centred.square().sum(1)
+    if queries.shape != gallery.shape:
+        raise ValueError(
+            "cross_hits: queries and gallery must be features of the same pictures and of one "
+            f"width, got {tuple(queries.shape)} and {tuple(gallery.shape)}"
+        )
+    labels = labels.to(queries.device)
+    people = torch.unique(labels, return_inverse=True)[1]
+    mates = torch.bincount(people)[people] - 1
+    own = torch.arange(len(labels), device=labels.device)
+    nearest = _nearest_other_group(queries, own, gallery=gallery)
+    result = {"nn_top1": _nn_hit(labels[nearest] == labels, mates > 0)}
+    if groups is not None:
+        groups = groups.to(queries.device)
+        video = torch.unique(torch.stack([people, groups], 1), dim=0, return_inverse=True)[1]
+        mates = mates + 1 - torch.bincount(video)[video]
+        nearest = _nearest_other_group(queries, groups, gallery=gallery)
+        result["nn_top1_other_video"] = _nn_hit(labels[nearest] == labels, mates > 0)
+    return result
+
+
+def _nearest_other_group(
+    features: Tensor, groups: Tensor, chunk: int = 512, gallery: Tensor | None = None
+) -> Tensor:
+    """(N,) index of the nearest row of another group, among the features or, if given, the
+    gallery's rows of the same pictures; itself where there is none. Memory: chunk x N distances.
+    """
+    rows = features if gallery is None else gallery
+    # distances do not change when one mean is taken off all, and the Gram form then cancels less
+    mean = rows.float().mean(0)
+    centred, rows = features.float() - mean, rows.float() - mean
+    squares = rows.square().sum(1)
     nearest = []
     for start in range(0, len(centred), chunk):
         block = slice(start, start + chunk)
-        distance = torch.addmm(
-            squares, centred[block], centred.T, alpha=-2
-        )  # + |query|^2, constant
+        distance = torch.addmm(squares, centred[block], rows.T, alpha=-2)
+        # + |query|^2, constant
         distance[groups[block, None] == groups] = float("inf")
         best, index = distance.min(1)
         own = torch.arange(start, start + len(index), device=index.device)
@@ -284,7 +316,20 @@ def best_threshold(scores: Tensor, same: Tensor) -> float:
 def pair_accuracy(
     features_a: Tensor, features_b: Tensor, same: Tensor, folds: int = 10
 ) -> tuple[float, float]:
-    """Mean and population standard deviation over folds of the share of pairs told right by cosine.
+    """`over_folds` of `pair_hits`."""
+    return over_folds(pair_hits(features_a, features_b, same, folds), folds)
+
+
+def over_folds(told: Tensor, folds: int = 10) -> tuple[float, float]:
+    """Mean and population standard deviation over contiguous folds of the share of pairs (P,) that
+    are told right.
+    """
+    result = torch.stack([fold.double().mean() for fold in told.tensor_split(folds)])
+    return result.mean().item(), result.std(correction=0).item()
+
+
+def pair_hits(features_a: Tensor, features_b: Tensor, same: Tensor, folds: int = 10) -> Tensor:
+    """(P,) bool on the CPU: whether each pair is told right by cosine.
 
     features_a, features_b (P, D); same (P,) bool, in contiguous folds (the first P % folds get one
     more). A fold is judged with the `best_threshold` of the other folds. ValueError for fewer than
@@ -298,14 +343,13 @@ def pair_accuracy(
     scores, same = cosine(features_a, features_b).cpu(), same.bool().cpu()
     if not bool(scores.isfinite().all()):
         raise ValueError("pair_accuracy: features must be finite, got nan or inf in them")
-    accuracies = []
+    told = torch.empty(count, dtype=torch.bool)
     for fold in torch.arange(count).tensor_split(folds):
         others = torch.ones(count, dtype=torch.bool)
         others[fold] = False
-        told_same = scores[fold] >= best_threshold(scores[others], same[others])
-        accuracies.append((told_same == same[fold]).double().mean())
-    result = torch.stack(accuracies)
-    return result.mean().item(), result.std(correction=0).item()
+        threshold = best_threshold(scores[others], same[others])
+        told[fold] = (scores[fold] >= threshold) == same[fold]
+    return told
 
 
 def roc(scores: Tensor, same: Tensor) -> tuple[Tensor, Tensor, Tensor]:

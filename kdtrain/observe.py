@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdtrain import evaluate
+from kdtrain import all_pairs, evaluate
 from kdtrain.models import NUM_POINTS, FaceNetwork, Outputs
 
 PAIR_FOLDS = 10
@@ -145,33 +145,73 @@ def pixels(batches: Iterable[EvalBatch]) -> tuple[Tensor, Tensor, Tensor | None]
     return torch.cat(rows), torch.cat(labels), torch.cat(groups) if groups else None
 
 
-def pair_metrics(rows: Tensor, labels: Tensor) -> dict[str, float]:
+class Measured(NamedTuple):
+    """What one way of measuring features gave."""
+
+    metrics: dict[str, float]
+    items: dict[str, Tensor]
+    """Right or wrong, float32: (N,) a picture, or (P,) a pair in the order of make_pairs."""
+    samples: dict[str, np.ndarray]
+    """Curves for the report."""
+
+
+def pairs(rows: Tensor, labels: Tensor, gallery: Tensor | None = None) -> Measured:
     """Accuracy in ten folds and TAR at FAR 0.01 of features (N, D) by cosine; nothing with too few
-    people.
+    people. gallery (N, D): features of each pair's second picture, by another network.
     """
-    pairs = _pairs(labels)
-    if pairs is None:
-        return {}
-    a, b, same = pairs
-    mean, spread = evaluate.pair_accuracy(rows[a], rows[b], same, PAIR_FOLDS)
-    scores = evaluate.cosine(rows[a], rows[b])
-    return {
+    drawn = _pairs(labels)
+    if drawn is None:
+        return Measured({}, {}, {})
+    a, b, same = drawn
+    ours, theirs = rows[a], (rows if gallery is None else gallery)[b]
+    told = evaluate.pair_hits(ours, theirs, same, PAIR_FOLDS)
+    mean, spread = evaluate.over_folds(told, PAIR_FOLDS)
+    far, tar, _ = evaluate.roc(evaluate.cosine(ours, theirs), same)
+    kept = evenly(len(far), 400)
+    metrics = {
         "pair_accuracy": mean,
         "pair_accuracy_std": spread,
-        "tar_at_far_0.01": evaluate.tar_at_far(scores, same, 0.01),
+        "tar_at_far_0.01": tar[far <= 0.01].max().item(),
         "pairs": len(same),
     }
+    samples = {"roc_far": far[kept].numpy(), "roc_tar": tar[kept].numpy()}
+    return Measured(metrics, {"pair_accuracy": told.float()}, samples)
 
 
-def roc_samples(rows: Tensor, labels: Tensor) -> dict[str, np.ndarray]:
-    """The ROC curve of the same pairs, thinned to 400 points."""
-    pairs = _pairs(labels)
-    if pairs is None:
-        return {}
-    a, b, same = pairs
-    far, tar, _ = evaluate.roc(evaluate.cosine(rows[a], rows[b]), same)
-    kept = evenly(len(far), 400)
-    return {"roc_far": far[kept].numpy(), "roc_tar": tar[kept].numpy()}
+def pair_metrics(rows: Tensor, labels: Tensor) -> dict[str, float]:
+    """The metrics of `pairs`."""
+    return pairs(rows, labels).metrics
+
+
+def every_pair(
+    rows: Tensor, labels: Tensor, groups: Tensor | None, gallery: Tensor | None = None
+) -> Measured:
+    """TAR at low FAR of features (N, D) by cosine over all pairs, and its curve (all_pairs.py)."""
+    scores = all_pairs.pair_scores(rows, labels, groups, gallery=gallery)
+    far, tar = all_pairs.curve(scores)
+    samples = {"all_far": far.numpy(), "all_tar": tar.numpy()} if len(far) else {}
+    return Measured(all_pairs.metrics(scores), {}, samples)
+
+
+def asymmetric(
+    rows: Tensor, gallery: Tensor, labels: Tensor, groups: Tensor | None, *, normalize: bool
+) -> Measured:
+    """Queries (N, D) looked up among another network's features (N, D) of the same pictures; every
+    name begins with asym_.
+
+    A query's own picture is no neighbour; of a pair the first picture is the query. normalize:
+    scale both to unit length before distances, as for nn_top1.
+    """
+    ours, theirs = (F.normalize(x, dim=1) if normalize else x for x in (rows, gallery))
+    hits = evaluate.cross_hits(ours, theirs, labels, groups)
+    counts = ("nn_queries", "nn_lone", "pairs")  # as of the network by itself
+    found = [pairs(rows, labels, gallery), every_pair(rows, labels, groups, gallery)]
+    shares = evaluate.nn_shares(hits) | found[0].metrics | found[1].metrics
+    return Measured(
+        {f"asym_{k}": v for k, v in shares.items() if not k.startswith(counts)},
+        {f"asym_{k}": v for k, v in (hits | found[0].items).items()},
+        {f"asym_{k}": v for one in found for k, v in one.samples.items()},
+    )
 
 
 def neighbour_samples(rows: Tensor, seen: Seen, backend: str | None) -> dict[str, np.ndarray]:

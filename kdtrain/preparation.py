@@ -11,6 +11,7 @@ from kdtrain import checkpoint, keys, settings
 from kdtrain.batches import RunData
 from kdtrain.config import Config, TeacherConfig
 from kdtrain.config_target import TEACHER_WEIGHTS
+from kdtrain.gallery import Gallery, build_gallery
 from kdtrain.journal import Screen
 from kdtrain.models import FaceNetwork, inherit, network_from_state
 from kdtrain.task import Task
@@ -38,7 +39,17 @@ def prepare_task(config: Config, data: RunData, run_dir: Path, screen: Screen) -
         for line in inherit(task.network, weights):
             screen.say(f"not taken from {folders['init_from']}: {line}")
     task.to(data.device)
+    if "gallery" in folders:
+        task.gallery = open_gallery(folders["gallery"], data, task)
     return task
+
+
+def open_gallery(run: Path, data: RunData, task: Task) -> Gallery:
+    """The gallery of another run for this task's network. Raises CheckpointError where the run has
+    no weights, ConfigError where its features are of another width.
+    """
+    network, theirs = load_network(run), run_config(run)
+    return build_gallery(network, theirs, data, task.network.width, run)
 
 
 def prepare_cache(
@@ -70,14 +81,14 @@ def prepare_cache(
 def load_network(run: Path) -> FaceNetwork:
     """The network of a run folder, with its last weights (RUN/best: its best)."""
     weights = checkpoint.run_weights(run)
-    return network_from_state(_own_config(run).model, checkpoint.load_weights(weights))
+    return network_from_state(run_config(run).model, checkpoint.load_weights(weights))
 
 
 def say_other_size(config: Config, run: Path, screen: Screen) -> None:
     """Tell people where a teacher is asked on pictures of another size than it was trained on and
     no setting asks for it.
     """
-    own, side = _own_config(run).data.input_size, config.teacher_side
+    own, side = run_config(run).data.input_size, config.teacher_side
     if config.teacher.input_size is None and own != side:
         screen.say(
             f"teacher {run.name} was trained on pictures of {own} pixels and is asked on the "
@@ -86,8 +97,10 @@ def say_other_size(config: Config, run: Path, screen: Screen) -> None:
         )
 
 
-def _own_config(run: Path) -> Config:
-    """The config of a run folder, or of the run that a checkpoint lies in."""
+def run_config(run: Path) -> Config:
+    """The config of a run folder, or of the run that a checkpoint (RUN/best) is of. Raises
+    CheckpointError where there is none.
+    """
     recipe = next(
         (f for f in (run / "config.yaml", run.parent / "config.yaml") if f.is_file()), None
     )

@@ -8,7 +8,7 @@ without gradient: online, or their kept answers are handed in (teacher_cache.py)
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,6 +45,8 @@ class Task(ABC):
 
     network: what is trained and saved. extra: modules that are trained but dropped afterwards.
     teacher: eval mode, no gradient, in neither state nor optimiser; None where no target needs it.
+    gallery: another network's features of pictures (N,) by their place in the source, for
+    asymmetric evaluation (gallery.py); None without.
     """
 
     metric: tuple[str, int]
@@ -95,6 +97,7 @@ class Task(ABC):
                     self.network.width, self.teacher.width, projection=target.embedding_proj
                 )
             self.extra["embedding"] = self._embedding_target
+        self.gallery: Callable[[Tensor], Tensor] | None = None
         self._samples: dict[str, np.ndarray] = {}
         self._items: dict[str, Tensor] = {}
 

@@ -226,25 +226,43 @@ class Verification(Task):
         return F.normalize(hidden, dim=1) if self.config.triplet.normalize else hidden
 
     def _evaluate(self, seen: Seen) -> dict[str, float]:
-        rows = self._embedding(seen.hidden)
+        rows, unit = self._embedding(seen.hidden), self.config.triplet.normalize
+        hits = evaluate.nn_hits(rows, seen.labels, seen.groups, backend=self.backend)
+        found = [
+            observe.pairs(seen.hidden, seen.labels),
+            observe.every_pair(seen.hidden, seen.labels, seen.groups),
+        ]
+        if self.gallery is not None:
+            theirs = self.gallery(seen.indices)
+            found.append(
+                observe.asymmetric(seen.hidden, theirs, seen.labels, seen.groups, normalize=unit)
+            )
         self._samples = observe.neighbour_samples(rows, seen, self.backend)
-        self._samples |= observe.roc_samples(seen.hidden, seen.labels)
-        self._items = evaluate.nn_hits(rows, seen.labels, seen.groups, backend=self.backend)
-        nearest = evaluate.nn_shares(self._items)
-        return _measurable(nearest) | observe.pair_metrics(seen.hidden, seen.labels)
+        self._items = dict(hits)
+        metrics = evaluate.nn_shares(hits)
+        for one in found:
+            metrics |= one.metrics
+            self._items |= one.items
+            self._samples |= one.samples
+        return _measurable(metrics)
 
     def floors(self, train: Iterable[EvalBatch], test: Iterable[EvalBatch]) -> dict[str, float]:
         """The same metrics on raw pixels instead of features."""
-        pixels, labels, groups = observe.pixels(test)
-        nearest = evaluate.nn_top1(pixels, labels, groups, backend=self.backend)
-        return _measurable(nearest) | observe.pair_metrics(pixels, labels)
+        return self._of_features(*observe.pixels(test), unit=False)
 
     def untrained(self, test: Iterable[EvalBatch]) -> dict[str, float]:
-        """All metrics; see Task.untrained."""
+        """All metrics of the network by itself; see Task.untrained."""
         seen = self._untrained(test)
-        rows = self._embedding(seen.hidden)
-        nearest = evaluate.nn_top1(rows, seen.labels, seen.groups, backend=self.backend)
-        return _measurable(nearest) | observe.pair_metrics(seen.hidden, seen.labels)
+        unit = self.config.triplet.normalize
+        return self._of_features(seen.hidden, seen.labels, seen.groups, unit=unit)
+
+    def _of_features(
+        self, hidden: Tensor, labels: Tensor, groups: Tensor | None, *, unit: bool
+    ) -> dict[str, float]:
+        rows = F.normalize(hidden, dim=1) if unit else hidden
+        nearest = evaluate.nn_top1(rows, labels, groups, backend=self.backend)
+        every = observe.every_pair(hidden, labels, groups)
+        return _measurable(nearest | observe.pair_metrics(hidden, labels) | every.metrics)
 
 
 def _measurable(metrics: dict[str, float]) -> dict[str, float]:

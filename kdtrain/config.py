@@ -14,6 +14,7 @@ from typing import Literal
 
 from kdtrain.config_checks import ConfigError, require
 from kdtrain.config_target import TEACHER_WEIGHTS, TargetConfig, TeacherConfig
+from kdtrain.networks.names import NAMES, TIMM, is_known
 
 RUN_SETTINGS: Mapping[str, str] = {
     "init_from": "init_from",
@@ -135,18 +136,45 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The residual network; every layer has 1 / divide of the kernels that width stands for."""
+    """The network; every layer has 1 / divide of the channels that its name stands for."""
 
+    name: str = "resnet"
+    """resnet (depth, width and stem are its own) | mobilefacenet (the original, 1.2 M parameters) |
+    mbf | mbf_large (arcface_torch's) | iresnet18, 34, 50, 100 | ir18, 34, 50, 101 (AdaFace's and
+    CVLface's) | timm:NAME. Face networks (all but resnet and most of timm) are built for
+    data.input_size.
+    """
+    embedding: int | None = None
+    """Width of an embedding layer between the pooled maps and the classifier; null: 512 for face
+    networks, none for resnet and timm.
+    """
+    color: Literal["rgb", "bgr"] = "rgb"
+    "Order of the colours that the weights want; pictures are RGB, the network turns them round."
     depth: Literal[50, 14] = 50
-    "Bottleneck blocks (3, 4, 6, 3), or (1, 1, 1, 1) for small pictures and demos."
+    "Bottleneck blocks (3, 4, 6, 3), or (1, 1, 1, 1) for small pictures and demos (resnet)."
     width: int = 64
-    "Kernels of the first stage before division; 64 is ResNet-50's own."
+    "Kernels of the first stage before division; 64 is ResNet-50's own (resnet)."
     divide: Literal[1, 2, 4, 8] = 1
-    "The papers' /2, /4, /8 students."
+    "The papers' /2, /4, /8 students; timm's networks cannot be divided."
     stem: Literal["imagenet", "small"] = "imagenet"
-    "imagenet: 7x7 stride 2 and 3x3 stride 2 max pooling; small: 3x3 stride 2 alone."
+    "imagenet: 7x7 stride 2 and 3x3 stride 2 max pooling; small: 3x3 stride 2 alone (resnet)."
 
     def __post_init__(self) -> None:
+        require(
+            is_known(self.name), "model.name", f"one of {', '.join(NAMES)}, timm:NAME", self.name
+        )
+        require(
+            self.embedding is None or self.embedding >= 1,
+            "model.embedding",
+            "at least 1, or null",
+            self.embedding,
+        )
+        require(
+            self.divide == 1 or not self.name.startswith(TIMM),
+            "model.divide",
+            f"1 for {self.name}: timm's networks have sizes under other names",
+            self.divide,
+        )
         require(
             self.width >= self.divide and self.width % self.divide == 0,
             "model.width",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from kdtrain.data import DataError, FaceSource, balanced_batches
 from kdtrain.environment import environment
 from kdtrain.estimate import Estimate, estimate
 from kdtrain.journal import duration
+from kdtrain.networks.names import network_title
 from kdtrain.order import wall_time
 from kdtrain.pipeline import Stage, cores
 from kdtrain.timing import batch_pictures, network_size
@@ -329,8 +330,9 @@ def _summary(rows: Sequence[Row], threads: int, jobs: int) -> list[str]:
 
 def network_name(model: ModelConfig) -> str:
     """'ResNet-50/8': depth, base kernels where they are not 64, division."""
-    width = "" if model.width == 64 else f" w{model.width}"
-    return f"ResNet-{model.depth}{width}" + (f"/{model.divide}" if model.divide > 1 else "")
+    name, slash, divide = network_title(asdict(model)).partition("/")
+    width = f" w{model.width}" if model.name == "resnet" and model.width != 64 else ""
+    return name + width + slash + divide
 
 
 def long_duration(seconds: float) -> str:

@@ -1,9 +1,9 @@
-"""The face network: a bottleneck ResNet of any width with a classifier and a landmark head side by
-side.
+"""The face network: a backbone of any name (kdtrain/networks) with a classifier and a landmark head
+side by side.
 
-The teacher is ResNet-50; a student keeps the depth and divides the number of kernels of every layer
-by 2, 4 or 8 ("Model Distillation with Knowledge Transfer", arXiv 1709.02929, section 5.1). Batch
-normalisation sits directly on the raw picture, so no mean is subtracted anywhere.
+The paper's teacher is ResNet-50; a student keeps the depth and divides the number of kernels of
+every layer by 2, 4 or 8 ("Model Distillation with Knowledge Transfer", arXiv 1709.02929, section
+5.1).
 """
 
 from __future__ import annotations
@@ -15,16 +15,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kdtrain.networks.base import Backbone
+from kdtrain.networks.build import build_backbone
+from kdtrain.networks.names import describe
+
 NUM_POINTS = 5
-BLOCKS = {50: (3, 4, 6, 3), 14: (1, 1, 1, 1)}
-EXPANSION = 4  # a bottleneck block puts out four times its inner width
+INPUT_SIZE = 112  # pixels: what published face networks read
 
 
 class Outputs(NamedTuple):
     """What one pass of the network gives. N pictures, C classes, K features."""
 
     hidden: Tensor
-    """(N, K) pooled feature before any normalisation: the paper's hidden layer K."""
+    """(N, K) the backbone's feature before it is scaled to any length: pooled maps (the paper's
+    hidden layer K), or the embedding where the network has one.
+    """
     logits: Tensor
     """(N, C) class scores a = classifier(hidden)."""
     points: Tensor | None
@@ -32,134 +37,27 @@ class Outputs(NamedTuple):
     a landmark head.
     """
     attention: tuple[Tensor, ...] = ()
-    """(N, h, w) of each residual stage, where they were asked for; see attention_map."""
-
-
-class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions beside a shortcut; the stride sits on the 3x3 (as in the 4.1 GMAC
-    ResNet-50).
-    """
-
-    def __init__(self, channels: int, inner: int, stride: int) -> None:
-        super().__init__()
-        outer = inner * EXPANSION
-        self.conv1 = nn.Conv2d(channels, inner, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(inner)
-        self.conv2 = nn.Conv2d(inner, inner, 3, stride=stride, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(inner)
-        self.conv3 = nn.Conv2d(inner, outer, 1, bias=False)
-        self.norm3 = nn.BatchNorm2d(outer)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or channels != outer:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(channels, outer, 1, stride=stride, bias=False), nn.BatchNorm2d(outer)
-            )
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """(N, channels, H, W) -> (N, 4 inner, ceil(H / stride), ceil(W / stride))."""
-        out = torch.relu_(self.norm1(self.conv1(maps)))
-        out = torch.relu_(self.norm2(self.conv2(out)))
-        return torch.relu_(self.norm3(self.conv3(out)) + self.shortcut(maps))
-
-
-def attention_map(maps: Tensor) -> Tensor:
-    """Where a network looks: the squared activations of maps (N, C, h, w), summed over channels.
-
-    Q of attention transfer (Zagoruyko and Komodakis 2017, arXiv 1612.03928, section 3.1); (N, h, w)
-    in float32 at least.
-    """
-    return maps.to(torch.promote_types(maps.dtype, torch.float32)).square().sum(1)
-
-
-class Backbone(nn.Module):
-    """(N, 3, H, W) raw pictures in [0, 255] -> (N, K) pooled features, K = 32 * kernels, for any H
-    and W.
-
-    stem "imagenet": 7x7 stride 2, then a 3x3 stride 2 maximum (for 224 pixels). "small": 3x3 stride
-    2 alone (for 32).
-    """
-
-    def __init__(self, depth: int, kernels: int, stem: str) -> None:
-        super().__init__()
-        self.input_norm = nn.BatchNorm2d(3)
-        if stem == "imagenet":
-            self.stem = nn.Conv2d(3, kernels, 7, stride=2, padding=3, bias=False)
-            self.pool: nn.Module = nn.MaxPool2d(3, stride=2, padding=1)
-        else:
-            self.stem = nn.Conv2d(3, kernels, 3, stride=2, padding=1, bias=False)
-            self.pool = nn.Identity()
-        self.stem_norm = nn.BatchNorm2d(kernels)
-        stages, channels = [], kernels
-        self.widths: list[int] = []
-        for stage, count in enumerate(BLOCKS[depth]):
-            inner = kernels * 2**stage
-            blocks = []
-            for block in range(count):
-                blocks.append(Bottleneck(channels, inner, 2 if stage and not block else 1))
-                channels = inner * EXPANSION
-            stages.append(nn.Sequential(*blocks))
-            self.widths.append(channels)
-        self.stages = nn.Sequential(*stages)
-        self.width = channels
-
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Pooled features (N, K)."""
-        return self.maps(pictures, len(self.stages)).mean((2, 3))
-
-    def maps(self, pictures: Tensor, stage: int) -> Tensor:
-        """Output (N, widths[stage - 1], h, w) of residual stage 1 to 4; the layers above it do not
-        run.
-        """
-        maps = self._entry(pictures)
-        for part in list(self.stages)[:stage]:
-            maps = part(maps)
-        return maps
-
-    def attend(self, pictures: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Pooled features, and the attention_map (N, h, w) of each residual stage."""
-        maps, attention = self._entry(pictures), []
-        for part in self.stages:
-            maps = part(maps)
-            attention.append(attention_map(maps))
-        return maps.mean((2, 3)), tuple(attention)
-
-    def _entry(self, pictures: Tensor) -> Tensor:
-        """What the first residual stage reads."""
-        return self.pool(torch.relu_(self.stem_norm(self.stem(self.input_norm(pictures)))))
+    """(N, h, w) of each stage, where they were asked for; see networks.base.attention_map."""
 
 
 class FaceNetwork(nn.Module):
-    """ResNet of `model.depth` with `model.width / model.divide` base kernels, a classifier and, if
-    asked, a landmark head.
+    """The backbone that `model` names, a classifier and, if asked, a landmark head.
 
-    model: an object with depth (50 | 14), width, divide (1 | 2 | 4 | 8) and stem ("imagenet" |
-    "small"). num_classes: C. landmarks: whether to add the head for 5 points. Both heads read the
-    same feature, so an alignment network still predicts classes (its soft target). Weights depend
-    on torch's seed alone, and those of backbone and classifier do not change with `landmarks` (see
-    `seeded`). Raises ValueError for a size that cannot be built.
+    model: the settings of config.ModelConfig. num_classes: C. landmarks: whether to add the head
+    for 5 points. Both heads read the same feature, so an alignment network still predicts classes
+    (its soft target). input_size: side of the pictures, which face networks are built for (resnet
+    takes any); the default is that of published weights. Weights depend on torch's seed alone, and
+    those of backbone and classifier do not change with `landmarks` (see `seeded`). Raises
+    ValueError for a network that cannot be built.
     """
 
-    def __init__(self, model: Any, num_classes: int, landmarks: bool = False) -> None:
+    def __init__(
+        self, model: Any, num_classes: int, landmarks: bool = False, *, input_size: int = INPUT_SIZE
+    ) -> None:
         super().__init__()
-        if model.depth not in BLOCKS:
-            raise ValueError(
-                f"FaceNetwork: model.depth must be one of {sorted(BLOCKS)}, got {model.depth}"
-            )
-        if model.stem not in ("imagenet", "small"):
-            raise ValueError(
-                f"FaceNetwork: model.stem must be 'imagenet' or 'small', got {model.stem!r}"
-            )
-        if model.divide < 1 or model.width < 1 or model.width % model.divide:
-            raise ValueError(
-                "FaceNetwork: model.divide must divide model.width into whole kernels, "
-                f"got width {model.width} and divide {model.divide}"
-            )
         if num_classes < 1:
             raise ValueError(f"FaceNetwork: num_classes must be at least 1, got {num_classes}")
-        self.backbone = Backbone(model.depth, model.width // model.divide, model.stem)
-        for module in self.backbone.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.backbone: Backbone = build_backbone(model, input_size)
         self.width = self.backbone.width
         self.num_classes = num_classes
         self.classifier = nn.Linear(self.width, num_classes)
@@ -180,11 +78,11 @@ class FaceNetwork(nn.Module):
         return self._heads(self.backbone(pictures.contiguous(memory_format=self._format)))
 
     def tap(self, pictures: Tensor, stage: int) -> Tensor:
-        """Output (N, C, h, w) of residual stage 1 to 4 for raw pictures; see Backbone.maps."""
+        """Output (N, C, h, w) of stage 1 to 4 for raw pictures; see Backbone.maps."""
         return self.backbone.maps(pictures.contiguous(memory_format=self._format), stage)
 
     def attend(self, pictures: Tensor) -> Outputs:
-        """What `forward` gives, and the attention_map of every residual stage."""
+        """What `forward` gives, and the attention_map of every stage."""
         pictures = pictures.contiguous(memory_format=self._format)
         hidden, attention = self.backbone.attend(pictures)
         return self._heads(hidden)._replace(attention=attention)
@@ -205,9 +103,11 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def network_from_state(model: Any, state: Mapping[str, Tensor]) -> FaceNetwork:
+def network_from_state(
+    model: Any, state: Mapping[str, Tensor], input_size: int = INPUT_SIZE
+) -> FaceNetwork:
     """A network with exactly the weights in `state`; classes and landmark head are read off the
-    weights' shapes.
+    weights' shapes. input_size: side of the pictures that it was built for.
 
     Raises ValueError when `model` describes another network than the one that was saved.
     """
@@ -217,12 +117,17 @@ def network_from_state(model: Any, state: Mapping[str, Tensor]) -> FaceNetwork:
             f"FaceNetwork's; their first names are {list(state)[:3]}"
         )
     with seeded(0):
-        network = FaceNetwork(model, len(state["classifier.weight"]), "regressor.weight" in state)
+        network = FaceNetwork(
+            model,
+            len(state["classifier.weight"]),
+            "regressor.weight" in state,
+            input_size=input_size,
+        )
     refused = _differences(network.state_dict(), state)
     if refused:
         raise ValueError(
-            f"network_from_state: {len(refused)} weights do not fit depth {model.depth}, width "
-            f"{model.width}, divide {model.divide}, stem {model.stem!r}; the first: {refused[0]}"
+            f"network_from_state: {len(refused)} weights do not fit {describe(model)} for pictures "
+            f"of {input_size} pixels; the first: {refused[0]}"
         )
     network.load_state_dict(dict(state))
     return network
@@ -242,7 +147,7 @@ def inherit(network: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     if not any(name.startswith("backbone.") and own[name].dim() > 1 for name in taken):
         raise ValueError(
             f"inherit: none of the {len(state)} weights offered fits a backbone weight here; "
-            "model.depth, width, divide and stem must be those of the run that is inherited from; "
+            "the settings under model must be those of the run that is inherited from; "
             f"differences begin with: {'; '.join(_differences(own, state)[:3])}"
         )
     with torch.no_grad():

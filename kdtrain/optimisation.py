@@ -44,8 +44,8 @@ def parameter_groups(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> 
     """The optimiser's groups: those with weight decay and, where no_decay asks for it, those
     without.
 
-    Parameters of one dimension are the weights and biases of normalisations and the biases of
-    layers; all others have two dimensions and more.
+    Parameters of one dimension are the weights and biases of normalisations, the biases of layers
+    and the slopes of PReLUs; all others have two dimensions and more.
     """
     parameters = list(parameters)
     if optim.no_decay == "none":

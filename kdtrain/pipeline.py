@@ -344,7 +344,8 @@ def ordered(stages: Mapping[str, Stage]) -> list[Stage]:
 def _cost(config: Config) -> float:
     """A rough weight of a stage; only the display of time left uses it."""
     epochs = sum(phase.epochs for phase in config.optim.phases)
-    kernels = config.model.width / config.model.divide
+    width = config.model.width if config.model.name == "resnet" else 64
+    kernels = width / config.model.divide
     # a small network's time per picture is half overhead: measured 5.2, 1.2 and 0.9 ms at 32, 8
     # and 4 kernels
     return epochs * (1 + (kernels / 14) ** 2) * (config.data.input_size / 32) ** 2

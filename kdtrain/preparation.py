@@ -81,7 +81,10 @@ def prepare_cache(
 def load_network(run: Path) -> FaceNetwork:
     """The network of a run folder, with its last weights (RUN/best: its best)."""
     weights = checkpoint.run_weights(run)
-    return network_from_state(run_config(run).model, checkpoint.load_weights(weights))
+    config = run_config(run)
+    return network_from_state(
+        config.model, checkpoint.load_weights(weights), config.data.input_size
+    )
 
 
 def say_other_size(config: Config, run: Path, screen: Screen) -> None:

@@ -12,6 +12,7 @@ import yaml
 
 from kdtrain.checkpoint import read_json
 from kdtrain.journal import read_lines, unit
+from kdtrain.networks.names import network_title
 from kdtrain.pipeline import COLUMNS, ROWS, floor, untrained
 
 TASKS = ("classification", "alignment", "verification")
@@ -127,11 +128,13 @@ def network_text(stages: Sequence[Stage]) -> str:
         model = stage.config.get("model", {})
         if not stage.results or not model:
             continue
-        kernels = model["width"] // model["divide"]
         name = "network" if "network" in stage.results.get("parameters", {}) else "student"
         size = stage.results.get("parameters", {}).get(name)
         work = stage.results.get("multiply_adds", {}).get(name)
-        parts = [f"ResNet-{model['depth']}", f"{kernels} kernels"]
+        parts = [network_title(model)]
+        if model.get("name", "resnet") == "resnet":
+            # the kernels tell the division
+            parts = [f"ResNet-{model['depth']}", f"{model['width'] // model['divide']} kernels"]
         parts += [f"{count_text(size)} parameters"] if size else []
         parts += [f"{count_text(work)} multiply-adds"] if work else []
         return ", ".join(parts)

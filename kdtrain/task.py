@@ -229,7 +229,12 @@ class Task(ABC):
 
     def _fresh(self, num_classes: int) -> FaceNetwork:
         with seeded(self.config.seed):
-            return FaceNetwork(self.config.model, num_classes, self.needs_landmarks)
+            return FaceNetwork(
+                self.config.model,
+                num_classes,
+                self.needs_landmarks,
+                input_size=self.config.data.input_size,
+            )
 
     def _untrained(self, test: Iterable[EvalBatch]) -> Seen:
         network = self._fresh(self.network.num_classes).to(self.device)

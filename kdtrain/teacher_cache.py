@@ -59,7 +59,8 @@ def identity(config: Config, data: RunData, teacher: nn.Module) -> dict[str, Any
     teacher's weights, the pictures, their crops, and how, on what and by which versions it is
     computed.
     """
-    digest = hashlib.sha256()
+    # what is computed with the weights, the order of colours too
+    digest = hashlib.sha256(repr(teacher).encode())
     for name, tensor in teacher.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

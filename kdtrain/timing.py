@@ -113,7 +113,7 @@ def network_size(config: Config, model: ModelConfig, classes: int, side: int | N
 @cache
 def _size(model: ModelConfig, classes: int, landmarks: bool, side: int) -> Size:
     with seeded(0), torch.device("meta"):
-        network = FaceNetwork(model, classes, landmarks)
+        network = FaceNetwork(model, classes, landmarks, input_size=side)
     own = {t.untyped_storage()._cdata for t in _tensors(network)}  # meta has no addresses
     kept: dict[int, Tensor] = {}
 
@@ -172,7 +172,12 @@ def _measure(
         before = _allocated(device)
         guide = None
         if teacher is not None:
-            guide = FaceNetwork(teacher, teacher_classes, TASKS[config.task].needs_landmarks)
+            guide = FaceNetwork(
+                teacher,
+                teacher_classes,
+                TASKS[config.task].needs_landmarks,
+                input_size=config.teacher_side,
+            )
         trial = _Trial(config, build_task(config, classes, guide).to(device), device, kept)
         most = _fitting(config, classes, teacher, teacher_classes)
         pictures, needed, first = trial.kept_bytes(LEAST)  # builds kernels and starts threads

@@ -17,7 +17,7 @@ from kdtrain.baselines import (
     squared_distances,
     unit,
 )
-from kdtrain.models import attention_map
+from kdtrain.networks.base import attention_map
 from kdtrain.targets import squared_objective
 
 RELATIONS = {"rkd_distance": rkd_distance, "rkd_angle": rkd_angle}

@@ -167,6 +167,9 @@ def test_inheriting_from_another_width_is_an_error_although_small_vectors_agree(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"name": "resnet50"}, "model.name must be one of"),
+        ({"color": "gbr"}, "model.color must be"),
+        ({"name": "mbf", "divide": 3}, "model.divide must be 1, 2, 4 or 8 for mbf"),
         ({"depth": 18}, "model.depth must be one of"),
         ({"stem": "large"}, "model.stem must be"),
         ({"width": 6, "divide": 4}, "model.divide must divide"),
@@ -174,6 +177,7 @@ def test_inheriting_from_another_width_is_an_error_although_small_vectors_agree(
 )
 def test_a_size_that_cannot_be_built_is_refused(change, message):
     class Model:
+        name, embedding, color = "resnet", None, "rgb"
         depth, width, divide, stem = 14, 8, 1, "small"
 
     model = Model()

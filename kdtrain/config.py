@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Literal
 
 from kdtrain.config_checks import ConfigError, require
+from kdtrain.config_head import HeadConfig
 from kdtrain.config_target import TEACHER_WEIGHTS, TargetConfig, TeacherConfig
 from kdtrain.networks.names import NAMES, TIMM, is_known
 
 RUN_SETTINGS: Mapping[str, str] = {
     "init_from": "init_from",
     "teacher": "teacher.run",
+    "head": "head.run",
     "gallery": "eval.gallery",
 }
 """Settings whose value is a run folder, or @NAME for the run beside: by the input's name."""
@@ -354,6 +356,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
     triplet: TripletConfig = field(default_factory=TripletConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -366,8 +369,18 @@ class Config:
             raise ConfigError(
                 f"{known} need a teacher: set --teacher to its run folder, or the weights to 0"
             )
-        if self.teacher.run is not None and not self.target.needs_teacher:
+        if self.head.needs_teacher and self.teacher.run is None:
+            raise ConfigError(
+                "head.margin distillation and head.update adaptive need a teacher: set --teacher "
+                "to its run folder"
+            )
+        if self.teacher.run is not None and not self.needs_teacher:
             raise ConfigError(f"teacher is set but {known} are all 0: weigh one, or drop it")
+        if self.head.update == "none" and self.head.run is None and self.init_from is None:
+            raise ConfigError(
+                "head.update none would freeze a random classifier: name the run that it comes "
+                "from with head.run, or train it (head.update gradient)"
+            )
         self._check_relations()
         self._check_resolutions()
         if self.eval.gallery is not None and self.task != "verification":
@@ -402,6 +415,11 @@ class Config:
             raise ConfigError(
                 "triplet.weight 0 leaves verification without a loss: raise it or target.gamma"
             )
+
+    @property
+    def needs_teacher(self) -> bool:
+        """True when a target with weight, or the head, asks the teacher."""
+        return self.target.needs_teacher or self.head.needs_teacher
 
     @property
     def balanced(self) -> bool:

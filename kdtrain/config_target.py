@@ -12,7 +12,7 @@ from kdtrain.config_checks import ConfigError, require
 
 TEACHER_WEIGHTS = (
     *("alpha", "beta", "logits", "embedding_l2", "embedding_cosine"),
-    *("rkd_distance", "rkd_angle", "attention", "hint"),
+    *("rkd_distance", "rkd_angle", "attention", "teacher_head", "hint"),
 )
 """Fields of TargetConfig that weigh a term which the teacher yields."""
 
@@ -48,6 +48,10 @@ class TargetConfig:
     """Weight of attention transfer: squared distance of the residual stages' unit-length maps of
     summed squared activations (Zagoruyko and Komodakis 2017); the published weight is 1000.
     """
+    teacher_head: float = 0.0
+    """Weight of the soft target through the teacher's own classifier, which stands frozen beside
+    the student's and is never kept (TH-KD); published weights are 0.02 to 1.
+    """
     hint: float = 0.0
     """Weight of a FitNet hint: squared distance of a middle stage's output, through a learnt
     regressor. A stage of its own, without any other term; the student's layers above keep their
@@ -56,7 +60,15 @@ class TargetConfig:
     temperature: float = 3.0
     "Temperature of the soft target."
     tau_squared: bool = False
-    "Multiply the soft target by temperature^2 (Hinton et al. 2015)."
+    """Multiply the soft targets by temperature^2 (Hinton et al. 2015); teacher_head's by its
+    own temperature's.
+    """
+    teacher_head_temperature: float | None = None
+    "Temperature of the soft target through the teacher's classifier; null takes temperature."
+    teacher_head_proj: Literal["linear", "none"] = "linear"
+    """Learnt map of the student's feature onto the teacher's before its classifier, where widths
+    differ; dropped after training.
+    """
     hidden_proj: Literal["linear", "none"] = "linear"
     """Learnt projection of the student's feature onto the teacher's, where widths differ; dropped
     after training.
@@ -95,6 +107,13 @@ class TargetConfig:
         finite = math.isfinite(self.temperature)
         require(
             finite and self.temperature > 0, "target.temperature", "more than 0", self.temperature
+        )
+        own = self.teacher_head_temperature
+        require(
+            own is None or (math.isfinite(own) and own > 0),
+            "target.teacher_head_temperature",
+            "more than 0, or null",
+            own,
         )
         smooth = self.label_smoothing
         require(0 <= smooth < 1, "target.label_smoothing", "0 <= x < 1", smooth)

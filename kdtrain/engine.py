@@ -122,7 +122,9 @@ def evaluate(config: Config, run: Path) -> dict[str, Any]:
         weights = checkpoint.load_weights(checkpoint.run_weights(run))
         task = build_task(without_teacher(config), data.source.num_classes)
         check_data(task, data)
-        trained = network_from_state(config.model, weights, config.data.input_size)
+        trained = network_from_state(
+            config.model, weights, head=config.head, input_size=config.data.input_size
+        )
         inherit(task.network, trained.state_dict())
         task.to(data.device)
         gallery = keys.input_folders(config, _folder(run)).get("gallery")

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kdtrain.networks.base import Backbone
 from kdtrain.networks.build import build_backbone
@@ -30,8 +31,8 @@ class Outputs(NamedTuple):
     """(N, K) the backbone's feature before it is scaled to any length: pooled maps (the paper's
     hidden layer K), or the embedding where the network has one.
     """
-    logits: Tensor
-    """(N, C) class scores a = classifier(hidden)."""
+    logits: Tensor | None
+    """(N, C) class scores a = classifier(hidden); None where they were not asked for."""
     points: Tensor | None
     """(N, 10) landmarks as (x / W - 0.5, y / H - 0.5), x before y, point after point; None without
     a landmark head.
@@ -40,19 +41,44 @@ class Outputs(NamedTuple):
     """(N, h, w) of each stage, where they were asked for; see networks.base.attention_map."""
 
 
+class CosineClassifier(nn.Module):
+    """Class scores scale * cos(feature, weight_c); weight (C, K), no bias.
+
+    A feature or weight of zeros has cosine 0.
+    """
+
+    def __init__(self, width: int, num_classes: int, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.bias = None
+        self.weight = nn.Parameter(torch.empty(num_classes, width))
+        nn.init.normal_(self.weight, std=0.01)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(N, K) -> (N, C) scores."""
+        return self.scale * F.linear(F.normalize(hidden, dim=1), F.normalize(self.weight, dim=1))
+
+
 class FaceNetwork(nn.Module):
     """The backbone that `model` names, a classifier and, if asked, a landmark head.
 
     model: the settings of config.ModelConfig. num_classes: C. landmarks: whether to add the head
     for 5 points. Both heads read the same feature, so an alignment network still predicts classes
-    (its soft target). input_size: side of the pictures, which face networks are built for (resnet
-    takes any); the default is that of published weights. Weights depend on torch's seed alone, and
-    those of backbone and classifier do not change with `landmarks` (see `seeded`). Raises
-    ValueError for a network that cannot be built.
+    (its soft target). head: the settings of config.HeadConfig, of which kind and scale count; None
+    is a linear classifier with bias. input_size: side of the pictures, which face networks are
+    built for (resnet takes any); the default is that of published weights. Weights depend on
+    torch's seed alone, and those of backbone and classifier do not change with `landmarks` (see
+    `seeded`). Raises ValueError for a network that cannot be built.
     """
 
     def __init__(
-        self, model: Any, num_classes: int, landmarks: bool = False, *, input_size: int = INPUT_SIZE
+        self,
+        model: Any,
+        num_classes: int,
+        landmarks: bool = False,
+        *,
+        head: Any = None,
+        input_size: int = INPUT_SIZE,
     ) -> None:
         super().__init__()
         if num_classes < 1:
@@ -60,7 +86,9 @@ class FaceNetwork(nn.Module):
         self.backbone: Backbone = build_backbone(model, input_size)
         self.width = self.backbone.width
         self.num_classes = num_classes
-        self.classifier = nn.Linear(self.width, num_classes)
+        self.classifier: nn.Linear | CosineClassifier = nn.Linear(self.width, num_classes)
+        if head is not None and head.kind == "cosine":
+            self.classifier = CosineClassifier(self.width, num_classes, head.scale)
         self.regressor = nn.Linear(self.width, 2 * NUM_POINTS) if landmarks else None
         self.arrange(channels_last=True)
 
@@ -77,6 +105,13 @@ class FaceNetwork(nn.Module):
         """Feature, class scores and landmarks of raw pictures (N, 3, H, W) in [0, 255]."""
         return self._heads(self.backbone(pictures.contiguous(memory_format=self._format)))
 
+    def embed(self, pictures: Tensor) -> Outputs:
+        """What `forward` gives without the class scores (None), for losses that need the feature
+        alone.
+        """
+        hidden = self.backbone(pictures.contiguous(memory_format=self._format))
+        return self._heads(hidden, scores=False)
+
     def tap(self, pictures: Tensor, stage: int) -> Tensor:
         """Output (N, C, h, w) of stage 1 to 4 for raw pictures; see Backbone.maps."""
         return self.backbone.maps(pictures.contiguous(memory_format=self._format), stage)
@@ -87,9 +122,9 @@ class FaceNetwork(nn.Module):
         hidden, attention = self.backbone.attend(pictures)
         return self._heads(hidden)._replace(attention=attention)
 
-    def _heads(self, hidden: Tensor) -> Outputs:
+    def _heads(self, hidden: Tensor, scores: bool = True) -> Outputs:
         points = None if self.regressor is None else self.regressor(hidden)
-        return Outputs(hidden, self.classifier(hidden), points)
+        return Outputs(hidden, self.classifier(hidden) if scores else None, points)
 
 
 @contextmanager
@@ -104,10 +139,14 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def network_from_state(
-    model: Any, state: Mapping[str, Tensor], input_size: int = INPUT_SIZE
+    model: Any,
+    state: Mapping[str, Tensor],
+    *,
+    head: Any = None,
+    input_size: int = INPUT_SIZE,
 ) -> FaceNetwork:
     """A network with exactly the weights in `state`; classes and landmark head are read off the
-    weights' shapes. input_size: side of the pictures that it was built for.
+    weights' shapes. head, input_size: as it was built, see FaceNetwork.
 
     Raises ValueError when `model` describes another network than the one that was saved.
     """
@@ -121,6 +160,7 @@ def network_from_state(
             model,
             len(state["classifier.weight"]),
             "regressor.weight" in state,
+            head=head,
             input_size=input_size,
         )
     refused = _differences(network.state_dict(), state)
@@ -154,6 +194,30 @@ def inherit(network: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
         for name in taken:
             own[name].copy_(state[name])
     return _differences(own, state)
+
+
+def inherit_head(network: FaceNetwork, other: FaceNetwork, run: object) -> None:
+    """Start the classifier as another network's. Raises ValueError, naming `run`, where kind,
+    people or width differ.
+    """
+    ours, theirs = network.classifier, other.classifier
+    kinds = ["cosine" if isinstance(c, CosineClassifier) else "linear" for c in (ours, theirs)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"head.run {run}: its head is {kinds[1]}, this one {kinds[0]}; set head.kind to "
+            f"{kinds[1]}"
+        )
+    if ours.weight.shape[0] != theirs.weight.shape[0]:
+        raise ValueError(
+            f"head.run {run}: its classifier knows {theirs.weight.shape[0]} people and the data "
+            f"has {ours.weight.shape[0]}; name a run on the same people"
+        )
+    if ours.weight.shape[1] != theirs.weight.shape[1]:
+        raise ValueError(
+            f"head.run {run}: its classifier reads {theirs.weight.shape[1]} features and this "
+            f"network has {ours.weight.shape[1]}; give both the same model.embedding"
+        )
+    ours.load_state_dict(theirs.state_dict())
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -100,6 +100,7 @@ def look(network: FaceNetwork, batches: Iterable[EvalBatch], device: torch.devic
             for batch in batches:
                 pictures, labels = batch.pictures.to(device), batch.labels.to(device)
                 outputs: Outputs = network(pictures)
+                assert outputs.logits is not None
                 surprise = F.cross_entropy(outputs.logits.float(), labels, reduction="none")
                 hits = evaluate.hits(outputs.logits, labels)
                 row = (hits.cpu(), surprise.cpu(), labels.cpu(), batch.indices.cpu())

@@ -124,7 +124,8 @@ class Optimisation:
         self.skipped, self.skipped_in_a_row = 0, 0
         self._clip_norm = optim.clip_norm
         self._network = network
-        self._parameters = [*network.parameters(), *extra.parameters()]
+        every = (*network.parameters(), *extra.parameters())
+        self._parameters = [p for p in every if p.requires_grad]  # a frozen head is left alone
         self._optimizer = torch.optim.SGD(
             parameter_groups(self._parameters, optim),
             lr=optim.phases[0].lr,

@@ -13,7 +13,7 @@ from kdtrain.config import Config, TeacherConfig
 from kdtrain.config_target import TEACHER_WEIGHTS
 from kdtrain.gallery import Gallery, build_gallery
 from kdtrain.journal import Screen
-from kdtrain.models import FaceNetwork, inherit, network_from_state
+from kdtrain.models import FaceNetwork, inherit, inherit_head, network_from_state
 from kdtrain.task import Task
 from kdtrain.tasks import build_task
 from kdtrain.teacher_cache import TeacherCache, identity
@@ -38,6 +38,8 @@ def prepare_task(config: Config, data: RunData, run_dir: Path, screen: Screen) -
         weights = checkpoint.load_weights(checkpoint.run_weights(folders["init_from"]))
         for line in inherit(task.network, weights):
             screen.say(f"not taken from {folders['init_from']}: {line}")
+    if "head" in folders:
+        inherit_head(task.network, load_network(folders["head"]), folders["head"])
     task.to(data.device)
     if "gallery" in folders:
         task.gallery = open_gallery(folders["gallery"], data, task)
@@ -80,10 +82,12 @@ def prepare_cache(
 
 def load_network(run: Path) -> FaceNetwork:
     """The network of a run folder, with its last weights (RUN/best: its best)."""
-    weights = checkpoint.run_weights(run)
-    config = run_config(run)
+    weights, config = checkpoint.run_weights(run), run_config(run)
     return network_from_state(
-        config.model, checkpoint.load_weights(weights), config.data.input_size
+        config.model,
+        checkpoint.load_weights(weights),
+        head=config.head,
+        input_size=config.data.input_size,
     )
 
 
@@ -115,11 +119,16 @@ def run_config(run: Path) -> Config:
 
 
 def without_teacher(config: Config) -> Config:
-    """The config with every teacher target off, for measuring a network by itself."""
+    """The config with every teacher target off and a head that asks none, for measuring a network
+    by itself.
+    """
     # gamma, which measuring does not ask for, as classification has no loss without it
     off = dict.fromkeys(TEACHER_WEIGHTS, 0.0)
     target = dataclasses.replace(config.target, **off, gamma=1.0)
-    return dataclasses.replace(config, teacher=TeacherConfig(), init_from=None, target=target)
+    head = dataclasses.replace(config.head, run=None, update="gradient", margin="none")
+    return dataclasses.replace(
+        config, teacher=TeacherConfig(), init_from=None, target=target, head=head
+    )
 
 
 def check_data(task: Task, data: RunData) -> None:

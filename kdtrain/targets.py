@@ -86,14 +86,22 @@ def softmax_objective(
         return_terms=True,
         backend=backend,
     )
+    terms = softmax_terms(record, hard=labels is not None, soft=teacher is not None)
+    return Objective(loss if labels is None or gamma == 1 else gamma * loss, terms)
+
+
+def softmax_terms(record: Any, *, hard: bool, soft: bool) -> dict[str, Tensor]:
+    """The terms of a cross-entropy op's record (KDTerms): "hard" and "top1" with labels, "soft" and
+    "teacher_entropy" with a teacher.
+    """
     terms: dict[str, Tensor] = {}
-    if labels is not None:
+    if hard:
         terms["hard"] = record.hard
         terms["top1"] = record.hits / record.count.clamp(min=1)
-    if teacher is not None:
+    if soft:
         terms["soft"] = record.soft
         terms["teacher_entropy"] = record.entropy
-    return Objective(loss if labels is None or gamma == 1 else gamma * loss, terms)
+    return terms
 
 
 def squared_objective(pairs: Sequence[Pair], backend: str | None = None) -> Objective | None:

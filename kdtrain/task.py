@@ -16,6 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from kdtrain.baselines import EmbeddingTarget, baseline_pairs, relation_objective
+from kdtrain.config_checks import ConfigError
+from kdtrain.heads import (
+    AdaFaceNorms,
+    TeacherHead,
+    margin_of,
+    move_centres,
+    streamed_objective,
+    teacher_head_objective,
+)
 from kdtrain.models import FaceNetwork, Outputs, seeded
 from kdtrain.observe import EvalBatch, Seen, look
 from kdtrain.passes import Passes
@@ -55,25 +64,26 @@ class Task(ABC):
 
     def __init__(self, config: Any, num_classes: int, teacher: FaceNetwork | None = None) -> None:
         target = config.target
-        if target.needs_teacher and teacher is None:
+        if config.needs_teacher and teacher is None:
             raise ValueError(
-                "build_task: a target of the teacher has a weight, which needs a teacher network"
+                "build_task: a target of the teacher has a weight, or the head asks it: that needs "
+                "a teacher network"
             )
         if (
             teacher is not None
-            and (target.alpha or target.logits)
+            and (target.alpha or target.logits or config.head.needs_teacher)
             and teacher.num_classes != num_classes
         ):
             raise ValueError(
                 f"build_task: the teacher tells {teacher.num_classes} people apart and the data "
-                f"has {num_classes}; train the teacher on the same people, or set target.alpha and "
-                "target.logits to 0"
+                f"has {num_classes}; train the teacher on the same people, or set target.alpha, "
+                "target.logits and what of head asks the teacher to 0 or none"
             )
         self.config = config
         self.target = target
         self.backend = None if config.fused else "eager"
         self.network = self._fresh(num_classes)
-        self.teacher = teacher if target.needs_teacher else None
+        self.teacher = teacher if config.needs_teacher else None
         if self.teacher is not None:
             self.teacher.eval().requires_grad_(False)
         self._run = Passes(config.train)
@@ -98,6 +108,20 @@ class Task(ABC):
                 )
             self.extra["embedding"] = self._embedding_target
         self.gallery: Callable[[Tensor], Tensor] | None = None
+        self._teacher_head: TeacherHead | None = None
+        if self.teacher is not None and target.teacher_head:
+            with seeded(config.seed + 1):
+                self._teacher_head = TeacherHead(
+                    self.network.width, self.teacher.width, projection=target.teacher_head_proj
+                )
+            self.extra["teacher_head"] = self._teacher_head
+        self._norms = AdaFaceNorms() if config.head.margin == "adaface" else None
+        if self._norms is not None:
+            self.extra["adaface"] = self._norms
+        if config.head.update != "gradient":
+            self.network.classifier.requires_grad_(False)
+        if config.head.update == "adaptive" and self.teacher is not None:
+            _same_width("head.update adaptive", self.network, self.teacher)
         self._samples: dict[str, np.ndarray] = {}
         self._items: dict[str, Tensor] = {}
 
@@ -121,11 +145,30 @@ class Task(ABC):
         if self.teacher is None or self.target.attention:
             return {}
         needed = {}
-        if self.target.alpha or self.target.logits:
+        if self._needs_teacher_logits:
             needed["logits"] = self.teacher.num_classes
-        if self.target.needs_hidden:
+        if self._needs_teacher_feature:
             needed["hidden"] = self.teacher.width
         return needed
+
+    @property
+    def _needs_teacher_logits(self) -> bool:
+        """Where the teacher's feature and classifier do not do: the student's logits are kept, or
+        its head is of another kind, or they are a target by themselves.
+        """
+        assert self.teacher is not None
+        kinds = {type(n.classifier) for n in (self.network, self.teacher)}
+        streamed = self.config.head.streams and len(kinds) == 1
+        return bool(self.target.logits or (self.target.alpha and not streamed))
+
+    @property
+    def _needs_teacher_feature(self) -> bool:
+        from_feature = self.target.alpha or self.target.teacher_head
+        return bool(
+            self.target.needs_hidden
+            or self.config.head.needs_teacher
+            or (from_feature and not self._needs_teacher_logits)
+        )
 
     def guide(self, pictures: Tensor) -> Guide | None:
         """The teacher's answer to a training batch (N, 3, t, t) of its own size, without gradient;
@@ -134,7 +177,7 @@ class Task(ABC):
         if self.teacher is None:
             return None
         with torch.no_grad():
-            outputs = self._outputs(self.teacher, pictures)
+            outputs = self._outputs(self.teacher, pictures, scores=self._needs_teacher_logits)
         return Guide(outputs.logits, outputs.hidden, outputs.attention)
 
     def step(
@@ -151,20 +194,16 @@ class Task(ABC):
         pixels, for alignment. guide: the teacher's answer where it is known already; else the
         teacher is asked, on teacher_pictures (N, 3, t, t) where it reads another size.
         """
-        outputs = self._outputs(self.network, pictures)
+        scores = not self.config.head.streams or bool(self.target.logits)
+        outputs = self._outputs(self.network, pictures, scores=scores)
         if guide is None:
             guide = self.guide(pictures if teacher_pictures is None else teacher_pictures)
-        softmax = softmax_objective(
-            outputs.logits,
-            None if guide is None else guide.logits,
-            labels,
-            gamma=self.target.gamma,
-            alpha=self.target.alpha,
-            temperature=self.target.temperature,
-            tau_squared=self.target.tau_squared,
-            label_smoothing=self.target.label_smoothing,
-            backend=self.backend,
-        )
+        softmax = self._softmax(outputs, labels, guide)
+        second = None
+        if self._teacher_head is not None and guide is not None:
+            assert self.teacher is not None
+            mapped = self._teacher_head(outputs.hidden)
+            second = teacher_head_objective(mapped, self.teacher, guide, self.target, self.backend)
         pairs = distillation_pairs(outputs, guide, self._hidden, self.target)
         theirs = None if guide is None else guide.hidden
         embedded = None
@@ -175,13 +214,47 @@ class Task(ABC):
         squared = squared_objective(pairs, self.backend)
         relations = relation_objective(outputs.hidden, theirs, embedded, self.target)
         metric = self._metric_loss(outputs, labels)
-        return StepResult(*total([metric, softmax, squared, relations]))
+        return StepResult(*total([metric, softmax, second, squared, relations]))
 
-    def _outputs(self, network: FaceNetwork, pictures: Tensor) -> Outputs:
+    def _softmax(self, outputs: Outputs, labels: Tensor, guide: Guide | None) -> Objective | None:
+        """The classifier's hard and soft terms, with its margin and after its centres moved."""
+        head, target = self.config.head, self.target
+        if head.update == "adaptive":
+            assert guide is not None
+            assert guide.hidden is not None
+            move_centres(self.network.classifier.weight, outputs.hidden, guide.hidden, labels)
+        if head.streams:
+            return streamed_objective(
+                outputs.hidden,
+                self.network,
+                self.teacher,
+                guide,
+                labels,
+                margin_of(head, outputs.hidden, labels, self.teacher, guide, self._norms),
+                target=target,
+                margin_grad=head.margin_grad,
+                backend=self.backend,
+            )
+        assert outputs.logits is not None
+        return softmax_objective(
+            outputs.logits,
+            None if guide is None else guide.logits,
+            labels,
+            gamma=target.gamma,
+            alpha=target.alpha,
+            temperature=target.temperature,
+            tau_squared=target.tau_squared,
+            label_smoothing=target.label_smoothing,
+            backend=self.backend,
+        )
+
+    def _outputs(self, network: FaceNetwork, pictures: Tensor, *, scores: bool) -> Outputs:
         """A training pass: the feature in float32, as it is projected and normalised outside of
-        train.precision; the others as they come. With attention maps where they are compared.
+        train.precision; the others as they come. With attention maps where they are compared, and
+        without class scores where the loss is formed from the feature.
         """
-        run = network.attend if self.target.attention else network
+        run = network if scores else network.embed
+        run = network.attend if self.target.attention else run
         outputs: Outputs = self._run(run, pictures)
         return outputs._replace(hidden=outputs.hidden.float())
 
@@ -229,11 +302,13 @@ class Task(ABC):
 
     def _fresh(self, num_classes: int) -> FaceNetwork:
         with seeded(self.config.seed):
+            config = self.config
             return FaceNetwork(
-                self.config.model,
+                config.model,
                 num_classes,
                 self.needs_landmarks,
-                input_size=self.config.data.input_size,
+                head=config.head,
+                input_size=config.data.input_size,
             )
 
     def _untrained(self, test: Iterable[EvalBatch]) -> Seen:
@@ -250,3 +325,11 @@ class Task(ABC):
     def _regression(self, outputs: Outputs, pictures: Tensor, points: Tensor | None) -> list[Pair]:
         """Phi where it is a squared distance."""
         return []
+
+
+def _same_width(what: str, network: FaceNetwork, teacher: FaceNetwork) -> None:
+    if network.width != teacher.width:
+        raise ConfigError(
+            f"{what} compares the two networks' features, and the student has {network.width}, "
+            f"the teacher {teacher.width}; give both the same model.embedding"
+        )

@@ -67,6 +67,7 @@ def identity(config: Config, data: RunData, teacher: nn.Module) -> dict[str, Any
     train, computing = config.train, environment(config)
     return {
         "teacher": digest.hexdigest(),
+        "teacher_scale": getattr(getattr(teacher, "classifier", None), "scale", None),
         "data": data.key,
         "store_size": config.data.store_size,
         "crop_size": config.data.crop_side,

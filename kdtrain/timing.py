@@ -24,6 +24,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from kdtrain import settings
 from kdtrain.batches import training_views
 from kdtrain.config import Config, ModelConfig
+from kdtrain.config_head import HeadConfig
 from kdtrain.config_target import TEACHER_WEIGHTS
 from kdtrain.data import center, shrink
 from kdtrain.environment import computing
@@ -44,6 +45,7 @@ EVAL_PICTURES = 256  # the engine's own evaluation batch
 # Settings that change neither the arithmetic of a batch nor its memory: whole sections, then keys.
 _FREE_SECTIONS = ("data.", "teacher", "eval.")
 _FREE = (
+    *("head.run", "head.m", "head.m_cosine", "head.m_min", "head.h", "head.scale"),
     *("seed", "init_from", "optim.phases", "optim.schedule", "optim.final_lr_fraction"),
     *("optim.warmup_epochs", "optim.accumulate", "optim.momentum", "optim.weight_decay"),
     *("triplet.margin", "target.temperature", "target.tau_squared", "train.threads"),
@@ -107,13 +109,14 @@ def network_size(config: Config, model: ModelConfig, classes: int, side: int | N
     computed (meta tensors).
     """
     side = config.data.input_size if side is None else side
-    return _size(model, classes, TASKS[config.task].needs_landmarks, side)
+    landmarks = TASKS[config.task].needs_landmarks
+    return _size(model, classes, landmarks, side, config.head)
 
 
 @cache
-def _size(model: ModelConfig, classes: int, landmarks: bool, side: int) -> Size:
+def _size(model: ModelConfig, classes: int, landmarks: bool, side: int, head: HeadConfig) -> Size:
     with seeded(0), torch.device("meta"):
-        network = FaceNetwork(model, classes, landmarks, input_size=side)
+        network = FaceNetwork(model, classes, landmarks, head=head, input_size=side)
     own = {t.untyped_storage()._cdata for t in _tensors(network)}  # meta has no addresses
     kept: dict[int, Tensor] = {}
 
@@ -176,6 +179,7 @@ def _measure(
                 teacher,
                 teacher_classes,
                 TASKS[config.task].needs_landmarks,
+                head=config.head,
                 input_size=config.teacher_side,
             )
         trial = _Trial(config, build_task(config, classes, guide).to(device), device, kept)

@@ -149,7 +149,7 @@ def test_face_networks_scale_their_input_themselves():
 def test_a_network_is_rebuilt_from_its_weights(name):
     made = network(name, landmarks=True, depth=14, stem="small").eval()
     model = ModelConfig(name=name, divide=8, embedding=24, depth=14, stem="small")
-    copy = network_from_state(model, made.state_dict(), 32).eval()
+    copy = network_from_state(model, made.state_dict(), input_size=32).eval()
     with torch.no_grad():
         assert torch.equal(copy(pictures()).logits, made(pictures()).logits)
 
@@ -160,7 +160,9 @@ def test_weights_for_another_input_size_are_refused():
         ValueError,
         match=r"mobilefacenet, divide 8, embedding 24 for pictures of 64 pixels.*\(64, 1",
     ):
-        network_from_state(ModelConfig(name="mobilefacenet", divide=8, embedding=24), state, 64)
+        network_from_state(
+            ModelConfig(name="mobilefacenet", divide=8, embedding=24), state, input_size=64
+        )
 
 
 def test_the_names_of_the_default_network_s_weights_have_not_changed():
@@ -284,7 +286,7 @@ def test_a_network_of_timm_by_its_name():
         mean, deviation = (torch.tensor(toy.pretrained_cfg[k]) for k in ("mean", "std"))
         scaled = (seen / 255 - mean.reshape(3, 1, 1)) / deviation.reshape(3, 1, 1)
         torch.testing.assert_close(made.tap(seen, 1), toy.first(scaled))
-        copy = network_from_state(model, made.state_dict(), 16).eval()
+        copy = network_from_state(model, made.state_dict(), input_size=16).eval()
         assert torch.equal(copy(seen).logits, out.logits)
     plain = FaceNetwork(ModelConfig(name="timm:toy"), 4, input_size=16)
     assert plain.width == 6

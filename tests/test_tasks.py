@@ -267,7 +267,7 @@ def test_a_projection_is_trained_but_kept_out_of_the_network():
 
 
 def test_a_target_without_its_teacher_is_refused():
-    with pytest.raises(ValueError, match="needs a teacher network"):
+    with pytest.raises(ValueError, match="that needs a teacher network"):
         build_task(make_config("classification", alpha=1.0), PEOPLE)
 
 

@@ -6,24 +6,33 @@ settings.py turns YAML recipes and command-line keys into a Config.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from kdtrain.config_checks import ConfigError, require
 from kdtrain.config_head import HeadConfig
-from kdtrain.config_target import TEACHER_WEIGHTS, TargetConfig, TeacherConfig
+from kdtrain.config_target import (
+    TEACHER_WEIGHTS,
+    TargetConfig,
+    TeacherConfig,
+    check_sizes,
+    check_teachers,
+)
 from kdtrain.networks.names import NAMES, TIMM, is_known
 
 RUN_SETTINGS: Mapping[str, str] = {
     "init_from": "init_from",
     "teacher": "teacher.run",
+    "teacher_more": "teacher.more",
     "head": "head.run",
     "gallery": "eval.gallery",
 }
-"""Settings whose value is a run folder, or @NAME for the run beside: by the input's name."""
+"""Settings whose value is a run folder, or @NAME for the run beside, or a list of them: by the
+input's name.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,7 +391,8 @@ class Config:
                 "from with head.run, or train it (head.update gradient)"
             )
         self._check_relations()
-        self._check_resolutions()
+        check_teachers(self.target, self.teacher, self.head.needs_teacher)
+        check_sizes(self.target, self.data.input_size, self.teacher_side, self.data.crop_side)
         if self.eval.gallery is not None and self.task != "verification":
             raise ConfigError(
                 f"eval.gallery: features are searched in task verification, got {self.task}; set "
@@ -431,9 +441,8 @@ class Config:
         return self.target.gamma > 0 or self.target.needs_teacher
 
     def runs(self) -> dict[str, str]:
-        """What names a run that this one reads, by the name of the input (RUN_SETTINGS)."""
-        values = {name: attrgetter(key)(self) for name, key in RUN_SETTINGS.items()}
-        return {name: value for name, value in values.items() if value is not None}
+        """What names a run that this one reads, by the name of the input; see named_runs."""
+        return named_runs(lambda key: attrgetter(key)(self))
 
     def _check_relations(self) -> None:
         """RKD compares three pictures at least: two are always one mean distance apart."""
@@ -451,32 +460,21 @@ class Config:
         own = self.teacher.input_size
         return self.data.input_size if own is None else own
 
-    def _check_resolutions(self) -> None:
-        """Both networks read one crop; maps of two sizes meet where one halves into the other."""
-        side, theirs = self.data.input_size, self.teacher_side
-        require(
-            8 <= theirs <= self.data.crop_side,
-            "teacher.input_size",
-            f"from 8 to the crop's {self.data.crop_side} pixels (data.crop_size), or null",
-            theirs,
-        )
-        if theirs == side:
-            return
-        if self.target.hint:
-            raise ConfigError(
-                f"target.hint compares maps of one input, and the teacher sees {theirs} pixels "
-                f"(teacher.input_size), the student {side}: set teacher.input_size to null"
-            )
-        smaller, larger = sorted((side, theirs))
-        while larger > smaller and not larger % 2:
-            larger //= 2
-        if self.target.attention and larger != smaller:
-            raise ConfigError(
-                "target.attention compares maps that halve into each other: teacher.input_size "
-                f"({theirs}) and data.input_size ({side}) must differ by a power of two"
-            )
+
+def named_runs(get: Callable[[str], Any]) -> dict[str, str]:
+    """The runs that settings name, by the name of the input: RUN_SETTINGS, NAME_1, NAME_2 ... for
+    the entries of a list. get: the value of a dotted key.
+    """
+    found: dict[str, str] = {}
+    for name, key in RUN_SETTINGS.items():
+        value = get(key)
+        if isinstance(value, list):
+            found |= {f"{name}_{place}": run for place, run in enumerate(value, 1)}
+        elif value is not None:
+            found[name] = value
+    return found
 
 
 def run_folder(name: str, run_dir: Path) -> Path:
-    """The folder that init_from or teacher.run names; @NAME is the run beside run_dir."""
+    """The folder that a setting of RUN_SETTINGS names; @NAME is the run beside run_dir."""
     return run_dir.parent / name[1:] if name.startswith("@") else Path(name)

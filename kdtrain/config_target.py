@@ -5,7 +5,7 @@ config.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from kdtrain.config_checks import ConfigError, require
@@ -142,6 +142,12 @@ class TeacherConfig:
 
     run: str | None = None
     "Run folder of the teacher (RUN/best: its best weights); @NAME is the run beside this one."
+    more: list[str] = field(default_factory=list)
+    """Runs of further teachers of the same people. The predictions of all are averaged in the soft
+    target, target.alpha; no other target reads more than one teacher.
+    """
+    weights: list[float] | None = None
+    "Shares of teacher.run and each of teacher.more in that mean, of any sum; null: equal."
     input_size: int | None = None
     """Side of the pictures that the teacher sees, the student's crops and flips at another
     resolution; null shows it the student's own.
@@ -152,3 +158,65 @@ class TeacherConfig:
     """
     cache_dir: str | None = None
     "Folder of the kept answers; null is teacher_cache beside the run folder."
+
+    def __post_init__(self) -> None:
+        weights = self.weights
+        require(
+            weights is None
+            or (len(weights) == 1 + len(self.more) and all(0 < w < math.inf for w in weights)),
+            "teacher.weights",
+            f"null, or a number above 0 for each of the {1 + len(self.more)} teachers",
+            weights,
+        )
+
+    @property
+    def shares(self) -> list[float]:
+        """Share of each teacher in the mean prediction; their sum is 1."""
+        weights = [1.0] * (1 + len(self.more)) if self.weights is None else self.weights
+        return [weight / math.fsum(weights) for weight in weights]
+
+
+def check_teachers(target: TargetConfig, teacher: TeacherConfig, head_asks: bool) -> None:
+    """Raises ConfigError where several teachers are asked for more than one prediction together.
+    head_asks: whether the student's head reads the teacher's features.
+    """
+    if not teacher.more:
+        return
+    if teacher.run is None:
+        raise ConfigError("teacher.more: the first teacher is missing; name it by teacher.run")
+    weighed = [n for n in TEACHER_WEIGHTS if n != "alpha" and getattr(target, n)]
+    others = [f"target.{name} has a weight" for name in weighed]
+    others += ["head.margin or head.update reads the teacher's features"] if head_asks else []
+    if others or not target.alpha:
+        raise ConfigError(
+            "teacher.more: several teachers are averaged in target.alpha alone, and "
+            f"{others[0] if others else 'it is 0'}: weigh target.alpha and nothing else of the "
+            "teacher, or leave one teacher"
+        )
+
+
+def check_sizes(target: TargetConfig, side: int, theirs: int, crop: int) -> None:
+    """Raises ConfigError where the teacher's pictures cannot be had from the crop, or maps are
+    compared that do not halve into each other. side, theirs: pixels that student and teacher see.
+    """
+    require(
+        8 <= theirs <= crop,
+        "teacher.input_size",
+        f"from 8 to the crop's {crop} pixels (data.crop_size), or null",
+        theirs,
+    )
+    if theirs == side:
+        return
+    if target.hint:
+        raise ConfigError(
+            f"target.hint compares maps of one input, and the teacher sees {theirs} pixels "
+            f"(teacher.input_size), the student {side}: set teacher.input_size to null"
+        )
+    smaller, larger = sorted((side, theirs))
+    while larger > smaller and not larger % 2:
+        larger //= 2
+    if target.attention and larger != smaller:
+        raise ConfigError(
+            "target.attention compares maps that halve into each other: teacher.input_size "
+            f"({theirs}) and data.input_size ({side}) must differ by a power of two"
+        )

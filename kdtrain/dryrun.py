@@ -71,6 +71,7 @@ class Planned:
     inputs: tuple[str, ...] = ()
     teacher: ModelConfig | None = None
     note: str = ""
+    more_teachers: tuple[ModelConfig, ...] = ()
 
 
 class Row(NamedTuple):
@@ -87,8 +88,7 @@ def show_run(config: Config, run_dir: Path, recipes: Path, options: Mapping[str,
     recipes: folder of the recipe. options: of the command line (classes, pictures).
     """
     print(settings.to_yaml(config), end="", flush=True)
-    teacher, note = teacher_of(config, run_dir, recipes)
-    run = Planned(name=run_dir.name, config=config, teacher=teacher, note=note)
+    run = planned(run_dir.name, config, run_dir, recipes)
     print(comment([run], threads=torch.get_num_threads(), given=_stated(options)))
 
 
@@ -99,11 +99,8 @@ def show_stages(stages: Sequence[Stage], root: Path, jobs: int, options: Mapping
     for stage in stages:
         needs = f" after {', '.join(stage.inputs)}" if stage.inputs else ""
         print(f"---\n# {stage.name}{needs}\n{settings.to_yaml(stage.config)}", end="", flush=True)
-        teacher, note = teacher_of(stage.config, root / stage.name, configs)
-        run = Planned(
-            name=stage.name, config=stage.config, inputs=stage.inputs, teacher=teacher, note=note
-        )
-        runs.append(run)
+        run = planned(stage.name, stage.config, root / stage.name, configs)
+        runs.append(replace(run, inputs=stage.inputs))
     threads = max(1, cores() // jobs)
     print(comment(runs, threads=threads, jobs=jobs, given=_stated(options)))
 
@@ -132,6 +129,27 @@ def comment(
             notes.setdefault(note, []).append(row.run.name)
     lines += [f"{', '.join(names)}: {note}" for note, names in notes.items()]
     return "\n".join(f"# {line}".rstrip() for line in lines)
+
+
+def planned(
+    name: str, config: Config, run_dir: Path, recipes: Mapping[str, Config] | Path
+) -> Planned:
+    """A run with the networks of its teachers; see teacher_of."""
+    teacher, note = teacher_of(config, run_dir, recipes)
+    notes, more = [note] if note else [], []
+    for run in config.teacher.more:
+        alone = replace(config.teacher, run=run, more=[], weights=None)
+        model, note = teacher_of(replace(config, teacher=alone), run_dir, recipes)
+        assert model is not None
+        more.append(model)
+        notes += [note] if note else []
+    return Planned(
+        name=name,
+        config=config,
+        teacher=teacher,
+        note="; ".join(notes),
+        more_teachers=tuple(more),
+    )
 
 
 def teacher_of(
@@ -235,6 +253,7 @@ def _row(
             test_pictures=counts.test,
             validation_pictures=counts.validation,
             teacher=run.teacher,
+            more_teachers=run.more_teachers,
             threads=own,
             epoch_batches=counts.epoch_batches,
         )
@@ -277,7 +296,8 @@ def _table(rows: Sequence[Row]) -> list[str]:
 
 def _cells(row: Row) -> tuple[str, ...]:
     config, cost = row.run.config, row.cost
-    teacher = "" if row.run.teacher is None else network_name(row.run.teacher)
+    teachers = [] if row.run.teacher is None else [row.run.teacher, *row.run.more_teachers]
+    teacher = " + ".join(map(network_name, teachers))
     if teacher and config.teacher_side != config.data.input_size:
         teacher += f" at {config.teacher_side}"
     head = (row.run.name, ", ".join(row.run.inputs), network_name(config.model))

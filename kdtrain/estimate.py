@@ -8,6 +8,7 @@ tried here is timed on fewer pictures and scaled; `Estimate.scaled` says so.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kdtrain.config import Config, ConfigError, ModelConfig
@@ -28,9 +29,9 @@ class Estimate:
     multiply_adds: int
     """Of its forward pass for one picture, convolutions and linear layers."""
     teacher_parameters: int = 0
-    """Of the frozen teacher; 0 without one."""
+    """Of the frozen teacher, or of all; 0 without one."""
     teacher_multiply_adds: int = 0
-    """Of the teacher's forward pass for one picture."""
+    """Of the teacher's forward pass for one picture, or of all teachers'."""
     memory_bytes: int
     """Of a training step: weights, gradients, optimiser state, the teacher's weights, and what the
     batch needs. On CUDA the peak of torch's allocations; on a CPU the tensors kept for backward
@@ -99,6 +100,7 @@ def estimate(
     validation_pictures: int = 0,
     teacher: ModelConfig | None,
     teacher_classes: int | None = None,
+    more_teachers: Sequence[ModelConfig] = (),
     answers_kept: bool = False,
     threads: int,
     steps: int = 4,
@@ -108,7 +110,8 @@ def estimate(
 
     classes: people that the classifier tells apart. pictures, test_pictures, validation_pictures:
     in the training, test and validation part. teacher: network of the run that the config's teacher
-    names, with a classifier for teacher_classes (default: classes). answers_kept: an earlier run
+    names, with a classifier for teacher_classes (default: classes); more_teachers: of teacher.more,
+    in its order. answers_kept: an earlier run
     with teacher.cache met the same batches, so the teacher is not asked (reading is not counted).
     threads: processor threads that the run will have (0: as torch has now). steps: how many are
     timed; their median counts. epoch_batches: batches of an epoch where they are known (default:
@@ -134,12 +137,16 @@ def estimate(
     epochs = sum(phase.epochs for phase in config.optim.phases)
     count = epochs * -(-per_epoch // config.optim.accumulate)
     own = network_size(config, config.model, classes)
-    guide = None
-    if teacher is not None:
-        side = config.teacher_side
-        guide = network_size(config, teacher, teacher_classes or classes, side)
+    if len(more_teachers) != len(config.teacher.more):
+        raise ConfigError(
+            f"estimate: more_teachers must be the ModelConfigs of the {len(config.teacher.more)} "
+            f"runs of teacher.more, got {len(more_teachers)}"
+        )
+    teachers = [] if teacher is None else [teacher, *more_teachers]
+    side, known = config.teacher_side, teacher_classes or classes
+    guides = [network_size(config, model, known, side) for model in teachers]
     kept = answers_kept and config.teacher.cache != "none"
-    timed = timing(config, classes, teacher, teacher_classes or classes, kept, threads, steps)
+    timed = timing(config, classes, teachers, known, kept, threads, steps)
     share = batch / timed.pictures
     rounds = _evaluations(config)
     seen = rounds * test_pictures
@@ -150,8 +157,8 @@ def estimate(
     return Estimate(
         parameters=own.parameters,
         multiply_adds=own.multiply_adds,
-        teacher_parameters=guide.parameters if guide else 0,
-        teacher_multiply_adds=guide.multiply_adds if guide else 0,
+        teacher_parameters=sum(guide.parameters for guide in guides),
+        teacher_multiply_adds=sum(guide.multiply_adds for guide in guides),
         memory_bytes=round(timed.fixed_bytes + share * timed.batch_bytes),
         batch=batch,
         timed_batch=timed.pictures,

@@ -115,7 +115,7 @@ def differences(ours: Config, theirs: Mapping[str, Any]) -> list[str]:
 def _counted(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that count. Answers kept in float32 are the teacher's own, bit for bit, so they
     count as none kept; so does any cache of a run without a teacher. Sizes that are left to another
-    setting count as it does, and the teacher's not at all without one.
+    setting count as it does, and the teacher's not at all without one; equal weights count as none.
     """
     counted = {key: value for key, value in flat.items() if key not in NOT_IN_KEY}
     if flat.get("teacher.run") is None or flat.get("teacher.cache") == "float32":
@@ -124,6 +124,8 @@ def _counted(flat: Mapping[str, Any]) -> dict[str, Any]:
     counted["data.crop_size"] = flat.get("data.crop_size") or side
     theirs = None if flat.get("teacher.run") is None else flat.get("teacher.input_size")
     counted["teacher.input_size"] = theirs or side
+    weights = flat.get("teacher.weights")
+    counted["teacher.weights"] = None if weights is None or len(set(weights)) == 1 else weights
     return counted
 
 

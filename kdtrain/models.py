@@ -54,6 +54,10 @@ class CosineClassifier(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_classes, width))
         nn.init.normal_(self.weight, std=0.01)
 
+    def extra_repr(self) -> str:
+        """The scale, which is in no weight and changes every answer (teacher_cache.identity)."""
+        return f"scale={self.scale}"
+
     def forward(self, hidden: Tensor) -> Tensor:
         """(N, K) -> (N, C) scores."""
         return self.scale * F.linear(F.normalize(hidden, dim=1), F.normalize(self.weight, dim=1))

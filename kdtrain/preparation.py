@@ -5,6 +5,7 @@ serve it.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 from kdtrain import checkpoint, keys, settings
@@ -13,6 +14,7 @@ from kdtrain.config import Config, TeacherConfig
 from kdtrain.config_target import TEACHER_WEIGHTS
 from kdtrain.gallery import Gallery, build_gallery
 from kdtrain.journal import Screen
+from kdtrain.mixture import TeacherMixture
 from kdtrain.models import FaceNetwork, inherit, inherit_head, network_from_state
 from kdtrain.task import Task
 from kdtrain.tasks import build_task
@@ -28,10 +30,7 @@ def prepare_task(config: Config, data: RunData, run_dir: Path, screen: Screen) -
     the data do not serve it.
     """
     folders = keys.input_folders(config, run_dir)
-    teacher = None
-    if "teacher" in folders:
-        teacher = load_network(folders["teacher"])
-        say_other_size(config, folders["teacher"], screen)
+    teacher = load_teacher(config, folders, screen)
     task = build_task(config, data.source.num_classes, teacher)
     check_data(task, data)
     if "init_from" in folders:
@@ -78,6 +77,22 @@ def prepare_cache(
     pictures = sum(map(len, data.epoch(0)))
     cache.reserve(pictures, [phase.epochs for phase in config.optim.phases])
     return cache
+
+
+def load_teacher(config: Config, folders: Mapping[str, Path], screen: Screen) -> FaceNetwork | None:
+    """The network that targets come from, of the run folders by input: one for several where
+    teacher.more names them.
+    """
+    names = [n for n in folders if n == "teacher" or n.startswith("teacher_more_")]
+    runs = [folders[name] for name in names]
+    if not runs:
+        return None
+    for run in runs:
+        say_other_size(config, run, screen)
+    networks = [load_network(run) for run in runs]
+    if len(networks) == 1:
+        return networks[0]
+    return TeacherMixture(networks, config.teacher.shares, config.target.temperature)
 
 
 def load_network(run: Path) -> FaceNetwork:

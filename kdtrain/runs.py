@@ -192,13 +192,20 @@ def loss_text(stage: Stage) -> str:
         if weight:
             prefix = "" if weight == 1 else f"{weight:g} "
             parts.append(f"{prefix}{name}" + (f" ({note})" if note else ""))
-    teacher = stage.config.get("teacher")
-    name = teacher.get("run") if isinstance(teacher, Mapping) else teacher  # a string is short
-    if not name:
-        return " + ".join(parts)
-    side = teacher.get("input_size") if isinstance(teacher, Mapping) else None
-    size = f" on {side} pixels" if side else ""
-    return " + ".join(parts) + f"; teacher {str(name).removeprefix('@')}{size}"
+    return "; ".join([" + ".join(parts), *_teacher_text(stage.config.get("teacher"))])
+
+
+def _teacher_text(section: Any) -> list[str]:
+    """'teachers a, b (weights 2, 1) on 32 pixels' in a list, which is empty without a teacher."""
+    teacher = section if isinstance(section, Mapping) else {"run": section}  # a string is short
+    if not teacher.get("run"):
+        return []
+    more = teacher.get("more") or []
+    names = ", ".join(str(run).removeprefix("@") for run in (teacher["run"], *more))
+    text = f"teacher{'s' * bool(more)} {names}"
+    if more and teacher.get("weights"):
+        text += f" (weights {', '.join(f'{weight:g}' for weight in teacher['weights'])})"
+    return [text + (f" on {teacher['input_size']} pixels" if teacher.get("input_size") else "")]
 
 
 def phases_text(stage: Stage) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 
 from kdtrain import checkpoint, keys, pipeline, settings
-from kdtrain.config import RUN_SETTINGS, Config, ConfigError, TeacherConfig
+from kdtrain.config import Config, ConfigError, TeacherConfig, named_runs
 from kdtrain.scheduler import Outcome
 from kdtrain.selection import (
     PUBLISHED,
@@ -127,7 +127,8 @@ def plan(
     config = settings.build({**flat, **_keys(weights), key: held_out})
     require_inputs(config, root, recipe, {**overrides, key: held_out})
     folders = {name: str(run) for name, run in keys.input_folders(config, root).items()}
-    teacher = dataclasses.replace(config.teacher, run=folders["teacher"])
+    more = [run for name, run in folders.items() if name.startswith("teacher_more")]
+    teacher = dataclasses.replace(config.teacher, run=folders["teacher"], more=more)
     config = dataclasses.replace(config, teacher=teacher, init_from=folders.get("init_from"))
     study = Study(root, config, weights, range(1, seeds + 1), final)
     try:
@@ -172,8 +173,8 @@ def training_commands(name: str, folder: Path, recipes: Path, extra: str) -> lis
     if recipe is None:
         return [f"python -m kdtrain train RECIPE_OF_{name} --run-dir {folder}"]
     flat, commands = settings.read_recipe(recipe), []
-    for value in map(flat.get, RUN_SETTINGS.values()):
-        if value and value.startswith("@") and _problem(folder.parent / value[1:]):
+    for value in named_runs(flat.get).values():
+        if value.startswith("@") and _problem(folder.parent / value[1:]):
             before = training_commands(value[1:], folder.parent / value[1:], recipes, extra)
             commands += [command for command in before if command not in commands]
     packaged = recipe.is_relative_to(settings.RECIPES)

@@ -25,6 +25,7 @@ from kdtrain.heads import (
     streamed_objective,
     teacher_head_objective,
 )
+from kdtrain.mixture import TeacherMixture
 from kdtrain.models import FaceNetwork, Outputs, seeded
 from kdtrain.observe import EvalBatch, Seen, look
 from kdtrain.passes import Passes
@@ -153,12 +154,13 @@ class Task(ABC):
 
     @property
     def _needs_teacher_logits(self) -> bool:
-        """Where the teacher's feature and classifier do not do: the student's logits are kept, or
-        its head is of another kind, or they are a target by themselves.
+        """Where the teacher's feature and classifier do not do: the student's logits are kept, its
+        head is of another kind, several teachers are averaged, or they are a target by themselves.
         """
         assert self.teacher is not None
         kinds = {type(n.classifier) for n in (self.network, self.teacher)}
-        streamed = self.config.head.streams and len(kinds) == 1
+        alone = not isinstance(self.teacher, TeacherMixture)
+        streamed = self.config.head.streams and len(kinds) == 1 and alone
         return bool(self.target.logits or (self.target.alpha and not streamed))
 
     @property

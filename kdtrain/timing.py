@@ -11,7 +11,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -28,6 +28,7 @@ from kdtrain.config_head import HeadConfig
 from kdtrain.config_target import TEACHER_WEIGHTS
 from kdtrain.data import center, shrink
 from kdtrain.environment import computing
+from kdtrain.mixture import TeacherMixture
 from kdtrain.models import FaceNetwork, count_parameters, multiply_adds, seeded
 from kdtrain.observe import EvalBatch, look
 from kdtrain.optimisation import Optimisation
@@ -139,7 +140,7 @@ def _size(model: ModelConfig, classes: int, landmarks: bool, side: int, head: He
 def timing(
     config: Config,
     classes: int,
-    teacher: ModelConfig | None,
+    teachers: Sequence[ModelConfig],
     teacher_classes: int,
     kept: bool,
     threads: int,
@@ -152,18 +153,18 @@ def timing(
         if key in _PICTURES or not (key in _FREE or key.startswith(_FREE_SECTIONS))
     }
     where = [threads or torch.get_num_threads(), steps]
-    asked = [repr(teacher), teacher_classes, kept] if teacher else []
+    asked = [repr(list(teachers)), teacher_classes, kept] if teachers else []
     record = [shape, classes, asked, *where]
     key = json.dumps(record, sort_keys=True)
     if key not in _timings:
-        _timings[key] = _measure(config, classes, teacher, teacher_classes, kept, threads, steps)
+        _timings[key] = _measure(config, classes, teachers, teacher_classes, kept, threads, steps)
     return _timings[key]
 
 
 def _measure(
     config: Config,
     classes: int,
-    teacher: ModelConfig | None,
+    teachers: Sequence[ModelConfig],
     teacher_classes: int,
     kept: bool,
     threads: int,
@@ -174,16 +175,18 @@ def _measure(
     with computing(computed), _same_random(device):
         before = _allocated(device)
         guide = None
-        if teacher is not None:
-            guide = FaceNetwork(
-                teacher,
-                teacher_classes,
-                TASKS[config.task].needs_landmarks,
-                head=config.head,
-                input_size=config.teacher_side,
-            )
+        if teachers:
+            points, side = TASKS[config.task].needs_landmarks, config.teacher_side
+            guides = [
+                FaceNetwork(model, teacher_classes, points, head=config.head, input_size=side)
+                for model in teachers
+            ]
+            guide = guides[0]
+            if len(guides) > 1:
+                shares, temperature = config.teacher.shares, config.target.temperature
+                guide = TeacherMixture(guides, shares, temperature)
         trial = _Trial(config, build_task(config, classes, guide).to(device), device, kept)
-        most = _fitting(config, classes, teacher, teacher_classes)
+        most = _fitting(config, classes, teachers, teacher_classes)
         pictures, needed, first = trial.kept_bytes(LEAST)  # builds kernels and starts threads
         # (on a GPU a slow first step is its kernels being compiled)
         slow = device.type == "cpu" and sum(first) > TIMED_S / 3
@@ -356,7 +359,7 @@ class _Trial:
 
 
 def _fitting(
-    config: Config, classes: int, teacher: ModelConfig | None, teacher_classes: int
+    config: Config, classes: int, teachers: Sequence[ModelConfig], teacher_classes: int
 ) -> int:
     """Pictures of the largest batch that keeps within TIMED_BYTES (on CUDA: half of what is
     free).
@@ -368,7 +371,7 @@ def _fitting(
     # student's logits and their gradient, then what is under way: about two large maps of five
     # kept
     each = 1.4 * network_size(config, config.model, classes).activations + 8 * classes
-    if teacher is not None:
+    for teacher in teachers:
         theirs = network_size(config, teacher, teacher_classes, config.teacher_side)
         each += 0.4 * theirs.activations
         each += 4 * teacher_classes

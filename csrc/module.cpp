@@ -83,6 +83,24 @@ void bind_kd_cross_entropy(py::module_& m) {
       "Loss, terms and gradient of the rows of a chunk; the gradient may take the place of the logits.");
 }
 
+void bind_kd_tail(py::module_& m) {
+  m.def(
+      "kd_tail",
+      [](uintptr_t logits, int64_t stride, int64_t rows, int64_t classes, float temperature, uintptr_t statistics,
+         uintptr_t factors, int threads) {
+        const KdTailArgs args{address<float>(logits),
+                              stride,
+                              rows,
+                              classes,
+                              temperature,
+                              address<TailStatistics>(statistics),
+                              address<const TailFactors>(factors)};
+        const py::gil_scoped_release release;
+        kd_tail(args, threads);
+      },
+      "Sums of the rows of a chunk, or their gradient in the place of the logits.");
+}
+
 void bind_give_gradient(py::module_& m) {
   m.def(
       "give_gradient",
@@ -340,6 +358,7 @@ py::capsule pooled(const std::vector<int64_t>& shape, const std::vector<int64_t>
 
 PYBIND11_MODULE(_native, m) {
   bind_kd_cross_entropy(m);
+  bind_kd_tail(m);
   bind_give_gradient(m);
   bind_triplet_loss(m);
   bind_batch_triplet(m);

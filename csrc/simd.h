@@ -70,6 +70,18 @@ inline float reduce_min(Vec v) {
   return best;
 }
 
+// Maximum of whole vectors, kLowest where none is above it.
+inline float block_max(const float* __restrict__ p, int64_t count) {
+  Vec best = splat(kLowest), second = best;
+  int64_t i = 0;
+  for (; i + 2 * kWidth <= count; i += 2 * kWidth) {
+    best = max(load(p + i), best);
+    second = max(load(p + i + kWidth), second);
+  }
+  for (; i < count; i += kWidth) best = max(load(p + i), best);
+  return reduce_max(max(best, second));
+}
+
 // 2^x for x below 127: degree-5 minimax polynomials with 2^0 = 1 exactly, relative error at most 2e-7. -inf gives 0,
 // results below 2^-126 give 0 (flush-to-zero is on), NaN stays NaN.
 inline Vec exp2(Vec x) {

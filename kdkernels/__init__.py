@@ -11,6 +11,7 @@ from kdkernels.kd_cross_entropy.op import (
     kd_cross_entropy,
 )
 from kdkernels.library import backends, empty_cache, isa, isa_levels, set_isa, validate
+from kdkernels.linear_kd_cross_entropy.arguments import SparseTeacher
 from kdkernels.linear_kd_cross_entropy.margins import (
     ArcFace,
     CombinedMargin,
@@ -21,6 +22,7 @@ from kdkernels.linear_kd_cross_entropy.op import (
     LinearKDCrossEntropyLoss,
     linear_kd_cross_entropy,
 )
+from kdkernels.linear_kd_cross_entropy.sampling import sample_classes
 from kdkernels.nearest_neighbor.eager import Nearest
 from kdkernels.nearest_neighbor.op import nearest_neighbor
 from kdkernels.triplet.batch_op import BatchTripletLoss, batch_triplet_loss
@@ -39,6 +41,7 @@ __all__ = [
     "KDTerms",
     "LinearKDCrossEntropyLoss",
     "Nearest",
+    "SparseTeacher",
     "TripletLoss",
     "TripletMarginLoss",
     "adaface_margin",
@@ -51,6 +54,7 @@ __all__ = [
     "kd_cross_entropy",
     "linear_kd_cross_entropy",
     "nearest_neighbor",
+    "sample_classes",
     "set_isa",
     "triplet_loss",
     "validate",

@@ -288,6 +288,11 @@ def validates() -> bool:
     return _validates
 
 
+def looks_at_values(device: torch.device) -> bool:
+    """Whether a call on that device may look at values: never while it is being compiled."""
+    return not torch.compiler.is_compiling() and (device.type == "cpu" or validates())
+
+
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether a gradient is wanted; to be asked outside the autograd.Function.
 

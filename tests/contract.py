@@ -294,9 +294,11 @@ def nan_in_nan_out(op: Op, backend: str) -> None:
                 continue
             spoiled = dict(sample.tensors)
             if isinstance(value, list):
-                first = value[0].clone()
+                # a sparse teacher's first tensor holds integers
+                number = next(i for i, t in enumerate(value) if t.is_floating_point())
+                first = value[number].clone()
                 first.view(-1)[0] = torch.nan
-                spoiled[name] = [first, *value[1:]]
+                spoiled[name] = [*value[:number], first, *value[number + 1 :]]
             else:
                 spoiled[name] = value.clone()
                 spoiled[name].reshape(-1)[:] = torch.nan

@@ -127,6 +127,7 @@ def _head_cases() -> list[Case]:
         *,
         margin: bool = True,
         teacher: bool = True,
+        sparse: bool = False,
         incoming: str = "one",
         gradient: bool = True,
         **options: Any,
@@ -141,6 +142,9 @@ def _head_cases() -> list[Case]:
             "teacher": head() if teacher else None,
             "target": torch.zeros(rows, dtype=torch.int64),
         }
+        if sparse:
+            indices = torch.arange(4).expand(rows, 4)
+            tensors["teacher"] = [indices, torch.full((rows, 4), -2.0)]
         if margin:
             options = {"normalize": True, "scale": 64.0, "margin": ArcFace(0.5), **options}
         wanted = ("features", "weight") if gradient else ()
@@ -162,6 +166,8 @@ def _head_cases() -> list[Case]:
         ),
         of(1024, 2000, "none", BF16, margin=False, reduction="none", incoming="rows"),
         of(1024, 2000, "no margin", BF16, margin=False),
+        of(1024, 2000, "sparse teacher", margin=False, sparse=True),
+        of(1024, 2000, "sparse teacher", BF16, margin=False, sparse=True),
     ]
 
 

@@ -70,12 +70,13 @@ def test_triton_kernels_know_torch_triton_and_their_shared_code_only(op):
     assert own
     allowed = ("torch", "triton", "kdkernels.triton_rows", *(f"kdkernels.{op}.{n}" for n in own))
     if op in BUILDS_ON:
-        shared = ("chunks", "head")  # of both backends: torch, and no kernel
+        shared = ("chunks", "head", "tail")  # of both backends: torch, and no kernel
         allowed += (f"kdkernels.{BUILDS_ON[op]}.triton_kernel",)
         allowed += tuple(f"kdkernels.{op}.{name}" for name in shared)
         for name in shared:
             for module in imports(ROOT / "kdkernels" / op / f"{name}.py"):
-                assert not is_outside(module, ("torch", f"kdkernels.{op}.head")), f"{op}/{name}.py"
+                known = ("torch", *(f"kdkernels.{op}.{other}" for other in shared))
+                assert not is_outside(module, known), f"{op}/{name}.py"
     for name in own:
         for module in imports(ROOT / "kdkernels" / op / f"{name}.py"):
             assert not is_outside(module, allowed), f"{op}/{name}.py imports {module}"

@@ -298,9 +298,10 @@ def test_bfloat16_products_of_the_triton_backend_keep_the_accuracy(monkeypatch):
         make(5, 41, 16, reduction="none"),
         make(19, 30, 9, **cosine, margin=ArcFace(0.4)),
         make(6, 30, 9, **cosine, reduction="none"),
+        make(20, 41, 16, teacher="sparse"),
     ]
     accuracy(replace(find_op(NAME), samples=tuple(found)), "triton", torch.bfloat16)
-    assert len(products) == 2 * (2 * 2 + 2 * 2) + 2 * (4 + 2)
+    assert len(products) == 2 * (2 * 2 + 2 * 2) + 2 * (4 + 2) + 2 * 3
 
 
 @each_kernel

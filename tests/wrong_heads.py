@@ -137,6 +137,81 @@ def each_chunk_overwrites_the_weights_gradient(features, weight, target, **optio
     return _LastChunk.apply(loss, weight, features, target, options)
 
 
+def _is_sparse(options):
+    teacher = options.get("teacher")
+    return isinstance(teacher, list) and not teacher[0].is_floating_point()
+
+
+def tail_left_out(features, weight, target, **options):
+    """The top k as if they were all there is: their probabilities made to add up to 1."""
+    if _is_sparse(options):
+        indices, log_probs = options["teacher"]
+        options["teacher"] = [indices, torch.log_softmax(log_probs, dim=1)]
+    return head(features, weight, target, **options)
+
+
+def _with_bins(bins, features, weight, target, **options):
+    original = specification.soft_over_bins
+    try:
+        specification.soft_over_bins = bins
+        return head(features, weight, target, **options)
+    finally:
+        specification.soft_over_bins = original
+
+
+def tail_forgotten_in_the_gradient(features, weight, target, **options):
+    right = specification.soft_over_bins
+
+    def bins(student, indices, log_probs, temperature):
+        soft, entropy = right(student, indices, log_probs, temperature)
+        # all probability outside the top k is taken to have gradient q alone
+        top = specification.rows.cross_entropy_of(
+            torch.log_softmax(student / temperature, dim=1).gather(1, indices), log_probs.exp()
+        )
+        return soft.detach() + top - top.detach(), entropy
+
+    return _with_bins(bins, features, weight, target, **options)
+
+
+def tail_by_cancellation(features, weight, target, **options):
+    def bins(student, indices, log_probs, temperature):
+        p = log_probs.exp()
+        q = torch.softmax(student / temperature, dim=1).gather(1, indices)
+        both = ((x, (1.0 - x.sum(dim=1)).clamp(min=0.0)) for x in (p, q))
+        p, q = (torch.cat((x, rest[:, None]), dim=1) for x, rest in both)
+        return tuple(specification.rows.cross_entropy_of(x.log(), p) for x in (q, p))
+
+    return _with_bins(bins, features, weight, target, **options)
+
+
+def entropy_without_the_tail(features, weight, target, **options):
+    right = specification.soft_over_bins
+
+    def bins(student, indices, log_probs, temperature):
+        soft, _ = right(student, indices, log_probs, temperature)
+        return soft, specification.rows.cross_entropy_of(log_probs, log_probs.exp())
+
+    return _with_bins(bins, features, weight, target, **options)
+
+
+def softmax_over_classes_that_take_no_part(features, weight, target, **options):
+    return head(features, weight, target, **{**options, "classes": None})
+
+
+def gradient_of_sampled_classes_at_their_places(features, weight, target, **options):
+    """The S rows of the weight's gradient lie where the sample has them, not where the weight."""
+    classes = options.get("classes")
+
+    def edit(gradient):
+        out = torch.zeros_like(gradient)
+        out[: len(classes)] = gradient[classes]
+        return out
+
+    if classes is not None:
+        weight = EditGradient.apply(weight, edit)
+    return head(features, weight, target, **options)
+
+
 _RIGHT_IN_FLOAT32 = [logits_rounded_to_16_bits]
 _OTHERS = [
     margin_left_out,
@@ -149,6 +224,12 @@ _OTHERS = [
     bias_left_out,
     weights_of_a_row_come_too_late,
     each_chunk_overwrites_the_weights_gradient,
+    tail_left_out,
+    tail_forgotten_in_the_gradient,
+    tail_by_cancellation,
+    entropy_without_the_tail,
+    softmax_over_classes_that_take_no_part,
+    gradient_of_sampled_classes_at_their_places,
 ]
 NAME = "linear_kd_cross_entropy"
 ALL = [Wrong(f.__name__, NAME, f, accurate) for f in _OTHERS] + [

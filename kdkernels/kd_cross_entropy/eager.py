@@ -41,10 +41,12 @@ def kd_cross_entropy(
     label_smoothing: float,
     reduction: str,
     hard_logits: Tensor | None = None,
+    soft_terms: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, KDTerms]:
     """Loss and terms by eq. (2) of arXiv 1709.02929; arguments as op.py checks them.
 
     hard_logits: (N, C), what the hard term takes for the student's logits; a margin changes them.
+    soft_terms: the soft term and the teacher's entropy of each row, in a teacher's place.
     """
     rows = student.shape[0]
     compute = torch.float64 if student.dtype == torch.float64 else torch.float32
@@ -75,9 +77,11 @@ def kd_cross_entropy(
         probs = torch.softmax(t, dim=1)  # (N, C)
         soft = cross_entropy_of(torch.log_softmax(s / temperature, dim=1), probs)
         entropy = cross_entropy_of(torch.log_softmax(t, dim=1), probs)
+    elif soft_terms is not None:
+        soft, entropy = soft_terms
 
     weight = alpha * temperature**2 if tau_squared else alpha
-    loss = hard + weight * soft if teacher is not None and weight != 0.0 else hard
+    loss = hard + weight * soft if weight != 0.0 else hard
     loss, hard, soft, entropy = (torch.where(counts, x, 0.0) for x in (loss, hard, soft, entropy))
     count = counts.sum()
     divisor = count.clamp(min=1)

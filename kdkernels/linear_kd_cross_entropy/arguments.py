@@ -1,6 +1,7 @@
 """Checks of linear_kd_cross_entropy's arguments: each returns what it checked, or raises."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +11,24 @@ from kdkernels.linear_kd_cross_entropy.margins import Amount, Margin
 
 NAME = "linear_kd_cross_entropy"
 LARGEST = 1e6  # of scales and margins: beyond, float32 statistics overflow
-Teacher = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 MARGIN_GRADIENTS = ("exact", "straight_through")
+LARGEST_SUM = 1.01  # of a row's top probabilities: bfloat16 log-probabilities may add up to 1.004
+
+
+class SparseTeacher(NamedTuple):
+    """The teacher's k likeliest classes of every row; all other classes are one bin.
+
+    indices: (N, k) int32 or int64, each class once a row, in any order. log_probs: (N, k), their
+    natural logarithms of softmax(t / tau), already at the temperature of the call:
+
+        log_probs, indices = torch.log_softmax(t / tau, dim=1).topk(k)
+    """
+
+    indices: Tensor
+    log_probs: Tensor
+
+
+Teacher = Tensor | SparseTeacher | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 
 
 def check_head(of: str, features: object, weight: object, bias: object) -> list[Tensor]:
@@ -47,8 +64,8 @@ def check_teacher(
     if not isinstance(teacher, (tuple, list)) or len(teacher) not in (2, 3):
         raise lib.reject(
             NAME,
-            "teacher must be logits (N, C), (features, weight) or (features, weight, bias), "
-            f"got {type(teacher).__name__}",
+            "teacher must be logits (N, C), (features, weight), (features, weight, bias) or "
+            f"(indices, log_probs), got {type(teacher).__name__}",
         )
     parts = check_head("teacher's ", *teacher, *(None,) * (3 - len(teacher)))
     if (
@@ -65,6 +82,74 @@ def check_teacher(
     parts = [part.detach() for part in parts]
     tensors += parts
     return (*parts, *(None,) * (3 - len(parts)))
+
+
+def is_sparse(teacher: object) -> bool:
+    """Whether a teacher is (indices, log_probs): its first tensor holds integers."""
+    if isinstance(teacher, SparseTeacher):
+        return True
+    first = teacher[0] if isinstance(teacher, (tuple, list)) and len(teacher) == 2 else None
+    return isinstance(first, Tensor) and not first.is_floating_point()
+
+
+def check_sparse(
+    teacher: object, features: Tensor, classes: int, tensors: list[Tensor]
+) -> SparseTeacher:
+    """The pair, its log_probs appended to `tensors`; or a ValueError. Values: check_bins."""
+    assert isinstance(teacher, (tuple, list))
+    indices, log_probs = teacher
+    log_probs = lib.check_tensor(NAME, "teacher's log_probs", log_probs, dims=2).detach()
+    if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64):
+        got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
+        raise lib.reject(NAME, f"teacher's indices must be an int32 or int64 tensor, got {got}")
+    rows, k = features.shape[0], log_probs.shape[1]
+    if indices.shape != log_probs.shape or len(indices) != rows or not 1 <= k <= classes:
+        raise lib.reject(
+            NAME,
+            f"teacher's indices and log_probs must both have shape ({rows}, k), k from 1 to "
+            f"{classes}, got {tuple(indices.shape)} and {tuple(log_probs.shape)}",
+        )
+    if indices.device != features.device or log_probs.device != features.device:
+        raise lib.reject(
+            NAME,
+            f"teacher's indices and log_probs must be on {features.device} like features, "
+            f"got {indices.device} and {log_probs.device}",
+        )
+    tensors.append(log_probs)
+    return SparseTeacher(indices, log_probs)
+
+
+def check_bins(
+    teacher: SparseTeacher, target: Tensor | None, classes: int, ignore_index: int
+) -> None:
+    """Raises ValueError where a row that counts names no class or one twice, or where its
+    probabilities add up to more than 1. On the CPU; elsewhere under kdkernels.validate(True)."""
+    indices, log_probs = teacher
+    if not lib.looks_at_values(indices.device):
+        return
+    ordered = indices.sort(dim=1).values
+    total = log_probs.float().exp().sum(dim=1)
+    faults = {
+        f"lie in [0, {classes})": ((indices < 0) | (indices >= classes)).any(dim=1),
+        "name each class once": (ordered[:, 1:] == ordered[:, :-1]).any(dim=1),
+    }
+    counts = torch.ones_like(total, dtype=torch.bool) if target is None else target != ignore_index
+    for what, bad in faults.items():
+        if bool((bad & counts).any()):
+            row = int((bad & counts).nonzero()[0])
+            raise lib.reject(
+                NAME,
+                f"teacher's indices must {what} in each row, got {indices[row].tolist()} "
+                f"in row {row}",
+            )
+    above = (total > LARGEST_SUM) & counts
+    if bool(above.any()):
+        row = int(above.nonzero()[0])
+        raise lib.reject(
+            NAME,
+            f"teacher's log_probs must be natural logarithms of softmax(t / tau), got "
+            f"probabilities that add up to {float(total[row]):.4g} in row {row}",
+        )
 
 
 def check_scale(name: str, value: object, normalize: bool) -> float:

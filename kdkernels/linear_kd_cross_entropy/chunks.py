@@ -39,6 +39,8 @@ class Call:
     teacher_features: Tensor | None
     teacher_weight: Tensor | None
     teacher_bias: Tensor | None
+    indices: Tensor | None
+    log_probs: Tensor | None
     target: Tensor | None
     m2: Tensor | None
     m3: Tensor | None
@@ -51,10 +53,6 @@ class Call:
     ignore_index: int
     label_smoothing: float
     reduction: str
-
-    @property
-    def has_teacher(self) -> bool:
-        return self.teacher is not None or self.teacher_features is not None
 
 
 @dataclass(frozen=True)
@@ -70,6 +68,8 @@ class Chunk:
     terms: Tensor | None  # (rows, 4)
     count: Tensor | None  # 0-d: what the gradient is divided by; None for 1
     call: Call
+    indices: Tensor | None = None  # (rows, k), in a teacher's place, and their log-probabilities
+    log_probs: Tensor | None = None
 
 
 def chunks(rows: int, classes: int, networks: int, how: Arithmetic) -> Iterator[tuple[int, int]]:
@@ -179,6 +179,8 @@ def run(
                 None if row_terms is None else row_terms[here],
                 divisor if call.reduction == "mean" else None,
                 call,
+                None if call.indices is None else call.indices[here],
+                None if call.log_probs is None else call.log_probs[here],
             )
             how.rows(chunk)
             if gradients is not None:

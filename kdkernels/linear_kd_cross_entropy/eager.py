@@ -9,6 +9,9 @@ from kdkernels.kd_cross_entropy.eager import KDTerms
 # A sine below this is taken on the chord, so that the slope of the margin stays finite at angle 0.
 # The label's cosine is wrong by at most 2.5e-4 sin(m) there, within 1e-3 of angle 0 (or pi).
 SMALLEST_SINE = 2.0**-10
+# What a sparse teacher's probabilities leave of 1 is 0 below this: float32 logarithms of a whole
+# distribution miss it by about 1e-7, and a student without a tail would make that infinite.
+SMALLEST_TAIL = 2.0**-20
 
 
 def unit(x: Tensor) -> Tensor:
@@ -45,12 +48,42 @@ def logits_of(
     return logits if bias is None else logits + bias
 
 
+def names_classes_once(indices: Tensor, classes: int) -> Tensor:
+    """(N,): whether a row's indices are all classes, none of them twice."""
+    ordered = indices.sort(dim=1).values
+    is_class = ((indices >= 0) & (indices < classes)).all(dim=1)
+    return is_class & (ordered[:, 1:] != ordered[:, :-1]).all(dim=1)
+
+
+def soft_over_bins(
+    student: Tensor, indices: Tensor, log_probs: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy with a sparse teacher and its entropy, (N,) each, over k + 1 bins: the classes
+    of `indices`, (N, k), and all others together."""
+    p = log_probs.exp()
+    tail = (1.0 - p.double().sum(dim=1)).clamp(min=0.0)
+    tail = torch.where(tail < SMALLEST_TAIL, 0.0, tail).to(p.dtype)
+    log_q = torch.log_softmax(student / temperature, dim=1)  # (N, C)
+    others = log_q.scatter(1, indices, -torch.inf)
+    if p.shape[1] == student.shape[1]:
+        tail = torch.zeros_like(tail)
+    # where all others are -inf, so is their sum; logsumexp would have NaN for its gradient
+    is_empty = (others == -torch.inf).all(dim=1)
+    log_q_tail = torch.logsumexp(torch.where(is_empty[:, None], 0.0, others), dim=1)
+    log_q_tail = torch.where(is_empty, -torch.inf, log_q_tail)
+    bins = torch.cat((p, tail[:, None]), dim=1)  # (N, k + 1)
+    log_q = torch.cat((log_q.gather(1, indices), log_q_tail[:, None]), dim=1)
+    log_p = torch.cat((log_probs, tail.log()[:, None]), dim=1)
+    return rows.cross_entropy_of(log_q, bins), rows.cross_entropy_of(log_p, bins)
+
+
 def linear_kd_cross_entropy(
     features: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor | None,
     teacher: Tensor | tuple[Tensor, ...] | None,
+    sparse: tuple[Tensor, Tensor] | None,
     *,
     normalize: bool,
     scale: float,
@@ -65,7 +98,10 @@ def linear_kd_cross_entropy(
     label_smoothing: float,
     reduction: str,
 ) -> tuple[Tensor, KDTerms]:
-    """Loss and terms; arguments as op.py checks them. m2, m3: (N,), or None without a margin."""
+    """Loss and terms; arguments as op.py checks them. m2, m3: (N,), or None without a margin.
+
+    sparse: (indices, log_probs), (N, k) each, in a teacher's place.
+    """
     with torch.autocast(features.device.type, enabled=False):
         wide = torch.float64 in (features.dtype, weight.dtype)
         compute = torch.float64 if wide else torch.float32
@@ -79,6 +115,22 @@ def linear_kd_cross_entropy(
             parts = [part.detach().to(compute) for part in teacher]
             offset = parts[2] if len(parts) == 3 else None
             teacher = logits_of(parts[0], parts[1], offset, teacher_scale, normalize)
+        soft_terms = None
+        if sparse is not None:
+            indices, log_probs = sparse
+            counts = torch.ones_like(indices[:, 0], dtype=torch.bool)
+            if target is not None:
+                counts = target != ignore_index
+            good = names_classes_once(indices, len(weight))
+            # where nobody has checked the indices (on CUDA it would wait), bad ones spoil their row
+            spoiled = torch.where(counts & ~good, torch.nan, 1.0).to(compute)
+            student = student * spoiled[:, None]
+            soft_terms = soft_over_bins(
+                student,
+                torch.where((counts & good)[:, None], indices, 0).long(),
+                torch.where(counts[:, None], log_probs.to(compute), 0.0),
+                temperature,
+            )
         hard = None
         if m2 is not None and m3 is not None and target is not None:
             label = torch.where((target >= 0) & (target < len(weight)), target, 0).long()[:, None]
@@ -98,4 +150,5 @@ def linear_kd_cross_entropy(
             label_smoothing=label_smoothing,
             reduction=reduction,
             hard_logits=hard,
+            soft_terms=soft_terms,
         )

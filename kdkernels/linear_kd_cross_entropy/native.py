@@ -6,6 +6,7 @@ from torch import Tensor
 from kdkernels import library as lib
 from kdkernels.linear_kd_cross_entropy.chunks import Call, Chunk, run
 from kdkernels.linear_kd_cross_entropy.head import Arithmetic
+from kdkernels.linear_kd_cross_entropy.tail import take_rows
 
 CHUNK_BYTES = 32 << 20  # of both networks' logits: about the last-level cache of a processor
 # Of a weight, products of 64 rows do 384 operations and move 16 bytes (it, twice, and its gradient
@@ -13,7 +14,36 @@ CHUNK_BYTES = 32 << 20  # of both networks' logits: about the last-level cache o
 LEAST_ROWS = 64
 
 
+def _tail(x: Tensor, temperature: float, statistics: Tensor | None, factors: Tensor | None) -> None:
+    assert lib.native is not None
+    lib.native.kd_tail(
+        x.data_ptr(),
+        x.stride(0),
+        *x.shape,
+        temperature,
+        0 if statistics is None else statistics.data_ptr(),
+        0 if factors is None else factors.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+def _tail_statistics(x: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    found = torch.empty((len(x), 3), dtype=torch.float32)
+    _tail(x, temperature, found, None)
+    most, plain, softened = found.double().unbind(dim=1)
+    return most, plain, softened
+
+
+def _tail_gradient(x: Tensor, factors: Tensor, temperature: float, out: Tensor) -> None:
+    """In place: no product on the CPU is narrow, so the gradient has no memory of its own."""
+    assert out is x
+    _tail(x, temperature, None, factors)
+
+
 def _rows(chunk: Chunk) -> None:
+    if chunk.indices is not None:
+        take_rows(chunk, _tail_statistics, _tail_gradient)
+        return
     assert lib.native is not None
     call, target, gradient = chunk.call, chunk.target, chunk.gradient
     rows, classes = chunk.student.shape

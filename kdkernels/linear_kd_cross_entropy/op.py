@@ -10,15 +10,20 @@ from kdkernels.kd_cross_entropy.op import check_label_range, check_row_options
 from kdkernels.linear_kd_cross_entropy import eager, native
 from kdkernels.linear_kd_cross_entropy.arguments import (
     NAME,
+    SparseTeacher,
     Teacher,
+    check_bins,
     check_head,
     check_margin,
     check_scale,
+    check_sparse,
     check_teacher,
+    is_sparse,
     is_straight_through,
 )
 from kdkernels.linear_kd_cross_entropy.eager import KDTerms
 from kdkernels.linear_kd_cross_entropy.margins import Margin
+from kdkernels.linear_kd_cross_entropy.sampling import NO_CLASS, check_classes, renumber
 
 
 def _shapes(features: Tensor, weight: Tensor, want: tuple[bool, ...]) -> list[Tensor]:
@@ -44,14 +49,15 @@ def _gradient_fake(features, weight, *arguments):
 
 # loss is (N,) for "none" and 0-d else; terms (5,), (0,) where not wanted; the gradients of
 # features, weight and bias are float32 and (0,) where not wanted. teacher: logits, or None and a
-# head. m2, m3: (N,) float32.
+# head or the indices and log_probs of a sparse one. m2, m3: (N,) float32.
 _CALL = (
     "Tensor features, Tensor weight, Tensor? bias, Tensor? teacher, Tensor? teacher_features, "
-    "Tensor? teacher_weight, Tensor? teacher_bias, Tensor? target, Tensor? m2, Tensor? m3, "
-    "bool normalize, float scale, float teacher_scale, bool straight_through, float temperature, "
-    "float alpha, int ignore_index, float label_smoothing, str reduction, bool want_features, "
-    "bool want_weight, bool want_bias"
+    "Tensor? teacher_weight, Tensor? teacher_bias, Tensor? indices, Tensor? log_probs, "
+    "Tensor? target, Tensor? m2, Tensor? m3, bool normalize, float scale, float teacher_scale, "
+    "bool straight_through, float temperature, float alpha, int ignore_index, "
+    "float label_smoothing, str reduction, bool want_features, bool want_weight, bool want_bias"
 )
+TENSORS = 12  # of the call, which come first
 lib.define(
     NAME,
     f"({_CALL}, bool want_terms) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -78,8 +84,8 @@ class _LinearKDCrossEntropy(torch.autograd.Function):
         ctx.backend, ctx.want, ctx.is_none = backend, want, is_none
         ctx.dtypes = [None if t is None else t.dtype for t in call[:3]]
         if is_none:
-            ctx.save_for_backward(*call[:10])
-            ctx.options = call[10:]
+            ctx.save_for_backward(*call[:TENSORS])
+            ctx.options = call[TENSORS:]
         else:
             ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(terms)
@@ -101,7 +107,7 @@ class _LinearKDCrossEntropy(torch.autograd.Function):
             gradient.to(dtype) if wanted else None
             for gradient, dtype, wanted in zip(given, ctx.dtypes, ctx.want, strict=True)
         )
-        return None, None, None, *found, *(None,) * 16
+        return None, None, None, *found, *(None,) * 18
 
 
 @overload
@@ -112,6 +118,7 @@ def linear_kd_cross_entropy(
     *,
     bias: Tensor | None = ...,
     teacher: Teacher | None = ...,
+    classes: Tensor | None = ...,
     normalize: bool = ...,
     scale: float = ...,
     teacher_scale: float | None = ...,
@@ -134,6 +141,7 @@ def linear_kd_cross_entropy(
     *,
     bias: Tensor | None = ...,
     teacher: Teacher | None = ...,
+    classes: Tensor | None = ...,
     normalize: bool = ...,
     scale: float = ...,
     teacher_scale: float | None = ...,
@@ -156,6 +164,7 @@ def linear_kd_cross_entropy(
     *,
     bias: Tensor | None = ...,
     teacher: Teacher | None = ...,
+    classes: Tensor | None = ...,
     normalize: bool = ...,
     scale: float = ...,
     teacher_scale: float | None = ...,
@@ -177,6 +186,7 @@ def linear_kd_cross_entropy(
     *,
     bias: Tensor | None = None,
     teacher: Teacher | None = None,
+    classes: Tensor | None = None,
     normalize: bool = False,
     scale: float = 1.0,
     teacher_scale: float | None = None,
@@ -205,7 +215,25 @@ def linear_kd_cross_entropy(
     each its own dtype and strides (float64 runs on eager). target: (N,) int32 or int64, None for
     the soft term alone. teacher: (features, weight) or (features, weight, bias) of the teacher,
     (N, E), (C, E) and (C,), normalised where the student is and scaled by teacher_scale (None: by
-    scale); or (N, C) logits, taken as they are; or None.
+    scale); or (N, C) logits, taken as they are; or a SparseTeacher; or None.
+
+    SparseTeacher(indices, log_probs), or the plain pair (integers tell it from a head), both
+    (N, k): the k classes of each row that the teacher finds likeliest and the natural logarithms of
+    their softmax(t / tau), at this call's temperature. All other classes are one bin, so that what
+    the teacher left out keeps its probability, and no (N, C) teacher is made:
+
+        soft_n = -sum_j p_nj log q_nj - p_n log(sum_(c not in j) q_nc),    p_n = 1 - sum_j p_nj
+
+    with q = softmax(s / tau), as TRL's loss_top_k with loss_add_tail has its bins. -inf is
+    probability 0; p_n below 2^-20 (float32 resolves 1e-7 of a sum of 1) and a teacher that names
+    all C classes have no tail; the terms' entropy is that of the k + 1 bins. 16-bit log_probs
+    resolve the tail to about 2^-8.
+
+    classes: (S,) int32 or int64, rising, each once: the softmax, the teacher's too, goes over these
+    alone, as in PartialFC (arXiv 2010.05222, 2203.15565); sample_classes draws them. Labels must be
+    among them. weight, bias and teacher keep their C classes: S rows of a weight (S columns of
+    logits) are copied, the others are not read, and have gradient 0. Not with a sparse teacher,
+    whose probabilities are of all classes.
 
     margin: ArcFace(m), CosFace(m) or CombinedMargin(m2, m3), for normalize=True and a target; each
     m a float or an (N,) tensor, without gradient. Beyond theta + m2 = pi the label's cosine goes on
@@ -225,30 +253,40 @@ def linear_kd_cross_entropy(
     Memory beyond inputs and gradients: float32 logits of a chunk of rows for each network (see
     docs/ops.md). Under autocast features and weight are taken as they are given.
 
-    A label out of range raises on the CPU and under kdkernels.validate(True); elsewhere it makes
-    the row's loss and gradient NaN, without waiting for the device.
+    A label out of range or not among classes, and indices out of range or twice in a row, raise on
+    the CPU and under kdkernels.validate(True); elsewhere they make the row's loss and gradient NaN,
+    without waiting for the device. (classes out of range stop the device there, as in torch.)
 
-    Raises ValueError where shapes, dtypes, devices, options or (on the CPU) the label range are
-    wrong.
+    Raises ValueError where shapes, dtypes, devices, options or (on the CPU) the values of labels,
+    indices, log_probs or classes are wrong.
     """
     tensors = check_head("", features, weight, bias)
-    rows, classes = features.shape[0], weight.shape[0]
+    rows, every = features.shape[0], weight.shape[0]
     scale = check_scale("scale", scale, normalize)
     straight_through = is_straight_through(margin_grad)
     logits: Tensor | None = None
     head: tuple[Tensor | None, ...] = (None, None, None)
+    sparse: SparseTeacher | None = None
     if isinstance(teacher, Tensor):
         logits = lib.check_tensor(NAME, "teacher", teacher).detach()
-        if logits.shape != (rows, classes) or logits.device != features.device:
+        if logits.shape != (rows, every) or logits.device != features.device:
             raise lib.reject(
                 NAME,
-                f"teacher must be logits of shape ({rows}, {classes}) on {features.device}, "
+                f"teacher must be logits of shape ({rows}, {every}) on {features.device}, "
                 f"got {tuple(logits.shape)} on {logits.device}",
             )
         tensors.append(logits)
         if teacher_scale is not None:
             raise lib.reject(
                 NAME, "teacher_scale is for a teacher (features, weight): logits are taken as given"
+            )
+    elif is_sparse(teacher):
+        sparse = check_sparse(teacher, features, every, tensors)
+        if teacher_scale is not None or classes is not None:
+            raise lib.reject(
+                NAME,
+                "teacher_scale and classes are not for a sparse teacher: its probabilities are "
+                "taken as given, and are of all classes",
             )
     elif teacher is not None:
         head = check_teacher(teacher, features, weight, tensors)
@@ -267,7 +305,18 @@ def linear_kd_cross_entropy(
     )
     backend = lib.choose_backend(NAME, backend, tensors)
     if target is not None:
-        check_label_range(target, classes, ignore_index, NAME)
+        check_label_range(target, every, ignore_index, NAME)
+    if sparse is not None:
+        check_bins(sparse, target, every, ignore_index)
+    if classes is not None:
+        chosen = check_classes(classes, every, features.device)
+        weight = weight.index_select(0, chosen)
+        bias = None if bias is None else bias.index_select(0, chosen)
+        logits = None if logits is None else logits.index_select(1, chosen)
+        kept, *of_classes = head
+        head = (kept, *(None if t is None else t.index_select(0, chosen) for t in of_classes))
+        if target is not None:
+            target, ignore_index = renumber(target, chosen, ignore_index), NO_CLASS
     if backend == "eager":
         loss, terms = eager.linear_kd_cross_entropy(
             features,
@@ -275,6 +324,7 @@ def linear_kd_cross_entropy(
             bias,
             target,
             logits if logits is not None else tuple(t for t in head if t is not None) or None,
+            sparse,
             normalize=normalize,
             scale=scale,
             teacher_scale=teacher_scale,
@@ -292,7 +342,8 @@ def linear_kd_cross_entropy(
 
     factor = alpha * temperature**2 if tau_squared else alpha
     call = (
-        *(features, weight, bias, logits, *head, target, m2, m3, normalize, scale, teacher_scale),
+        *(features, weight, bias, logits, *head, *(sparse or (None, None)), target, m2, m3),
+        *(normalize, scale, teacher_scale),
         *(straight_through, temperature, factor, ignore_index, label_smoothing, reduction),
     )
     want = tuple(t is not None and lib.wants_gradient(t) for t in (features, weight, bias))
@@ -304,8 +355,8 @@ def linear_kd_cross_entropy(
 
 
 class LinearKDCrossEntropyLoss(nn.Module):
-    """linear_kd_cross_entropy as a module: `loss(features, weight, target, bias=, teacher=)`;
-    arguments and errors as there.
+    """linear_kd_cross_entropy as a module: `loss(features, weight, target, bias=, teacher=,
+    classes=)`; arguments and errors as there.
 
     Replaces a linear layer, or normalised features and weights, and KDCrossEntropyLoss on its
     logits; the weight stays where it is. A margin whose m is a tensor goes to the call, and takes
@@ -356,6 +407,7 @@ class LinearKDCrossEntropyLoss(nn.Module):
         *,
         bias: Tensor | None = None,
         teacher: Teacher | None = None,
+        classes: Tensor | None = None,
         margin: Margin | None = None,
     ) -> Tensor | tuple[Tensor, KDTerms]:
         return linear_kd_cross_entropy(
@@ -364,6 +416,7 @@ class LinearKDCrossEntropyLoss(nn.Module):
             target,
             bias=bias,
             teacher=teacher,
+            classes=classes,
             normalize=self.normalize,
             scale=self.scale,
             teacher_scale=self.teacher_scale,

@@ -26,12 +26,15 @@ def make(
     frozen: tuple[str, ...] = (),
     ignored: int = 0,
     label_dtype: torch.dtype = torch.int64,
+    top: int = 4,
+    classes_of: tuple[int, ...] = (),
     name: str = "",
     **options: Any,
 ) -> Sample:
     """Normal features and weights, whose labels are not far off: a third of a label's class is
-    added to its row. teacher: "head" of 5 features more, "biased", "logits" or None. The last
-    `ignored` rows hold ignore_index."""
+    added to its row. teacher: "head" of 5 features more, "biased", "logits", "sparse" of the `top`
+    classes, or None. The last `ignored` rows hold ignore_index. classes_of: those beside the labels
+    that take part."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -49,9 +52,13 @@ def make(
         differentiable.append("bias")
     if teacher == "logits":
         tensors["teacher"] = 2.0 * normal(rows, classes)
+    elif teacher == "sparse":
+        tensors["teacher"] = _likeliest(2.0 * normal(rows, classes), target, top, options)
     elif teacher is not None:
         head = [normal(rows, features + 5), normal(classes, features + 5)]
         tensors["teacher"] = [*head, normal(classes)] if teacher == "biased" else head
+    if classes_of:
+        tensors["classes"] = torch.cat((torch.tensor(classes_of), target)).unique()
     target = target.to(label_dtype)
     if ignored:
         target[-ignored:] = -100
@@ -68,6 +75,18 @@ def make(
         options,
         tuple(key for key in differentiable if key not in frozen),
     )
+
+
+def _likeliest(
+    logits: torch.Tensor, target: torch.Tensor, top: int, options: dict[str, Any]
+) -> list[torch.Tensor]:
+    """A sparse teacher's indices, in no order, and log-probabilities; it is sure of every second
+    label, and has the others in its tail where there is one."""
+    sure = torch.where(torch.arange(len(target)) % 2 == 0, 8.0, -30.0)
+    logits = logits.scatter_add(1, target[:, None], sure[:, None])
+    log_probs = torch.log_softmax(logits / options.get("temperature", 3.0), dim=1)
+    found = log_probs.topk(top)
+    return [found.indices.flip(1), found.values.flip(1)]
 
 
 def samples(device: str = "cpu") -> list[Sample]:
@@ -120,6 +139,30 @@ def samples(device: str = "cpu") -> list[Sample]:
             **plain,
             name="scale 64",
         ),
+    ]
+    found += [
+        make(7, 53, 12, teacher="sparse", return_terms=True, **plain),
+        make(3, 9, 4, teacher="sparse", top=9, **plain, name="all classes named"),
+        make(4, 1, 3, teacher="sparse", top=1, ignored=1, **plain, name="one class named"),
+        make(6, 2100, 8, teacher="sparse", top=7, temperature=2.5, label_smoothing=0.1, **plain),
+        make(9, 61, 20, teacher="sparse", reduction="none", ignored=2, bias=True, **plain),
+        _without_target(make(6, 41, 9, teacher="sparse", tau_squared=True, **plain)),
+        make(6, 41, 9, teacher="sparse", alpha=0.0, **plain, name="sparse, alpha 0"),
+        make(5, 40, 7, teacher="sparse", spread=20.0, **plain, name="sparse, scale 100"),
+        make(7, 53, 12, teacher="sparse", margin=ArcFace(0.5), return_terms=True, **cosine),
+        make(
+            *(7, 53, 12),
+            teacher="sparse",
+            margin=ArcFace(amounts),
+            label_smoothing=0.1,
+            label_dtype=torch.int32,
+            reduction="none",
+            **cosine,
+            name="sparse, m a row, none",
+        ),
+        make(6, 90, 9, classes_of=(0, 3, 4, 60, 89), bias=True, ignored=1, **plain),
+        make(6, 90, 9, classes_of=(1, 2, 5), teacher="logits", return_terms=True, **plain),
+        make(7, 53, 12, classes_of=(7, 8, 9), margin=ArcFace(0.5), **cosine),
     ]
     return found + _strided(device) + _zeros(device)
 

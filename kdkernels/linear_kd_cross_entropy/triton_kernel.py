@@ -14,6 +14,9 @@ from kdkernels import triton_rows as rows
 from kdkernels.kd_cross_entropy.triton_kernel import launch_rows, parts_of, with_unit_columns
 from kdkernels.linear_kd_cross_entropy.chunks import Call, Chunk, run
 from kdkernels.linear_kd_cross_entropy.head import Arithmetic
+from kdkernels.linear_kd_cross_entropy.tail import take_rows
+from kdkernels.linear_kd_cross_entropy.triton_tail import gradient as tail_gradient
+from kdkernels.linear_kd_cross_entropy.triton_tail import statistics as tail_statistics
 
 # Each chunk reads and writes the float32 gradient of the weight: as much time as the products of
 # some 700 rows in bfloat16 on an H200, so chunks are as large as memory is cheap. Counted, not
@@ -73,6 +76,9 @@ def scale_rows_and_columns(
 
 
 def _rows(chunk: Chunk) -> None:
+    if chunk.indices is not None:
+        take_rows(chunk, tail_statistics, tail_gradient)
+        return
     call, student, gradient = chunk.call, chunk.student, chunk.gradient
     teacher = None if chunk.teacher is None else with_unit_columns(chunk.teacher)
     # programs that share a row would read the label's logit after another one has written there

@@ -240,8 +240,8 @@ def headline(results: Mapping[str, Any]) -> str:
 
 
 def result_table(root: Path, outcomes: Mapping[str, Outcome]) -> Table:
-    """Teacher, scratch, control and distilled student, the floor and an untrained network, by task;
-    '-' where a stage has no result.
+    """Teacher, scratch, control and distilled student, or the stages by name where a preset has
+    others, the floor and an untrained network, by task; '-' where a stage has no result.
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="test split, end of training, %")
     table.add_column("")
@@ -249,7 +249,9 @@ def result_table(root: Path, outcomes: Mapping[str, Outcome]) -> Table:
     columns = table_columns(found.values())
     for title, _, _ in columns:
         table.add_column(title.replace(" ", "\n", 1), justify="right", no_wrap=True)
-    for row, endings in ROWS:
+    every = tuple(ending for _, endings in ROWS for ending in endings)
+    others = [(name, (name,)) for name in outcomes if not name.endswith(every)]
+    for row, endings in (*ROWS, *others):
         cells = []
         for _, task, metric in columns:
             stages = [n for n in outcomes if n.endswith(endings) and _task(n, root, found) == task]

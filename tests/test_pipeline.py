@@ -56,7 +56,7 @@ def _run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_stage_comes_after_its_inputs():
-    for preset in settings.preset_names():
+    for preset in ("demo", "paper", "two-cores"):
         stages = pipeline.plan(preset, {}, {})
         names = [stage.name for stage in stages]
         assert len(names) == 10

@@ -1,4 +1,5 @@
-"""The commands: demo, train, eval, pipeline, reproduce, select-targets, data, recipes, report.
+"""The commands: demo, train, eval, pipeline, reproduce, select-targets, import, data, recipes,
+report.
 
 Exit status: 0 done; 1 the run could not go on (one line says why); 2 wrong usage; 130 interrupted,
 to be continued.
@@ -226,6 +227,13 @@ def data(argv: Sequence[str]) -> int:
     return 0
 
 
+def import_weights(argv: Sequence[str]) -> int:
+    """Write published weights as a run folder."""
+    from kdtrain.import_weights import run
+
+    return run(argv)
+
+
 def recipes(argv: Sequence[str]) -> int:
     """List the packaged recipes."""
     parser = command_parser("recipes", "", "List the packaged recipes with their head comments.")
@@ -257,6 +265,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "pipeline": pipeline,
     "reproduce": studies.reproduce,
     "select-targets": studies.select_targets,
+    "import": import_weights,
     "data": data,
     "recipes": recipes,
     "report": report,

@@ -66,7 +66,8 @@ class CosineClassifier(nn.Module):
 class FaceNetwork(nn.Module):
     """The backbone that `model` names, a classifier and, if asked, a landmark head.
 
-    model: the settings of config.ModelConfig. num_classes: C. landmarks: whether to add the head
+    model: the settings of config.ModelConfig. num_classes: C; 0 for published weights without
+    their classifier, whose head is then a cosine one for nobody. landmarks: whether to add the head
     for 5 points. Both heads read the same feature, so an alignment network still predicts classes
     (its soft target). head: the settings of config.HeadConfig, of which kind and scale count; None
     is a linear classifier with bias. input_size: side of the pictures, which face networks are
@@ -85,14 +86,20 @@ class FaceNetwork(nn.Module):
         input_size: int = INPUT_SIZE,
     ) -> None:
         super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"FaceNetwork: num_classes must be at least 1, got {num_classes}")
+        cosine = getattr(head, "kind", "linear") == "cosine"
+        if num_classes < (0 if cosine else 1):
+            raise ValueError(
+                "FaceNetwork: num_classes must be at least 1 (0 with a cosine head, for a network "
+                f"that has none), got {num_classes}"
+            )
         self.backbone: Backbone = build_backbone(model, input_size)
         self.width = self.backbone.width
         self.num_classes = num_classes
-        self.classifier: nn.Linear | CosineClassifier = nn.Linear(self.width, num_classes)
-        if head is not None and head.kind == "cosine":
+        self.classifier: nn.Linear | CosineClassifier
+        if cosine:
             self.classifier = CosineClassifier(self.width, num_classes, head.scale)
+        else:
+            self.classifier = nn.Linear(self.width, num_classes)
         self.regressor = nn.Linear(self.width, 2 * NUM_POINTS) if landmarks else None
         self.arrange(channels_last=True)
 

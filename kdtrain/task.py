@@ -70,15 +70,15 @@ class Task(ABC):
                 "build_task: a target of the teacher has a weight, or the head asks it: that needs "
                 "a teacher network"
             )
-        if (
-            teacher is not None
-            and (target.alpha or target.logits or config.head.needs_teacher)
-            and teacher.num_classes != num_classes
-        ):
+        asked = target.alpha or target.logits or target.teacher_head
+        asked = asked or config.head.margin == "distillation"
+        if teacher is not None and asked and teacher.num_classes != num_classes:
+            known = f"tells {teacher.num_classes} people apart"
             raise ValueError(
-                f"build_task: the teacher tells {teacher.num_classes} people apart and the data "
-                f"has {num_classes}; train the teacher on the same people, or set target.alpha, "
-                "target.logits and what of head asks the teacher to 0 or none"
+                f"build_task: the teacher {known if teacher.num_classes else 'has no classifier'} "
+                f"and the data has {num_classes} people; train the teacher on these (or import it "
+                "with the --head that was), or set target.alpha, target.logits, "
+                "target.teacher_head to 0 and head.margin to none or one without a teacher"
             )
         self.config = config
         self.target = target

@@ -55,6 +55,10 @@ class HeadConfig:
     """
     streamed: bool = False
     """Never keep the logits of a linear head either; worth it where people are very many."""
+    sample: float = 1.0
+    """Share of the people whose scores a step forms: those of the batch and others at random
+    (PartialFC). 1 takes all; less needs a cosine or streamed head.
+    """
 
     def __post_init__(self) -> None:
         finite = math.isfinite(self.scale)
@@ -69,6 +73,12 @@ class HeadConfig:
             )
         if self.margin == "distillation":
             require(self.m_min <= self.size, "head.m_min", f"at most {self.size}", self.m_min)
+        require(0 < self.sample <= 1, "head.sample", "0 < x <= 1", self.sample)
+        if self.sample < 1 and not self.streams:
+            raise ConfigError(
+                f"head.sample {self.sample:g} forms some of the scores, and a linear head keeps "
+                "them all: set head.streamed to true, or head.sample to 1"
+            )
         for name in ("margin", "update"):
             value = getattr(self, name)
             if self.kind == "linear" and value in (*MARGINS, "adaptive"):

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdkernels import ArcFace, CombinedMargin, CosFace, adaface_margin, linear_kd_cross_entropy
+from kdkernels import (
+    ArcFace,
+    CombinedMargin,
+    CosFace,
+    adaface_margin,
+    linear_kd_cross_entropy,
+    sample_classes,
+)
 from kdtrain.config_checks import ConfigError
 from kdtrain.models import CosineClassifier, FaceNetwork
 from kdtrain.targets import Guide, Objective, softmax_terms
@@ -84,13 +91,16 @@ def streamed_objective(
     *,
     target: Any,
     margin_grad: str = "exact",
+    sample: float = 1.0,
     backend: str | None = None,
 ) -> Objective | None:
     """gamma H(softmax(s'), y) + alpha [tau^2] H(softmax(s / tau), softmax(t / tau)) from the
     feature, s the scores of the network's classifier and s' those with a margin.
 
     hidden (N, K) of the student. guide: the teacher's answer; its logits where they are there, else
-    its classifier on its feature. Terms as softmax_objective's; None where both weights are 0.
+    its classifier on its feature. sample: share of the people over whom both softmaxes go, drawn
+    anew from torch's random state (PartialFC, arXiv 2203.15565). Terms as softmax_objective's; None
+    where both weights are 0.
     """
     gamma, alpha = target.gamma, target.alpha
     if not (gamma or alpha):
@@ -101,10 +111,14 @@ def streamed_objective(
     teacher_scale = None
     if isinstance(of_teacher, tuple) and teacher is not None:
         teacher_scale = getattr(teacher.classifier, "scale", None)
+    classes = None
+    if sample < 1:
+        classes = sample_classes(labels, len(head.weight), sample)
     loss, record = linear_kd_cross_entropy(
         hidden,
         head.weight,
         asked,
+        classes=classes,
         bias=head.bias,
         teacher=of_teacher,
         normalize=cosine,

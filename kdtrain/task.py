@@ -235,6 +235,7 @@ class Task(ABC):
                 margin_of(head, outputs.hidden, labels, self.teacher, guide, self._norms),
                 target=target,
                 margin_grad=head.margin_grad,
+                sample=head.sample,
                 backend=self.backend,
             )
         assert outputs.logits is not None

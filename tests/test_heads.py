@@ -283,6 +283,29 @@ def test_heads_that_do_not_fit_together_are_refused(options, message):
         HeadConfig(**options)
 
 
+def test_a_sample_of_the_people_is_drawn_anew_and_holds_those_of_the_batch(monkeypatch):
+    config = head_config(kind="cosine", scale=16.0, sample=0.5, t_alpha=1.0)
+    drawn = []
+    sample = heads.sample_classes
+    monkeypatch.setattr(heads, "sample_classes", lambda *a: drawn.append(sample(*a)) or drawn[-1])
+    with seeded(3):
+        task = build_task(config, 40, FaceNetwork(config.model, 40, head=config.head))
+    pictures, labels, _ = make_batch()
+    hidden, guide = forward(task, pictures)
+    torch.manual_seed(5)
+    results = [task.step(pictures, labels) for _ in range(2)]
+    assert [len(classes) for classes in drawn] == [20, 20]
+    assert not torch.equal(*drawn)
+    assert all(torch.isin(labels, classes).all() for classes in drawn)
+    values = 16 * cosines(hidden, task.network.classifier.weight)[:, drawn[0]]
+    places = torch.searchsorted(drawn[0], labels)
+    theirs = 16 * cosines(guide.hidden, task.teacher.classifier.weight)[:, drawn[0]]
+    expected = F.cross_entropy(values, places) + soft(values, theirs, 3.0)
+    torch.testing.assert_close(results[0].loss.double(), expected, rtol=1e-4, atol=0)
+    with pytest.raises(ConfigError, match="head.sample 0.5 forms some of the scores"):
+        HeadConfig(sample=0.5)
+
+
 def test_a_head_that_asks_a_teacher_or_freezes_chance_is_refused_without_a_run():
     with pytest.raises(ConfigError, match="need a teacher: set --teacher"):
         Config(head=HeadConfig(kind="cosine", margin="distillation"))
@@ -314,7 +337,7 @@ def test_state_beside_the_weights_survives_a_stop(chain, name):
     root, cosine = chain
     options = {
         "adaptive": {"head__update": "adaptive", "teacher": "@teacher"},
-        "adaface": {"head__margin": "adaface"},
+        "adaface": {"head__margin": "adaface", "head__sample": 0.5},
         "th_kd": {"target__teacher_head": 0.5, "teacher": "@teacher", "model__divide": 2},
     }[name]
     config = tiny_config(**{**cosine, **options}, train__save_every=2)

@@ -18,6 +18,7 @@ from kdtrain.data import (
     FaceSource,
     Frame,
     PictureStore,
+    area_average,
     augment,
     balanced_batches,
     build_source,
@@ -28,6 +29,7 @@ from kdtrain.data import (
     split_indices,
     to_original,
     training_labels,
+    whole_view,
 )
 from kdtrain.keys import data_key
 from kdtrain.observe import EvalBatch
@@ -47,8 +49,15 @@ class Batch(NamedTuple):
     points: Tensor | None
     """(B, 5, 2) landmarks in pixels of the crop."""
     waited_s: float
+    flipped: Tensor
+    """(B,) bool: which are mirrored."""
     teacher_pictures: Tensor | None = None
     """(B, 3, t, t): the same crops as the teacher sees them, where it reads another size."""
+
+    @property
+    def seen(self) -> Tensor:
+        """The pictures that the teacher reads."""
+        return self.pictures if self.teacher_pictures is None else self.teacher_pictures
 
 
 class Views(NamedTuple):
@@ -58,6 +67,8 @@ class Views(NamedTuple):
     """(B, 3, s, s) float32 in [0, 255]."""
     points: Tensor | None
     """(B, 5, 2) landmarks in pixels of `pictures`."""
+    flipped: Tensor
+    """(B,) bool: which are mirrored."""
     teacher_pictures: Tensor | None
     """(B, 3, t, t); None where there is no teacher, or it reads `pictures`."""
 
@@ -82,7 +93,7 @@ def training_views(
     theirs = None
     if config.teacher.run is not None and config.teacher_side != config.data.input_size:
         theirs, _, _ = shrink(crops, None, frame, config.teacher_side)
-    return Views(pictures, smaller, theirs)
+    return Views(pictures, smaller, frame.flipped, theirs)
 
 
 def shared_source(data: DataConfig, sources: dict[DataConfig, FaceSource]) -> FaceSource:
@@ -171,7 +182,18 @@ class RunData:
         points = None if self.points is None else self.points[indices].to(self.device)
         views = training_views(stored.to(self.device), points, indices, self.config, phase, epoch)
         labels = self.labels[indices].to(self.device)
-        return Batch(views.pictures, labels, views.points, waited_s, views.teacher_pictures)
+        pictures, points, flipped, theirs = views
+        return Batch(pictures, labels, points, waited_s, flipped, theirs)
+
+    def teacher_view(self, indices: Tensor, mirrored: bool) -> Tensor:
+        """What the teacher sees of the pictures `indices` where training has no other views of them
+        (data.fixed_views).
+        """
+        data = self.config.data
+        stored = self.store.get(indices).to(self.device)
+        crops = whole_view(stored, mirrored, input_size=data.crop_side, config=self.config.augment)
+        side = self.config.teacher_side
+        return crops if side == data.crop_side else area_average(crops, side)
 
     def evaluation(self, indices: Tensor) -> Iterator[EvalBatch]:
         """Centre crops of the pictures `indices`, in order."""

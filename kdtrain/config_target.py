@@ -156,6 +156,12 @@ class TeacherConfig:
     """Keep the teacher's answers on disk, for every student that meets the same batches: float32
     trains to the same bits as none, float16 rounds them and takes half the room.
     """
+    cache_what: Literal["answers", "features"] = "answers"
+    """What teacher.cache keeps of a batch: the outputs that the targets read, or the pooled feature
+    alone, from which the teacher's classifier forms the logits. Where training sees a picture in
+    no other views than itself and its mirror image (data.store_size is the crop's size), features
+    are kept once for each of them, for every epoch and seed.
+    """
     cache_dir: str | None = None
     "Folder of the kept answers; null is teacher_cache beside the run folder."
 
@@ -168,6 +174,17 @@ class TeacherConfig:
             f"null, or a number above 0 for each of the {1 + len(self.more)} teachers",
             weights,
         )
+        features = self.cache_what == "features"
+        if features and self.cache == "none":
+            raise ConfigError(
+                "teacher.cache_what features keeps nothing while teacher.cache is none: set "
+                "teacher.cache to float32 or float16"
+            )
+        if features and self.more:
+            raise ConfigError(
+                "teacher.cache_what features: the averaged prediction of several teachers "
+                "(teacher.more) is not that of one feature; set teacher.cache_what to answers"
+            )
 
     @property
     def shares(self) -> list[float]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kdtrain import checkpoint, divergence, keys, settings
-from kdtrain.batches import RunData
+from kdtrain.batches import Batch, RunData
 from kdtrain.board import check_board
 from kdtrain.config import Config
 from kdtrain.environment import (
@@ -195,8 +195,9 @@ class Run:
         for count in range(self.at.epoch, len(self.schedule)):
             phase, epoch = self.schedule[count]
             self._batches = self.data.epoch(count)
-            if self.answers is not None:
-                self.answers.open(phase, epoch, self._batches)
+            if self.answers and not self.answers.open(phase, epoch, self._batches, self.stop):
+                self.save()
+                raise Interrupted
             task.network.train()
             task.extra.train()
             while self.at.batch < len(self._batches):
@@ -232,8 +233,7 @@ class Run:
         for place in range(first, end):
             following = self._batches[place + 1] if place + 1 < len(self._batches) else None
             batch = self.data.batch(self._batches[place], phase, epoch, following)
-            seen = batch.teacher_pictures
-            guide = self._guide(place, batch.pictures if seen is None else seen)
+            guide, seen = self._guide(place, batch), batch.teacher_pictures
             result = self.task.step(batch.pictures, batch.labels, batch.points, guide, seen)
             found = {"loss": result.loss, **result.terms}
             if end - first > 1:
@@ -380,11 +380,11 @@ class Run:
         if self.journal is not None:
             self.journal.close()
 
-    def _guide(self, batch: int, pictures: Tensor) -> Guide | None:
+    def _guide(self, place: int, batch: Batch) -> Guide | None:
         """The teacher's answer where answers are kept; None leaves the question to the step."""
         if self.answers is None:
             return None
-        return self.answers.guide(batch, partial(self.task.guide, pictures))
+        return self.answers.guide(place, partial(self.task.guide, batch.seen), batch.flipped)
 
     def _write(self, name: str, record: Mapping[str, Any]) -> None:
         assert self.journal is not None

@@ -8,12 +8,14 @@ import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
 
 from kdtrain.checkpoint import WEIGHTS, CheckpointError, read_json, run_weights
 from kdtrain.config import RUN_SETTINGS, Config, run_folder
+from kdtrain.data import fixed_views
 from kdtrain.settings import to_flat
 
 # How and where a run computes, shows and finds things; the pictures themselves are in the data's
@@ -116,12 +118,17 @@ def differences(ours: Config, theirs: Mapping[str, Any]) -> list[str]:
 
 def _counted(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that count. Answers kept in float32 are the teacher's own, bit for bit, so they
-    count as none kept; so does any cache of a run without a teacher. Sizes that are left to another
+    count as none kept (of features: those of whole batches, with a classifier that is not compiled
+    by itself); so does any cache of a run without a teacher. Sizes that are left to another
     setting count as it does, and the teacher's not at all without one; equal weights count as none.
     """
     counted = {key: value for key, value in flat.items() if key not in NOT_IN_KEY}
-    if flat.get("teacher.run") is None or flat.get("teacher.cache") == "float32":
-        counted["teacher.cache"] = "none"
+    cache = "none" if flat.get("teacher.run") is None else flat.get("teacher.cache", "none")
+    what = flat.get("teacher.cache_what", "answers")
+    exact = what == "answers" or not (flat.get("train.compile") or _has_fixed_views(flat))
+    if cache == "none" or (cache == "float32" and exact):
+        cache, what = "none", "answers"
+    counted |= {"teacher.cache": cache, "teacher.cache_what": what}
     side = flat.get("data.input_size")
     counted["data.crop_size"] = flat.get("data.crop_size") or side
     theirs = None if flat.get("teacher.run") is None else flat.get("teacher.input_size")
@@ -129,6 +136,12 @@ def _counted(flat: Mapping[str, Any]) -> dict[str, Any]:
     weights = flat.get("teacher.weights")
     counted["teacher.weights"] = None if weights is None or len(set(weights)) == 1 else weights
     return counted
+
+
+def _has_fixed_views(flat: Mapping[str, Any]) -> bool:
+    section = {k.partition(".")[2]: v for k, v in flat.items() if k.startswith("augment.")}
+    crop = flat["data.crop_size"] or flat["data.input_size"]
+    return fixed_views(SimpleNamespace(**section), flat["data.store_size"], crop) is not None
 
 
 @cache

@@ -8,10 +8,13 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
+from torch import Tensor
+
 from kdtrain import checkpoint, keys, settings
 from kdtrain.batches import RunData
 from kdtrain.config import Config, TeacherConfig
 from kdtrain.config_target import TEACHER_WEIGHTS
+from kdtrain.data import fixed_views
 from kdtrain.gallery import Gallery, build_gallery
 from kdtrain.journal import Screen
 from kdtrain.mixture import TeacherMixture
@@ -19,6 +22,7 @@ from kdtrain.models import FaceNetwork, inherit, inherit_head, network_from_stat
 from kdtrain.task import Task
 from kdtrain.tasks import build_task
 from kdtrain.teacher_cache import TeacherCache, identity
+from kdtrain.view_cache import ViewCache
 
 
 class TrainingError(RuntimeError):
@@ -55,7 +59,7 @@ def open_gallery(run: Path, data: RunData, task: Task) -> Gallery:
 
 def prepare_cache(
     config: Config, data: RunData, task: Task, run_dir: Path, screen: Screen
-) -> TeacherCache | None:
+) -> TeacherCache | ViewCache | None:
     """Where the teacher's answers are kept, with room for them; None where they are not. Raises
     CacheError.
     """
@@ -66,14 +70,24 @@ def prepare_cache(
         screen.say("teacher.cache: what this target reads is not kept, the teacher answers online")
         return None
     folder = run_dir.parent / "teacher_cache" if teacher.cache_dir is None else teacher.cache_dir
-    cache = TeacherCache(
-        Path(folder),
-        identity(config, data, task.teacher),
-        task.guide_widths,
-        teacher.cache,
-        data.device,
-        screen.say,
-    )
+    place = Path(folder)
+    owner = identity(config, data, task.teacher)
+    common = (teacher.cache, data.device, screen.say)
+    crop = config.data.crop_side
+    views = fixed_views(config.augment, config.data.store_size, crop)
+    if teacher.cache_what == "features" and views is not None:
+
+        def ask(indices: Tensor, mirrored: bool) -> Tensor:
+            guide = task.guide(data.teacher_view(indices, mirrored))
+            assert guide is not None
+            assert guide.hidden is not None
+            return guide.hidden
+
+        width = task.guide_widths["hidden"]
+        kept = ViewCache(place, owner, width, *common, train=data.train, config=config, ask=ask)
+        kept.reserve()
+        return kept
+    cache = TeacherCache(place, owner, task.guide_widths, *common)
     pictures = sum(map(len, data.epoch(0)))
     cache.reserve(pictures, [phase.epochs for phase in config.optim.phases])
     return cache

@@ -146,9 +146,9 @@ class Task(ABC):
         if self.teacher is None or self.target.attention:
             return {}
         needed = {}
-        if self._needs_teacher_logits:
+        if self._needs_teacher_logits and not self._keeps_features:
             needed["logits"] = self.teacher.num_classes
-        if self._needs_teacher_feature:
+        if self._needs_teacher_feature or (self._needs_teacher_logits and self._keeps_features):
             needed["hidden"] = self.teacher.width
         return needed
 
@@ -162,6 +162,12 @@ class Task(ABC):
         alone = not isinstance(self.teacher, TeacherMixture)
         streamed = self.config.head.streams and len(kinds) == 1 and alone
         return bool(self.target.logits or (self.target.alpha and not streamed))
+
+    @property
+    def _keeps_features(self) -> bool:
+        """Where the teacher's features alone are kept, and its logits formed from them."""
+        teacher = self.config.teacher
+        return teacher.cache != "none" and teacher.cache_what == "features"
 
     @property
     def _needs_teacher_feature(self) -> bool:
@@ -178,8 +184,9 @@ class Task(ABC):
         """
         if self.teacher is None:
             return None
+        scores = self._needs_teacher_logits and not self._keeps_features
         with torch.no_grad():
-            outputs = self._outputs(self.teacher, pictures, scores=self._needs_teacher_logits)
+            outputs = self._outputs(self.teacher, pictures, scores=scores)
         return Guide(outputs.logits, outputs.hidden, outputs.attention)
 
     def step(
@@ -200,6 +207,7 @@ class Task(ABC):
         outputs = self._outputs(self.network, pictures, scores=scores)
         if guide is None:
             guide = self.guide(pictures if teacher_pictures is None else teacher_pictures)
+        guide = self._scored(guide)
         softmax = self._softmax(outputs, labels, guide)
         second = None
         if self._teacher_head is not None and guide is not None:
@@ -217,6 +225,17 @@ class Task(ABC):
         relations = relation_objective(outputs.hidden, theirs, embedded, self.target)
         metric = self._metric_loss(outputs, labels)
         return StepResult(*total([metric, softmax, second, squared, relations]))
+
+    def _scored(self, guide: Guide | None) -> Guide | None:
+        """The teacher's answer with the logits of its feature, where they are needed and were not
+        kept. The bits are those of its own pass: both run the classifier on the same feature.
+        """
+        needed = guide is not None and guide.logits is None and self._needs_teacher_logits
+        if guide is None or guide.hidden is None or not needed:
+            return guide
+        assert self.teacher is not None
+        with torch.no_grad():
+            return guide._replace(logits=self._run(self.teacher.classifier, guide.hidden))
 
     def _softmax(self, outputs: Outputs, labels: Tensor, guide: Guide | None) -> Objective | None:
         """The classifier's hard and soft terms, with its margin and after its centres moved."""

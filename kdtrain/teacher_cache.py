@@ -53,6 +53,14 @@ STORED = {"float32": torch.float32, "float16": torch.float16}
 class CacheError(RuntimeError):
     """Answers that cannot be kept; the message says why and what to do."""
 
+    @classmethod
+    def of(cls, folder: Path, error: OSError) -> CacheError:
+        """What to do about a folder that the system refuses."""
+        return cls(
+            f"teacher.cache: {folder} cannot be used: {error.strerror or error}; make room "
+            "there, set teacher.cache_dir to another folder, or teacher.cache to none"
+        )
+
 
 def identity(config: Config, data: RunData, teacher: nn.Module) -> dict[str, Any]:
     """What the answer to a batch depends on, beside phase, epoch and the pictures in it: the
@@ -106,7 +114,7 @@ class TeacherCache:
         self.folder = folder / name
         self.device, self.say = torch.device(device), say
         self.read = self.computed = 0
-        self._files: dict[str, _File] = {}
+        self._files: dict[str, KeptFile] = {}
 
     def reserve(self, pictures: int, phases: Sequence[int]) -> None:
         """Say once how much room a whole run takes. Raises CacheError where the disk has it not.
@@ -126,18 +134,19 @@ class TeacherCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.folder).free
         except OSError as error:
-            raise self._error(error) from None
-        if missing > free:
-            raise CacheError(
-                f"teacher.cache {self.dtype}: {_size(missing)} more are needed in {self.folder} "
-                f"and {_size(free)} are free; set teacher.cache none, or teacher.cache_dir to a "
-                "folder on a larger disk"
-            )
-        there = f", {_size(total - missing)} of it there already" if missing < total else ""
-        self.say(f"teacher's answers: {_size(total)} in {self.folder}{there}")
+            raise CacheError.of(self.folder, error) from None
+        self.say(reserved_text(self.folder, self.dtype, total, missing, free))
 
-    def open(self, phase: int, epoch: int, batches: Sequence[Tensor]) -> None:
-        """Turn to an epoch. batches: its index lists, (B,) int64 each."""
+    def open(
+        self,
+        phase: int,
+        epoch: int,
+        batches: Sequence[Tensor],
+        stop: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Turn to an epoch; true, as nothing is computed here. batches: its index lists, (B,) int64
+        each.
+        """
         self.close()
         digest = hashlib.sha256()
         for batch in batches:
@@ -151,13 +160,17 @@ class TeacherCache:
             shape = {"part": part, "width": width, "dtype": self.dtype}
             header = json.dumps({**belongs, **shape, **self.owner}).encode().ljust(HEADER_BYTES)
             try:
-                self._files[part] = _File(path, header, sizes, width, self.dtype, self.say)
+                self._files[part] = KeptFile(path, header, sizes, width, self.dtype, self.say)
             except OSError as error:
-                raise self._error(error) from None
+                raise CacheError.of(self.folder, error) from None
+        return True
 
-    def guide(self, batch: int, ask: Callable[[], Guide | None]) -> Guide:
+    def guide(
+        self, batch: int, ask: Callable[[], Guide | None], flipped: Tensor | None = None
+    ) -> Guide:
         """The answer to batch number `batch` of the epoch: the kept one, else the teacher's own,
-        which is kept. Only outputs that are kept are in it.
+        which is kept. Only outputs that are kept are in it. flipped: of no use here, as the place
+        of a batch says how its pictures lie.
 
         In float16 a fresh answer is rounded too, so that it does not matter who asked first.
         """
@@ -173,7 +186,7 @@ class TeacherCache:
             values = {p: file.put(batch, getattr(fresh, p)) for p, file in self._files.items()}
             return Guide(values.get("logits"), values.get("hidden"))
         except OSError as error:
-            raise self._error(error) from None
+            raise CacheError.of(self.folder, error) from None
 
     def summary(self) -> str:
         """How often the teacher was asked."""
@@ -185,15 +198,9 @@ class TeacherCache:
             file.close()
         self._files = {}
 
-    def _error(self, error: OSError) -> CacheError:
-        return CacheError(
-            f"teacher.cache: {self.folder} cannot be used: {error.strerror or error}; make room "
-            "there, set teacher.cache_dir to another folder, or teacher.cache to none"
-        )
 
-
-class _File:
-    """One output of the teacher for the batches of one epoch."""
+class KeptFile:
+    """One output of the teacher for the batches of one epoch, or for groups of pictures."""
 
     def __init__(
         self,
@@ -298,6 +305,20 @@ class _File:
         if not self.complained:
             self.say(f"teacher's answers: {self.path}: {text}")
             self.complained = True
+
+
+def reserved_text(folder: Path, dtype: str, total: int, missing: int, free: int) -> str:
+    """What people are told of the room that answers take, in bytes. Raises CacheError where more
+    are missing than free.
+    """
+    if missing > free:
+        raise CacheError(
+            f"teacher.cache {dtype}: {_size(missing)} more are needed in {folder} "
+            f"and {_size(free)} are free; set teacher.cache none, or teacher.cache_dir to a "
+            "folder on a larger disk"
+        )
+    there = f", {_size(total - missing)} of it there already" if missing < total else ""
+    return f"teacher's answers: {_size(total)} in {folder}{there}"
 
 
 def _place(phase: int, epoch: int) -> str:

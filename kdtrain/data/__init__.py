@@ -9,7 +9,15 @@ from kdtrain.data.source import DataError, FaceSource, build_source
 from kdtrain.data.split import hold_out, split_indices, training_labels
 from kdtrain.data.store import PictureStore
 from kdtrain.data.synthetic import synthetic_faces
-from kdtrain.data.transforms import Frame, augment, center, to_original, uncrop
+from kdtrain.data.transforms import (
+    Frame,
+    augment,
+    center,
+    fixed_views,
+    to_original,
+    uncrop,
+    whole_view,
+)
 
 __all__ = [
     "DataError",
@@ -21,6 +29,7 @@ __all__ = [
     "balanced_batches",
     "build_source",
     "center",
+    "fixed_views",
     "hold_out",
     "left_out",
     "random_batches",
@@ -33,4 +42,5 @@ __all__ = [
     "to_original",
     "training_labels",
     "uncrop",
+    "whole_view",
 ]

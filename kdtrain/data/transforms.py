@@ -100,6 +100,38 @@ def center(
     return _crop(pictures, landmarks, frame, config.crop == "random")
 
 
+def fixed_views(config: Any, store_size: int, crop_size: int) -> int | None:
+    """Returns in how many views training sees a picture at all: 1, or 2 with config.flip, where the
+    crop is the whole stored picture; None where it differs from epoch to epoch, keyed to (seed,
+    phase, epoch, picture). Raises ValueError for crops of which neither is known.
+    """
+    if config.crop not in ("random", "jitter"):
+        raise ValueError(
+            f"fixed_views: augment.crop {config.crop!r} is not known to be keyed to (seed, phase, "
+            "epoch, picture), so no answer to it can be kept; set teacher.cache to none"
+        )
+    whole = crop_size == store_size
+    if config.crop == "jitter":
+        whole = config.scale_min == config.scale_max == 1
+    return (1 + bool(config.flip)) if whole else None
+
+
+def whole_view(pictures: Tensor, mirrored: bool, *, input_size: int, config: Any) -> Tensor:
+    """Returns the crops (B, 3, s, s) of augment where fixed_views is not None, all of them mirrored
+    or none. Raises ValueError as augment does.
+    """
+    _check(pictures, None, config, input_size, "whole_view")
+    side, count, device = pictures.shape[-1], len(pictures), pictures.device
+    scale = 1.0 if config.crop == "random" else side / input_size
+    frame = Frame(
+        scale=torch.full((count,), scale, device=device),
+        offset=torch.zeros(count, 2, device=device),
+        flipped=torch.full((count,), mirrored, device=device),
+        input_size=input_size,
+    )
+    return _crop(pictures, None, frame, config.crop == "random")[0]
+
+
 def uncrop(points: Tensor, frame: Frame) -> Tensor:
     """Returns store-pixel coordinates (B, 5, 2) of crop-pixel points: the inverse of what augment
     does to landmarks.

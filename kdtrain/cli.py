@@ -1,5 +1,5 @@
-"""The commands: demo, train, eval, pipeline, reproduce, select-targets, import, data, recipes,
-report.
+"""The commands: demo, train, eval, pipeline, reproduce, compare, select-targets, import, data,
+recipes, report.
 
 Exit status: 0 done; 1 the run could not go on (one line says why); 2 wrong usage; 130 interrupted,
 to be continued.
@@ -264,6 +264,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "eval": evaluate_run,
     "pipeline": pipeline,
     "reproduce": studies.reproduce,
+    "compare": studies.compare,
     "select-targets": studies.select_targets,
     "import": import_weights,
     "data": data,

@@ -31,11 +31,13 @@ NOT_IN_KEY = (
     "train.save_every",
     "train.tensorboard",
 )
-# Sources that show or order runs and cannot change a trained number; all of tables/ too.
+# Sources that show or order runs and cannot change a trained number.
+NOT_HASHED_FOLDERS = ("comparison/", "tables/")
 NOT_HASHED = (
     "__main__.py",
     "arguments.py",
     "board.py",
+    "campaign.py",
     "cli.py",
     "dryrun.py",
     "estimate.py",
@@ -160,7 +162,8 @@ def source_hash() -> str:
         files = [f for f in root.rglob("*") if f.suffix in (".py", ".so", ".pyd")]
         for file in sorted(files):
             place = file.relative_to(root).as_posix()
-            if package == "kdtrain" and (place in NOT_HASHED or place.startswith("tables/")):
+            shown = place in NOT_HASHED or place.startswith(NOT_HASHED_FOLDERS)
+            if package == "kdtrain" and shown:
                 continue
             digest.update(place.encode())
             digest.update(file.read_bytes())

@@ -236,9 +236,9 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def multiply_adds(network: FaceNetwork, input_size: int) -> int:
-    """Multiply-adds of convolutions and linear layers, heads included, for one (3, input_size,
-    input_size) picture.
+def multiply_adds(network: FaceNetwork, input_size: int, *, heads: bool = True) -> int:
+    """Multiply-adds of convolutions and linear layers for one (3, input_size, input_size) picture;
+    heads: classifier and landmark head included.
 
     The usual "MACs" or, loosely, "FLOPs" of the field; normalisation, activation and pooling do not
     count. Shapes alone are computed (meta tensors): no memory, no arithmetic, no change to
@@ -252,7 +252,8 @@ def multiply_adds(network: FaceNetwork, input_size: int) -> int:
         assert isinstance(weight, Tensor)
         total += output[0].numel() * weight[0].numel()
 
-    layers = [m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    counted = network if heads else network.backbone
+    layers = [m for m in counted.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     hooks = [layer.register_forward_hook(count) for layer in layers]
     shapes = {
         name: tensor.to("meta")

@@ -1,4 +1,4 @@
-"""The commands that train many runs to answer a question: reproduce, select-targets."""
+"""The commands that train many runs to answer a question: reproduce, compare, select-targets."""
 
 from __future__ import annotations
 
@@ -60,6 +60,52 @@ def reproduce(argv: Sequence[str]) -> int:
     root = Path(options.get("run_dir") or f"runs/tables-{Path(request.scale).name}")
     status = tables.main(
         request, root, jobs=jobs_of(options), budget_min=options.get("budget"), command=command,
+        dry_run=bool(options.get("dry_run")),
+    )  # fmt: skip
+    if status == 130:
+        print(f"stopped; to continue: {command}", file=sys.stderr)
+    return status
+
+
+def compare(argv: Sequence[str]) -> int:
+    """Train several methods under one budget; one table and one picture."""
+    parser = command_parser(
+        "compare",
+        "METHODS ... [--resolutions 24,16] [--section.key value ...] [--second.section.key value]",
+        "Train several methods over the same seeds and pictures, with the teachers and students "
+        "that they need, and write one table with floors and verdicts as text, Markdown, CSV, HTML "
+        "and PNG. A method is a recipe in the folder, by its name, or a path of a recipe. The plan "
+        "and its cost are printed first. Run again, it reuses finished runs and continues "
+        "unfinished ones. Keys count for every run; --second.section.key value for those on a "
+        "second data source.",
+    )
+    parser.add_argument("methods", nargs="+", help="names of recipes in the folder, or paths")
+    parser.add_argument("--scale", type=str, help="preset that has the folder (two-cores)")
+    parser.add_argument(
+        "--folder", type=str, help="folder of recipes in the preset, or a path (systems)"
+    )
+    parser.add_argument("--seeds", type=int, help="every method trains seeds 1 to N (3)")
+    parser.add_argument(
+        "--resolutions", type=str, help="sides of the methods' input (the recipes' own), as 24,16"
+    )
+    parser.add_argument("--budget", type=float, help="minutes on the clock; the rest is not run")
+    parser.add_argument("--run-dir", type=str, help="root of the run folders (runs/compare-FOLDER)")
+    parser.add_argument("--jobs", type=int, help="runs side by side (default: one per core, <= 4)")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and train nothing")
+    add_keys(parser)
+    command = shlex.join([*PROGRAM.split(), "compare", *argv])
+    argv = list(argv)
+    special = take_stage_keys(argv, ["second"])
+    options, common = parse(parser, argv, ["second"])
+    jobs = jobs_of(options)
+
+    from kdtrain.comparison import compare as comparison
+    from kdtrain.comparison.request import request_from
+
+    request = request_from(options, common, special.get("second"))
+    root = Path(options.get("run_dir") or f"runs/compare-{Path(request.folder).name}")
+    status = comparison.main(
+        request, root, jobs=jobs, budget_min=options.get("budget"), command=command,
         dry_run=bool(options.get("dry_run")),
     )  # fmt: skip
     if status == 130:

@@ -110,6 +110,41 @@ def neutral(
     )
 
 
+def at_least(
+    better: Scores,
+    worse: Scores,
+    *,
+    margin_points: float = MARGIN_POINTS,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Verdict:
+    """Whether one arm does no worse than another, where more is better: held, reversed,
+    inconclusive or not run.
+
+    held: the whole 95 % interval of the mean of better - worse lies above -margin_points;
+    reversed: the whole interval lies below it; inconclusive: it crosses. `agreeing` counts the
+    seeds whose mean lies above. Everything else as in `neutral`.
+    """
+    if not margin_points > 0:
+        raise ValueError(f"at_least: margin_points must be positive, got {margin_points}")
+    paired = _differences("at_least", better, worse, 1.0)
+    if paired is None:
+        return Verdict("not run", margin=margin_points)
+    low, high = (100 * end for end in _interval(paired, resamples, seed))
+    held, lost = low >= -margin_points, high < -margin_points
+    means = 100 * paired.mean(axis=1)
+    return Verdict(
+        "held" if held else "reversed" if lost else "inconclusive",
+        difference=float(means.mean()),
+        low=low,
+        high=high,
+        seeds=len(means),
+        agreeing=int((means >= -margin_points).sum()),
+        items=paired.shape[1],
+        margin=margin_points,
+    )
+
+
 def pooled(arms: Sequence[Scores]) -> list[np.ndarray | None]:
     """One arm from several that were tested on the same items: per seed and item their mean.
 

@@ -20,12 +20,13 @@ import yaml
 from rich.console import Console
 from tiny_runs import TASK_KEYS, TINY, environment
 
+from kdtrain import campaign
+from kdtrain.campaign import Group
 from kdtrain.cli import main
-from kdtrain.tables import plan as planning
 from kdtrain.tables import reproduce
-from kdtrain.tables.plan import Plan, make_plan, show_plan
+from kdtrain.tables.plan import Plan, make_plan
 from kdtrain.tables.reproduce import _overview
-from kdtrain.tables.stages import Group, Request, RunOf
+from kdtrain.tables.stages import Request, RunOf
 
 ONE = [{"epochs": 1, "lr": 0.05}]
 RECIPES = {
@@ -137,7 +138,7 @@ def planned(scale: Path, root: Path, budget: float | None, **options) -> Plan:
 
 
 def test_a_budget_takes_the_first_groups_and_says_what_it_leaves(scale, tmp_path, monkeypatch):
-    monkeypatch.setattr(planning, "_seconds", lambda runs, stages, threads, sources: {
+    monkeypatch.setattr(campaign, "seconds_of", lambda runs, stages, threads, sources: {
         stages[run].name: 60.0 for run in runs})  # fmt: skip
     whole = planned(scale, tmp_path, None)
     assert whole.taken == whole.groups
@@ -147,7 +148,7 @@ def test_a_budget_takes_the_first_groups_and_says_what_it_leaves(scale, tmp_path
     assert 0 < len(part.taken) < len(part.groups)
     assert part.clock_s <= 0.8 * whole.clock_s
     console = Console(width=100, record=True, file=io.StringIO())
-    show_plan(part, console)
+    campaign.show_campaign(part, console)
     text = console.export_text()
     assert "not run: over the budget" in text
     assert "taken" in text
@@ -157,7 +158,7 @@ def test_a_group_without_its_inputs_is_not_taken(scale, tmp_path, monkeypatch):
     # the distilled students of table 3 are in its own group; a budget that has only room for
     # groups behind it must not take those that start from its runs
     costs = {"table1": 1.0, "ali": 1e6}
-    monkeypatch.setattr(planning, "_seconds", lambda runs, stages, threads, sources: {
+    monkeypatch.setattr(campaign, "seconds_of", lambda runs, stages, threads, sources: {
         stages[run].name: costs["ali" if run.part.startswith(("ali", "cls_teacher")) else "table1"]
         for run in runs})  # fmt: skip
     plan = planned(scale, tmp_path, 10.0)
@@ -168,7 +169,7 @@ def test_a_group_without_its_inputs_is_not_taken(scale, tmp_path, monkeypatch):
 
 
 def test_the_overview_marks_each_run(scale, tmp_path, monkeypatch):
-    monkeypatch.setattr(planning, "_seconds", lambda runs, stages, threads, sources: {})
+    monkeypatch.setattr(campaign, "seconds_of", lambda runs, stages, threads, sources: {})
     plan = planned(scale, tmp_path, None, seeds=(1, 2))
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(_overview(plan, {"cls_soft_8_s1": "done", "cls_soft_8_s2": "running"}))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kdtrain.verdicts import compare, neutral, pooled
+from kdtrain.verdicts import at_least, compare, neutral, pooled
 
 
 def arms(
@@ -230,3 +230,16 @@ def test_ten_thousand_resamples_of_a_real_test_split_take_a_moment() -> None:
     start = time.process_time()
     compare(*pair, higher_is_better=True)
     assert time.process_time() - start < 4.0  # 0.3 s on one core when nothing else runs
+
+
+def test_at_least_is_held_within_the_margin_and_reversed_beyond_it():
+    ones = np.ones(400)
+    lower = [np.where(np.arange(400) < lost, 0.0, 1.0) for lost in (2, 60)]
+    close, far = (at_least([worse] * 3, [ones] * 3) for worse in lower)
+    assert (close.state, close.margin, close.agreeing) == ("held", 2.0, 3)
+    assert close.difference == pytest.approx(-0.5)
+    assert (far.state, far.agreeing) == ("reversed", 0)
+    assert at_least([ones], [ones]).state == "held"
+    assert at_least([], []).state == "not run"
+    with pytest.raises(ValueError, match="at_least: margin_points must be positive"):
+        at_least([ones], [ones], margin_points=0)

@@ -12,6 +12,7 @@ import numpy as np
 
 from kdtrain import verdicts
 from kdtrain.checkpoint import read_json
+from kdtrain.journal import duration
 from kdtrain.tables.data import Block, Cell, CellState, Row, Table, Trend, Verdict
 from kdtrain.tables.paper import FULL, SOURCE, At, BlockSpec, Claim, TableSpec
 from kdtrain.tables.stages import Request, RunOf, run_of
@@ -68,6 +69,39 @@ class Result:
             return arrays.get(name)
 
 
+def cell_of(
+    found: Sequence[Result], metric: str, phase: int = -1, paper: float | None = None
+) -> Cell:
+    """The mean and spread in percent of one run a seed, or why there is none: the worst of them."""
+    values = [r.metric(metric, phase) if r.state == "done" else None for r in found]
+    percent = [None if v is None else 100 * v for v in values]
+    if any(v is not None for v in percent):
+        missing = [r.state for r, v in zip(found, percent, strict=True) if v is None]
+        return Cell.of(percent, paper=paper, note=", ".join(sorted(set(missing))))
+    state: CellState = "not run"
+    for wanted in ("unfinished", "failed", "diverged"):
+        if any(r.state == wanted for r in found):
+            state = wanted
+    note = next((r.note for r in found if r.note), "")
+    if all(r.state == "done" for r in found):
+        state, note = "not measured", "these pictures have not what it needs"
+    return Cell(paper=paper, state=state, note=note, per_seed=tuple(percent))
+
+
+def about(done: Sequence[Result], jobs: int) -> list[tuple[str, str]]:
+    """Pictures, machine and training time of finished runs, as lines below a table."""
+    lines = []
+    for data in {tuple(r.results["data"].items()): r.results["data"] for r in done}.values():
+        text = f"{data['name']}: {data['pictures']:,} pictures of {data['classes']:,} people"
+        lines.append(("data", f"{text}, {data['train']:,} to train and {data['test']:,} to test"))
+    if done:
+        known = dict(done[0].results["environment"])
+        lines.append(("machine", ", ".join(f"{k} {v}" for k, v in known.items())))
+        total = sum(r.results["seconds"] for r in done)
+        lines.append(("training", f"{duration(total)} of all runs together, {jobs} jobs"))
+    return lines
+
+
 @dataclass(frozen=True)
 class Collection:
     """Every run that the tables speak of, by what it is."""
@@ -86,20 +120,7 @@ class Collection:
         """A cell's mean and spread in percent, or why it has none: the worst of its seeds."""
         if at is None:
             return Cell(state="none")
-        found = self.of(at, second)
-        values = [r.metric(metric, at.phase) if r.state == "done" else None for r in found]
-        percent = [None if v is None else 100 * v for v in values]
-        if any(v is not None for v in percent):
-            missing = [r.state for r, v in zip(found, percent, strict=True) if v is None]
-            return Cell.of(percent, paper=at.paper, note=", ".join(sorted(set(missing))))
-        state: CellState = "not run"
-        for wanted in ("unfinished", "failed", "diverged"):
-            if any(r.state == wanted for r in found):
-                state = wanted
-        note = next((r.note for r in found if r.note), "")
-        if all(r.state == "done" for r in found):
-            state, note = "not measured", "these pictures have not what it needs"
-        return Cell(paper=at.paper, state=state, note=note, per_seed=tuple(percent))
+        return cell_of(self.of(at, second), metric, at.phase, at.paper)
 
     def trend(self, claim: Claim) -> Trend:
         """The claim's fate over the seeds that both arms have, of the pairs that are there."""

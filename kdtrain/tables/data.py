@@ -62,6 +62,8 @@ class Cell:
     """The paper's number for this cell, on its own data."""
     state: CellState = "not run"
     note: str = ""
+    shown: str = ""
+    """How people see a value that is no percentage, such as "77.3 k"; "" for percentages."""
 
     def __post_init__(self) -> None:
         if self.state not in CELL_STATES:
@@ -121,6 +123,7 @@ class Block:
     """As results.json names it: top1, nrmse, nn_top1, pair_accuracy."""
     higher_is_better: bool = True
     unit: str = "%"
+    """"" where columns have units of their own."""
     digits: int = 1
     """Decimals that are printed: 1 for accuracies, 2 for errors of a few percent."""
 

@@ -13,16 +13,26 @@ from kdtrain.checkpoint import write_bytes, write_text
 from kdtrain.tables.data import Table
 from kdtrain.tables.page import page
 from kdtrain.tables.plot import picture
-from kdtrain.tables.text import cells_csv, markdown, plain, trends_csv
+from kdtrain.tables.text import TEXT_WIDTH, cells_csv, markdown, plain, trends_csv
 
 
-def write(table: Table, folder: str | Path) -> dict[str, Path]:
+def write(
+    table: Table,
+    folder: str | Path,
+    *,
+    png: bytes | None = None,
+    subject: str | None = None,
+    width: int = TEXT_WIDTH,
+) -> dict[str, Path]:
     """Write a table's files into `folder`, made if need be; return their paths by what they are.
 
     NAME.txt, NAME.md (shows NAME.png), NAME.csv (a line for each cell), NAME-trends.csv, NAME.png,
-    NAME.html (self-contained).
+    NAME.html (self-contained). png: its picture, where it is not the one of plot.py. subject: of
+    the page; width: characters of a line of text.
     """
-    return _write(table, Path(folder), picture(table))
+    drawn = picture(table) if png is None else png
+    html = page([table], [drawn], *([] if subject is None else [subject]))
+    return _write(table, Path(folder), drawn, html, width)
 
 
 def write_all(tables: Sequence[Table], folder: str | Path) -> dict[str, Path]:
@@ -33,7 +43,7 @@ def write_all(tables: Sequence[Table], folder: str | Path) -> dict[str, Path]:
     pictures = [picture(table) for table in tables]
     paths = {}
     for table, png in zip(tables, pictures, strict=True):
-        written = _write(table, place, png)
+        written = _write(table, place, png, page([table], [png]))
         paths |= {f"{table.name}.{kind}": path for kind, path in written.items()}
     paths["html"] = place / "tables.html"
     place.mkdir(parents=True, exist_ok=True)
@@ -41,12 +51,14 @@ def write_all(tables: Sequence[Table], folder: str | Path) -> dict[str, Path]:
     return paths
 
 
-def _write(table: Table, folder: Path, png: bytes) -> dict[str, Path]:
+def _write(
+    table: Table, folder: Path, png: bytes, html: str, width: int = TEXT_WIDTH
+) -> dict[str, Path]:
     texts = {
-        "txt": plain(table),
+        "txt": plain(table, width),
         "md": markdown(table, figure=f"{table.name}.png"),
         "csv": cells_csv(table),
-        "html": page([table], [png]),
+        "html": html,
     }
     paths = {kind: folder / f"{table.name}.{kind}" for kind in (*texts, "png")}
     paths["trends"] = folder / f"{table.name}-trends.csv"

@@ -16,6 +16,7 @@ from kdtrain.tables.plot import VERDICT_COLOURS, picture
 from kdtrain.tables.text import (
     DASH,
     difference_text,
+    has_paper,
     name_text,
     own_text,
     paper_text,
@@ -23,9 +24,9 @@ from kdtrain.tables.text import (
     trend_paper_text,
 )
 
-KINDS = (
-    "control: no teacher, or trained as long; extra: not in the paper; floor: learns nothing. "
-    "The paper's numbers are from its own data: compare order and gaps."
+KINDS = "control: no teacher, or trained as long; floor: learns nothing."
+PAPER = (
+    " extra: not in the paper. The paper's numbers are from its own data: compare order and gaps."
 )
 RULE = (
     "Difference in points with its 95 % interval from a paired bootstrap over seeds and test "
@@ -35,11 +36,17 @@ RULE = (
 )
 
 
-def page(tables: Sequence[Table], pictures: Sequence[bytes] | None = None) -> str:
-    """The HTML of one or several tables. pictures: their PNGs where they are drawn already."""
+def page(
+    tables: Sequence[Table],
+    pictures: Sequence[bytes] | None = None,
+    subject: str = "Distillation transfer",
+) -> str:
+    """The HTML of one or several tables. pictures: their PNGs where they are drawn already.
+    subject: what the page's title begins with.
+    """
     drawn = pictures if pictures is not None else [picture(table) for table in tables]
     names = ", ".join(table.name for table in tables)
-    title = f"Distillation transfer: {names}"
+    title = f"{subject}: {names}"
     body = [f"<header><h1>{escape(title)}</h1></header>", _overview(tables)]
     body += [_section(table, png) for table, png in zip(tables, drawn, strict=True)]
     return PAGE.format(title=escape(title), style=STYLE + TABLE_STYLE, body="".join(body))
@@ -68,10 +75,10 @@ def _section(table: Table, png: bytes) -> str:
     ]
     parts += [f"<p class=warning>{escape(note)}</p>" for note in table.notes]
     parts += map(_block, table.blocks)
-    parts.append(f"<p class=note>{escape(KINDS)}</p>")
+    parts.append(f"<p class=note>{escape(KINDS + (PAPER if has_paper(table.trends) else ''))}</p>")
     if table.trends:
         parts.append(_trends(table.trends))
-    alt = f"{table.name}: every row as a dot, ours and the paper's, and the trends as intervals"
+    alt = f"{table.name}: the rows as a picture, and the trends as intervals"
     parts.append(
         f"<div class=scroll><img class=plot src='{data_uri(png)}' alt='{escape(alt)}'></div>"
     )
@@ -90,8 +97,9 @@ def _block(block: Block) -> str:
     head = "".join(f"<th>{escape(column)}</th>" for column in block.columns)
     rows = "".join(_row(row, block.digits) for row in block.rows)
     unit = escape(f"{block.metric}, {block.unit}, {way} is better")
+    note = f"<p class=note>{unit}</p>" if block.unit else ""
     return (
-        f"<h3>{escape(block.title)}</h3><p class=note>{unit}</p><div class=scroll><table>"
+        f"<h3>{escape(block.title)}</h3>{note}<div class=scroll><table>"
         f"<thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
 
@@ -110,18 +118,17 @@ def _cell(cell: Cell, digits: int) -> str:
 
 
 def _trends(trends: Sequence[Trend]) -> str:
-    head = "".join(
-        f"<th>{title}</th>"
-        for title in ("", "claim", "verdict", "difference, points", "agreeing", "paper")
-    )
-    rows = "".join(map(_trend, trends))
+    paper = has_paper(trends)
+    titles = ("", "claim", "verdict", "difference, points", "agreeing", *(["paper"] * paper))
+    head = "".join(f"<th>{title}</th>" for title in titles)
+    rows = "".join(_trend(trend, paper) for trend in trends)
     return (
         f"<h3>Trends</h3><p class=note>{escape(RULE)}</p><div class=scroll><table class=trends>"
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
 
 
-def _trend(trend: Trend) -> str:
+def _trend(trend: Trend, paper: bool) -> str:
     note = f"<small>{escape(trend.note)}</small>" if trend.note else ""
     items = f"<small>{trend.verdict.items:,} test items</small>" if trend.verdict.items else ""
     cells = (
@@ -130,7 +137,7 @@ def _trend(trend: Trend) -> str:
         _chip(trend.verdict.state),
         escape(difference_text(trend)),
         escape(seeds_text(trend.verdict)) + items,
-        trend_paper_text(trend).replace(DASH, "&ndash;"),
+        *([trend_paper_text(trend).replace(DASH, "&ndash;")] if paper else []),
     )
     return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
@@ -155,7 +162,7 @@ td.not-run, td.unfinished, td.not-measured, td.none { color: var(--soft); }
 td.diverged, td.failed { color: var(--bad); }
 .trends th, .trends td { text-align: left; }
 .trends td:nth-child(2) { white-space: normal; min-width: 180px; }
-.trends th:last-child, .trends td:last-child { text-align: right; }
+.trends th:nth-child(6), .trends td:nth-child(6) { text-align: right; }
 .chip { color: #fff; border-radius: 9px; padding: 1px 9px; font-size: 12px; font-weight: 600;
   white-space: nowrap; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 .overview { display: grid; grid-template-columns: repeat(auto-fit, minmax(290px, 1fr));

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.gridspec import GridSpec
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -22,7 +22,7 @@ from matplotlib.transforms import ScaledTranslation
 from PIL import Image
 
 from kdtrain.tables.data import Block, Cell, Row, Table, Trend
-from kdtrain.tables.text import difference_text, name_text, own_text, seeds_text
+from kdtrain.tables.text import difference_text, has_paper, name_text, own_text, seeds_text
 
 WIDTH_IN, DPI = 11.0, 150
 WIDTH_RATIOS = (2.1, 1.0)  # ours, the paper's
@@ -102,10 +102,14 @@ def picture(table: Table) -> bytes:
     for number, block in enumerate(table.blocks):
         _draw_block(figure, grid, number, block)
     if table.trends:
-        _draw_trends(figure, grid, len(table.blocks), table.trends)
+        draw_trends(figure, grid, len(table.blocks), table.trends)
+    return png_of(figure)
+
+
+def png_of(figure: Figure) -> bytes:
+    """A figure of few colours as a PNG: a palette of 128 takes a quarter of the room."""
     drawn, packed = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png")
-    # few colours: a palette of 128 takes a quarter of the room
     Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(
         packed, format="png", optimize=True
     )
@@ -170,7 +174,7 @@ def _draw_block(figure: Figure, grid: GridSpec, number: int, block: Block) -> No
         _draw_ours(ours, lane, block.digits)
     _draw_floors(ours, floors)
     _draw_legend(figure, ours, legend)
-    _title(ours, block.title, above=len(legend))
+    title_axis(ours, block.title, above=len(legend))
     if papers:
         theirs = figure.add_subplot(grid[number, 1])
         _frame(theirs, block, lines)
@@ -181,7 +185,7 @@ def _draw_block(figure: Figure, grid: GridSpec, number: int, block: Block) -> No
         for lane in lanes:
             _draw_paper(theirs, lane, block.digits)
         scale = "" if span is None else ", same axis" if same else ", another axis"
-        _title(theirs, f"the paper, other data{scale}", light=True)
+        title_axis(theirs, f"the paper, other data{scale}", light=True)
 
 
 def _frame(axis: Axes, block: Block, lines: Sequence[_Line]) -> None:
@@ -193,10 +197,11 @@ def _frame(axis: Axes, block: Block, lines: Sequence[_Line]) -> None:
     if not block.higher_is_better:
         way = "\N{LEFTWARDS ARROW} lower is better"
     axis.set_xlabel(f"{block.metric}, {block.unit}   {way}", fontsize=8, color=LABEL)
-    _plain(axis)
+    plain_axis(axis)
 
 
-def _plain(axis: Axes) -> None:
+def plain_axis(axis: Axes) -> None:
+    """No frame but the axis below, and thin vertical lines."""
     axis.tick_params(which="both", labelsize=8, colors=LABEL, length=0)
     axis.grid(True, axis="x", color=LINE, linewidth=0.6)
     axis.set_axisbelow(True)
@@ -217,8 +222,8 @@ def _ticks(axis: Axes, unit: str, step: float | None) -> float:
     return step
 
 
-def _title(axis: Axes, text: str, *, above: int = 0, light: bool = False) -> None:
-    """above: rows of legend between the plot and its title."""
+def title_axis(axis: Axes, text: str, *, above: int = 0, light: bool = False) -> None:
+    """Set a plot's title; above: rows of legend between the two."""
     colour, weight = (SOFT, "normal") if light else (INK, "bold")
     pad = 5 + 72 * LEGEND_IN * above
     axis.set_title(text, fontsize=9, loc="left", color=colour, fontweight=weight, pad=pad)
@@ -338,7 +343,7 @@ def _draw_legend(figure: Figure, axis: Axes, rows: Sequence[Sequence[Line2D]]) -
             axis.add_artist(legend)  # the next legend would take its place
 
 
-def _draw_trends(figure: Figure, grid: GridSpec, number: int, trends: Sequence[Trend]) -> None:
+def draw_trends(figure: FigureBase, grid: GridSpec, number: int, trends: Sequence[Trend]) -> None:
     """Every claim's difference with its interval, the verdict beside it, the paper's as a
     diamond.
     """
@@ -367,8 +372,9 @@ def _draw_trends(figure: Figure, grid: GridSpec, number: int, trends: Sequence[T
     axis.xaxis.set_major_locator(MaxNLocator(nbins=7))
     words = "difference in points, 95 % interval   as claimed \N{RIGHTWARDS ARROW}"
     axis.set_xlabel(words, fontsize=8, color=LABEL)
-    _plain(axis)
-    _title(axis, "trends: dot ours, diamond the paper's")
+    plain_axis(axis)
+    paper = ", diamond the paper's" if has_paper(trends) else ""
+    title_axis(axis, f"trends: dot ours{paper}")
 
 
 def _band(cell: Cell) -> tuple[float, float]:

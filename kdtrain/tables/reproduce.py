@@ -17,26 +17,16 @@ from rich.console import Group as RichGroup
 from rich.table import Table as Grid
 from rich.text import Text
 
-from kdtrain import dryrun, pipeline
+from kdtrain import campaign, dryrun
+from kdtrain.campaign import LEGEND, MARKS
 from kdtrain.journal import duration
 from kdtrain.scheduler import Outcome
 from kdtrain.tables import files
-from kdtrain.tables.collect import Collection, Result, table
+from kdtrain.tables.collect import Collection, Result, about, table
 from kdtrain.tables.paper import table_specs
-from kdtrain.tables.plan import TABLES, Plan, make_plan, show_plan
-from kdtrain.tables.stages import Request, groups, stages, with_seconds
+from kdtrain.tables.plan import TABLES, Plan, make_plan
+from kdtrain.tables.stages import Request, groups, stages
 from kdtrain.tables.text import show
-
-MARKS = {
-    "reused": ("■", "green"),
-    "done": ("■", "green"),
-    "running": ("▶", "yellow"),
-    "waiting": ("·", "white"),
-    "diverged": ("✗", "red"),
-    "failed": ("✗", "red"),
-    "skipped": ("-", "red"),
-    "stopped": ("‖", "yellow"),
-}
 
 
 def main(
@@ -58,7 +48,7 @@ def main(
         return _dry_run(request, root, jobs, budget_min, console)
     root.mkdir(parents=True, exist_ok=True)
     plan = make_plan(request, root, jobs=jobs, budget_min=budget_min, say=console.print)
-    show_plan(plan, console)
+    campaign.show_campaign(plan, console)
     return carry_out(plan, root, console, command=command)
 
 
@@ -77,7 +67,7 @@ def _dry_run(
     except (ValueError, OSError, RuntimeError) as error:
         console.print(f"# no plan of all seeds without the pictures: {error}", markup=False)
         return 0
-    show_plan(plan, console)
+    campaign.show_campaign(plan, console)
     return 0
 
 
@@ -86,22 +76,10 @@ def carry_out(plan: Plan, root: Path, console: Console, *, command: str) -> int:
     (interrupted). A run that diverged is a result.
     """
     started = time.monotonic()
-    runs = [run for group in plan.taken for run in group.runs]
-    wanted = with_seconds([plan.stages[run] for run in runs], plan.seconds)
-    finished = [
-        stage for run, stage in plan.stages.items()
-        if run not in set(runs) and plan.states[run] == "reused"
-    ]  # fmt: skip
-    order = pipeline.ordered({s.name: s for s in (*wanted, *finished)})
-    status, outcomes = pipeline.run(
-        order, root, jobs=plan.jobs, overview=lambda states: _overview(plan, states)
-    )
+    status, outcomes = campaign.carry_out(plan, root, lambda states: _overview(plan, states))
     write_tables(plan, root, outcomes, command, console)
     console.print(f"{duration(time.monotonic() - started)} on the clock")
-    failed = [name for name, outcome in outcomes.items() if outcome.state == "failed"]
-    for name in failed:
-        console.print(f"error: {name} failed: {outcomes[name].note}", markup=False)
-    return 1 if failed and status != 130 else status if status == 130 else 0
+    return campaign.exit_status(status, outcomes, console)
 
 
 def write_tables(
@@ -131,16 +109,7 @@ def _setting(plan: Plan, collection: Collection, command: str) -> list[tuple[str
     seeds = ", ".join(map(str, plan.request.seeds))
     teachers = " (teachers: the first alone)" if plan.request.shared_teachers else ""
     lines = [("command", command), ("scale", plan.request.scale), ("seeds", seeds + teachers)]
-    done = collection.done
-    for data in {tuple(r.results["data"].items()): r.results["data"] for r in done}.values():
-        text = f"{data['name']}: {data['pictures']:,} pictures of {data['classes']:,} people"
-        lines.append(("data", f"{text}, {data['train']:,} to train and {data['test']:,} to test"))
-    if done:
-        known = dict(done[0].results["environment"])
-        lines.append(("machine", ", ".join(f"{k} {v}" for k, v in known.items())))
-        total = sum(r.results["seconds"] for r in done)
-        lines.append(("training", f"{duration(total)} of all runs together, {plan.jobs} jobs"))
-    return lines
+    return lines + about(collection.done, plan.jobs)
 
 
 def _overview(plan: Plan, states: Mapping[str, str]) -> RenderableType:
@@ -166,5 +135,4 @@ def _overview(plan: Plan, states: Mapping[str, str]) -> RenderableType:
         for name, text in found.items():
             grid.add_row(name, text)
         grids.append(grid)
-    legend = "■ done  ▶ running  · waiting  ✗ diverged or failed  - skipped  blank: not planned"
-    return RichGroup(Columns(grids, padding=(0, 3)), Text(legend, "dim"))
+    return RichGroup(Columns(grids, padding=(0, 3)), Text(LEGEND, "dim"))

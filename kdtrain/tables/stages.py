@@ -5,13 +5,14 @@ for, in the order in which a budget is spent.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from kdtrain import pipeline, settings
+from kdtrain.campaign import Group
 from kdtrain.config import ConfigError
 from kdtrain.tables.paper import FULL, At, TableSpec
 from kdtrain.tables.parts import PARTS, Part
@@ -40,14 +41,6 @@ class RunOf:
 
 
 @dataclass(frozen=True)
-class Group:
-    """Runs that a budget takes or leaves together: rows of tables at one width, for all seeds."""
-
-    label: str
-    runs: tuple[RunOf, ...]
-
-
-@dataclass(frozen=True)
 class Request:
     """What is to be reproduced, and how."""
 
@@ -67,9 +60,10 @@ class Request:
     """teacher.cache of the students."""
 
 
-def groups(specs: Mapping[str, TableSpec], request: Request) -> list[Group]:
-    """The runs of every cell, and what they start from or learn from, by priority: the narrowest
-    student first, rows that the paper does not have last, the second data source at the very end.
+def groups(specs: Mapping[str, TableSpec], request: Request) -> list[Group[RunOf]]:
+    """The runs of every cell for all seeds, and what they start from or learn from, by priority:
+    the narrowest student first, rows that the paper does not have last, the second data source at
+    the very end.
     """
     ranked: dict[tuple[int, int, int, int], dict[RunOf, None]] = {}
     labels: dict[tuple[int, int, int, int], str] = {}
@@ -186,10 +180,3 @@ def _own(
     if part.teacher is not None:
         flat["teacher.cache"] = request.cache
     return flat
-
-
-def with_seconds(
-    planned: Sequence[pipeline.Stage], seconds: Mapping[str, float]
-) -> list[pipeline.Stage]:
-    """The stages with their estimated times, which order them and show the time left."""
-    return [replace(stage, seconds=seconds.get(stage.name, 0.0)) for stage in planned]

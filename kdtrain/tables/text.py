@@ -44,6 +44,8 @@ def own_text(cell: Cell, digits: int = 1) -> str:
     """
     if cell.value is None:
         return DASH if cell.state == "none" else cell.state
+    if cell.shown:
+        return cell.shown
     text = f"{cell.value:.{digits}f}"
     if cell.spread is not None:
         text += f" ± {cell.spread:.{digits}f}"
@@ -71,7 +73,9 @@ def name_text(row: Row) -> str:
 
 
 def heading_text(block: Block) -> str:
-    """A block in one line: "TITLE: METRIC, %, higher is better"."""
+    """A block in one line: "TITLE: METRIC, %, higher is better"; the title alone without a unit."""
+    if not block.unit:
+        return block.title
     way = "higher" if block.higher_is_better else "lower"
     return f"{block.title}: {block.metric}, {block.unit}, {way} is better"
 
@@ -101,6 +105,11 @@ def seeds_text(verdict: Verdict) -> str:
 def trend_paper_text(trend: Trend) -> str:
     """The paper's own difference in points, or a dash."""
     return DASH if trend.paper is None else f"{trend.paper:+.{trend.digits}f}"
+
+
+def has_paper(trends: Sequence[Trend]) -> bool:
+    """Whether any trend has a difference of the paper's, so that there is a column for it."""
+    return any(trend.paper is not None for trend in trends)
 
 
 def show(table: Table, console: Console) -> None:
@@ -164,7 +173,8 @@ def _trend_grid(trends: Sequence[Trend]) -> Grid:
         title_justify="left",
         title_style="bold",
     )
-    for title in ("", "claim", "verdict", "difference", "agreeing", "paper"):
+    paper = ("paper",) if has_paper(trends) else ()
+    for title in ("", "claim", "verdict", "difference", "agreeing", *paper):
         grid.add_column(title, justify="right" if title == "paper" else "left")
     for trend in trends:
         state = trend.verdict.state
@@ -175,7 +185,7 @@ def _trend_grid(trends: Sequence[Trend]) -> Grid:
             f"[{STATE_STYLES[state]}]{state}[/]",
             escape(difference_text(trend)),
             seeds_text(trend.verdict),
-            trend_paper_text(trend),
+            *([trend_paper_text(trend)] if paper else []),
         )
     return grid
 
@@ -196,7 +206,9 @@ def markdown(table: Table, *, figure: str | None = None) -> str:
             "mean is as claimed."
         )
         head = ["", "claim", "verdict", "difference", "agreeing", "paper"]
-        parts.append(_grid(head, map(_trend_cells, table.trends)))
+        kept = len(head) if has_paper(table.trends) else -1
+        rows = [_trend_cells(trend)[:kept] for trend in table.trends]
+        parts.append(_grid(head[:kept], rows))
     if figure is not None:
         parts.append(f"![{table.name}]({figure})")
     if table.setting:

@@ -122,7 +122,7 @@ def estimate(
     ConfigError for a device that is not there, a teacher that is missing or too much, or too few
     pictures for one batch.
     """
-    if config.target.needs_teacher != (teacher is not None):
+    if config.needs_teacher != (teacher is not None):
         raise ConfigError(
             "estimate: teacher must be the ModelConfig of the run that the config's teacher names, "
             f"and None where no target needs one; got {teacher}"

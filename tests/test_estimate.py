@@ -78,6 +78,15 @@ def test_a_timed_step_gives_positive_times_and_holds_its_weights(task):
     assert cost.teacher_parameters == network_size(config, TEACHER, 8).parameters
 
 
+@pytest.mark.parametrize("kept", ["none", "float32"])
+def test_a_head_that_asks_a_teacher_is_timed_with_one(kept):
+    head = {"head__kind": "cosine", "head__margin": "distillation", "teacher__cache": kept}
+    config = tiny_config(**head, teacher__run="@t")
+    cost = _estimate(config, teacher=TEACHER, steps=1)
+    assert cost.teacher_parameters == network_size(config, TEACHER, 8).parameters
+    assert cost.training_s > 0
+
+
 def test_steps_and_evaluations_follow_the_schedule(measured):
     config = tiny_config()  # 2 + 1 epochs in batches of 4
     cost = _estimate(config, pictures=26)

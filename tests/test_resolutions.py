@@ -24,20 +24,21 @@ from kdtrain.preparation import prepare_task
 from kdtrain.task import Task
 
 STORE = 20
+SHORT = {"optim__phases": [{"epochs": 1, "lr": 0.05}, {"epochs": 1, "lr": 0.01}]}
 HALF = {"data__crop_size": 16, "data__input_size": 8, "teacher__input_size": 16}
 
 
 def student(task: str = "classification", **keys):
     """A student at 8 pixels of a teacher at 16."""
     targets = {"target__alpha": 1.0, "target__beta": 1.0, "target__hidden_reduction": "mean"}
-    return tiny_config(task, **{**targets, "teacher": "@teacher", **HALF, **keys})
+    return tiny_config(task, **{**targets, "teacher": "@teacher", **HALF, **SHORT, **keys})
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """A folder with a teacher's run at 16 pixels and that of a student at 8 that asked it."""
     root = tmp_path_factory.mktemp("runs")
-    train(tiny_config(), root / "teacher")
+    train(tiny_config(**SHORT), root / "teacher")
     train(student(), root / "student")
     return root
 
@@ -71,7 +72,7 @@ def window(stored: torch.Tensor, draw, crop: int, side: int, change: str = "") -
     return torch.stack(pictures)
 
 
-@example_settings(deadline=None, max_examples=40)
+@example_settings(deadline=None, max_examples=20)
 @given(size=st.integers(1, 40), side=st.integers(1, 40), seed=st.integers(0, 99))
 def test_the_average_is_exact_at_every_ratio_whatever_the_batch_and_the_mirror(size, side, seed):
     size, side = max(size, side), min(size, side)
@@ -88,7 +89,7 @@ def test_pictures_are_never_enlarged():
         area_average(torch.zeros(1, 3, 8, 8), 9)
 
 
-@example_settings(deadline=None, max_examples=25)
+@example_settings(deadline=None, max_examples=12)
 @given(
     sides=st.tuples(st.integers(8, STORE), st.integers(8, STORE), st.integers(8, STORE)),
     seed=st.integers(0, 2**32),
@@ -192,7 +193,7 @@ def test_kept_answers_serve_students_of_every_resolution(root, tmp_path):
 
 
 def test_weights_are_inherited_at_another_resolution(root):
-    config = tiny_config(init_from="@teacher", data__crop_size=16, data__input_size=8)
+    config = tiny_config(init_from="@teacher", data__crop_size=16, data__input_size=8, **SHORT)
     screen = Screen("run", io.StringIO())
     task = prepare_task(config, RunData(config), root / "kt", screen)
     theirs = checkpoint.load_weights(root / "teacher" / "last")

@@ -24,19 +24,20 @@ from kdtrain.preparation import prepare_cache, prepare_task
 from kdtrain.tasks import build_task
 
 SHARES, TAU = [0.5, 0.3, 0.2], 3.0
+SHORT = {"optim__phases": [{"epochs": 1, "lr": 0.05}, {"epochs": 1, "lr": 0.01}]}
 RUNS = {"teacher__run": "@first", "teacher__more": ["@second"]}
 
 
 def student(**keys):
-    return tiny_config(**{**RUNS, "target__alpha": 1.0, "model__divide": 2, **keys})
+    return tiny_config(**{**RUNS, "target__alpha": 1.0, "model__divide": 2, **SHORT, **keys})
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """A folder with two teachers of different widths and a student's run that asked both."""
     root = tmp_path_factory.mktemp("runs")
-    train(tiny_config(seed=1), root / "first")
-    train(tiny_config(model__width=4, seed=2), root / "second")
+    train(tiny_config(seed=1, **SHORT), root / "first")
+    train(tiny_config(model__width=4, seed=2, **SHORT), root / "second")
     train(student(), root / "student")
     return root
 
@@ -138,14 +139,14 @@ def test_a_run_with_two_teachers_resumes_with_the_same_bits_online_and_from_kept
 ):
     kept = {"teacher__cache": "float32", "teacher__cache_dir": str(tmp_path)}
     with pytest.raises(Interrupted):
-        train(student(**kept), root / "parts", stop=stop_after(5))
-    train(student(), root / "parts", resume=True)
+        train(student(), root / "parts", stop=stop_after(5))
+    train(student(**kept), root / "parts", resume=True)
     assert_same_run(root / "student", root / "parts")
-    train(student(**kept), root / "filled")
     screen = Screen("run", io.StringIO())
-    train(student(**kept), root / "read", screen=screen)
-    assert "batches read, 0 computed" in screen._console.file.getvalue()
-    assert_same_run(root / "student", root / "read")
+    train(student(**kept), root / "kept", screen=screen)
+    # the first five batches were asked online
+    assert "7 batches read, 5 computed" in screen._console.file.getvalue()
+    assert_same_run(root / "student", root / "kept")
     sizes = checkpoint.read_json(root / "student" / "results.json")["parameters"]
     alone = [checkpoint.read_json(root / n / "results.json") for n in ("first", "second")]
     assert sizes["teacher"] == sum(result["parameters"]["network"] for result in alone)

@@ -47,7 +47,7 @@ def small_groups(monkeypatch):
 def root(tmp_path_factory):
     """A folder with a teacher."""
     root = tmp_path_factory.mktemp("runs")
-    train(tiny_config(), root / "teacher")
+    train(tiny_config(optim__phases=[{"epochs": 1, "lr": 0.05}]), root / "teacher")
     return root
 
 
@@ -116,7 +116,7 @@ def test_another_seed_other_epochs_and_another_student_read_the_same_features(ro
     kept = {**WHOLE, **KEPT, "teacher__cache_dir": str(tmp_path)}
     short = {"optim__phases": [{"epochs": 1, "lr": 0.01}]}
     assert "4 computed" in shown(student(**kept, **short), root / "first")
-    own = {"seed": 5, "optim__batch_size": 7, "model__divide": 4, "target__alpha": 0.0}
+    own = {**short, "seed": 5, "optim__batch_size": 7, "model__divide": 4, "target__alpha": 0.0}
     assert "4 groups read, 0 computed" in shown(student(**kept, **own), root / "another")
     changed = {**kept, "data__split_seed": 1, "augment__flip": False}
     assert "0 groups read, 2 computed" in shown(

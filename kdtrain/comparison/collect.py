@@ -203,9 +203,10 @@ def _cost(comparison: Comparison, place: Place, title: str) -> Block:
     base = None
     if teacher is not None:
         base = comparison.speeds.get(comparison.network(teacher, *place))
-    columns = ("network", "backbone", "head, dropped", "multiply-adds", "pictures/s, 1 at a time",
-               "pictures/s, 64 at a time", "speed-up, 1", "speed-up, 64", "epochs",
-               "pictures trained on", "epochs of its start")  # fmt: skip
+    columns = (
+        *("network", "backbone", "head, dropped", "multiply-adds", "pictures/s, 1"),
+        *("pictures/s, 64", "speed-up, 1", "speed-up, 64", "epochs", "pictures", "start epochs"),
+    )
     rows = []
     for method in comparison.methods:
         key = comparison.network(method, *place)
@@ -250,8 +251,8 @@ def _speed(speed: Speeds | None, batch: int) -> Cell:
     if speed is None or batch not in speed:
         return Cell(state="none")
     one = speed[batch]
-    text = f"{_round(one.median)} [{_round(one.low)}, {_round(one.high)}]"
-    return Cell(one.median, state="done", shown=text)
+    quartiles = f"[{per_second(one.low)}, {per_second(one.high)}]"
+    return Cell(one.median, state="done", shown=per_second(one.median), note=quartiles)
 
 
 def _speed_up(speed: Speeds | None, base: Speeds | None, batch: int) -> Cell:
@@ -261,7 +262,8 @@ def _speed_up(speed: Speeds | None, base: Speeds | None, batch: int) -> Cell:
     return Cell(ratio, state="done", shown=f"{ratio:.2g}x" if ratio < 9.95 else f"{ratio:.0f}x")
 
 
-def _round(value: float) -> str:
+def per_second(value: float) -> str:
+    """'1,234', '12.3'."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 

@@ -16,7 +16,7 @@ from rich.text import Text
 from kdtrain import campaign, dryrun
 from kdtrain.campaign import LEGEND, MARKS, Campaign, make_campaign
 from kdtrain.comparison import cost
-from kdtrain.comparison.collect import Comparison, short, table
+from kdtrain.comparison.collect import Comparison, per_second, short, table
 from kdtrain.comparison.picture import picture
 from kdtrain.comparison.request import Request, RunOf, groups, stages
 from kdtrain.config import Config
@@ -137,6 +137,14 @@ def write(
     setting += about(comparison.done, plan.jobs)
     if how:
         setting.append(("speed", how))
+    for key, by_batch in speeds.items():
+        size = sizes[key]
+        words = (
+            f"{per_second(one.median)} [{per_second(one.low)}, {per_second(one.high)}] pictures/s, "
+            f"{batch} at a time"
+            for batch, one in by_batch.items()
+        )
+        setting.append((f"{size.name}, {size.side} px", "; ".join(words)))
     found = table(comparison, setting, NAME)
     console.print(plain(found, WIDTH), markup=False)
     drawn = picture(comparison, found)

@@ -4,13 +4,16 @@ claims as intervals.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator
 
+from kdtrain import all_pairs
 from kdtrain.comparison.collect import METRICS, Comparison, Place, curves, floor, short
 from kdtrain.tables.collect import cell_of
 from kdtrain.tables.data import Table
@@ -35,7 +38,9 @@ COLOURS = (
 ACCURACY = ("tar_at_far_0.001_all", "tar_at_far_0.01_all", "nn_top1_other_video", "nn_top1")
 """What stands for accuracy against cost: the first of them that was measured."""
 CURVES_IN, LEAST_IN, NAME_IN = 3.6, 3.0, 0.2
-FARS = (1e-2, 1e-3, 1e-4)
+MOST_TICKS = 4
+BESIDE = 0.3
+"""Methods of one cost take this share of the room between two costs."""
 HOW_TO_READ = (
     "Lines and dots: means over seeds; bands and bars: from the lowest to the highest seed."
 )
@@ -47,6 +52,9 @@ class _Dot(NamedTuple):
     name: str
     colour: str
     x: float
+    """Where it is drawn."""
+    cost: float
+    """Parameters, or pictures a second."""
     y: float
     low: float
     high: float
@@ -81,7 +89,7 @@ def picture(comparison: Comparison, table: Table) -> bytes:
         else:
             inner = part.add_gridspec(1, 2, width_ratios=(2.1, 1.0))
             draw_trends(part, inner, 0, table.trends)
-    return png_of(figure)
+    return png_of(figure, 256)
 
 
 def _colours(comparison: Comparison) -> dict[str, str]:
@@ -123,7 +131,9 @@ def _draw_curves(
             if len(tar) > 1:
                 low, high = 100 * tar.min(0), 100 * tar.max(0)
                 axis.fill_between(far, low, high, color=colours[method], alpha=0.13, linewidth=0)
-        known = [(f, floor(comparison, "floors", f"tar_at_far_{f:g}_all", place)) for f in FARS]
+        known = [
+            (f, floor(comparison, "floors", f"tar_at_far_{f:g}_all", place)) for f in all_pairs.FARS
+        ]
         marks = [(f, value) for f, value in known if value is not None]
         if marks:
             axis.plot(*zip(*marks, strict=True), "x", color=SOFT, markersize=5, label="raw pixels")
@@ -171,7 +181,8 @@ def _dots(
                 x = found[max(found)].median
             seeds = [value for value in cell.per_seed if value is not None]
             name = method if side is None else f"{method}, {side} px"
-            dots.append(_Dot(name, colours[method], x, cell.value, min(seeds), max(seeds)))
+            ends = min(seeds), max(seeds)
+            dots.append(_Dot(name, colours[method], x, x, cell.value, *ends))
     return dots
 
 
@@ -184,21 +195,22 @@ def _draw_dots(axis: Axes, dots: Sequence[_Dot]) -> None:
         axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color=SOFT)
         return
     axis.set_xscale("log")
+    dots = _side_by_side(dots)
     for dot in dots:
-        axis.plot([dot.x, dot.x], [dot.low, dot.high], color=dot.colour, linewidth=1, alpha=0.5)
+        axis.plot([dot.x, dot.x], [dot.low, dot.high], color=dot.colour, linewidth=1.5, alpha=0.5)
         axis.plot(dot.x, dot.y, "o", color=dot.colour, markersize=5)
     values = [value for dot in dots for value in (dot.low, dot.high)]
     room = max(max(values) - min(values), 1.0)
     low, high = min(values) - 0.08 * room, max(values) + 0.08 * room
     axis.set_ylim(low, high)
     places = [dot.x for dot in dots]
-    axis.set_xlim(min(places) / 1.25, max(places) * 1.25)
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
-    axis.xaxis.set_minor_formatter(NullFormatter())
-    if max(places) < 10 * min(places):
-        # less than a decade may hold no power of ten to be labelled
-        ends = sorted({min(places), max(places)})
-        axis.set_xticks(ends, [short(x) for x in ends])
+    axis.set_xlim(min(places) / 1.2, max(places) * 1.2)
+    known = sorted({dot.cost for dot in dots})
+    if len(known) <= MOST_TICKS:
+        axis.set_xticks(known, [short(x) for x in known])
+    else:
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
+    axis.xaxis.set_minor_locator(NullLocator())
     ordered = sorted(dots, key=lambda dot: dot.y)
     step = 1 / max(len(ordered), 12)
     spots = _spread([(dot.y - low) / (high - low) for dot in ordered], step)
@@ -213,6 +225,21 @@ def _draw_dots(axis: Axes, dots: Sequence[_Dot]) -> None:
             color=dot.colour,
             arrowprops={"arrowstyle": "-", "color": dot.colour, "linewidth": 0.5, "alpha": 0.5},
         )
+
+
+def _side_by_side(dots: Sequence[_Dot]) -> list[_Dot]:
+    """The dots with those of one cost beside each other, on a logarithmic axis."""
+    alike: dict[float, list[_Dot]] = {}
+    for dot in dots:
+        alike.setdefault(dot.cost, []).append(dot)
+    costs = sorted(alike)
+    room = min((math.log(b / a) for a, b in pairwise(costs)), default=1.0)
+    found = []
+    for cost, mates in alike.items():
+        for number, dot in enumerate(mates):
+            share = (number - (len(mates) - 1) / 2) / max(1, len(mates) - 1)
+            found.append(dot._replace(x=cost * math.exp(BESIDE * room * share)))
+    return found
 
 
 def _spread(places: Sequence[float], step: float) -> list[float]:

@@ -145,7 +145,7 @@ def request_from(
     request = Request(
         methods=tuple(files),
         recipes=with_inputs(files),
-        folder=str(folder),
+        folder=shown_folder(folder),
         seeds=tuple(range(1, seeds + 1)),
         resolutions=resolutions,
         common=dict(common),
@@ -171,6 +171,12 @@ def method_folder(scale: str, folder: str) -> Path:
             f"{settings.nearest(folder, known)}"
         )
     return found
+
+
+def shown_folder(folder: Path) -> str:
+    """two-cores/systems for a packaged folder, else its path."""
+    packaged = folder.is_relative_to(settings.RECIPES)
+    return folder.relative_to(settings.RECIPES).as_posix() if packaged else str(folder)
 
 
 def method_files(words: Sequence[str], folder: Path) -> dict[str, Path]:

@@ -106,11 +106,11 @@ def picture(table: Table) -> bytes:
     return png_of(figure)
 
 
-def png_of(figure: Figure) -> bytes:
+def png_of(figure: Figure, colours: int = 128) -> bytes:
     """A figure of few colours as a PNG: a palette of 128 takes a quarter of the room."""
     drawn, packed = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png")
-    Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(
+    Image.open(drawn).convert("RGB").quantize(colours, dither=Image.Dither.NONE).save(
         packed, format="png", optimize=True
     )
     return packed.getvalue()

@@ -129,7 +129,7 @@ def at_least(
         raise ValueError(f"at_least: margin_points must be positive, got {margin_points}")
     paired = _differences("at_least", better, worse, 1.0)
     if paired is None:
-        return Verdict("not run", margin=margin_points)
+        return Verdict("not run", margin=margin_points, one_sided=True)
     low, high = (100 * end for end in _interval(paired, resamples, seed))
     held, lost = low >= -margin_points, high < -margin_points
     means = 100 * paired.mean(axis=1)
@@ -142,6 +142,7 @@ def at_least(
         agreeing=int((means >= -margin_points).sum()),
         items=paired.shape[1],
         margin=margin_points,
+        one_sided=True,
     )
 
 

@@ -237,6 +237,7 @@ def test_at_least_is_held_within_the_margin_and_reversed_beyond_it():
     lower = [np.where(np.arange(400) < lost, 0.0, 1.0) for lost in (2, 60)]
     close, far = (at_least([worse] * 3, [ones] * 3) for worse in lower)
     assert (close.state, close.margin, close.agreeing) == ("held", 2.0, 3)
+    assert close.one_sided
     assert close.difference == pytest.approx(-0.5)
     assert (far.state, far.agreeing) == ("reversed", 0)
     assert at_least([ones], [ones]).state == "held"

@@ -41,6 +41,8 @@ class Verdict:
     """Test items that entered."""
     margin: float | None = None
     """Points, where the claim is "about neutral": no difference larger than this. Else None."""
+    one_sided: bool = False
+    """The claim is "not worse": by more than the margin."""
 
 
 @dataclass(frozen=True)

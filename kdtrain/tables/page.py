@@ -32,7 +32,7 @@ RULE = (
     "Difference in points with its 95 % interval from a paired bootstrap over seeds and test "
     "items, positive as claimed. held: the whole interval is above 0; reversed: below 0; a claim "
     "of no difference is held when the whole interval lies within its margin, reversed when it "
-    "lies outside."
+    "lies outside; a claim of no loss (≥) is held above minus its margin, reversed below."
 )
 
 

@@ -359,7 +359,8 @@ def draw_trends(figure: FigureBase, grid: GridSpec, number: int, trends: Sequenc
     for y, trend in enumerate(trends):
         verdict, colour = trend.verdict, VERDICT_COLOURS[trend.verdict.state]
         if verdict.margin is not None:
-            axis.barh(y, 2 * verdict.margin, 0.7, -verdict.margin, color="#e0f2fe", zorder=0)
+            width = verdict.margin * (1 if verdict.one_sided else 2)
+            axis.barh(y, width, 0.7, -verdict.margin, color="#e0f2fe", zorder=0)
         side.text(0, y, verdict.state, va="center", fontsize=8.5, color=colour, fontweight="bold")
         if verdict.difference is not None and verdict.low is not None and verdict.high is not None:
             axis.plot([verdict.low, verdict.high], [y, y], color=colour, linewidth=2)

@@ -90,7 +90,8 @@ def difference_text(trend: Trend) -> str:
     text = (
         f"{verdict.difference:+.{digits}f} [{verdict.low:+.{digits}f}, {verdict.high:+.{digits}f}]"
     )
-    return text if verdict.margin is None else f"{text}, margin ±{verdict.margin:g}"
+    sign = "-" if verdict.one_sided else "±"
+    return text if verdict.margin is None else f"{text}, margin {sign}{verdict.margin:g}"
 
 
 def seeds_text(verdict: Verdict) -> str:

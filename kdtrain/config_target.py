@@ -219,7 +219,7 @@ def check_sizes(target: TargetConfig, side: int, theirs: int, crop: int) -> None
     require(
         8 <= theirs <= crop,
         "teacher.input_size",
-        f"from 8 to the crop's {crop} pixels (data.crop_size), or null",
+        f"from 8 to the crop's {crop} pixels (data.crop_size, at most data.store_size), or null",
         theirs,
     )
     if theirs == side:

@@ -132,7 +132,7 @@ def write_run(
         network, own_head = split_state(file, layout)
         found = published(network, name)
     except ValueError as error:
-        raise PublishedError(f"{weights}: {error}; --layout {layout}") from None
+        raise PublishedError(f"{weights}, read as --layout {layout}: {error}") from None
     lines = [f"{weights}: {found.name}, {found.embedding} values, {16 * found.side} pixels a side"]
     lines += found.notes
     classifier = Head(torch.zeros(0, found.embedding), [])
@@ -207,10 +207,18 @@ def read_file(path: Path) -> Any:
             return load_file(path)
         named: list[Any] = []
         with path.open("rb") as file:
-            if file.read(4) == b"PK\x03\x04":  # a zip file, as torch writes since 1.6
-                named = [(_Inert, name) for name in get_unsafe_globals_in_checkpoint(path)]
+            begin = file.read(16)
+        if begin.startswith(b"PK\x03\x04"):  # a zip file, as torch writes since 1.6
+            named = [(_Inert, name) for name in get_unsafe_globals_in_checkpoint(path)]
+        elif not begin.startswith(b"\x80"):  # nor a pickle, as it wrote before
+            raise PublishedError(
+                f"{path}: no file of weights: torch.save writes other first bytes than "
+                f"{begin!r}, and a safetensors file must be named .safetensors"
+            )
         with safe_globals(named):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            held = torch.load(path, map_location="cpu", weights_only=True)
+    except PublishedError:
+        raise
     except (
         *(SafetensorError, RuntimeError, EOFError, OSError, pickle.UnpicklingError),
         *(LookupError, ValueError, TypeError, AttributeError),  # the unpickler's, on any rubbish
@@ -219,6 +227,12 @@ def read_file(path: Path) -> Any:
         said = [line for line in str(error).splitlines() if line and "documentation" not in line]
         message = said[-1] if said else type(error).__name__
         raise PublishedError(f"{path}: cannot be read as weights ({message})") from None
+    if isinstance(held, _Inert):
+        raise PublishedError(
+            f"{path}: a whole pickled model, which only its own code can open, and none is run "
+            "here; open it in its project and save model.state_dict()"
+        )
+    return held
 
 
 def read_head(
@@ -233,7 +247,7 @@ def read_head(
     own: the head in the file of weights itself, taken where path is None. width: features that it
     must read. classes: people, where the last shard ends in rows that stand for nobody (CVLface
     pads to equal shards); None takes every row. Raises PublishedError for a shard that is missing
-    or does not fit.
+    or does not fit, or holds NaN or infinity.
     """
     if path is None:
         parts, files = [_head_weight(own, weights)], [weights]
@@ -258,6 +272,12 @@ def read_head(
                 "one a file can be padding"
             )
         weight = weight[:classes].clone()
+    finite = weight.isfinite().all(1)
+    if not finite.all():
+        raise PublishedError(
+            f"{files[0]}: the classifier holds NaN or infinity, first in its row "
+            f"{int(finite.int().argmin())} of {len(weight)} (rows over all files, from 0)"
+        )
     return Head(weight, files)
 
 

@@ -128,8 +128,8 @@ def say_other_size(config: Config, run: Path, screen: Screen) -> None:
     if config.teacher.input_size is None and own != side:
         screen.say(
             f"teacher {run.name} was trained on pictures of {own} pixels and is asked on the "
-            f"student's {side}; teacher.input_size {own} (data.crop_size at least that) shows it "
-            "the same crops at its own size"
+            f"student's {side}; teacher.input_size {own} (data.crop_size and data.store_size at "
+            "least that) shows it the same crops at its own size"
         )
 
 

@@ -26,6 +26,8 @@ from kdtrain.config import Config, ConfigError
 RECIPES = Path(__file__).parent / "recipes"
 # keys that may be written shorter
 SHORT = {"teacher": "teacher.run"}
+MANY = 16  # known words, above which an error lists the FEW nearest of them
+FEW = 3
 
 
 def _field_docs(kind: type) -> dict[str, str]:
@@ -75,7 +77,7 @@ def add_keys(parser: ArgumentParser) -> None:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """' did you mean ...?' for the closest known words, else the full list."""
+    """'did you mean ...?' for the closest known word; else all of them, of many the FEW nearest."""
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     if not close:
@@ -83,7 +85,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
         close = [
             by_tail[m] for m in difflib.get_close_matches(word.rpartition(".")[2], by_tail, n=1)
         ]
-    return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+    if close:
+        return f"did you mean {close[0]}?"
+    if len(known) <= MANY:
+        return f"known: {', '.join(known)}"
+    few = difflib.get_close_matches(word, known, n=FEW, cutoff=0.0)
+    return f"the nearest of {len(known)} names: {', '.join(few)}"
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -116,7 +123,9 @@ def recipe_path(name: str) -> Path:
     packaged = RECIPES / f"{name}.yaml"
     if packaged.is_file():
         return packaged
-    raise ConfigError(f"no recipe {name!r}; {nearest(name, recipe_names())}")
+    beside = [file.parent.as_posix() for file in path.parent.glob("*/config.yaml")]
+    known = [*recipe_names(), *beside]
+    raise ConfigError(f"no run folder and no recipe {name!r}; {nearest(name, known)}")
 
 
 def recipe_names() -> list[str]:

@@ -196,6 +196,18 @@ def test_a_teacher_alone_is_its_run(tmp_path, capsys):
 def test_nearest_names_one_or_lists_all():
     assert nearest("lerning", ["learning", "other"]) == "did you mean learning?"
     assert nearest("qqq", ["learning", "other"]) == "known: learning, other"
+    many = [f"stage{number}" for number in range(99)]
+    assert nearest("5x", many) == "the nearest of 99 names: stage5, stage95, stage85"
+
+
+def test_a_missing_run_folder_is_not_answered_with_all_recipes(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        settings.recipe_path("zzz")
+    assert len(str(caught.value)) < 160
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second" / "config.yaml").touch()
+    with pytest.raises(ConfigError, match=rf"did you mean {tmp_path}/second\?"):
+        settings.recipe_path(f"{tmp_path}/secnod")
 
 
 def test_the_command_line_wins_over_the_recipe(capsys):
@@ -217,6 +229,7 @@ def test_the_command_line_wins_over_the_recipe(capsys):
         (["train", "two-cores/cls_teacher", "--model.dep", "50"], "did you mean --model.depth?"),
         (["train", "two-cores/cls_teacher", "--model.depth", "51"], "model.depth"),
         (["train", "two-cores/cls_teacher", "--target.alpha", "1"], "teacher"),
+        (["train", "nosuch-run", "--resume"], "error: no run folder and no recipe 'nosuch-run'; "),
         (["train", "nowhere.yaml"], "no recipe file"),
         (["pipeline", "--preset", "two-core"], "did you mean two-cores?"),
         (["pipeline", "--task", "alignment"], "task is each stage's own"),

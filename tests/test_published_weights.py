@@ -172,6 +172,65 @@ def test_files_that_are_something_else_are_refused(networks, tmp_path):
         read_file(tmp_path / "missing.pt")
 
 
+@pytest.mark.parametrize(
+    ("layout", "network", "prefix", "message"),
+    [
+        (
+            "adaface",
+            "iresnet18",
+            "",
+            r"adaface, whose networks are ir\*; .*--layout arcface_torch$",
+        ),
+        ("cvlface", "iresnet18", "", r"no network of cvlface.*--layout arcface_torch$"),
+        ("adaface", "mobilefacenet", "", r"no network of adaface.*--layout arcface_torch$"),
+        ("adaface", "mobilefacenet", "model.", r"no network of adaface.*no layout has them$"),
+        ("arcface_torch", "ir18", "", r"networks are iresnet\*.*--layout adaface or cvlface$"),
+        ("arcface_torch", "ir18", "model.", r"model.input_layer.* of --layout adaface$"),
+        ("adaface", "ir18", "model.net.", r"they are of --layout cvlface$"),
+    ],
+)
+def test_a_network_of_another_layout_is_refused_and_its_own_named(
+    layout, network, prefix, message, networks, tmp_path
+):
+    file = write(tmp_path, under(prefix, networks[network].state_dict()))
+    with pytest.raises(PublishedError, match=message):
+        write_run(file, layout, tmp_path / "run", color="rgb")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+def test_weights_that_are_no_numbers_are_refused(value, networks, tmp_path):
+    state = {
+        name: tensor.clone() for name, tensor in networks["mobilefacenet"].state_dict().items()
+    }
+    good = write(tmp_path, state, "good.pt")
+    later = next(n for n in reversed(state) if n.endswith("running_var"))
+    first = next(n for n in state if n.startswith("layers.3") and n.endswith(".weight"))
+    state[first].view(-1)[3], state[later][1] = value, value
+    with pytest.raises(PublishedError, match=f"{first}: 1 of its .* are NaN or infinite"):
+        write_run(write(tmp_path, state), "arcface_torch", tmp_path / "run")
+    rows = torch.randn(6, WIDTH)
+    rows[4, 2] = value
+    for rank in (0, 1):
+        write(tmp_path, rows[3 * rank : 3 * rank + 3].clone(), f"rank_{rank}_softmax_weight.pt")
+    head = tmp_path / "rank_0_softmax_weight.pt"
+    with pytest.raises(PublishedError, match="the classifier holds NaN or infinity.*row 4 of 6"):
+        write_run(good, "arcface_torch", tmp_path / "run", head=head)
+    assert not (tmp_path / "run").exists()
+
+
+def test_files_that_are_no_state_dict_are_told_in_plain_words(tmp_path):
+    (tmp_path / "text.pth").write_text("epoch 1, loss 2\n")
+    with pytest.raises(PublishedError, match=r"no file of weights.*b'epoch 1, loss 2.*safetensors"):
+        read_file(tmp_path / "text.pth")
+    whole = write(tmp_path, torch.nn.Sequential(torch.nn.Linear(1, 1)), "whole.pt")
+    with pytest.raises(PublishedError, match=r"whole pickled model.*save model.state_dict\(\)"):
+        read_file(whole)
+    inside = write(tmp_path, {"epoch": 1, "state_dict": torch.nn.Linear(1, 1)}, "inside.pt")
+    with pytest.raises(PublishedError, match="epoch: holds no tensor"):
+        write_run(inside, "adaface", tmp_path / "run")
+
+
 def test_missing_counters_begin_at_zero_and_are_told(networks):
     state = networks["mbf"].state_dict()
     found = published({n: t for n, t in state.items() if "num_batches" not in n}, None)

@@ -120,7 +120,8 @@ class SizedBackbone(StagedBackbone):
                 f"FaceNetwork: its last layers were built for pictures of {16 * self.side - 15} to "
                 f"{16 * self.side} pixels a side, and these leave maps of {height} x {width} where "
                 f"{self.side} x {self.side} are needed; set data.input_size (for a teacher "
-                "teacher.input_size) to the size that it was trained on, or train one for this size"
+                "teacher.input_size, with data.crop_size and data.store_size at least that) to the "
+                "size that it was trained on, or train one for this size"
             )
         return maps
 

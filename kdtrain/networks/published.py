@@ -28,6 +28,18 @@ PREFIXES = {
 }
 """What the names of each layout's network begin with."""
 HEAD = "head."
+NETWORKS = {
+    "arcface_torch": "iresnet* and the MobileFaceNets",
+    "adaface": "ir*",
+    "cvlface": "ir*, and arcface_torch's under net.",
+}
+"""Each layout's networks, for messages."""
+FIRST = {
+    "input_layer.0.weight": IRS,
+    "layers.0.layers.0.weight": MOBILE,
+    "conv1.weight": IRESNETS,
+}
+"""The networks that a first layer of this name tells."""
 LAST_CHANNELS = 512  # of the last maps of every network here
 COUNTER = "num_batches_tracked"
 
@@ -53,7 +65,8 @@ class Published(NamedTuple):
 def split_state(file: object, layout: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Weights of the network and of the head in a loaded file, each without its prefix.
 
-    Raises ValueError where there is no state dict, or something in it is neither.
+    Raises ValueError where there is no state dict, something in it is neither, or the network is of
+    another layout.
     """
     state = file
     for key in ("state_dict", "state_dict_backbone"):
@@ -61,20 +74,45 @@ def split_state(file: object, layout: str) -> tuple[dict[str, Tensor], dict[str,
             state = state[key]
     if not isinstance(state, Mapping) or not state:
         raise ValueError(f"it holds no state dict, but {type(state).__name__}")
-    for prefix in PREFIXES[layout]:
-        if not any(str(key).startswith(prefix) for key in state):
-            continue
-        network, head = {}, {}
-        for key, value in state.items():
-            part = network if str(key).startswith(prefix) else head
-            if not isinstance(value, Tensor) or (part is head and not key.startswith(HEAD)):
-                raise ValueError(f"{key}: neither of the network ({prefix}) nor of a head ({HEAD})")
-            part[key.removeprefix(prefix if part is network else HEAD)] = value
-        return network, head
-    raise ValueError(
-        f"no names begin with {' or '.join(map(repr, PREFIXES[layout]))}; the first are "
-        f"{[str(key) for key in list(state)[:3]]}"
-    )
+    # every layout's last prefix is empty, as a network may be saved alone
+    prefix = next(p for p in PREFIXES[layout] if any(str(key).startswith(p) for key in state))
+    network, head = {}, {}
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{key}: holds no tensor, so it is no state dict of a network alone")
+        part = network if str(key).startswith(prefix) else head
+        if part is head and not key.startswith(HEAD):
+            raise ValueError(f"{key}: neither of the network ({prefix}) nor of a head ({HEAD})")
+        part[key.removeprefix(prefix if part is network else HEAD)] = value
+    fitting = _layouts(state)
+    known = any(first in network for first in FIRST)
+    if layout not in fitting and (known or fitting):
+        advice = f"they are of --layout {' or '.join(fitting)}" if fitting else "no layout has them"
+        raise ValueError(
+            f"weights as {next(iter(state))} are in no network of {layout}, whose networks are "
+            f"{NETWORKS[layout]}; {advice}"
+        )
+    return network, head
+
+
+def _layouts(state: Mapping[str, Tensor]) -> list[str]:
+    """Layouts that have a network of this family under such names."""
+    return [
+        layout
+        for layout, prefixes in PREFIXES.items()
+        for prefix in prefixes
+        for first, names in FIRST.items()
+        if f"{prefix}{first}" in state and _has(layout, prefix, names)
+    ]
+
+
+def _has(layout: str, prefix: str, names: tuple[str, ...]) -> bool:
+    """Whether a layout has these networks under this prefix. CVLface's copy of arcface_torch's
+    networks is known by its prefix: without one they are arcface_torch's own, in its colours.
+    """
+    if layout == "cvlface":
+        return names is IRS or prefix != ""
+    return (names is IRS) == (layout == "adaface")
 
 
 def published(weights: Mapping[str, Tensor], name: str | None) -> Published:
@@ -102,6 +140,7 @@ def published(weights: Mapping[str, Tensor], name: str | None) -> Published:
             continue
         if name not in (None, candidate):
             raise ValueError(f"its weights are those of {candidate}, not {name}")
+        _require_finite(weights)
         notes = [f"{len(counters)} counters of batches are missing and begin at 0"]
         return Published(candidate, width, side, renamed, notes if counters else [])
     nearest = name if name in unfit else min(unfit, key=lambda candidate: len(unfit[candidate]))
@@ -112,14 +151,20 @@ def published(weights: Mapping[str, Tensor], name: str | None) -> Published:
     )
 
 
+def _require_finite(weights: Mapping[str, Tensor]) -> None:
+    """Raises ValueError that names the first weight with NaN or infinity in it."""
+    for name, tensor in weights.items():
+        # as float32, which a larger float64 would leave
+        if bad := int((~tensor.float().isfinite()).sum()):
+            raise ValueError(
+                f"{name}: {bad:,} of its {tensor.numel():,} values are NaN or infinite, so the "
+                "file is damaged or its training diverged; take another"
+            )
+
+
 def _candidates(weights: Mapping[str, Tensor]) -> tuple[str, ...]:
     """Networks of the family that the first layer's name tells. Raises ValueError."""
-    families = {
-        "input_layer.0.weight": IRS,
-        "layers.0.layers.0.weight": MOBILE,
-        "conv1.weight": IRESNETS,
-    }
-    for first, names in families.items():
+    for first, names in FIRST.items():
         if first in weights:
             return names
     raise ValueError(

@@ -32,6 +32,7 @@ from kdtrain.data import (
     whole_view,
 )
 from kdtrain.keys import data_key
+from kdtrain.lineage import people_key
 from kdtrain.observe import EvalBatch
 
 EVAL_BATCH = 256
@@ -245,6 +246,7 @@ class RunData:
             "test": len(self.test),
             "test_of_unseen_people": self.unseen(),
             "skipped": len(self.source.skipped),
+            "people_key": people_key(self.source, self.config.data),
         }
 
 

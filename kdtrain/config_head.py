@@ -71,6 +71,9 @@ class HeadConfig:
                 "0 or more" + (", or null" if name == "m" else ""),
                 value,
             )
+        if self.margin in ("arcface", "combined", "distillation"):
+            angle = self.size
+            require(angle <= math.pi, "head.m", "an angle of at most pi", angle)
         if self.margin == "distillation":
             require(self.m_min <= self.size, "head.m_min", f"at most {self.size}", self.m_min)
         require(0 < self.sample <= 1, "head.sample", "0 < x <= 1", self.sample)

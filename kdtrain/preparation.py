@@ -12,11 +12,12 @@ from torch import Tensor
 
 from kdtrain import checkpoint, keys, settings
 from kdtrain.batches import RunData
-from kdtrain.config import Config, TeacherConfig
+from kdtrain.config import RUN_SETTINGS, Config, TeacherConfig
 from kdtrain.config_target import TEACHER_WEIGHTS
 from kdtrain.data import fixed_views
 from kdtrain.gallery import Gallery, build_gallery
 from kdtrain.journal import Screen
+from kdtrain.lineage import check_people, known_pictures
 from kdtrain.mixture import TeacherMixture
 from kdtrain.models import FaceNetwork, inherit, inherit_head, network_from_state
 from kdtrain.task import Task
@@ -37,6 +38,7 @@ def prepare_task(config: Config, data: RunData, run_dir: Path, screen: Screen) -
     teacher = load_teacher(config, folders, screen)
     task = build_task(config, data.source.num_classes, teacher)
     check_data(task, data)
+    check_lineage(config, folders, data, screen)
     if "init_from" in folders:
         weights = checkpoint.load_weights(checkpoint.run_weights(folders["init_from"]))
         for line in inherit(task.network, weights):
@@ -47,6 +49,31 @@ def prepare_task(config: Config, data: RunData, run_dir: Path, screen: Screen) -
     if "gallery" in folders:
         task.gallery = open_gallery(folders["gallery"], data, task)
     return task
+
+
+def check_lineage(
+    config: Config, folders: Mapping[str, Path], data: RunData, screen: Screen
+) -> None:
+    """Raises ConfigError where classes are compared with those of a run on other people; tells
+    people of runs that were trained on test pictures of this one.
+    """
+    target = config.target
+    by_class = (
+        *(target.alpha, target.logits, target.teacher_head),
+        config.head.margin == "distillation",
+    )
+    for name, run in folders.items():
+        setting = RUN_SETTINGS.get(name) or RUN_SETTINGS[name.rpartition("_")[0]]
+        if name == "head" or (name.startswith("teacher") and any(by_class)):
+            check_people(setting, run, data)
+        known = known_pictures(run_config(run), run, data)
+        if known:
+            screen.say(
+                f"warning: {setting} {run.name} was trained on {known} of the "
+                f"{len(data.test)} test pictures here, or on their people: split alike "
+                "(data.split, data.split_seed, data.test_fraction), or read the results as of "
+                "pictures known"
+            )
 
 
 def open_gallery(run: Path, data: RunData, task: Task) -> Gallery:

@@ -1,0 +1,79 @@
+"""What the runs that a run reads were trained on: the same people in the same order where classes
+are compared or taken over, and none of this run's test pictures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kdtrain import checkpoint
+from kdtrain.config import Config, DataConfig
+from kdtrain.config_checks import ConfigError
+
+if TYPE_CHECKING:
+    from kdtrain.batches import RunData
+    from kdtrain.data import FaceSource
+
+
+def people_key(source: FaceSource, data: DataConfig) -> str:
+    """16 hex digits over the people in the order of their classes; drawn people by their seed too,
+    as their names are numbers.
+    """
+    names = list(source.class_names)
+    if data.kind == "synthetic":
+        names.append(f"drawn from seed {data.synthetic_seed}")
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+
+
+def check_people(name: str, run: Path, data: RunData) -> None:
+    """Raises ConfigError where the classes of `run`, the value of setting `name`, are other people
+    than the data's, or the same in another order. Runs that do not say (imported ones) pass.
+    """
+    theirs, ours = _trained_on(run).get("people_key"), people_key(data.source, data.config.data)
+    if theirs is not None and theirs != ours:
+        raise ConfigError(
+            f"{name} {run}: its classes are other people than those of {data.source.name} here, or "
+            "the same in another order, so class by class they cannot be compared; name a run on "
+            "the same people"
+        )
+
+
+def known_pictures(theirs: Config, run: Path, data: RunData) -> int:
+    """Test pictures of `data` that `run` (with config `theirs`) was trained on; with data.split
+    identity, those of people that it was trained on. 0 where it was trained on another set.
+    """
+    from kdtrain.batches import parts
+
+    if "people_key" not in _trained_on(run) or not _same_set(theirs.data, data.config.data):
+        return 0
+    try:
+        train, _, _ = parts(data.source, theirs)
+    except ValueError:  # a split file that was not read here
+        return 0
+    labels = data.source.labels
+    if data.config.data.split == "identity":
+        return int(torch.isin(labels[data.test], labels[train]).sum())
+    return int(torch.isin(data.test, train).sum())
+
+
+def _same_set(one: DataConfig, other: DataConfig) -> bool:
+    if one.kind != other.kind:
+        return False
+    if one.kind == "synthetic":
+        drawn = [(d.people, d.pictures, d.synthetic_seed) for d in (one, other)]
+        return drawn[0] == drawn[1]
+    return Path(one.root or "").resolve() == Path(other.root or "").resolve()
+
+
+def _trained_on(run: Path) -> Mapping[str, Any]:
+    """The pictures that a run folder, or the run of a checkpoint, says it was trained on."""
+    for folder in (run, run.parent):
+        results = checkpoint.read_json(folder / "results.json")
+        if results is not None:
+            return results.get("data") or {}
+    return {}

@@ -27,7 +27,7 @@ from kdtrain.scheduler import Outcome, Overview, Work, run_all
 if TYPE_CHECKING:
     from kdtrain.data import FaceSource
 
-# The result table: columns by task and metric, rows by the end of the stage's name.
+# The result table: columns by task and metric, rows by the end of the chain's names.
 COLUMNS = (
     ("classification top-1", "classification", "top1"),
     ("alignment NRMSE", "alignment", "nrmse"),
@@ -41,7 +41,13 @@ ROWS = (
     ("control student, no teacher", ("_control",)),
     ("distilled student", ("_distilled",)),
 )
-FLOOR = "floor (raw pixels, mean shape)"
+CHAIN = {
+    f"{task}{ending}": title
+    for task in ("cls", "ali", "ver")
+    for title, endings in ROWS
+    for ending in endings
+}
+"""The row of each stage of the chain over the three tasks; any other stage has a row of its own."""
 UNTRAINED = "untrained network"
 
 
@@ -240,36 +246,57 @@ def headline(results: Mapping[str, Any]) -> str:
 
 
 def result_table(root: Path, outcomes: Mapping[str, Outcome]) -> Table:
-    """Teacher, scratch, control and distilled student, or the stages by name where a preset has
-    others, the floor and an untrained network, by task; '-' where a stage has no result.
+    """Teacher, scratch, control and distilled student of the chain, every other stage by its name,
+    the floor and an untrained network, by task; '-' where a stage has no result.
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="test split, end of training, %")
     table.add_column("")
     found = {name: checkpoint.read_json(root / name / "results.json") or {} for name in outcomes}
-    columns = table_columns(found.values())
+    tasks = {name: _task(name, root, found) for name in outcomes}
+    columns = table_columns(tasks.values(), found.values())
     for title, _, _ in columns:
         table.add_column(title.replace(" ", "\n", 1), justify="right", no_wrap=True)
-    every = tuple(ending for _, endings in ROWS for ending in endings)
-    others = [(name, (name,)) for name in outcomes if not name.endswith(every)]
-    for row, endings in (*ROWS, *others):
+    for row, names in table_rows(outcomes):
         cells = []
         for _, task, metric in columns:
-            stages = [n for n in outcomes if n.endswith(endings) and _task(n, root, found) == task]
+            stages = [name for name in names if tasks[name] == task]
             cells.append(_cell(stages, found, outcomes, metric))
         if any(cell != "-" for cell in cells):
             table.add_row(row, *cells)
-    for title, of in ((FLOOR, floor), (UNTRAINED, untrained)):
+    for title, of in ((floor_title(columns), floor), (UNTRAINED, untrained)):
         values = [of(found, task, metric) for _, task, metric in columns]
         table.add_row(title, *("-" if value is None else f"{100 * value:.1f}" for value in values))
     return table
 
 
-def table_columns(results: Iterable[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
-    """COLUMNS for these runs: without the nearest neighbour outside the query's own video where
-    pictures have none.
+def table_rows(names: Iterable[str]) -> list[tuple[str, list[str]]]:
+    """The table's rows as (title, runs in it): the chain's, which hold a run of each task, then
+    every other run under its own name.
     """
+    names = list(names)
+    rows: list[tuple[str, list[str]]] = [
+        (title, [name for name in names if CHAIN.get(name) == title]) for title, _ in ROWS
+    ]
+    rows += [(name, [name]) for name in names if name not in CHAIN]
+    return [row for row in rows if row[1]]
+
+
+def table_columns(
+    tasks: Iterable[str], results: Iterable[Mapping[str, Any]]
+) -> list[tuple[str, str, str]]:
+    """COLUMNS for these runs: of the tasks that they have (all where none is known), and without
+    the nearest neighbour outside the query's own video where pictures have none.
+    """
+    trained = set(tasks) & {task for _, task, _ in COLUMNS} or {task for _, task, _ in COLUMNS}
     videos = any("nn_top1_other_video" in r.get("metrics", {}) for r in results)
-    return [c for c in COLUMNS if videos or c[2] != "nn_top1_other_video"]
+    return [c for c in COLUMNS if c[1] in trained and (videos or c[2] != "nn_top1_other_video")]
+
+
+def floor_title(columns: Iterable[tuple[str, str, str]]) -> str:
+    """'floor (raw pixels, mean shape)', without what none of these columns compares with."""
+    aligned = [task == "alignment" for _, task, _ in columns]
+    parts = ["raw pixels"] * (not all(aligned)) + ["mean shape"] * any(aligned)
+    return f"floor ({', '.join(parts)})"
 
 
 def floor(runs: Mapping[str, Mapping[str, Any]], task: str, metric: str) -> float | None:
@@ -285,7 +312,7 @@ def untrained(runs: Mapping[str, Mapping[str, Any]], task: str, metric: str) -> 
     """A metric of the network before its first step, of the first finished student of a task (of
     its teacher, where it has no other); see `floor`.
     """
-    order = sorted(runs, key=lambda name: name.endswith("_teacher"))
+    order = sorted(runs, key=lambda name: name.split("_")[-1] == "teacher")
     mine = [runs[name].get("untrained", {}) for name in order if runs[name].get("task") == task]
     return next((values[metric] for values in mine if values.get(metric) is not None), None)
 

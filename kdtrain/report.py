@@ -18,8 +18,9 @@ import numpy as np
 
 from kdtrain import plots
 from kdtrain.checkpoint import write_text
+from kdtrain.config import run_folder
 from kdtrain.journal import duration, unit
-from kdtrain.pipeline import FLOOR, ROWS, UNTRAINED, table_columns
+from kdtrain.pipeline import CHAIN, UNTRAINED, floor_title, table_columns, table_rows
 from kdtrain.plots import Curve, Panel
 from kdtrain.runs import (
     TASKS,
@@ -47,6 +48,12 @@ from kdtrain.runs import (
 
 PLACE = ("kind", "step", "phase", "epoch", "lr", "skipped_steps")
 NOT_TERMS = (*PLACE, "loss", "top1", "gradient_norm", "teacher_entropy")
+CHAIN_TEACHERS = [name for name, title in CHAIN.items() if title == "teacher"]
+FLOORS = {
+    "classification": "the label of the nearest training picture in raw pixels",
+    "alignment": "the mean landmarks",
+    "verification": "the nearest test picture in raw pixels, the cosine of raw pixels",
+}
 
 
 def report(run_root: str | Path, *, command: str | None = None) -> Path:
@@ -63,7 +70,7 @@ def report(run_root: str | Path, *, command: str | None = None) -> Path:
         )
     body = [
         _header(root, stages, command if command is not None else _own_command()),
-        _result_section(stages),
+        _result_section(root, stages),
         _stage_section(stages),
     ]
     for task in TASKS:
@@ -102,44 +109,76 @@ def _header(root: Path, stages: Sequence[Stage], command: str | None) -> str:
     return f"<header><h1>{escape(root.name)}: distillation report</h1><dl>{table}</dl></header>"
 
 
-def _result_section(stages: Sequence[Stage]) -> str:
+def _result_section(root: Path, stages: Sequence[Stage]) -> str:
     """The table of the pipeline, with what each number must beat."""
     head = ""
-    columns = table_columns(stage.results for stage in stages)
+    columns = table_columns([s.task for s in stages], [s.results for s in stages])
     for title, _, metric in columns:
         way = "lower" if lower_is_better(metric) else "higher"
         head += f"<th>{escape(title)}<small>%, {way} is better</small></th>"
-    roles: dict[str, str] = {title.split()[0]: title for title, _ in ROWS}
-    roles |= {stage.role: stage.name for stage in stages if stage.role not in roles}
-    lines = []
-    for role, title in roles.items():
-        mine = [stage for stage in stages if stage.role == role]
-        if mine:
-            cells = "".join(_cell(mine, task, metric) for _, task, metric in columns)
-            name = f"{escape(title)}<small>{escape(network_text(mine))}</small>"
-            lines.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
+    by_name, lines = {stage.name: stage for stage in stages}, []
+    for title, names in table_rows(by_name):
+        mine = [by_name[name] for name in names]
+        cells = "".join(_cell(mine, task, metric) for _, task, metric in columns)
+        name = f"{escape(title)}<small>{escape(network_text(mine))}</small>"
+        lines.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
     floors = [floor_of(stages, task, metric) for _, task, metric in columns]
     fresh = [untrained_of(stages, task, metric) for _, task, metric in columns]
-    for title, values in ((FLOOR, floors), (UNTRAINED, fresh)):
+    for title, values in ((floor_title(columns), floors), (UNTRAINED, fresh)):
         cells = "".join(f"<td>{percent(value)}</td>" for value in values)
         lines.append(f'<tr class="floor"><th scope="row">{escape(title)}</th>{cells}</tr>')
+    of_floor = ", ".join(dict.fromkeys(FLOORS[task] for _, task, _ in columns))
     notes = [
-        "On the test split, at the end of training. The floor learns nothing: the label of the "
-        "nearest training picture in raw pixels, the mean landmarks, the nearest test picture in "
-        "raw pixels, the cosine of raw pixels. The untrained network is the student before its "
-        "first step."
+        f"On the test split, at the end of training. The floor learns nothing: {of_floor}. "
+        "The untrained network is the student before its first step."
     ]
-    for (title, task, metric), floor in zip(columns, floors, strict=True):
-        teacher = next((s for s in stages if s.task == task and s.role == "teacher"), None)
-        value = None if teacher is None else teacher.metric(metric)
-        if value is not None and floor is not None and not better(metric, value, floor):
-            notes.append(
-                f"<strong>{escape(title)} is uninformative:</strong> "
-                "its teacher does not beat the floor."
-            )
+    notes += _doubts(root, stages, columns)
     rows, said = "".join(lines), "".join(f"<p class=note>{note}</p>" for note in notes)
     table = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table>"
     return f"<section class=results><h2>Results</h2>{table}{said}</section>"
+
+
+def _doubts(
+    root: Path, stages: Sequence[Stage], columns: Sequence[tuple[str, str, str]]
+) -> list[str]:
+    """The columns whose teachers learned less than nothing; beside a teacher that beats the floor,
+    only the students of one that does not.
+    """
+    taught = _taught(root, stages)
+    notes = []
+    for title, task, metric in columns:
+        beats = {}
+        for teacher in (stage for stage in stages if stage.name in taught and stage.task == task):
+            value, floor = teacher.metric(metric), teacher.results.get("floors", {}).get(metric)
+            if value is not None and floor is not None:
+                beats[teacher.name] = better(metric, value, floor)
+        if beats and not any(beats.values()):
+            notes.append(_doubt(title, "its teacher does not beat the floor"))
+            continue
+        for name in (name for name, is_better in beats.items() if not is_better and taught[name]):
+            students = ", ".join(taught[name])
+            notes.append(
+                _doubt(f"{title} of {students}", f"the teacher {name} does not beat the floor")
+            )
+    return notes
+
+
+def _doubt(what: str, why: str) -> str:
+    return f"<strong>{escape(what)} is uninformative:</strong> {escape(why)}."
+
+
+def _taught(root: Path, stages: Sequence[Stage]) -> dict[str, list[str]]:
+    """The names of the students of each teacher: of every run here that a config names as one, and
+    of the chain's teachers.
+    """
+    taught: dict[str, list[str]] = {s.name: [] for s in stages if s.name in CHAIN_TEACHERS}
+    folders = {(root / stage.name).resolve(): stage.name for stage in stages}
+    for student in stages:
+        for named in student.teachers:
+            teacher = folders.get(run_folder(named, root / student.name).resolve())
+            if teacher is not None:
+                taught.setdefault(teacher, []).append(student.name)
+    return taught
 
 
 def _cell(stages: Sequence[Stage], task: str, metric: str) -> str:

@@ -13,7 +13,7 @@ import yaml
 from kdtrain.checkpoint import read_json
 from kdtrain.journal import read_lines, unit
 from kdtrain.networks.names import network_title
-from kdtrain.pipeline import COLUMNS, ROWS, floor, untrained
+from kdtrain.pipeline import CHAIN, COLUMNS, ROWS, floor, untrained
 
 TASKS = ("classification", "alignment", "verification")
 LOWER_IS_BETTER = ("nrmse", "nme", "failure_rate", "cross_entropy", "hint")
@@ -41,11 +41,17 @@ class Stage:
 
     @property
     def role(self) -> str:
-        """teacher | scratch | control | distilled by the end of its name, else the name."""
-        for title, endings in ROWS:
-            if self.name.endswith(endings):
-                return title.split()[0]
-        return self.name
+        """teacher | scratch | control | distilled of a run of the chain, else the name."""
+        return CHAIN[self.name].split()[0] if self.name in CHAIN else self.name
+
+    @property
+    def teachers(self) -> list[str]:
+        """The runs that its config names as teachers, as written there."""
+        section = self.config.get("teacher")
+        if not isinstance(section, Mapping):  # a string is short for its run
+            return [str(section)] if section else []
+        named = [section.get("run"), *(section.get("more") or [])]
+        return [str(run) for run in named] if section.get("run") else []
 
     @property
     def state(self) -> str:
@@ -192,18 +198,18 @@ def loss_text(stage: Stage) -> str:
         if weight:
             prefix = "" if weight == 1 else f"{weight:g} "
             parts.append(f"{prefix}{name}" + (f" ({note})" if note else ""))
-    return "; ".join([" + ".join(parts), *_teacher_text(stage.config.get("teacher"))])
+    return "; ".join([" + ".join(parts), *_teacher_text(stage)])
 
 
-def _teacher_text(section: Any) -> list[str]:
+def _teacher_text(stage: Stage) -> list[str]:
     """'teachers a, b (weights 2, 1) on 32 pixels' in a list, which is empty without a teacher."""
-    teacher = section if isinstance(section, Mapping) else {"run": section}  # a string is short
-    if not teacher.get("run"):
+    if not stage.teachers:
         return []
-    more = teacher.get("more") or []
-    names = ", ".join(str(run).removeprefix("@") for run in (teacher["run"], *more))
-    text = f"teacher{'s' * bool(more)} {names}"
-    if more and teacher.get("weights"):
+    section, several = stage.config["teacher"], len(stage.teachers) > 1
+    teacher = section if isinstance(section, Mapping) else {}
+    names = ", ".join(run.removeprefix("@") for run in stage.teachers)
+    text = f"teacher{'s' * several} {names}"
+    if several and teacher.get("weights"):
         text += f" (weights {', '.join(f'{weight:g}' for weight in teacher['weights'])})"
     return [text + (f" on {teacher['input_size']} pixels" if teacher.get("input_size") else "")]
 

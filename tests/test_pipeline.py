@@ -23,6 +23,8 @@ from kdtrain.cli import main
 from kdtrain.config import ConfigError
 from kdtrain.scheduler import Outcome
 
+FLOOR = "floor (raw pixels, mean shape)"
+
 
 def _preset(folder: Path, **stages: dict) -> Path:
     """A preset folder; each stage is the tiny run with its own keys (section__key)."""
@@ -189,15 +191,47 @@ def test_the_table_has_teacher_student_control_distilled_and_floor(tmp_path):
     assert rows["scratch student"] == ["50.0", "-", "-", "-"]
     assert rows["control student, no teacher"] == ["61.0", "-", "-", "-"]
     assert rows["distilled student"] == ["62.0", "-", "-", "-"]
-    assert rows[pipeline.FLOOR] == ["20.0", "-", "10.0", "10.0"]
+    assert rows[FLOOR] == ["20.0", "-", "10.0", "10.0"]
     assert rows[pipeline.UNTRAINED] == ["-", "-", "5.0", "5.0"]
     # of pictures from videos, and the student's untrained network before its teacher's
     stage("ver_scratch", "verification", 0.2, nn_top1=0.3, nn_top1_other_video=0.12)
     outcomes["ver_scratch"] = Outcome("done", "", 1.0)
     rows = _rows(tmp_path, outcomes)
     assert rows["scratch student"] == ["50.0", "-", "30.0", "12.0", "-"]
-    assert rows[pipeline.FLOOR] == ["20.0", "-", "10.0", "20.0", "10.0"]
+    assert rows[FLOOR] == ["20.0", "-", "10.0", "20.0", "10.0"]
     assert rows[pipeline.UNTRAINED] == ["-", "-", "10.0", "10.0", "5.0"]
+
+
+@pytest.mark.parametrize("preset", ["images", "two-cores/systems", "two-cores/resolutions"])
+def test_every_stage_outside_the_chain_has_a_row_of_its_own(preset, tmp_path):
+    names = [stage.name for stage in pipeline.plan(preset, {}, {})]
+    numbers = {name: 0.3 + 0.01 * place for place, name in enumerate(names)}
+    for name, value in numbers.items():
+        (tmp_path / name).mkdir()
+        results = {"task": "classification", "metrics": {"top1": value, "pair_accuracy": 0.9}}
+        results |= {"floors": {"top1": 0.2}, "untrained": {"top1": value / 10}}
+        checkpoint.write_json(tmp_path / name / "results.json", results)
+    table = pipeline.result_table(tmp_path, {name: Outcome("done", "", 1.0) for name in names})
+    assert [column.header for column in table.columns] == ["", "classification\ntop-1"]
+    assert list(table.columns[0].cells) == [*names, "floor (raw pixels)", pipeline.UNTRAINED]
+    student = next(name for name in names if not name.endswith("teacher"))
+    expected = [*numbers.values(), 0.2, numbers[student] / 10]
+    assert list(table.columns[1].cells) == [f"{100 * value:.1f}" for value in expected]
+
+
+def test_a_failed_stage_outside_the_chain_keeps_its_row_and_its_tasks_columns(tmp_path):
+    (tmp_path / "recipes").mkdir()
+    for name, task in (("teacher", "verification"), ("sh_teacher", "alignment")):
+        (tmp_path / "recipes" / f"{name}.yaml").write_text(f"task: {task}\n")
+    outcomes = {name: Outcome("failed", "", 0.0) for name in ("teacher", "sh_teacher")}
+    rows = _rows(tmp_path, outcomes)
+    assert rows["teacher"] == ["-", "failed", "failed"]
+    assert rows["sh_teacher"] == ["failed", "-", "-"]
+    assert rows[FLOOR] == ["-", "-", "-"]
+    assert (
+        pipeline.floor_title([column for column in pipeline.COLUMNS if column[1] == "alignment"])
+        == "floor (mean shape)"
+    )
 
 
 def _rows(root: Path, outcomes: dict[str, Outcome]) -> dict[str, list[str]]:
@@ -288,8 +322,8 @@ def test_a_stage_that_diverges_is_a_result_and_leaves_the_others(tmp_path):
     assert "cls_student: reused, " in again.stdout
     assert "error: cls_distilled skipped: needs cls_teacher, which diverged" in again.stderr
     assert (tmp_path / "root" / "cls_teacher" / "diverged.json").stat().st_mtime_ns == written
-    table = [line.split() for line in again.stdout.splitlines() if " - " in line]
-    assert [line[1] for line in table if line[0] == "teacher"] == ["diverged"]
+    lines = [line.split() for line in again.stdout.splitlines()]
+    assert [line[1:] for line in lines if line[:1] == ["teacher"]] == [["diverged"]]
 
 
 def test_ctrl_c_stops_the_children_cleanly_and_the_same_command_continues(tmp_path):

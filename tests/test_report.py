@@ -304,9 +304,56 @@ def test_other_names_than_the_pipelines_get_rows_of_their_own(tmp_path):
     assert rows_of(write(tmp_path))["arm_3"][0] == "55.0"
 
 
+def make_systems(root: Path, **values: float) -> Path:
+    """Stages of a preset that is no chain: two teachers, and a student of each."""
+    named = {"soft": "@teacher", "sh_kd": str(root / "sh_teacher")}
+    for name, value in values.items():
+        more: dict[str, object] = {}
+        if name in named:
+            teacher, target = TeacherConfig(run=named[name]), TargetConfig(alpha=1.0)
+            more = {"teacher": teacher, "target": target}
+        run = make_run(root, name, "classification", value, **more)
+        (run / "metrics.jsonl").unlink()  # curves take long to draw
+    return root
+
+
+def test_stages_outside_the_chain_have_rows_and_numbers_of_their_own(tmp_path):
+    values = {"teacher": 0.9, "student": 0.5, "soft": 0.6, "sh_teacher": 0.8, "sh_kd": 0.7}
+    page = write(make_systems(tmp_path, **values, control=0.55, my_student=0.4))
+    results = rows_of(page.split("<h2>Runs</h2>")[0])
+    for name, value in {**values, "control": 0.55, "my_student": 0.4}.items():
+        assert results[name] == [f"{100 * value:.1f}"]
+    assert results[""] == ["classification top-1 | %, higher is better"]
+    assert results["floor (raw pixels)"] == ["20.0"]
+    assert len(results) == 10  # seven stages, header, floor and the untrained network
+    assert "mean landmarks" not in page
+    assert "uninformative" not in page
+
+
+def test_a_stage_named_teacher_does_not_replace_the_chains(tmp_path):
+    make_run(tmp_path, "cls_teacher", "classification", 0.9)
+    make_run(tmp_path, "teacher", "classification", 0.8)
+    page = write(tmp_path).split("<h2>Runs</h2>")[0]
+    assert re.findall(r'scope="row">teacher<.*?<td>([\d.]+)', page) == ["90.0", "80.0"]
+
+
+def test_a_poor_teacher_is_the_one_that_the_students_config_names(tmp_path):
+    values = {"student": 0.1, "soft": 0.5, "sh_kd": 0.6}
+    page = write(make_systems(tmp_path / "one", **values, teacher=0.9, sh_teacher=0.1))
+    doubt = "classification top-1 of sh_kd is uninformative:</strong> the teacher sh_teacher does"
+    assert page.count(doubt) == page.count("uninformative") == 1
+    page = write(make_systems(tmp_path / "both", **values, teacher=0.15, sh_teacher=0.1))
+    assert "classification top-1 is uninformative:</strong> its teacher does not" in page
+    assert page.count("uninformative") == 1
+    page = write(make_systems(tmp_path / "none", student=0.5, teacher=0.1))
+    assert "uninformative" not in page  # no student here names it
+
+
 def test_one_run_folder_has_a_page_too(tmp_path):
     run = make_run(tmp_path, "mine", "verification", 0.5)
-    assert rows_of(write(run))["mine"][2] == "50.0"
+    rows = rows_of(write(run))
+    assert rows["mine"] == ["50.0", "80.0 | ± 2.0 over folds"]
+    assert rows["floor (raw pixels)"] == ["15.0", "60.0"]
 
 
 def test_a_folder_without_runs_is_an_error(tmp_path):

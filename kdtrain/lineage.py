@@ -5,7 +5,7 @@ are compared or taken over, and none of this run's test pictures.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,13 +43,17 @@ def check_people(name: str, run: Path, data: RunData) -> None:
         )
 
 
-def known_pictures(theirs: Config, run: Path, data: RunData) -> int:
-    """Test pictures of `data` that `run` (with config `theirs`) was trained on; with data.split
-    identity, those of people that it was trained on. 0 where it was trained on another set.
+def known_pictures(run: Path, config_of: Callable[[Path], Config], data: RunData) -> int:
+    """Test pictures of `data` that `run` was trained on; with data.split identity, those of people
+    that it was trained on. 0 where it was trained on another set, or does not say on which.
+    config_of: reads a run's config.
     """
     from kdtrain.batches import parts
 
-    if "people_key" not in _trained_on(run) or not _same_set(theirs.data, data.config.data):
+    if "people_key" not in _trained_on(run):
+        return 0
+    theirs = config_of(run)
+    if not _same_set(theirs.data, data.config.data):
         return 0
     try:
         train, _, _ = parts(data.source, theirs)

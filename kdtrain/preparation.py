@@ -66,7 +66,7 @@ def check_lineage(
         setting = RUN_SETTINGS.get(name) or RUN_SETTINGS[name.rpartition("_")[0]]
         if name == "head" or (name.startswith("teacher") and any(by_class)):
             check_people(setting, run, data)
-        known = known_pictures(run_config(run), run, data)
+        known = known_pictures(run, run_config, data)
         if known:
             screen.say(
                 f"warning: {setting} {run.name} was trained on {known} of the "

@@ -188,7 +188,7 @@ def test_two_processes_fill_one_cache_and_both_end_with_the_online_bits(root, tm
         {"augment__flip": False},
         {"augment__crop": "jitter"},
         {"seed": 1},
-        {"data__synthetic_seed": 1},
+        {"data__pictures": 6},
         {"data__store_size": 21},
         {"data__input_size": 17},
         {"train__threads": 2},

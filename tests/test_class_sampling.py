@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from head_helpers import NAME, dtype_of, each, each_kernel
 
-import kdkernels
 from kdkernels import (
     ArcFace,
     LinearKDCrossEntropyLoss,
@@ -16,14 +16,7 @@ from kdkernels import (
 )
 from kdkernels.linear_kd_cross_entropy.samples import make
 
-NAME = "linear_kd_cross_entropy"
-BACKENDS = kdkernels.backends(NAME, "cpu")
-each = pytest.mark.parametrize("backend", BACKENDS)
 CHOSEN = (0, 3, 4, 20, 40)
-
-
-def dtype_of(backend: str) -> torch.dtype:
-    return torch.float64 if backend == "eager" else torch.float32
 
 
 @each
@@ -120,7 +113,7 @@ def test_labels_without_a_place_are_named_on_the_cpu_and_make_their_row_nan_else
     assert gradient.isnan().any(dim=1).tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "eager"])
+@each_kernel
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_call_with_classes_compiles_whole(backend):
     torch._dynamo.reset()

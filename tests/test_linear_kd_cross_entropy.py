@@ -7,9 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from contract import accuracy, find_op
-from torch.utils._python_dispatch import TorchDispatchMode
+from head_helpers import BACKENDS, NAME, Largest, dtype_of, each, each_kernel, small_chunks
 
-import kdkernels
 from kdkernels import (
     ArcFace,
     CombinedMargin,
@@ -22,16 +21,6 @@ from kdkernels import (
 from kdkernels.linear_kd_cross_entropy import head, native
 from kdkernels.linear_kd_cross_entropy.chunks import chunks
 from kdkernels.linear_kd_cross_entropy.samples import make
-
-NAME = "linear_kd_cross_entropy"
-BACKENDS = kdkernels.backends(NAME, "cpu")
-KERNELS = [b for b in BACKENDS if b != "eager"]
-each = pytest.mark.parametrize("backend", BACKENDS)
-each_kernel = pytest.mark.parametrize("backend", KERNELS)
-
-
-def dtype_of(backend: str) -> torch.dtype:
-    return torch.float64 if backend == "eager" else torch.float32
 
 
 def at_angles(angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -256,14 +245,6 @@ def test_logits_are_not_rounded_to_16_bits(dtype, backend):
     assert float(got) == pytest.approx(float(want), rel=1e-6)
 
 
-def small_chunks(backend: str, monkeypatch, rows: int = 2) -> None:
-    """Makes every call go through several chunks: 16 rows each at least, as chunks are cut."""
-    module = f"kdkernels.{NAME}." + ("native" if backend == "native" else "triton_kernel")
-    where = importlib.import_module(module)
-    monkeypatch.setattr(where, "CHUNK_BYTES", 1)
-    monkeypatch.setattr(where, "LEAST_ROWS", rows)
-
-
 @each_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_several_chunks_are_as_accurate_as_one(dtype, backend, monkeypatch):
@@ -327,24 +308,6 @@ def test_products_that_nobody_asked_for_are_not_computed(backend, monkeypatch):
     assert counts == [3, 2, 2, 1]
 
 
-class _Largest(TorchDispatchMode):
-    """The bytes of the largest tensor that any operator makes, inside our own ops too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "kdkernels":
-            with self:
-                return func._op_dk(torch._C.DispatchKey.CPU, *args, **(kwargs or {}))
-        found = func(*args, **(kwargs or {}))
-        for t in found if isinstance(found, (tuple, list)) else [found]:
-            if isinstance(t, torch.Tensor):
-                self.bytes = max(self.bytes, t.untyped_storage().nbytes())
-        return found
-
-
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.skipif("native" not in BACKENDS, reason="needs the extension")
 def test_no_tensor_of_all_rows_and_classes_is_made(reduction):
@@ -353,7 +316,7 @@ def test_no_tensor_of_all_rows_and_classes_is_made(reduction):
     sizes = {}
     for backend in ("eager", "native") if reduction == "mean" else ("native",):
         leaves = {k: sample.tensors[k].clone().requires_grad_() for k in ("features", "weight")}
-        with _Largest() as largest:
+        with Largest() as largest:
             loss = linear_kd_cross_entropy(
                 **{**sample.tensors, **leaves}, **sample.options, backend=backend
             )
@@ -369,7 +332,7 @@ def test_no_tensor_of_all_rows_and_classes_is_made(reduction):
     [(256, 10_575, 2), (1024, 93_431, 2), (256, 360_232, 1), (1, 5, 1), (97, 360_232, 2)],
 )
 def test_chunks_cover_all_rows_and_are_not_small(rows, classes, networks):
-    how = native.arithmetic()
+    how = native.arithmetic(rows)
     found = list(chunks(rows, classes, networks, how))
     assert [begin for begin, _ in found] == [0, *(end for _, end in found[:-1])]
     assert found[-1][1] == rows

@@ -7,22 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from contract import accuracy, find_op
-from test_linear_kd_cross_entropy import _Largest, small_chunks
+from head_helpers import BACKENDS, NAME, Largest, dtype_of, each, each_kernel, small_chunks
 
-import kdkernels
 from kdkernels import CombinedMargin, SparseTeacher, library, linear_kd_cross_entropy
 from kdkernels.linear_kd_cross_entropy import native
 from kdkernels.linear_kd_cross_entropy.samples import make
-
-NAME = "linear_kd_cross_entropy"
-BACKENDS = kdkernels.backends(NAME, "cpu")
-KERNELS = [b for b in BACKENDS if b != "eager"]
-each = pytest.mark.parametrize("backend", BACKENDS)
-each_kernel = pytest.mark.parametrize("backend", KERNELS)
-
-
-def dtype_of(backend: str) -> torch.dtype:
-    return torch.float64 if backend == "eager" else torch.float32
 
 
 def on_logits(logits: torch.Tensor, target, teacher, backend: str, **options):
@@ -276,7 +265,7 @@ def test_no_tensor_of_all_rows_and_classes_is_made():
     tensors["features"] = tensors["features"][:1].expand(rows, 16).clone().requires_grad_()
     tensors["target"] = tensors["target"][:1].expand(rows)
     weight = sample.tensors["weight"].requires_grad_()
-    with _Largest() as largest:
+    with Largest() as largest:
         loss, _ = linear_kd_cross_entropy(
             **tensors, weight=weight, **sample.options, backend="native"
         )

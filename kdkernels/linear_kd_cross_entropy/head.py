@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 
 COPIED_CLASSES = 2048  # of a weight that has to be copied: 4 MB at 512 features, so in the cache
+# A part of logits that are formed as (W x^T)^T: half a megabyte, which a core's own cache holds,
+# but of so many classes that a product pays.
+TURNED_LOGITS, TURNED_CLASSES = 1 << 17, 512
 
 
 def up(size: int, block: int) -> int:
@@ -30,8 +33,9 @@ class Arithmetic:
     """How a backend computes: what chunks.py is told beside the call itself.
 
     block: products have whole blocks of so many rows, classes and features. MKL then gives the same
-    bits at any number of threads. scale: multiplies a matrix in place by a factor a row and one a
-    column, each None for 1, or writes the result to another matrix.
+    bits at any number of threads. turned: form logits as (W x^T)^T. scale: multiplies a matrix in
+    place by a factor a row and one a column, each None for 1, or writes the result to another
+    matrix.
     """
 
     block: int
@@ -41,6 +45,7 @@ class Arithmetic:
     rows: Callable[..., None]
     scale: Callable[[Tensor, Tensor | None, Tensor | None, Tensor], None]
     narrow: bool  # bfloat16 products on tensor cores, with float32 sums
+    turned: bool
 
 
 def wide_product(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
@@ -136,13 +141,30 @@ class Head:
         """Logits of the rows from begin to end, into (at least end - begin, padded classes)."""
         x = self.x[begin : begin + len(out)]
         for first, _, tile in self.tiles():
-            self.product(out[:, first : first + len(tile)], x, tile.t(), False)
+            part = out[:, first : first + len(tile)]
+            if self.how.turned:
+                self._turned(part, tile, x)
+            else:
+                self.product(part, x, tile.t(), False)
         rho = None if self.row_scale is None else self.row_scale[begin:end]
         if rho is not None or self.column_scale is not None:
             inside = out[: end - begin, : self.classes]
             self.how.scale(inside, rho, self.column_scale, inside)
         if self.bias is not None:
             out[:, : self.padded_classes].add_(self.bias)
+
+
+    def _turned(self, out: Tensor, tile: Tensor, x: Tensor) -> None:
+        """out = (tile x^T)^T: a processor's BLAS multiplies many rows by a few that stay in its
+        cache faster than it copies the many into the form that it wants of a right factor.
+        """
+        step = max(TURNED_LOGITS // max(len(x), 1), TURNED_CLASSES)
+        step = up(min(step, len(tile)), self.how.block)
+        turned = self.how.empty((step, len(x)), torch.float32)
+        for first in range(0, len(tile), step):
+            part = turned[: len(tile) - first]
+            self.product(part, tile[first : first + step], x.t(), False)
+            out[:, first : first + step].copy_(part.t())
 
 
 class Gradients:

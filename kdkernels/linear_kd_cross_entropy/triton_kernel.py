@@ -123,6 +123,7 @@ def _arithmetic(like: Tensor) -> Arithmetic:
         rows=_rows,
         scale=scale_rows_and_columns,
         narrow=multiplies_narrow(like),
+        turned=False,
     )
 
 

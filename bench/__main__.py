@@ -57,6 +57,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--skip", action="append", default=[], metavar="NAME", help="not this case (repeatable)"
     )
+    parser.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="not this contender, such as one that takes minutes a call (repeatable)",
+    )
     parser.add_argument("--device", default="cpu", choices=sorted(DEVICES))
     parser.add_argument(
         "--rounds", type=int, default=0, help="rounds a case; each case has its own default"
@@ -151,7 +158,7 @@ def run_case(
     """The rows of a case, and whether every contender that could run gave the right result."""
     names = []
     for contender in case.contenders:
-        missing = contender.missing()
+        missing = "not asked for" if contender.name in options.without else contender.missing()
         if missing:
             print(f"  without {contender.name}: {missing}")
         else:
@@ -191,6 +198,14 @@ def print_check(answers: dict) -> list[str]:
     return [name for name, answer in answers.items() if answer["right"]]
 
 
+def check_without(cases: list[Case], names: list[str]) -> None:
+    """ValueError where a contender that is not to be measured is none, or is kdkernels' own."""
+    others = sorted({c.name for case in cases for c in case.contenders[1:]})
+    for name in names:
+        if name not in others:
+            raise ValueError(f"bench: no contender {name!r}; there are {'; '.join(others)}")
+
+
 def cannot_run(case: Case, options: argparse.Namespace) -> str:
     """Why a case cannot run here; empty where it can."""
     if case.op not in library.OPS:
@@ -217,6 +232,7 @@ def main(arguments: list[str]) -> int:
         return 0
     try:
         cases = find_cases(options.ops, options.case, options.device)
+        check_without(cases, options.without)
         shared = rows.stamp(DEVICES[options.device]())
     except ValueError as error:
         print(error, file=sys.stderr)

@@ -244,6 +244,18 @@ def test_a_wrong_contender_is_not_timed_and_fails_the_run(in_process, tmp_path, 
     assert not out.exists()
 
 
+@pytest.mark.skipif(not library.isa_levels(), reason="needs the native kernels")
+def test_a_contender_can_be_left_out(in_process, tmp_path, capsys):
+    out = tmp_path / "rows.csv"
+    assert command.main([*SPREAD, "--without", "torch", "--out", str(out)]) == 0
+    assert "torch" not in {r["contender"] for r in rows.read_rows(out)}
+    assert "without torch: not asked for" in capsys.readouterr().out
+    assert command.main([*SPREAD, "--without", "native"]) == 2
+    assert (
+        "no contender 'native'; there are native, ordinary logits; torch" in capsys.readouterr().err
+    )
+
+
 def test_an_op_that_is_not_there_is_skipped_by_name(monkeypatch, capsys):
     monkeypatch.setattr(library, "OPS", ())
     assert command.main(["triplet_loss", "--quick"]) == 0

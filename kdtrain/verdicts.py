@@ -17,10 +17,11 @@ of them missed 0 in 10 % and two in 12 %. So a verdict also says in how many see
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from kdtrain.tables.data import Verdict
+from kdtrain.tables.data import Verdict, VerdictState
 
 Scores = Sequence[np.ndarray | None]
 """One arm: per seed an array (n,) over the same test items, nan where an item was not measured;
@@ -58,16 +59,8 @@ def compare(
         return Verdict("not run")
     low, high = _interval(paired, resamples, seed)
     state = "held" if low > 0 else "reversed" if high < 0 else "inconclusive"
-    means = paired.mean(axis=1)
-    return Verdict(
-        state,
-        difference=float(100 * means.mean()),
-        low=100 * low,
-        high=100 * high,
-        seeds=len(means),
-        agreeing=int((means > 0).sum()),
-        items=paired.shape[1],
-    )
+    means = 100 * paired.mean(axis=1)
+    return _verdict(state, means, (low, high), means > 0, paired.shape[1])
 
 
 def neutral(
@@ -90,7 +83,7 @@ def neutral(
     paired = _differences("neutral", a, b, 1.0)
     if paired is None:
         return Verdict("not run", margin=margin_points)
-    low, high = (100 * end for end in _interval(paired, resamples, seed))
+    low, high = _interval(paired, resamples, seed)
     if -margin_points <= low and high <= margin_points:
         state = "held"
     elif low > margin_points or high < -margin_points:
@@ -98,16 +91,9 @@ def neutral(
     else:
         state = "inconclusive"
     means = 100 * paired.mean(axis=1)
-    return Verdict(
-        state,
-        difference=float(means.mean()),
-        low=low,
-        high=high,
-        seeds=len(means),
-        agreeing=int((np.abs(means) <= margin_points).sum()),
-        items=paired.shape[1],
-        margin=margin_points,
-    )
+    agree = np.abs(means) <= margin_points
+    found = _verdict(state, means, (low, high), agree, paired.shape[1])
+    return replace(found, margin=margin_points)
 
 
 def at_least(
@@ -130,19 +116,31 @@ def at_least(
     paired = _differences("at_least", better, worse, 1.0)
     if paired is None:
         return Verdict("not run", margin=margin_points, one_sided=True)
-    low, high = (100 * end for end in _interval(paired, resamples, seed))
+    low, high = _interval(paired, resamples, seed)
     held, lost = low >= -margin_points, high < -margin_points
+    state = "held" if held else "reversed" if lost else "inconclusive"
     means = 100 * paired.mean(axis=1)
+    found = _verdict(state, means, (low, high), means >= -margin_points, paired.shape[1])
+    return replace(found, margin=margin_points, one_sided=True)
+
+
+def _verdict(
+    state: VerdictState,
+    means: np.ndarray,
+    ends: tuple[float, float],
+    agree: np.ndarray,
+    items: int,
+) -> Verdict:
+    """means: (S,) of each seed, in points, as the interval's ends; agree: (S,) bool."""
+    low, high = ends
     return Verdict(
-        "held" if held else "reversed" if lost else "inconclusive",
+        state,
         difference=float(means.mean()),
         low=low,
         high=high,
         seeds=len(means),
-        agreeing=int((means >= -margin_points).sum()),
-        items=paired.shape[1],
-        margin=margin_points,
-        one_sided=True,
+        agreeing=int(agree.sum()),
+        items=items,
     )
 
 
@@ -205,7 +203,7 @@ def _checked(where: str, array: np.ndarray) -> np.ndarray:
 
 
 def _interval(paired: np.ndarray, resamples: int, seed: int) -> tuple[float, float]:
-    """Ends of the percentile interval of the mean of (S, n) differences."""
+    """Ends of the percentile interval of the mean of (S, n) differences, in points."""
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}")
     seeds, items = paired.shape
@@ -219,5 +217,5 @@ def _interval(paired: np.ndarray, resamples: int, seed: int) -> tuple[float, flo
         means[start : start + step] = np.take_along_axis(mixed, places, axis=1).mean(axis=1)
     tail = (1 - LEVEL) / 2
     # thirds of right-or-wrong scores cancel to 1e-18 instead of 0, which is no difference to judge
-    low, high = np.round(np.quantile(means, [tail, 1 - tail]), 12)
+    low, high = 100 * np.round(np.quantile(means, [tail, 1 - tail]), 12)
     return float(low), float(high)

@@ -153,7 +153,6 @@ class Head:
         if self.bias is not None:
             out[:, : self.padded_classes].add_(self.bias)
 
-
     def _turned(self, out: Tensor, tile: Tensor, x: Tensor) -> None:
         """out = (tile x^T)^T: a processor's BLAS multiplies many rows by a few that stay in its
         cache faster than it copies the many into the form that it wants of a right factor.

@@ -75,7 +75,6 @@ def identity(config: Config, data: RunData, teacher: nn.Module) -> dict[str, Any
     train, computing = config.train, environment(config)
     return {
         "teacher": digest.hexdigest(),
-        "teacher_scale": getattr(getattr(teacher, "classifier", None), "scale", None),
         "data": data.key,
         "store_size": config.data.store_size,
         "crop_size": config.data.crop_side,
@@ -130,12 +129,7 @@ class TeacherCache:
                     name = f"{_place(phase, epoch)}_*.{part}.{self.dtype}"
                     total += bytes_
                     missing += 0 if any(self.folder.glob(name)) else bytes_
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.folder).free
-        except OSError as error:
-            raise CacheError.of(self.folder, error) from None
-        self.say(reserved_text(self.folder, self.dtype, total, missing, free))
+        self.say(room(self.folder, self.dtype, total, missing))
 
     def open(
         self,
@@ -307,10 +301,15 @@ class KeptFile:
             self.complained = True
 
 
-def reserved_text(folder: Path, dtype: str, total: int, missing: int, free: int) -> str:
-    """What people are told of the room that answers take, in bytes. Raises CacheError where more
-    are missing than free.
+def room(folder: Path, dtype: str, total: int, missing: int) -> str:
+    """Make the folder, and say what people are told of the room that answers take, in bytes. Raises
+    CacheError where the disk has less than is missing, or the folder cannot be used.
     """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise CacheError.of(folder, error) from None
     if missing > free:
         raise CacheError(
             f"teacher.cache {dtype}: {_size(missing)} more are needed in {folder} "

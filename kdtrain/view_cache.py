@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from kdtrain.teacher_cache import (
     STORED,
     CacheError,
     KeptFile,
-    reserved_text,
+    room,
 )
 
 GROUP = 256
@@ -85,13 +84,8 @@ class ViewCache:
         """Say once how much room the features take. Raises CacheError where the disk has it not."""
         rows = sum(len(part) for part, _ in self.groups)
         needed = rows * self.width * STORED[self.dtype].itemsize
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.folder).free
-        except OSError as error:
-            raise CacheError.of(self.folder, error) from None
-        there = needed if self._path.exists() else 0
-        self.say(reserved_text(self.folder, self.dtype, needed, needed - there, free))
+        missing = 0 if self._path.exists() else needed
+        self.say(room(self.folder, self.dtype, needed, missing))
 
     def open(
         self,

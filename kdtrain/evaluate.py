@@ -144,18 +144,8 @@ def nn_hits(
 
     "nn_top1", and with groups "nn_top1_other_video".
     """
-    labels = labels.to(features.device)
     nearest = neighbours(features, backend=backend)[1]
-    people = torch.unique(labels, return_inverse=True)[1]
-    mates = torch.bincount(people)[people] - 1
-    result = {"nn_top1": _nn_hit(labels[nearest] == labels, mates > 0)}
-    if groups is not None:
-        groups = groups.to(features.device)
-        video = torch.unique(torch.stack([people, groups], 1), dim=0, return_inverse=True)[1]
-        mates = mates + 1 - torch.bincount(video)[video]
-        nearest = _nearest_other_group(features, groups)
-        result["nn_top1_other_video"] = _nn_hit(labels[nearest] == labels, mates > 0)
-    return result
+    return _nn_hits(nearest, features, features, labels, groups)
 
 
 def nn_shares(hits: dict[str, Tensor]) -> dict[str, float]:
@@ -169,10 +159,6 @@ def nn_shares(hits: dict[str, Tensor]) -> dict[str, float]:
         result[f"nn_queries{suffix}"] = len(asked)
         result[f"nn_lone{suffix}"] = len(hit) - len(asked)
     return result
-
-
-def _nn_hit(right: Tensor, has_mate: Tensor) -> Tensor:
-    return torch.where(has_mate, right.float(), float("nan"))
 
 
 def cross_hits(
@@ -189,31 +175,40 @@ def cross_hits(
             "cross_hits: queries and gallery must be features of the same pictures and of one "
             f"width, got {tuple(queries.shape)} and {tuple(gallery.shape)}"
         )
+    own = torch.arange(len(queries), device=queries.device)
+    return _nn_hits(_nearest_other_group(queries, gallery, own), queries, gallery, labels, groups)
+
+
+def _nn_hits(
+    nearest: Tensor, queries: Tensor, gallery: Tensor, labels: Tensor, groups: Tensor | None
+) -> dict[str, Tensor]:
+    """`nn_hits` from each query's nearest gallery row but its own, (N,)."""
+
+    def hit(nearest: Tensor, mates: Tensor) -> Tensor:
+        return torch.where(mates > 0, (labels[nearest] == labels).float(), float("nan"))
+
     labels = labels.to(queries.device)
     people = torch.unique(labels, return_inverse=True)[1]
     mates = torch.bincount(people)[people] - 1
-    own = torch.arange(len(labels), device=labels.device)
-    nearest = _nearest_other_group(queries, own, gallery=gallery)
-    result = {"nn_top1": _nn_hit(labels[nearest] == labels, mates > 0)}
+    result = {"nn_top1": hit(nearest, mates)}
     if groups is not None:
         groups = groups.to(queries.device)
         video = torch.unique(torch.stack([people, groups], 1), dim=0, return_inverse=True)[1]
         mates = mates + 1 - torch.bincount(video)[video]
-        nearest = _nearest_other_group(queries, groups, gallery=gallery)
-        result["nn_top1_other_video"] = _nn_hit(labels[nearest] == labels, mates > 0)
+        others = _nearest_other_group(queries, gallery, groups)
+        result["nn_top1_other_video"] = hit(others, mates)
     return result
 
 
 def _nearest_other_group(
-    features: Tensor, groups: Tensor, chunk: int = 512, gallery: Tensor | None = None
+    queries: Tensor, gallery: Tensor, groups: Tensor, chunk: int = 512
 ) -> Tensor:
-    """(N,) index of the nearest row of another group, among the features or, if given, the
-    gallery's rows of the same pictures; itself where there is none. Memory: chunk x N distances.
+    """(N,) index of each query's nearest gallery row of another group, row i being of group
+    groups[i] in both; itself where there is none. Memory: chunk x N distances.
     """
-    rows = features if gallery is None else gallery
     # distances do not change when one mean is taken off all, and the Gram form then cancels less
-    mean = rows.float().mean(0)
-    centred, rows = features.float() - mean, rows.float() - mean
+    mean = gallery.float().mean(0)
+    centred, rows = queries.float() - mean, gallery.float() - mean
     squares = rows.square().sum(1)
     nearest = []
     for start in range(0, len(centred), chunk):

@@ -147,8 +147,8 @@ def test_nearest_neighbours_agree_with_scikit_learn_and_a_literal_loop(seed):
 
 def test_video_search_does_not_depend_on_its_chunk(monkeypatch):
     rows, _, groups = grouped_set(5)
-    whole = evaluate._nearest_other_group(rows, groups, chunk=1000)
-    assert torch.equal(whole, evaluate._nearest_other_group(rows, groups, chunk=7))
+    whole = evaluate._nearest_other_group(rows, rows, groups, chunk=1000)
+    assert torch.equal(whole, evaluate._nearest_other_group(rows, rows, groups, chunk=7))
 
 
 def test_pairs_have_lfws_layout_and_never_repeat():

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from kdtrain.config_checks import ConfigError
 from kdtrain.models import Outputs
-from kdtrain.targets import Guide, Objective, Pair, halved
+from kdtrain.targets import Guide, Objective, Pair, halved, width_map
 
 SHORTEST = 1e-12  # length below which a vector has no direction
 # Squared distance, in units of the two squared lengths, below which two features are the same: they
@@ -33,21 +32,15 @@ class EmbeddingTarget(nn.Module):
     """n(P K_S) and n(K_T), what the embedding targets compare: n scales to unit length, P is a
     learnt linear map where the widths differ.
 
-    P has no bias, is trained with the student and dropped afterwards, as that of the hidden target.
-    projection "none" allows equal widths only (ConfigError).
+    P is targets.width_map's, as that of the hidden target.
     """
 
     def __init__(self, student_width: int, teacher_width: int, *, projection: str) -> None:
         super().__init__()
-        if projection == "none" and student_width != teacher_width:
-            raise ConfigError(
-                f"target.embedding_proj none: the student has {student_width} features, the "
-                f"teacher {teacher_width}; set target.embedding_proj to linear, or "
-                "target.embedding_l2 and target.embedding_cosine to 0"
-            )
-        self.projection: nn.Module = nn.Identity()
-        if student_width != teacher_width:
-            self.projection = nn.Linear(student_width, teacher_width, bias=False)
+        self.projection = width_map(
+            student_width, teacher_width, setting="target.embedding_proj", projection=projection,
+            weights="target.embedding_l2 and target.embedding_cosine",
+        )  # fmt: skip
 
     def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """The two (N, K_T) tensors of unit rows, from features (N, K_S) and (N, K_T)."""

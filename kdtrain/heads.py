@@ -8,6 +8,7 @@ logits of either network.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +23,8 @@ from kdkernels import (
     linear_kd_cross_entropy,
     sample_classes,
 )
-from kdtrain.config_checks import ConfigError
 from kdtrain.models import CosineClassifier, FaceNetwork
-from kdtrain.targets import Guide, Objective, softmax_terms
+from kdtrain.targets import Guide, Objective, weighed_softmax, width_map
 
 Margin = ArcFace | CosFace | CombinedMargin
 NORM_MEAN, NORM_STD, NORM_RATE = 20.0, 100.0, 0.01  # AdaFace's start and rate of its averages
@@ -60,21 +60,15 @@ class TeacherHead(nn.Module):
     """P K_S, what the teacher's classifier reads of the student: P is a learnt linear map where the
     widths differ, else the feature itself.
 
-    The published TH-KD (arXiv 2201.06945) needs equal widths; P is ours. It has no bias, is trained
-    with the student and dropped afterwards. projection "none" allows equal widths only
-    (ConfigError).
+    The published TH-KD (arXiv 2201.06945) needs equal widths; P, targets.width_map's, is ours.
     """
 
     def __init__(self, student_width: int, teacher_width: int, *, projection: str) -> None:
         super().__init__()
-        if projection == "none" and student_width != teacher_width:
-            raise ConfigError(
-                f"target.teacher_head_proj none: the student has {student_width} features, the "
-                f"teacher {teacher_width}; set it to linear, or target.teacher_head to 0"
-            )
-        self.projection: nn.Module = nn.Identity()
-        if student_width != teacher_width:
-            self.projection = nn.Linear(student_width, teacher_width, bias=False)
+        self.projection = width_map(
+            student_width, teacher_width, setting="target.teacher_head_proj",
+            projection=projection, weights="target.teacher_head",
+        )  # fmt: skip
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(N, K_S) -> (N, K_T)."""
@@ -114,10 +108,13 @@ def streamed_objective(
     classes = None
     if sample < 1:
         classes = sample_classes(labels, len(head.weight), sample)
-    loss, record = linear_kd_cross_entropy(
-        hidden,
-        head.weight,
-        asked,
+    return weighed_softmax(
+        partial(linear_kd_cross_entropy, hidden, head.weight, asked),
+        hard=asked is not None,
+        soft=of_teacher is not None,
+        gamma=gamma,
+        alpha=alpha,
+        label_smoothing=target.label_smoothing,
         classes=classes,
         bias=head.bias,
         teacher=of_teacher,
@@ -127,14 +124,9 @@ def streamed_objective(
         margin=margin if asked is not None else None,
         margin_grad=margin_grad,
         temperature=target.temperature,
-        alpha=alpha if asked is None else alpha / gamma,
         tau_squared=target.tau_squared,
-        label_smoothing=target.label_smoothing if asked is not None else 0.0,
-        return_terms=True,
         backend=backend,
     )
-    terms = softmax_terms(record, hard=asked is not None, soft=of_teacher is not None)
-    return Objective(loss if asked is None or gamma == 1 else gamma * loss, terms)
 
 
 def teacher_head_objective(

@@ -8,7 +8,8 @@ device: nothing waits for them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdkernels import hidden_l2, kd_cross_entropy
+from kdtrain.config_checks import ConfigError
 
 
 class Objective(NamedTuple):
@@ -74,26 +76,40 @@ def softmax_objective(
     teacher = teacher if alpha else None
     if labels is None and teacher is None:
         return None
-    # the op gives its hard term the weight 1, so gamma is put in front of both
-    loss, record = kd_cross_entropy(
-        student,
-        teacher,
-        labels,
-        temperature=temperature,
-        alpha=alpha if labels is None else alpha / gamma,
+    return weighed_softmax(
+        partial(kd_cross_entropy, student, teacher, labels, temperature=temperature),
+        hard=labels is not None,
+        soft=teacher is not None,
+        gamma=gamma,
+        alpha=alpha,
         tau_squared=tau_squared,
-        label_smoothing=label_smoothing if labels is not None else 0.0,
-        return_terms=True,
+        label_smoothing=label_smoothing,
         backend=backend,
     )
-    terms = softmax_terms(record, hard=labels is not None, soft=teacher is not None)
-    return Objective(loss if labels is None or gamma == 1 else gamma * loss, terms)
 
 
-def softmax_terms(record: Any, *, hard: bool, soft: bool) -> dict[str, Tensor]:
-    """The terms of a cross-entropy op's record (KDTerms): "hard" and "top1" with labels, "soft" and
-    "teacher_entropy" with a teacher.
+def weighed_softmax(
+    op: Callable[..., Any],
+    *,
+    hard: bool,
+    soft: bool,
+    gamma: float,
+    alpha: float,
+    label_smoothing: float,
+    **options: Any,
+) -> Objective:
+    """gamma and alpha on the two terms of a cross-entropy op of kdkernels, and what it records.
+
+    op: the op on its tensors; hard, soft: whether labels and a teacher are among them. options: its
+    others. Terms as `softmax_objective`'s.
     """
+    # the op gives its hard term the weight 1, so gamma is put in front of both
+    loss, record = op(
+        alpha=alpha / gamma if hard else alpha,
+        label_smoothing=label_smoothing if hard else 0.0,
+        return_terms=True,
+        **options,
+    )
     terms: dict[str, Tensor] = {}
     if hard:
         terms["hard"] = record.hard
@@ -101,7 +117,7 @@ def softmax_terms(record: Any, *, hard: bool, soft: bool) -> dict[str, Tensor]:
     if soft:
         terms["soft"] = record.soft
         terms["teacher_entropy"] = record.entropy
-    return terms
+    return Objective(gamma * loss if hard and gamma != 1 else loss, terms)
 
 
 def squared_objective(pairs: Sequence[Pair], backend: str | None = None) -> Objective | None:
@@ -147,12 +163,30 @@ def _per_batchmean(pair: Pair) -> float:
     )
 
 
+def width_map(
+    student_width: int, teacher_width: int, *, setting: str, projection: str, weights: str
+) -> nn.Module:
+    """P: a linear map without bias where the widths differ, else the feature itself. It is trained
+    with the student and dropped afterwards.
+
+    setting: the config's name of `projection`, which is linear or none. weights: the settings that
+    do without P when they are 0. ConfigError for "none" where the widths differ.
+    """
+    if student_width == teacher_width:
+        return nn.Identity()
+    if projection == "none":
+        raise ConfigError(
+            f"{setting} none: the student has {student_width} features, the teacher "
+            f"{teacher_width}; set {setting} to linear, or {weights} to 0"
+        )
+    return nn.Linear(student_width, teacher_width, bias=False)
+
+
 class HiddenTarget(nn.Module):
     """Psi of eq. 7 and 9: |P K_S - K_T|^2 with a learnt linear map P where the widths differ.
 
-    The paper leaves open how 256 features meet 2048; P is trained with the student and dropped
-    afterwards, and has no bias. projection "none" allows equal widths only. normalize scales P K_S
-    and K_T to unit length first.
+    The paper leaves open how 256 features meet 2048; P is `width_map`'s. normalize scales P K_S and
+    K_T to unit length first.
     """
 
     def __init__(
@@ -161,15 +195,11 @@ class HiddenTarget(nn.Module):
         super().__init__()
         if projection not in ("linear", "none"):
             raise ValueError(f"HiddenTarget: projection must be linear or none, got {projection!r}")
-        if projection == "none" and student_width != teacher_width:
-            raise ValueError(
-                f"HiddenTarget: the student has {student_width} features, the teacher "
-                f"{teacher_width}; set target.hidden_proj to linear, or target.beta to 0"
-            )
         self.normalize = normalize
-        self.projection: nn.Module = nn.Identity()
-        if student_width != teacher_width:
-            self.projection = nn.Linear(student_width, teacher_width, bias=False)
+        self.projection = width_map(
+            student_width, teacher_width,
+            setting="target.hidden_proj", projection=projection, weights="target.beta",
+        )  # fmt: skip
 
     def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """The two (N, K_T) tensors to be compared, from features (N, K_S) and (N, K_T)."""

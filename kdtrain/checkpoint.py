@@ -161,9 +161,10 @@ def lock(folder: Path, wait_s: float = 10.0) -> Iterator[None]:
     """Hold a folder for this process alone; the system lets go when the process ends, however it
     ends.
 
-    Waits a little, as a child of a killed pipeline stops by itself within a step. Raises
-    CheckpointError.
+    Waits a little, as a child of a killed pipeline stops by itself within a step. A folder that was
+    not there and in which nothing was written is taken away again. Raises CheckpointError.
     """
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+", encoding="utf-8") as file:
         deadline = time.monotonic() + wait_s
@@ -184,7 +185,11 @@ def lock(folder: Path, wait_s: float = 10.0) -> Iterator[None]:
         file.truncate()
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            if is_new and os.listdir(folder) == [".lock"]:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _replace(path: Path, write: Callable[[IO[bytes]], Any]) -> None:

@@ -5,13 +5,13 @@ are compared or taken over, and none of this run's test pictures.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kdtrain import checkpoint
+from kdtrain import checkpoint, settings
 from kdtrain.config import Config, DataConfig
 from kdtrain.config_checks import ConfigError
 
@@ -43,17 +43,16 @@ def check_people(name: str, run: Path, data: RunData) -> None:
         )
 
 
-def known_pictures(run: Path, config_of: Callable[[Path], Config], data: RunData) -> int:
+def known_pictures(run: Path, data: RunData) -> int:
     """Test pictures of `data` that `run` was trained on; with data.split identity, those of people
     that it was trained on. 0 where it was trained on another set, or does not say on which.
-    config_of: reads a run's config.
     """
     from kdtrain.batches import parts
 
     if "people_key" not in _trained_on(run):
         return 0
-    theirs = config_of(run)
-    if not _same_set(theirs.data, data.config.data):
+    theirs = run_config(run)
+    if not same_set(theirs.data, data.config.data):
         return 0
     try:
         train, _, _ = parts(data.source, theirs)
@@ -65,7 +64,22 @@ def known_pictures(run: Path, config_of: Callable[[Path], Config], data: RunData
     return int(torch.isin(data.test, train).sum())
 
 
-def _same_set(one: DataConfig, other: DataConfig) -> bool:
+def run_config(run: Path) -> Config:
+    """The config of a run folder, or of the run that a checkpoint (RUN/best) is of. Raises
+    CheckpointError where there is none.
+    """
+    recipe = next(
+        (f for f in (run / "config.yaml", run.parent / "config.yaml") if f.is_file()), None
+    )
+    if recipe is None:
+        raise checkpoint.CheckpointError(
+            f"{run}: no config.yaml beside its weights; name a run folder"
+        )
+    return settings.build(settings.read_recipe(recipe))
+
+
+def same_set(one: DataConfig, other: DataConfig) -> bool:
+    """Whether two data sections read the same pictures, however they split them."""
     if one.kind != other.kind:
         return False
     if one.kind == "synthetic":

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from kdtrain import checkpoint, keys, settings
+from kdtrain import checkpoint, keys
 from kdtrain.batches import RunData
 from kdtrain.config import RUN_SETTINGS, Config, TeacherConfig
 from kdtrain.config_target import TEACHER_WEIGHTS
 from kdtrain.data import fixed_views
 from kdtrain.gallery import Gallery, build_gallery
 from kdtrain.journal import Screen
-from kdtrain.lineage import check_people, known_pictures
+from kdtrain.lineage import check_people, known_pictures, run_config
 from kdtrain.mixture import TeacherMixture
 from kdtrain.models import FaceNetwork, inherit, inherit_head, network_from_state
 from kdtrain.task import Task
@@ -66,7 +66,7 @@ def check_lineage(
         setting = RUN_SETTINGS.get(name) or RUN_SETTINGS[name.rpartition("_")[0]]
         if name == "head" or (name.startswith("teacher") and any(by_class)):
             check_people(setting, run, data)
-        known = known_pictures(run, run_config, data)
+        known = known_pictures(run, data)
         if known:
             screen.say(
                 f"warning: {setting} {run.name} was trained on {known} of the "
@@ -158,20 +158,6 @@ def say_other_size(config: Config, run: Path, screen: Screen) -> None:
             f"student's {side}; teacher.input_size {own} (data.crop_size and data.store_size at "
             "least that) shows it the same crops at its own size"
         )
-
-
-def run_config(run: Path) -> Config:
-    """The config of a run folder, or of the run that a checkpoint (RUN/best) is of. Raises
-    CheckpointError where there is none.
-    """
-    recipe = next(
-        (f for f in (run / "config.yaml", run.parent / "config.yaml") if f.is_file()), None
-    )
-    if recipe is None:
-        raise checkpoint.CheckpointError(
-            f"{run}: no config.yaml beside its weights; name a run folder"
-        )
-    return settings.build(settings.read_recipe(recipe))
 
 
 def without_teacher(config: Config) -> Config:

@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from kdtrain import checkpoint, keys, pipeline, settings
+from kdtrain import checkpoint, journal, keys, pipeline, settings
 from kdtrain.config import Config, ConfigError, TeacherConfig, named_runs
+from kdtrain.lineage import run_config, same_set
 from kdtrain.scheduler import Outcome
 from kdtrain.selection import (
     PUBLISHED,
@@ -196,9 +197,7 @@ def run(
     overwrite: train finished runs anew. command: as the user gave it, for the files. Raises
     SelectionError where no baseline is left, CheckpointError for run folders in use.
     """
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = WIDTH
+    console = journal.console(file_width=WIDTH)
     singles = [(), *((name,) for name in study.weights)]
     console.print(
         f"{len(singles) * len(study.seeds)} runs: none, {', '.join(study.weights)}"
@@ -296,17 +295,15 @@ def leaks(study: Study) -> list[str]:
             "the test split chose, so its results for the chosen recipe are no longer untouched "
             "evidence; --data.validation_fraction 0.2 leaves it alone"
         ]
-    ours, notes = settings.to_flat(study.config), []
-    same = ("kind", "root", "people", "pictures", "synthetic_seed")
+    ours, notes = study.config.data, []
     cut = ("split", "test_fraction", "split_seed", "validation_fraction")
     for setting, folder in keys.input_folders(study.config, study.root).items():
-        recipe = next((f / "config.yaml" for f in (folder, folder.parent) if _has(f)), None)
-        if recipe is None:
+        try:
+            theirs = run_config(folder).data
+        except checkpoint.CheckpointError:  # weights alone
             continue
-        theirs = settings.to_flat(settings.build(settings.read_recipe(recipe)))
-        if all(theirs[f"data.{k}"] == ours[f"data.{k}"] for k in same) and any(
-            theirs[f"data.{k}"] != ours[f"data.{k}"] for k in cut
-        ):
+        cut_alike = all(getattr(theirs, key) == getattr(ours, key) for key in cut)
+        if same_set(theirs, ours) and not cut_alike:
             effect = "favours its targets" if setting == "teacher" else "lifts every arm"
             notes.append(
                 f"{setting} ({folder.name}) was trained on pictures that judge here, which "
@@ -337,10 +334,6 @@ def _problem(folder: Path) -> str | None:
     except checkpoint.CheckpointError as error:
         return str(error)
     return None
-
-
-def _has(folder: Path) -> bool:
-    return (folder / "config.yaml").is_file()
 
 
 def _field(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def test_as_many_other_people_are_refused_where_classes_are_compared(
     config = tiny_config(**FOLDER, data__root=str(other), **named, **options)
     with pytest.raises(ConfigError, match=rf"{setting} .*other people than those of"):
         train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
     again = tiny_config(**FOLDER, data__root=str(teacher / "ours"), **named, **options)
     train(again, tmp_path / "same")
 
@@ -59,6 +61,8 @@ def test_features_of_other_people_are_compared_all_the_same(teacher, tmp_path):
     other = pictures(tmp_path / "theirs", "wxyz")
     named = {"teacher__run": str(teacher / "teacher"), "target__embedding_l2": 1.0}
     train(tiny_config(**FOLDER, data__root=str(other), **named), tmp_path / "run")
+    first = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0]
+    assert 0 < json.loads(first)["embedding_l2"] <= 4  # of unit rows
 
 
 @pytest.mark.parametrize("name", ["teacher__run", "init_from", "head__run"])

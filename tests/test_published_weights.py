@@ -16,8 +16,9 @@ from kdtrain import checkpoint, keys
 from kdtrain.arguments import UsageError
 from kdtrain.cli import main
 from kdtrain.import_weights import PublishedError, read_file, shards, write_run
+from kdtrain.lineage import run_config
 from kdtrain.networks.published import published
-from kdtrain.preparation import load_network, run_config
+from kdtrain.preparation import load_network
 
 WIDTH = 16
 

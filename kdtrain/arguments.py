@@ -4,6 +4,7 @@ one.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from kdtrain.settings import add_keys, flatten, nearest
 PROGRAM = "python -m kdtrain"
 # set by a pipeline for its stages: the process whose death stops them
 PARENT = "KDTRAIN_PARENT"
+INTERRUPTED = 130  # exit status
 
 
 class UsageError(Exception):
@@ -102,6 +104,13 @@ def take_stage_keys(argv: list[str], stages: Sequence[str]) -> dict[str, dict[st
     return special
 
 
+def ended(status: int, again: str) -> int:
+    """The exit status of a command; after an interruption people read which command continues."""
+    if status == INTERRUPTED:
+        print(f"stopped; to continue: {again}", file=sys.stderr)
+    return status
+
+
 def _in_full(word: str) -> str:
     """--teacher.run for --teacher, with or without =VALUE; any other word as it is."""
     name, equals, value = word.partition("=")
@@ -130,6 +139,12 @@ def default_run_dir(recipe: str, path: Path) -> Path:
         # two-cores/tables/cls_hint too stands beside the runs that it names by @
         return Path("runs") / path.relative_to(settings.RECIPES).parts[0] / path.stem
     return Path("runs") / path.stem
+
+
+def add_jobs(parser: ArgumentParser, what: str = "runs") -> None:
+    """Add --jobs, which `jobs_of` reads. what: is trained side by side."""
+    text = f"{what} side by side (default: one per core, <= 4)"
+    parser.add_argument("--jobs", type=int, help=text)
 
 
 def jobs_of(options: dict[str, Any]) -> int:

@@ -20,13 +20,16 @@ from typing import Any
 
 from kdtrain import settings, studies
 from kdtrain.arguments import (
+    INTERRUPTED,
     PARENT,
     PROGRAM,
     UsageError,
     add_dry_run,
+    add_jobs,
     check_dry_run,
     command_parser,
     default_run_dir,
+    ended,
     jobs_of,
     parse,
     take_stage_keys,
@@ -153,8 +156,7 @@ def train(argv: Sequence[str]) -> int:
             results = engine.train(config, run_dir, resume=resume, stop=stop, screen=screen)
     except engine.Interrupted:
         screen.close()
-        print(f"stopped; to continue: {again}", file=sys.stderr)
-        return 130
+        return ended(INTERRUPTED, again)
     finally:
         screen.close()
     _print_results(results, f"{run_dir}: finished")
@@ -285,9 +287,7 @@ def _pipeline(command: str, argv: Sequence[str], preset: str) -> int:
         names = ", ".join(settings.preset_names())
         parser.add_argument("--preset", type=str, default=preset, help=f"{names}, or a folder")
     parser.add_argument("--run-dir", type=str, help=f"root of the run folders (runs/{preset})")
-    parser.add_argument(
-        "--jobs", type=int, help="stages side by side (default: one per core, <= 4)"
-    )
+    add_jobs(parser, "stages")
     parser.add_argument("--divide", type=int, help="kernels of the students: 2, 4 or 8 times fewer")
     parser.add_argument("--resume", action="store_true", help="continue, as it does by itself")
     parser.add_argument("--overwrite", action="store_true", help="train every stage anew")
@@ -314,9 +314,8 @@ def _pipeline(command: str, argv: Sequence[str], preset: str) -> int:
         return 0
     overwrite = bool(options.get("overwrite"))
     status, outcomes = chain.run(stages, root, jobs=jobs, overwrite=overwrite)
-    if status == 130:
-        print(f"stopped; to continue: {again}", file=sys.stderr)
-        return status
+    if status == INTERRUPTED:
+        return ended(status, again)
     chain.finish(root, outcomes)
     for name, outcome in outcomes.items():
         if outcome.state in ("failed", "diverged", "skipped"):

@@ -6,13 +6,12 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from kdtrain.batches import RunData
 from kdtrain.config import Config
 from kdtrain.data import left_out, sample_grid
 from kdtrain.environment import computing
-from kdtrain.journal import number
+from kdtrain.journal import console, number
 from kdtrain.preparation import without_teacher
 from kdtrain.tasks import TASKS, build_task
 
@@ -25,8 +24,7 @@ def show(config: Config, grid: Path) -> None:
 
     Raises what the data sources raise for missing or damaged files.
     """
-    console = Console(highlight=False, soft_wrap=True)
-    say = console.print
+    say = console().print
     with computing(config):
         data = RunData(config)
         source = data.source

@@ -283,11 +283,22 @@ class Clock:
         return time.perf_counter() - self.started
 
 
+def console(file_width: int | None = None, stream: Any = None) -> Console:
+    """What people read standard output (or `stream`) with, in lines that nothing breaks.
+
+    file_width: of tables, where it is no terminal and so has no width of its own.
+    """
+    result = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
+    if file_width is not None and not result.is_terminal:
+        result.width = file_width
+    return result
+
+
 class Screen:
     """Progress for people: one live line in a terminal, else a plain line per epoch."""
 
     def __init__(self, title: str, stream: Any = None) -> None:
-        self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
+        self._console = console(stream=stream)
         self._title = title
         self._bar: Progress | None = None
         if self._console.is_terminal:

@@ -18,7 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kdtrain import checkpoint, keys, settings
+from kdtrain import checkpoint, journal, keys, settings
 from kdtrain.config import RUN_SETTINGS, Config, ConfigError, DataConfig
 from kdtrain.journal import duration, number
 from kdtrain.order import longest_chain_first
@@ -170,7 +170,7 @@ def run(
     with its share of the processors. overview: draws what a terminal shows of many stages; with it,
     reused stages are counted, not listed.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = journal.console()
     threads = max(1, cores() // jobs)
     with checkpoint.lock(root, wait_s=2.0):
         recipes = root / "recipes"
@@ -321,9 +321,7 @@ def finish(root: Path, outcomes: Mapping[str, Outcome]) -> None:
     """Print the result table and write report.html."""
     from kdtrain.report import report
 
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 100  # a file has no width of its own, and the table needs 86
+    console = journal.console(file_width=100)  # the table needs 86
     console.print(result_table(root, outcomes))
     seconds = sum(outcome.seconds for outcome in outcomes.values())
     console.print(f"training, all stages: {duration(seconds)}")

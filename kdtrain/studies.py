@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from jsonargparse import ArgumentParser
 
 from kdtrain import settings
 from kdtrain.arguments import (
     PROGRAM,
     UsageError,
+    add_jobs,
     command_parser,
     default_run_dir,
+    ended,
     jobs_of,
     parse,
     take_stage_keys,
@@ -40,13 +43,9 @@ def reproduce(argv: Sequence[str]) -> int:
         "--first-seed", type=int, help="first seed (1: seed 0 is where schedules were chosen)"
     )
     parser.add_argument("--widths", type=str, help="divisions of the students' kernels (2,4,8)")
-    parser.add_argument("--budget", type=float, help="minutes on the clock; the rest is not run")
     parser.add_argument("--teachers", type=str, help="each: one a seed (default) | one: for all")
     parser.add_argument("--cache", type=str, help="teacher.cache of the students (float32)")
-    parser.add_argument("--run-dir", type=str, help="root of the run folders (runs/tables-SCALE)")
-    parser.add_argument("--jobs", type=int, help="runs side by side (default: one per core, <= 4)")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and train nothing")
-    add_keys(parser)
+    _add_campaign(parser, "runs/tables-SCALE")
     command = shlex.join([*PROGRAM.split(), "reproduce", *argv])
     argv = list(argv)
     prefixes = ["second", *TASKS]
@@ -62,9 +61,16 @@ def reproduce(argv: Sequence[str]) -> int:
         request, root, jobs=jobs_of(options), budget_min=options.get("budget"), command=command,
         dry_run=bool(options.get("dry_run")),
     )  # fmt: skip
-    if status == 130:
-        print(f"stopped; to continue: {command}", file=sys.stderr)
-    return status
+    return ended(status, command)
+
+
+def _add_campaign(parser: ArgumentParser, root: str) -> None:
+    """What the commands of campaign.py have in common, and the keys. root: default of --run-dir."""
+    parser.add_argument("--budget", type=float, help="minutes on the clock; the rest is not run")
+    parser.add_argument("--run-dir", type=str, help=f"root of the run folders ({root})")
+    add_jobs(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and train nothing")
+    add_keys(parser)
 
 
 def compare(argv: Sequence[str]) -> int:
@@ -88,11 +94,7 @@ def compare(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--resolutions", type=str, help="sides of the methods' input (the recipes' own), as 24,16"
     )
-    parser.add_argument("--budget", type=float, help="minutes on the clock; the rest is not run")
-    parser.add_argument("--run-dir", type=str, help="root of the run folders (runs/compare-FOLDER)")
-    parser.add_argument("--jobs", type=int, help="runs side by side (default: one per core, <= 4)")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and train nothing")
-    add_keys(parser)
+    _add_campaign(parser, "runs/compare-FOLDER")
     command = shlex.join([*PROGRAM.split(), "compare", *argv])
     argv = list(argv)
     special = take_stage_keys(argv, ["second"])
@@ -108,9 +110,7 @@ def compare(argv: Sequence[str]) -> int:
         request, root, jobs=jobs, budget_min=options.get("budget"), command=command,
         dry_run=bool(options.get("dry_run")),
     )  # fmt: skip
-    if status == 130:
-        print(f"stopped; to continue: {command}", file=sys.stderr)
-    return status
+    return ended(status, command)
 
 
 def select_targets(argv: Sequence[str]) -> int:
@@ -137,7 +137,7 @@ def select_targets(argv: Sequence[str]) -> int:
         action="store_true",
         help="keep a target that neither helps nor hurts",
     )
-    parser.add_argument("--jobs", type=int, help="runs side by side (default: one per core, <= 4)")
+    add_jobs(parser)
     parser.add_argument(
         "--run-dir", type=str, help="folder of the runs (default: runs/RECIPE-targets)"
     )
@@ -169,6 +169,4 @@ def select_targets(argv: Sequence[str]) -> int:
         overwrite=bool(options.get("overwrite")),
         command=command,
     )
-    if status == 130:
-        print(f"stopped; to continue: {command}", file=sys.stderr)
-    return status
+    return ended(status, command)

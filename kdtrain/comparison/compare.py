@@ -13,7 +13,7 @@ from rich.console import Group as RichGroup
 from rich.table import Table as Grid
 from rich.text import Text
 
-from kdtrain import campaign, dryrun
+from kdtrain import campaign, dryrun, journal
 from kdtrain.campaign import LEGEND, MARKS, Campaign, make_campaign
 from kdtrain.comparison import cost
 from kdtrain.comparison.collect import Comparison, per_second, short, table
@@ -42,9 +42,7 @@ def main(
     """The command: plan, print it, train, measure speeds, write the table; exit status 0, 1 or 130.
     dry_run: print the first seed's runs, their cost and the plan, and write nothing.
     """
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 120  # a file has no width of its own
+    console = journal.console(file_width=120)
     if dry_run:
         first = replace(request, seeds=request.seeds[:1])
         dryrun.show_stages(list(stages(first).values()), root, jobs, {})

@@ -17,7 +17,7 @@ from rich.console import Group as RichGroup
 from rich.table import Table as Grid
 from rich.text import Text
 
-from kdtrain import campaign, dryrun
+from kdtrain import campaign, dryrun, journal
 from kdtrain.campaign import LEGEND, MARKS
 from kdtrain.journal import duration
 from kdtrain.scheduler import Outcome
@@ -41,9 +41,7 @@ def main(
     """The command: plan, print it, train, write the tables; exit status 0, 1 or 130. dry_run: print
     the first seed's runs, their cost and the plan, and write nothing.
     """
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 120  # a file has no width of its own
+    console = journal.console(file_width=120)
     if dry_run:
         return _dry_run(request, root, jobs, budget_min, console)
     root.mkdir(parents=True, exist_ok=True)

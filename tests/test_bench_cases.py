@@ -13,7 +13,7 @@ from kdkernels import library
 
 sys.path.append(str(ROOT))  # bench is no installed package
 
-from bench import baselines, worker
+from bench import baselines, head_cases, worker
 from bench.case import Case, Contender
 from bench.cases import CASES, cases_on, find_cases
 from bench.devices import CpuDevice
@@ -172,3 +172,13 @@ def test_the_copy_floor_writes_every_byte_once_and_half_of_them_again():
         patch.setattr(torch.Tensor, "copy_", counting)
         run()
     assert copied == [10, 5]
+
+
+@pytest.mark.parametrize("name", ["256x10575", "256x10575-teacher"])
+def test_a_truth_in_parts_is_the_whole_one(name, monkeypatch):
+    monkeypatch.setattr(head_cases, "PART", 2)
+    (case,) = find_cases(["linear_kd_cross_entropy"], [name])
+    inputs = worker.make_inputs(case, None, 0, case.quick)
+    in_parts = worker.true_result(case, case.truth(), inputs)
+    whole = worker.true_result(case, replace(case, in_parts=None).truth(), inputs)
+    torch.testing.assert_close(in_parts, whole, rtol=1e-12, atol=1e-7)  # gradients: float32

@@ -22,7 +22,15 @@ import numpy as np
 from rich.console import Console
 
 from kdtrain import checkpoint, journal, keys, pipeline, settings
-from kdtrain.config import Config, ConfigError, TeacherConfig, named_runs
+from kdtrain.arguments import INTERRUPTED
+from kdtrain.config import (
+    RUN_SETTINGS,
+    Config,
+    ConfigError,
+    TeacherConfig,
+    named_runs,
+    run_folder,
+)
 from kdtrain.lineage import run_config, same_set
 from kdtrain.scheduler import Outcome
 from kdtrain.selection import (
@@ -61,11 +69,12 @@ class Study:
 
     def weighed(self, chosen: Sequence[str]) -> Config:
         """The config with the weights of `chosen` and 0 for the other candidates; without teacher
-        where no target needs it any more.
+        where neither a target nor the head needs it any more.
         """
         fields = {_field(n): self.weights[n] if n in chosen else 0.0 for n in self.weights}
         target = dataclasses.replace(self.config.target, **fields)
-        teacher = self.config.teacher if target.needs_teacher else TeacherConfig()
+        is_asked = target.needs_teacher or self.config.head.needs_teacher
+        teacher = self.config.teacher if is_asked else TeacherConfig()
         return dataclasses.replace(self.config, target=target, teacher=teacher)
 
     def stages(self, arms: Sequence[Sequence[str]]) -> list[pipeline.Stage]:
@@ -127,11 +136,7 @@ def plan(
     held_out = final if key in overrides or final > 0 else VALIDATION
     config = settings.build({**flat, **_keys(weights), key: held_out})
     require_inputs(config, root, recipe, {**overrides, key: held_out})
-    folders = {name: str(run) for name, run in keys.input_folders(config, root).items()}
-    more = [run for name, run in folders.items() if name.startswith("teacher_more")]
-    teacher = dataclasses.replace(config.teacher, run=folders["teacher"], more=more)
-    config = dataclasses.replace(config, teacher=teacher, init_from=folders.get("init_from"))
-    study = Study(root, config, weights, range(1, seeds + 1), final)
+    study = Study(root, _with_folders(config, root), weights, range(1, seeds + 1), final)
     try:
         study.weighed(())
     except ConfigError as error:
@@ -142,8 +147,8 @@ def plan(
 
 
 def require_inputs(config: Config, root: Path, recipe: Path, overrides: Mapping[str, Any]) -> None:
-    """Raises ConfigError, with the commands to run first, where init_from or teacher has no
-    finished run.
+    """Raises ConfigError, with the commands to run first, where a setting names a run that is not
+    finished.
     """
     for setting, folder in keys.input_folders(config, root).items():
         problem = _problem(folder)
@@ -298,13 +303,16 @@ def leaks(study: Study) -> list[str]:
     ours, notes = study.config.data, []
     cut = ("split", "test_fraction", "split_seed", "validation_fraction")
     for setting, folder in keys.input_folders(study.config, study.root).items():
+        if setting == "gallery":  # which no arm learns from
+            continue
         try:
             theirs = run_config(folder).data
         except checkpoint.CheckpointError:  # weights alone
             continue
         cut_alike = all(getattr(theirs, key) == getattr(ours, key) for key in cut)
         if same_set(theirs, ours) and not cut_alike:
-            effect = "favours its targets" if setting == "teacher" else "lifts every arm"
+            asked = setting.startswith("teacher")
+            effect = "favours its targets" if asked else "lifts every arm"
             notes.append(
                 f"{setting} ({folder.name}) was trained on pictures that judge here, which "
                 f"{effect}; train it with --data.validation_fraction "
@@ -319,7 +327,7 @@ def _train(
     """pipeline.run, where a diverged run is a result and any other failure is named."""
     stages = study.stages(arms)
     status, outcomes = pipeline.run(stages, study.root, jobs=jobs, overwrite=overwrite)
-    if status == 130:
+    if status == INTERRUPTED:
         return status, outcomes
     failed = {n: o for n, o in outcomes.items() if o.state not in ("done", "reused", "diverged")}
     for name, outcome in failed.items():
@@ -334,6 +342,22 @@ def _problem(folder: Path) -> str | None:
     except checkpoint.CheckpointError as error:
         return str(error)
     return None
+
+
+def _with_folders(config: Config, root: Path) -> Config:
+    """The config with folders for @NAME, as the arms lie one folder deeper than `root`."""
+
+    def folder(run: str) -> str:
+        return str(run_folder(run, root))
+
+    flat = settings.to_flat(config)
+    for key in RUN_SETTINGS.values():
+        named = flat[key]
+        if isinstance(named, list):
+            flat[key] = [folder(run) for run in named]
+        elif named is not None:
+            flat[key] = folder(named)
+    return settings.build(flat)
 
 
 def _field(name: str) -> str:

@@ -273,6 +273,22 @@ def test_input_runs_that_saw_the_judging_pictures_are_named(inside):
     assert "the test split chose" in note
 
 
+def test_every_run_that_a_recipe_names_is_found_from_the_arms(inside):
+    named = {"teacher": "@teacher", "eval__gallery": "@teacher", "head__run": "@teacher"}
+    cosine = {"task": "verification", "triplet__weight": 0.0, "head__kind": "cosine"}
+    write_recipe(
+        Path("gallery.yaml"), **named, **cosine, head__update="adaptive", target__alpha=1.0
+    )
+    study = plan(Path("gallery.yaml"), {}, Path("runs/chosen"), seeds=1)
+    for stage in study.stages([(), ("soft",)]):
+        found = select_targets.keys.input_folders(stage.config, study.root / stage.name)
+        # centres that follow the teacher need it without any target
+        assert found == dict.fromkeys(("teacher", "head", "gallery"), Path("runs/teacher"))
+    shifted = plan(Path("gallery.yaml"), {"data.split_seed": 5}, Path("runs/chosen"), seeds=1)
+    notes = select_targets.leaks(shifted)
+    assert [note.split()[0] for note in notes] == ["teacher", "head"]
+
+
 def test_missing_inputs_are_named_with_the_commands_that_train_them(inside):
     write_recipe(Path("coach.yaml"), init_from="@first")
     write_recipe(Path("first.yaml"))

@@ -165,22 +165,8 @@ def lock(folder: Path, wait_s: float = 10.0) -> Iterator[None]:
     not there and in which nothing was written is taken away again. Raises CheckpointError.
     """
     is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+", encoding="utf-8") as file:
-        deadline = time.monotonic() + wait_s
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    file.seek(0)
-                    owner = file.read().strip() or "another process"
-                    raise CheckpointError(
-                        f"{folder}: in use by process {owner}; "
-                        "wait for it, stop it, or take another --run-dir"
-                    ) from None
-                time.sleep(0.1)
+    file = _locked(folder, time.monotonic() + wait_s)
+    with file:
         file.seek(0)
         file.truncate()
         file.write(str(os.getpid()))
@@ -188,8 +174,35 @@ def lock(folder: Path, wait_s: float = 10.0) -> Iterator[None]:
         try:
             yield
         finally:
-            if is_new and os.listdir(folder) == [".lock"]:
+            if is_new and folder.is_dir() and os.listdir(folder) == [".lock"]:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _locked(folder: Path, deadline: float) -> IO[str]:
+    """The folder's lock file, held."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - for the caller
+        except FileNotFoundError:  # taken away by its last owner, as below
+            continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            file.close()
+            if time.monotonic() > deadline:
+                raise CheckpointError(
+                    f"{folder}: in use by process {owner}; "
+                    "wait for it, stop it, or take another --run-dir"
+                ) from None
+            time.sleep(0.1)
+            continue
+        # the last owner may have taken folder and file away before it let go
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()
 
 
 def _replace(path: Path, write: Callable[[IO[bytes]], Any]) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -250,3 +251,21 @@ def test_a_folder_is_held_by_one_and_let_go_by_a_kill(tmp_path):
         holder.kill()
     with checkpoint.lock(tmp_path, wait_s=5):
         assert (tmp_path / ".lock").read_text() == str(os.getpid())
+
+
+def test_a_folder_without_content_is_taken_away_and_whoever_waits_for_it_gets_a_new_one(tmp_path):
+    folder = tmp_path / "run"
+
+    def write() -> None:
+        with checkpoint.lock(folder, wait_s=20):
+            (folder / "config.yaml").touch()
+
+    with ThreadPoolExecutor(1) as pool:
+        with checkpoint.lock(folder):
+            waiting = pool.submit(write)
+            time.sleep(0.3)
+        waiting.result()
+    assert sorted(file.name for file in folder.iterdir()) == [".lock", "config.yaml"]
+    with checkpoint.lock(folder):
+        pass
+    assert (folder / "config.yaml").exists()

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from kdtrain import dryrun, pipeline
+from kdtrain.arguments import INTERRUPTED
 from kdtrain.config import DataConfig
 from kdtrain.data import FaceSource
 from kdtrain.estimate import estimate
@@ -213,4 +214,4 @@ def exit_status(status: int, outcomes: Mapping[str, Outcome], console: Console) 
     failed = [name for name, outcome in outcomes.items() if outcome.state == "failed"]
     for name in failed:
         console.print(f"error: {name} failed: {outcomes[name].note}", markup=False)
-    return 130 if status == 130 else int(bool(failed))
+    return status if status == INTERRUPTED else int(bool(failed))

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except (RuntimeError, ValueError, OSError) as error:
         if os.environ.get("KDTRAIN_TRACEBACK"):
             traceback.print_exc()

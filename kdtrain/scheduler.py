@@ -19,7 +19,7 @@ from rich.live import Live
 from rich.table import Table
 
 import kdtrain
-from kdtrain.arguments import PARENT
+from kdtrain.arguments import INTERRUPTED, PARENT
 from kdtrain.checkpoint import read_json
 from kdtrain.journal import duration, number
 
@@ -127,7 +127,7 @@ def run_all(
         outcomes[name] = Outcome("stopped", "not begun", 0.0)
     states = {outcome.state for outcome in outcomes.values()}
     if asked_to_stop or "stopped" in states:
-        return 130, outcomes
+        return INTERRUPTED, outcomes
     return int(bool(states & {"failed", "diverged"})), outcomes
 
 
@@ -161,7 +161,7 @@ def _outcome(child: _Child, code: int) -> Outcome:
     results = read_json(child.work.folder / "results.json") or {}
     if code == 0:
         return Outcome("done", "", results.get("seconds", time.monotonic() - child.started))
-    if code == 130:
+    if code == INTERRUPTED:
         return Outcome("stopped", "checkpoint saved", 0.0)
     if diverged := read_json(child.work.folder / "diverged.json"):
         return Outcome("diverged", diverged["message"], diverged["seconds"])

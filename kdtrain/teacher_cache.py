@@ -302,8 +302,8 @@ class KeptFile:
 
 
 def room(folder: Path, dtype: str, total: int, missing: int) -> str:
-    """Make the folder, and say what people are told of the room that answers take, in bytes. Raises
-    CacheError where the disk has less than is missing, or the folder cannot be used.
+    """What people are told of the room that answers take, all and missing ones in bytes; makes the
+    folder. Raises CacheError where the disk has less than is missing, or the folder cannot be used.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from kdtrain import campaign, dryrun, journal
+from kdtrain.arguments import INTERRUPTED
 from kdtrain.campaign import LEGEND, MARKS, Campaign, make_campaign
 from kdtrain.comparison import cost
 from kdtrain.comparison.collect import Comparison, per_second, short, table
@@ -100,7 +101,7 @@ def carry_out(
     """
     started = time.monotonic()
     status, outcomes = campaign.carry_out(plan, root, lambda states: _overview(plan, states))
-    write(request, plan, root, outcomes, command, console, timed=status != 130)
+    write(request, plan, root, outcomes, command, console, timed=status != INTERRUPTED)
     console.print(f"{duration(time.monotonic() - started)} on the clock")
     return campaign.exit_status(status, outcomes, console)
 

@@ -135,6 +135,10 @@ def test_adaface_by_hand():
     own = adaface_margin(features, m=0.4, h=0.333)
     z = torch.tensor([-1.0, 0.0, 1.0]) * 0.333 / (math.sqrt(2 / 3) + 1e-3)
     torch.testing.assert_close(own.m2, -0.4 * z)
+    assert adaface_margin(features[:1]).m2.tolist() == [0.0]
+    for wrong in (features[0], features.long()):
+        with pytest.raises(ValueError, match=r"^adaface_margin: features must be \(N, D\)"):
+            adaface_margin(wrong)
 
 
 @each

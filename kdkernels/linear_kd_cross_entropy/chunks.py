@@ -4,10 +4,11 @@ A chunk's logits are float32 in a buffer that the next chunk takes over; the fus
 the student's into their gradient in place, and products turn that into the gradients of features
 and weight. So no N x C tensor is kept for either network.
 
-How many rows a chunk has is decided by its bytes, `Arithmetic.chunk_bytes`, but it never has fewer
-than `Arithmetic.least_rows`: every chunk reads both weights again, and reads and writes the float32
-gradient of one, so chunks of few rows are bound by that traffic and not by the products. (Rules
-made for language models, rows = N D / C, come to 8 rows where N = 1,024 and C = 93,431.)
+How many rows a chunk has is decided by its bytes, `Arithmetic.chunk_bytes`, but it has no fewer
+than `Arithmetic.least_rows` (before chunks are made equal): every chunk reads both weights again,
+and reads and writes the float32 gradient of one, so chunks of few rows are bound by that traffic
+and not by the products. (Rules made for language models, rows = N D / C, come to 8 rows where N =
+1,024 and C = 93,431.)
 """
 
 from collections.abc import Iterator

@@ -4,14 +4,17 @@ Each changes the label's cosine c = cos(theta) to
 
     phi(c) = cos(theta + m2) - m3
 
-and the kernels need its value and derivative at the label alone. m2 (radians) and m3 are floats or
-(N,) tensors without gradient, one number a row.
+and the kernels need its value and derivative at the label alone. m2 (radians) and m3 are floats,
+|m2| at most pi and |m3| at most 10^6, or (N,) tensors without gradient, one number a row, which are
+taken as they are.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from kdkernels import library as lib
 
 Amount = float | Tensor
 
@@ -68,9 +71,19 @@ def adaface_margin(
 
         z = clip(h (|x| - mean) / std, -1, 1),   m2 = -m z,   m3 = m z + m
 
-    features: (N, D) before normalisation. mean and std are those of the norms: the batch's own
-    where not given (AdaFace keeps running averages of both). No gradient flows through the norms.
+    features: (N, D) before normalisation; their norms are clipped to 0.001 to 100. mean and std of
+    the norms, numbers or 0-d tensors: the batch's own where not given, std then that of the batch
+    itself (divided by N), so that one row has m2 = 0. AdaFace keeps running averages of both. h:
+    how far a standard deviation moves the margin. Returns CombinedMargin with m2 and m3 (N,)
+    float32, without gradient: none flows through the norms. ValueError for features that are not
+    (N, D) of floating point.
     """
+    if features.dim() != 2 or not features.is_floating_point():
+        raise lib.reject(
+            "adaface_margin",
+            f"features must be (N, D) of floating point, got {tuple(features.shape)} "
+            f"{features.dtype}",
+        )
     norms = torch.linalg.vector_norm(features.detach().float(), dim=1).clamp(0.001, 100.0)
     mean = norms.mean() if mean is None else mean
     std = norms.std(correction=0) if std is None else std

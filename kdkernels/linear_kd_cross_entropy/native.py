@@ -10,7 +10,8 @@ from kdkernels.linear_kd_cross_entropy.tail import take_rows
 
 CHUNK_BYTES = 32 << 20  # of both networks' logits: about the last-level cache of a processor
 # Every chunk moves the weight, its gradient and what BLAS copies of them, so chunks of 128 rows are
-# faster than those of 64. A quarter of all rows is a twelfth of what kept logits take.
+# faster than those of 64. Chunks of a quarter of all rows hold a twelfth of what kept logits take:
+# three matrices of all rows, seven with a teacher's head, here a quarter of one or two.
 LEAST_ROWS, MOST_LEAST_ROWS = 64, 128
 
 

@@ -235,8 +235,11 @@ def linear_kd_cross_entropy(
     logits) are copied, the others are not read, and have gradient 0. Not with a sparse teacher,
     whose probabilities are of all classes.
 
+    scale and teacher_scale: from 1e-6 to 1e6, with normalize alone.
+
     margin: ArcFace(m), CosFace(m) or CombinedMargin(m2, m3), for normalize=True and a target; each
-    m a float or an (N,) tensor, without gradient. Beyond theta + m2 = pi the label's cosine goes on
+    m a float (an angle of at most pi, m3 of at most 1e6, either sign) or an (N,) tensor, without
+    gradient. Beyond theta + m2 = pi the label's cosine goes on
     as cos(theta) - m2 sin(m2). margin_grad="exact" is the derivative of this; "straight_through"
     takes that of the margin as 1, as InsightFace trains.
 

@@ -158,7 +158,7 @@ def run_case(
     """The rows of a case, and whether every contender that could run gave the right result."""
     names = []
     for contender in case.contenders:
-        missing = "not asked for" if contender.name in options.without else contender.missing()
+        missing = "left out" if contender.name in options.without else contender.missing()
         if missing:
             print(f"  without {contender.name}: {missing}")
         else:

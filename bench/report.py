@@ -42,10 +42,11 @@ How to read it:
   not counted. At the AVX2 level torch, MKL and Inductor are lowered too.
 - **floor** is work that the result cannot do without, on preallocated buffers: plain tensor copies
   of the same bytes (two reads and one write a gradient: one and a half copies), or the same matrix
-  products. A target of `<= 2.2x floor` stands beside native, `>= 9x` beside the contender that it
-  speaks of.
+  products, which plain calls of torch need not do in the fastest way (docs/ops.md), so that a call
+  may take less. A target of `<= 2.2x floor` stands beside native, `>= 9x` beside the contender that
+  it speaks of.
 - **peak MB** is how far resident memory rises above the inputs during one call in a process of its
-  own, gradients and outputs included.
+  own, gradients and outputs included; MB are 2^20 bytes.
 - Rows marked **busy** were measured while other processes took more than half of the cores: repeat
   them.
 """

@@ -249,7 +249,7 @@ def test_a_contender_can_be_left_out(in_process, tmp_path, capsys):
     out = tmp_path / "rows.csv"
     assert command.main([*SPREAD, "--without", "torch", "--out", str(out)]) == 0
     assert "torch" not in {r["contender"] for r in rows.read_rows(out)}
-    assert "without torch: not asked for" in capsys.readouterr().out
+    assert "without torch: left out" in capsys.readouterr().out
     assert command.main([*SPREAD, "--without", "native"]) == 2
     assert (
         "no contender 'native'; there are native, ordinary logits; torch" in capsys.readouterr().err

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdkernels import library as lib
-
 Amount = float | Tensor
 
 
@@ -79,10 +77,9 @@ def adaface_margin(
     (N, D) of floating point.
     """
     if features.dim() != 2 or not features.is_floating_point():
-        raise lib.reject(
-            "adaface_margin",
-            f"features must be (N, D) of floating point, got {tuple(features.shape)} "
-            f"{features.dtype}",
+        raise ValueError(
+            "adaface_margin: features must be (N, D) of floating point, got "
+            f"{tuple(features.shape)} {features.dtype}"
         )
     norms = torch.linalg.vector_norm(features.detach().float(), dim=1).clamp(0.001, 100.0)
     mean = norms.mean() if mean is None else mean

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdkernels
+from kdkernels.linear_kd_cross_entropy import head
 
 NAME = "linear_kd_cross_entropy"
 BACKENDS = kdkernels.backends(NAME, "cpu")
@@ -20,12 +21,16 @@ def dtype_of(backend: str) -> torch.dtype:
 
 
 def small_chunks(backend: str, monkeypatch, rows: int = 2) -> None:
-    """Makes every call go through several chunks: 16 rows each at least, as chunks are cut."""
+    """Makes every call go through several chunks, 16 rows each at least, as chunks are cut; on
+    native each through several parts of 16 classes."""
     module = f"kdkernels.{NAME}." + ("native" if backend == "native" else "triton_kernel")
     where = importlib.import_module(module)
     monkeypatch.setattr(where, "CHUNK_BYTES", 1)
     monkeypatch.setattr(where, "LEAST_ROWS", rows)
-    monkeypatch.setattr(where, "MOST_LEAST_ROWS", rows, raising=backend == "native")
+    if backend == "native":
+        monkeypatch.setattr(where, "MOST_LEAST_ROWS", rows)
+        monkeypatch.setattr(head, "TURNED_LOGITS", 1)
+        monkeypatch.setattr(head, "TURNED_CLASSES", 16)
 
 
 class Largest(TorchDispatchMode):

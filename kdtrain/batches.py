@@ -31,8 +31,7 @@ from kdtrain.data import (
     training_labels,
     whole_view,
 )
-from kdtrain.keys import data_key
-from kdtrain.lineage import people_key
+from kdtrain.keys import data_key, people_key
 from kdtrain.observe import EvalBatch
 
 EVAL_BATCH = 256
@@ -246,7 +245,7 @@ class RunData:
             "test": len(self.test),
             "test_of_unseen_people": self.unseen(),
             "skipped": len(self.source.skipped),
-            "people_key": people_key(self.source, self.config.data),
+            "people_key": people_key(self.source.class_names, self.config.data),
         }
 
 

@@ -116,6 +116,13 @@ def run_weights(run: Path) -> Path:
     )
 
 
+def run_of(run: Path) -> Path:
+    """The run folder that `run` is or, as RUN/best, is a checkpoint of: where config.yaml lies;
+    `run` itself where it lies in neither.
+    """
+    return next((f for f in (run, run.parent) if (f / "config.yaml").is_file()), run)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a file so that a reader or a crash sees the old content or the new one, whole."""
     write_bytes(path, text.encode())

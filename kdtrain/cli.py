@@ -181,13 +181,13 @@ def evaluate_run(argv: Sequence[str]) -> int:
     options, overrides = parse(parser, argv)
     if options.get("gallery") is not None:
         overrides["eval.gallery"] = options["gallery"]
-    from kdtrain import engine
+    from kdtrain import checkpoint, engine
 
     run = Path(options["run"])
-    found = [f for f in (run / "config.yaml", run.parent / "config.yaml") if f.is_file()]
-    if not found:
+    recipe = checkpoint.run_of(run) / "config.yaml"
+    if not recipe.is_file():
         raise UsageError(f"{run}: no run folder (no config.yaml there)")
-    config = settings.build({**settings.read_recipe(found[0]), **overrides})
+    config = settings.build({**settings.read_recipe(recipe), **overrides})
     results = engine.evaluate(config, run)
     _print_results(results, f"{run}: test split of {config.data.kind}")
     trained, found = results["trained_classes"], results["data"]["classes"]

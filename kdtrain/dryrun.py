@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kdtrain import settings
+from kdtrain import checkpoint, settings
 from kdtrain.batches import parts, shared_source
 from kdtrain.config import Config, ConfigError, DataConfig, ModelConfig, run_folder
 from kdtrain.data import DataError, FaceSource, balanced_batches
@@ -168,7 +168,7 @@ def teacher_of(
     if chained and not isinstance(recipes, Path) and name in recipes:
         return recipes[name].model, ""
     folder = run_folder(named, run_dir)
-    files = [folder / "config.yaml", folder.parent / "config.yaml"]
+    files = [checkpoint.run_of(folder) / "config.yaml"]
     if chained and isinstance(recipes, Path):
         # recipes/<preset>/tables/ takes its teachers from the preset above it
         files += [recipes / f"{name}.yaml", recipes.parent / f"{name}.yaml"]

@@ -127,7 +127,7 @@ def evaluate(config: Config, run: Path) -> dict[str, Any]:
         )
         inherit(task.network, trained.state_dict())
         task.to(data.device)
-        gallery = keys.input_folders(config, _folder(run)).get("gallery")
+        gallery = keys.input_folders(config, checkpoint.run_of(run)).get("gallery")
         if gallery is not None:
             task.gallery = open_gallery(gallery, data, task)
         metrics = task.evaluate(data.evaluation(data.test))
@@ -488,11 +488,6 @@ class Run:
         phase, epoch = self.schedule[self.at.epoch]
         place = {"key": self.key, "phase": phase, "epoch": epoch}
         return divergence.diverged(self.folder, step, why, {**place, **self.clock.summary()})
-
-
-def _folder(run: Path) -> Path:
-    """The run folder of a run or of one of its checkpoints."""
-    return run if (run / "config.yaml").is_file() else run.parent
 
 
 def _input_keys(config: Config, run_dir: Path) -> dict[str, str]:

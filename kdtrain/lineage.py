@@ -4,37 +4,25 @@ are compared or taken over, and none of this run's test pictures.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from kdtrain import checkpoint, settings
+from kdtrain.batches import RunData, parts
 from kdtrain.config import Config, DataConfig
 from kdtrain.config_checks import ConfigError
-
-if TYPE_CHECKING:
-    from kdtrain.batches import RunData
-    from kdtrain.data import FaceSource
-
-
-def people_key(source: FaceSource, data: DataConfig) -> str:
-    """16 hex digits over the people in the order of their classes; drawn people by their seed too,
-    as their names are numbers.
-    """
-    names = list(source.class_names)
-    if data.kind == "synthetic":
-        names.append(f"drawn from seed {data.synthetic_seed}")
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+from kdtrain.keys import people_key
 
 
 def check_people(name: str, run: Path, data: RunData) -> None:
     """Raises ConfigError where the classes of `run`, the value of setting `name`, are other people
     than the data's, or the same in another order. Runs that do not say (imported ones) pass.
     """
-    theirs, ours = _trained_on(run).get("people_key"), people_key(data.source, data.config.data)
+    theirs = _trained_on(run).get("people_key")
+    ours = people_key(data.source.class_names, data.config.data)
     if theirs is not None and theirs != ours:
         raise ConfigError(
             f"{name} {run}: its classes are other people than those of {data.source.name} here, or "
@@ -47,8 +35,6 @@ def known_pictures(run: Path, data: RunData) -> int:
     """Test pictures of `data` that `run` was trained on; with data.split identity, those of people
     that it was trained on. 0 where it was trained on another set, or does not say on which.
     """
-    from kdtrain.batches import parts
-
     if "people_key" not in _trained_on(run):
         return 0
     theirs = run_config(run)
@@ -68,10 +54,8 @@ def run_config(run: Path) -> Config:
     """The config of a run folder, or of the run that a checkpoint (RUN/best) is of. Raises
     CheckpointError where there is none.
     """
-    recipe = next(
-        (f for f in (run / "config.yaml", run.parent / "config.yaml") if f.is_file()), None
-    )
-    if recipe is None:
+    recipe = checkpoint.run_of(run) / "config.yaml"
+    if not recipe.is_file():
         raise checkpoint.CheckpointError(
             f"{run}: no config.yaml beside its weights; name a run folder"
         )
@@ -90,8 +74,5 @@ def same_set(one: DataConfig, other: DataConfig) -> bool:
 
 def _trained_on(run: Path) -> Mapping[str, Any]:
     """The pictures that a run folder, or the run of a checkpoint, says it was trained on."""
-    for folder in (run, run.parent):
-        results = checkpoint.read_json(folder / "results.json")
-        if results is not None:
-            return results.get("data") or {}
-    return {}
+    results = checkpoint.read_json(checkpoint.run_of(run) / "results.json") or {}
+    return results.get("data") or {}

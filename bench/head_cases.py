@@ -43,7 +43,7 @@ def by_rows(
     temperature: float,
 ) -> Tensor:
     """The specification on some rows at a time, whose logits backward computes again: in float64
-    each of the six matrices of 1,024 x 360,232 that it keeps is 3 GB."""
+    each matrix of 1,024 x 360,232 is 3 GB, and it keeps several."""
 
     def part(x: Tensor, y: Tensor, t: Tensor | None) -> Tensor:
         given = None if t is None or teacher is None else (t, *teacher[1:])

@@ -239,9 +239,9 @@ def linear_kd_cross_entropy(
 
     margin: ArcFace(m), CosFace(m) or CombinedMargin(m2, m3), for normalize=True and a target; each
     m a float (an angle of at most pi, m3 of at most 1e6, either sign) or an (N,) tensor, without
-    gradient. Beyond theta + m2 = pi the label's cosine goes on
-    as cos(theta) - m2 sin(m2). margin_grad="exact" is the derivative of this; "straight_through"
-    takes that of the margin as 1, as InsightFace trains.
+    gradient. Beyond theta + m2 = pi the label's cosine goes on as cos(theta) - m2 sin(m2).
+    margin_grad="exact" is the derivative of this; "straight_through" takes that of the margin as 1,
+    as InsightFace trains.
 
     Returns a float32 scalar ("mean" over the rows that count, "sum") or (N,) ("none"); with
     return_terms also KDTerms.

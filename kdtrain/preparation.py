@@ -45,6 +45,12 @@ def prepare_task(config: Config, data: RunData, run_dir: Path, screen: Screen) -
             screen.say(f"not taken from {folders['init_from']}: {line}")
     if "head" in folders:
         inherit_head(task.network, load_network(folders["head"]), folders["head"])
+    if config.train.channels_last and not task.network.channels_last:
+        screen.say(
+            "train.channels_last: the network stays in the contiguous layout, because torch on a "
+            "processor without AVX-512 corrupts memory in strided 1 x 1 convolutions with 2 to 7 "
+            "input channels"
+        )
     task.to(data.device)
     if "gallery" in folders:
         task.gallery = open_gallery(folders["gallery"], data, task)

@@ -3,15 +3,25 @@ inheritance."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import textwrap
+
 import pytest
 import torch
+from tiny_runs import environment
+from torch import nn
 
+from kdtrain import models
 from kdtrain.config import ModelConfig
 from kdtrain.models import (
     FaceNetwork,
     count_parameters,
     inherit,
+    is_limited_to_avx2,
     multiply_adds,
+    needs_contiguous,
     network_from_state,
     seeded,
 )
@@ -185,3 +195,67 @@ def test_a_size_that_cannot_be_built_is_refused(change, message):
         setattr(model, name, value)
     with pytest.raises(ValueError, match=message):
         FaceNetwork(model, 3)
+
+
+@pytest.mark.parametrize(
+    ("layer", "corrupts"),
+    [
+        (nn.Conv2d(2, 8, 1, stride=2), True),
+        (nn.Conv2d(7, 8, 1, stride=(1, 2)), True),
+        (nn.Conv2d(1, 8, 1, stride=2), False),
+        (nn.Conv2d(8, 8, 1, stride=2), False),
+        (nn.Conv2d(4, 8, 1), False),
+        (nn.Conv2d(4, 8, 3, stride=2, padding=1), False),
+        (nn.Conv2d(4, 4, 1, stride=2, groups=2), False),
+        (nn.Linear(4, 8), False),
+    ],
+)
+def test_strided_1x1_convolutions_of_few_channels_keep_the_contiguous_layout(
+    layer, corrupts, monkeypatch
+):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), layer)
+    for limited in (True, False):
+        monkeypatch.setattr(models, "is_limited_to_avx2", lambda limited=limited: limited)
+        assert needs_contiguous(network) == (limited and corrupts)
+
+
+@pytest.mark.parametrize(
+    ("capability", "limit", "limited"),
+    [
+        ("AVX2", "", True),
+        ("DEFAULT", "", True),
+        ("AVX512", "", False),
+        ("AVX512", "AVX2", True),
+        ("AVX512", "avx2_vnni", True),
+        ("AVX512", "AVX512_CORE", False),
+        ("AVX512", "ALL", False),
+    ],
+)
+def test_the_limit_is_the_processors_or_onednns_own(capability, limit, limited, monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
+    assert is_limited_to_avx2() == limited
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert not is_limited_to_avx2()
+
+
+def test_a_narrow_network_trains_on_a_processor_without_avx512():
+    code = """
+        import torch
+        from kdtrain.config import ModelConfig
+        from kdtrain.models import FaceNetwork
+        torch.set_num_threads(1)
+        network = FaceNetwork(ModelConfig(depth=14, width=8, divide=8, stem="small"), 6)
+        assert not network.channels_last
+        images = 255 * torch.rand(8, 3, 32, 32)
+        for _ in range(20):
+            network(images).logits.square().sum().backward()
+        wide = FaceNetwork(ModelConfig(depth=14, width=8, divide=1, stem="small"), 6)
+        assert wide.channels_last
+    """
+    limited = {**os.environ, **environment(), "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, env=limited, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -12,12 +12,8 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 
 from kdtrain import settings
+from kdtrain.program import INTERRUPTED, PROGRAM, cores
 from kdtrain.settings import add_keys, flatten, nearest
-
-PROGRAM = "python -m kdtrain"
-# set by a pipeline for its stages: the process whose death stops them
-PARENT = "KDTRAIN_PARENT"
-INTERRUPTED = 130  # exit status
 
 
 class UsageError(Exception):
@@ -149,8 +145,6 @@ def add_jobs(parser: ArgumentParser, what: str = "runs") -> None:
 
 def jobs_of(options: dict[str, Any]) -> int:
     """--jobs, or one per core up to 4."""
-    from kdtrain.pipeline import cores
-
     jobs = options.get("jobs")
     if jobs is not None and jobs < 1:
         raise UsageError(f"--jobs: at least 1, got {jobs}")

@@ -4,9 +4,10 @@ and evaluation.
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -31,8 +32,6 @@ from kdtrain.data import (
     training_labels,
     whole_view,
 )
-from kdtrain.keys import data_key, people_key
-from kdtrain.observe import EvalBatch
 
 EVAL_BATCH = 256
 
@@ -58,6 +57,26 @@ class Batch(NamedTuple):
     def seen(self) -> Tensor:
         """The pictures that the teacher reads."""
         return self.pictures if self.teacher_pictures is None else self.teacher_pictures
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalBatch:
+    """Pictures of one split as evaluation sees them. N pictures, network input side s."""
+
+    pictures: Tensor
+    """(N, 3, s, s) float32 in [0, 255]: centre crops."""
+    labels: Tensor
+    """(N,) person."""
+    indices: Tensor
+    """(N,) place in the source."""
+    sizes: Tensor
+    """(N, 2) original width and height."""
+    points_original: Tensor | None = None
+    """(N, 5, 2) landmarks in original pixels."""
+    groups: Tensor | None = None
+    """(N,) video that a picture comes from."""
+    to_original: Callable[[Tensor], Tensor] | None = None
+    """Maps (N, 5, 2) crop pixels to original ones: a scale and an offset per picture and axis."""
 
 
 class Views(NamedTuple):
@@ -137,6 +156,25 @@ def parts(source: FaceSource, config: Config) -> tuple[Tensor, Tensor, Tensor]:
     train, test = split(source, config)
     train, validation = hold_out(source, train, config.data)
     return train, validation, test
+
+
+def data_key(fingerprint: str, train: Tensor, test: Tensor) -> str:
+    """Names the pictures and their split: the source's fingerprint and both index lists (int64)."""
+    digest = hashlib.sha256(fingerprint.encode())
+    for part in (train, test):
+        digest.update(part.numpy().tobytes())
+        digest.update(b"|")
+    return digest.hexdigest()
+
+
+def people_key(names: Iterable[str], data: DataConfig) -> str:
+    """16 hex digits over the people, named in the order of their classes; drawn people by their
+    seed too, as their names are numbers.
+    """
+    names = list(names)
+    if data.kind == "synthetic":
+        names.append(f"drawn from seed {data.synthetic_seed}")
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
 
 
 class RunData:

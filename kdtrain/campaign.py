@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from kdtrain import dryrun, pipeline
-from kdtrain.arguments import INTERRUPTED
 from kdtrain.config import DataConfig
 from kdtrain.data import FaceSource
 from kdtrain.estimate import estimate
 from kdtrain.journal import duration
 from kdtrain.order import wall_time
+from kdtrain.program import INTERRUPTED
 from kdtrain.scheduler import Outcome, Overview
 
 START_S = 4.0  # of a run's process: start, imports, pictures; counted beside the timed steps

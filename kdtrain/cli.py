@@ -20,9 +20,6 @@ from typing import Any
 
 from kdtrain import settings, studies
 from kdtrain.arguments import (
-    INTERRUPTED,
-    PARENT,
-    PROGRAM,
     UsageError,
     add_dry_run,
     add_jobs,
@@ -36,6 +33,7 @@ from kdtrain.arguments import (
     value_of,
 )
 from kdtrain.config import Config, ConfigError
+from kdtrain.program import INTERRUPTED, PARENT, PROGRAM
 from kdtrain.settings import add_keys, nearest
 
 RUN_FILES = (
@@ -231,9 +229,58 @@ def data(argv: Sequence[str]) -> int:
 
 def import_weights(argv: Sequence[str]) -> int:
     """Write published weights as a run folder."""
-    from kdtrain.import_weights import run
+    from kdtrain.import_weights import SCALE, write_run
+    from kdtrain.networks.names import NAMES
+    from kdtrain.networks.published import PREFIXES
 
-    return run(argv)
+    parser = command_parser(
+        "import",
+        "WEIGHTS --layout LAYOUT --out RUN [--name NAME] [--head FILE]",
+        "Read the published weights of a face network and write them as a run folder, to be named "
+        "as --teacher, --init_from or --head.run. Every name and shape is checked.",
+    )
+    layouts = ", ".join(PREFIXES)
+    parser.add_argument("weights", help="the project's file: .pt, .pth, .ckpt or .safetensors")
+    parser.add_argument("--layout", type=str, help=f"whose layout: {layouts}")
+    parser.add_argument("--out", type=str, help="run folder to write")
+    parser.add_argument(
+        "--name", type=str, help="the network, checked (default: the one that fits)"
+    )
+    parser.add_argument(
+        "--head",
+        type=str,
+        help="file of the classifier; of shards any one, its neighbours are found by their ranks "
+        "(default: adaface takes the checkpoint's own, the others none)",
+    )
+    parser.add_argument(
+        "--classes", type=int, help="people of the classifier, where its last rows are padding"
+    )
+    parser.add_argument("--scale", type=float, help=f"of its cosines (default {SCALE:g})")
+    parser.add_argument("--color", type=str, help="rgb or bgr (default: as the project publishes)")
+    options, _ = parse(parser, argv)
+    for name in ("layout", "out"):
+        if options.get(name) is None:
+            wanted = f"one of {layouts}" if name == "layout" else "the run folder to write"
+            raise UsageError(f"--{name} is missing: {wanted}")
+    if options["layout"] not in PREFIXES:
+        raise UsageError(f"--layout: one of {layouts}, got {options['layout']}")
+    name, color = options.get("name"), options.get("color")
+    if name is not None and name not in NAMES:
+        raise UsageError(f"--name: one of {', '.join(NAMES)}, got {name}")
+    if color not in (None, "rgb", "bgr"):
+        raise UsageError(f"--color: rgb or bgr, got {color}")
+    for line in write_run(
+        Path(options["weights"]),
+        options["layout"],
+        Path(options["out"]),
+        name=name,
+        head=Path(options["head"]) if options.get("head") else None,
+        classes=options.get("classes"),
+        scale=options.get("scale") or SCALE,
+        color=color,
+    ):
+        print(line)
+    return 0
 
 
 def recipes(argv: Sequence[str]) -> int:

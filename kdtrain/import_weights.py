@@ -1,11 +1,11 @@
-"""`python -m kdtrain import`: published weights as a run folder, to be a teacher or a start."""
+"""Published weights as a run folder, to be a teacher or a start."""
 
 from __future__ import annotations
 
 import hashlib
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from kdtrain import checkpoint, settings
-from kdtrain.arguments import UsageError, command_parser, parse
+from kdtrain.config import ConfigError
 from kdtrain.models import count_parameters, multiply_adds, network_from_state
-from kdtrain.networks.names import EMBEDDING, NAMES
-from kdtrain.networks.published import PREFIXES, published, split_state
+from kdtrain.networks.names import EMBEDDING
+from kdtrain.networks.published import published, split_state
 
 COLORS = {"arcface_torch": "rgb", "adaface": "bgr"}
 SCALE = 64.0  # of the cosines, in the recipes of all three projects
@@ -53,58 +53,6 @@ class Head(NamedTuple):
     files: list[Path]
 
 
-def run(argv: Sequence[str]) -> int:
-    """Write published weights as a run folder."""
-    parser = command_parser(
-        "import",
-        "WEIGHTS --layout LAYOUT --out RUN [--name NAME] [--head FILE]",
-        "Read the published weights of a face network and write them as a run folder, to be named "
-        "as --teacher, --init_from or --head.run. Every name and shape is checked.",
-    )
-    layouts = ", ".join(PREFIXES)
-    parser.add_argument("weights", help="the project's file: .pt, .pth, .ckpt or .safetensors")
-    parser.add_argument("--layout", type=str, help=f"whose layout: {layouts}")
-    parser.add_argument("--out", type=str, help="run folder to write")
-    parser.add_argument(
-        "--name", type=str, help="the network, checked (default: the one that fits)"
-    )
-    parser.add_argument(
-        "--head",
-        type=str,
-        help="file of the classifier; of shards any one, its neighbours are found by their ranks "
-        "(default: adaface takes the checkpoint's own, the others none)",
-    )
-    parser.add_argument(
-        "--classes", type=int, help="people of the classifier, where its last rows are padding"
-    )
-    parser.add_argument("--scale", type=float, help=f"of its cosines (default {SCALE:g})")
-    parser.add_argument("--color", type=str, help="rgb or bgr (default: as the project publishes)")
-    options, _ = parse(parser, argv)
-    for name in ("layout", "out"):
-        if options.get(name) is None:
-            wanted = f"one of {layouts}" if name == "layout" else "the run folder to write"
-            raise UsageError(f"--{name} is missing: {wanted}")
-    if options["layout"] not in PREFIXES:
-        raise UsageError(f"--layout: one of {layouts}, got {options['layout']}")
-    name, color = options.get("name"), options.get("color")
-    if name is not None and name not in NAMES:
-        raise UsageError(f"--name: one of {', '.join(NAMES)}, got {name}")
-    if color not in (None, "rgb", "bgr"):
-        raise UsageError(f"--color: rgb or bgr, got {color}")
-    for line in write_run(
-        Path(options["weights"]),
-        options["layout"],
-        Path(options["out"]),
-        name=name,
-        head=Path(options["head"]) if options.get("head") else None,
-        classes=options.get("classes"),
-        scale=options.get("scale") or SCALE,
-        color=color,
-    ):
-        print(line)
-    return 0
-
-
 def write_run(
     weights: Path,
     layout: str,
@@ -118,15 +66,16 @@ def write_run(
 ) -> list[str]:
     """Write the weights of a published file as run folder `out`; returns lines about it for people.
 
-    layout: one of PREFIXES. name: the network they are said to be of, or None. head, classes: see
-    read_head; without a head the run's classifier knows 0 people. scale: of its cosines. color:
-    order of the channels that the weights want, None for what the project publishes.
+    layout: one of networks.published.PREFIXES. name: the network they are said to be of, or None.
+    head, classes: see read_head; without a head the run's classifier knows 0 people. scale: of its
+    cosines. color: order of the channels that the weights want, None for what the project
+    publishes.
 
-    Raises PublishedError where the files are not what they are said to be, UsageError for a folder
+    Raises PublishedError where the files are not what they are said to be, ConfigError for a folder
     that is not empty.
     """
     if out.exists() and any(out.iterdir()):
-        raise UsageError(f"--out {out}: not empty; choose another folder")
+        raise ConfigError(f"--out {out}: not empty; choose another folder")
     file = read_file(weights)
     try:
         network, own_head = split_state(file, layout)

@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from torch import Tensor
-
 from kdtrain.checkpoint import WEIGHTS, CheckpointError, read_json, run_weights
-from kdtrain.config import RUN_SETTINGS, Config, DataConfig, run_folder
+from kdtrain.config import RUN_SETTINGS, Config, run_folder
 from kdtrain.data import fixed_views
 from kdtrain.settings import to_flat
 
@@ -59,25 +57,6 @@ NOT_HASHED = (
     "timing.py",
     "verdicts.py",
 )
-
-
-def data_key(fingerprint: str, train: Tensor, test: Tensor) -> str:
-    """Names the pictures and their split: the source's fingerprint and both index lists (int64)."""
-    digest = hashlib.sha256(fingerprint.encode())
-    for part in (train, test):
-        digest.update(part.numpy().tobytes())
-        digest.update(b"|")
-    return digest.hexdigest()
-
-
-def people_key(names: Iterable[str], data: DataConfig) -> str:
-    """16 hex digits over the people, named in the order of their classes; drawn people by their
-    seed too, as their names are numbers.
-    """
-    names = list(names)
-    if data.kind == "synthetic":
-        names.append(f"drawn from seed {data.synthetic_seed}")
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
 
 
 def run_key(config: Config, inputs: Mapping[str, str], data: str) -> str:

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 
 from kdtrain import checkpoint, settings
-from kdtrain.batches import RunData, parts
+from kdtrain.batches import RunData, parts, people_key
 from kdtrain.config import Config, DataConfig
 from kdtrain.config_checks import ConfigError
-from kdtrain.keys import people_key
 
 
 def check_people(name: str, run: Path, data: RunData) -> None:

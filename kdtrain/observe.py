@@ -6,8 +6,7 @@ The steps between `evaluate.py`'s pure metrics and the tasks that report them; n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -16,32 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdtrain import all_pairs, evaluate
+from kdtrain.batches import EvalBatch
 from kdtrain.models import NUM_POINTS, FaceNetwork, Outputs
 
 PAIR_FOLDS = 10
 SAMPLES = 12  # pictures that a report shows
 SHOWN_SIDE = 96  # their largest side in pixels
 GALLERY = 2000  # pictures among which a report looks for neighbours
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalBatch:
-    """Pictures of one split as evaluation sees them. N pictures, network input side s."""
-
-    pictures: Tensor
-    """(N, 3, s, s) float32 in [0, 255]: centre crops."""
-    labels: Tensor
-    """(N,) person."""
-    indices: Tensor
-    """(N,) place in the source."""
-    sizes: Tensor
-    """(N, 2) original width and height."""
-    points_original: Tensor | None = None
-    """(N, 5, 2) landmarks in original pixels."""
-    groups: Tensor | None = None
-    """(N,) video that a picture comes from."""
-    to_original: Callable[[Tensor], Tensor] | None = None
-    """Maps (N, 5, 2) crop pixels to original ones: a scale and an offset per picture and axis."""
 
 
 class Seen(NamedTuple):

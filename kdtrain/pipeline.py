@@ -1,5 +1,5 @@
-"""The whole chain: a preset's recipes as stages with inputs, their keys, what is reused, and the
-result table.
+"""The whole chain: a preset's recipes as stages with inputs, their keys, and what is
+reused.
 
 A preset is a folder of recipes. A recipe that names a run (config.RUN_SETTINGS) as @NAME takes
 stage NAME as an input; stages run in an order that respects this. Stages run as processes of their
@@ -9,46 +9,23 @@ own (scheduler.py), each in its own run folder below the root.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from kdtrain import checkpoint, journal, keys, settings
+from kdtrain.chain_table import result_table
 from kdtrain.config import RUN_SETTINGS, Config, ConfigError, DataConfig
 from kdtrain.journal import duration, number
 from kdtrain.order import longest_chain_first
+from kdtrain.program import cores
 from kdtrain.scheduler import Outcome, Overview, Work, run_all
 
 if TYPE_CHECKING:
     from kdtrain.data import FaceSource
-
-# The result table: columns by task and metric, rows by the end of the chain's names.
-COLUMNS = (
-    ("classification top-1", "classification", "top1"),
-    ("alignment NRMSE", "alignment", "nrmse"),
-    ("verification NN top-1", "verification", "nn_top1"),
-    ("NN top-1, other videos", "verification", "nn_top1_other_video"),
-    ("pair accuracy", "verification", "pair_accuracy"),
-)
-ROWS = (
-    ("teacher", ("_teacher",)),
-    ("scratch student", ("_student", "_scratch")),
-    ("control student, no teacher", ("_control",)),
-    ("distilled student", ("_distilled",)),
-)
-CHAIN = {
-    f"{task}{ending}": title
-    for task in ("cls", "ali", "ver")
-    for title, endings in ROWS
-    for ending in endings
-}
-"""The row of each stage of the chain over the three tasks; any other stage has a row of its own."""
-UNTRAINED = "untrained network"
 
 
 @dataclass(frozen=True)
@@ -137,19 +114,19 @@ def stage_keys(
     """The key that each stage's run will have, worked out from the configs, the pictures and the
     inputs' keys. sources: those read before, and afterwards those read here (batches.py).
     """
-    from kdtrain.batches import parts, shared_source
+    from kdtrain.batches import data_key, parts, shared_source
 
     sources = {} if sources is None else sources
     found: dict[str, str] = {}
     for stage in stages:
         source = shared_source(stage.config.data, sources)
         train, _, test = parts(source, stage.config)
-        data_key = keys.data_key(source.fingerprint(), train, test)
+        pictures = data_key(source.fingerprint(), train, test)
         inputs = {}
         for setting, folder in keys.input_folders(stage.config, root / stage.name).items():
             own = folder.parent == root and folder.name in found
             inputs[setting] = found[folder.name] if own else keys.input_key(folder)
-        found[stage.name] = keys.run_key(stage.config, inputs, data_key)
+        found[stage.name] = keys.run_key(stage.config, inputs, pictures)
     return found
 
 
@@ -245,115 +222,16 @@ def headline(results: Mapping[str, Any]) -> str:
     return f"{name} {shown} after {duration(results.get('seconds', 0.0))} of training"
 
 
-def result_table(root: Path, outcomes: Mapping[str, Outcome]) -> Table:
-    """Teacher, scratch, control and distilled student of the chain, every other stage by its name,
-    the floor and an untrained network, by task; '-' where a stage has no result.
-    """
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="test split, end of training, %")
-    table.add_column("")
-    found = {name: checkpoint.read_json(root / name / "results.json") or {} for name in outcomes}
-    tasks = {name: _task(name, root, found) for name in outcomes}
-    columns = table_columns(tasks.values(), found.values())
-    for title, _, _ in columns:
-        table.add_column(title.replace(" ", "\n", 1), justify="right", no_wrap=True)
-    for row, names in table_rows(outcomes):
-        cells = []
-        for _, task, metric in columns:
-            stages = [name for name in names if tasks[name] == task]
-            cells.append(_cell(stages, found, outcomes, metric))
-        if any(cell != "-" for cell in cells):
-            table.add_row(row, *cells)
-    for title, of in ((floor_title(columns), floor), (UNTRAINED, untrained)):
-        values = [of(found, task, metric) for _, task, metric in columns]
-        table.add_row(title, *("-" if value is None else f"{100 * value:.1f}" for value in values))
-    return table
-
-
-def table_rows(names: Iterable[str]) -> list[tuple[str, list[str]]]:
-    """The table's rows as (title, runs in it): the chain's, which hold a run of each task, then
-    every other run under its own name.
-    """
-    names = list(names)
-    rows: list[tuple[str, list[str]]] = [
-        (title, [name for name in names if CHAIN.get(name) == title]) for title, _ in ROWS
-    ]
-    rows += [(name, [name]) for name in names if name not in CHAIN]
-    return [row for row in rows if row[1]]
-
-
-def table_columns(
-    tasks: Iterable[str], results: Iterable[Mapping[str, Any]]
-) -> list[tuple[str, str, str]]:
-    """COLUMNS for these runs: of the tasks that they have (all where none is known), and without
-    the nearest neighbour outside the query's own video where pictures have none.
-    """
-    trained = set(tasks) & {task for _, task, _ in COLUMNS} or {task for _, task, _ in COLUMNS}
-    videos = any("nn_top1_other_video" in r.get("metrics", {}) for r in results)
-    return [c for c in COLUMNS if c[1] in trained and (videos or c[2] != "nn_top1_other_video")]
-
-
-def floor_title(columns: Iterable[tuple[str, str, str]]) -> str:
-    """'floor (raw pixels, mean shape)', without what none of these columns compares with."""
-    aligned = [task == "alignment" for _, task, _ in columns]
-    parts = ["raw pixels"] * (not all(aligned)) + ["mean shape"] * any(aligned)
-    return f"floor ({', '.join(parts)})"
-
-
-def floor(runs: Mapping[str, Mapping[str, Any]], task: str, metric: str) -> float | None:
-    """The floor that the first finished run of a task measured; None where there is none.
-
-    runs: results.json by the run's name.
-    """
-    values = [r["floors"].get(metric) for r in runs.values() if r.get("task") == task]
-    return next((value for value in values if value is not None), None)
-
-
-def untrained(runs: Mapping[str, Mapping[str, Any]], task: str, metric: str) -> float | None:
-    """A metric of the network before its first step, of the first finished student of a task (of
-    its teacher, where it has no other); see `floor`.
-    """
-    order = sorted(runs, key=lambda name: name.split("_")[-1] == "teacher")
-    mine = [runs[name].get("untrained", {}) for name in order if runs[name].get("task") == task]
-    return next((values[metric] for values in mine if values.get(metric) is not None), None)
-
-
 def finish(root: Path, outcomes: Mapping[str, Outcome]) -> None:
     """Print the result table and write report.html."""
     from kdtrain.report import report
 
     console = journal.console(file_width=100)  # the table needs 86
-    console.print(result_table(root, outcomes))
+    console.print(result_table(root, {n: outcome.state for n, outcome in outcomes.items()}))
     seconds = sum(outcome.seconds for outcome in outcomes.values())
     console.print(f"training, all stages: {duration(seconds)}")
     if any(outcome.state in ("reused", "done") for outcome in outcomes.values()):
         console.print(f"report: {report(root)}")
-
-
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _task(name: str, root: Path, found: Mapping[str, Mapping[str, Any]]) -> str:
-    known = found[name].get("task")
-    if known is None:
-        known = settings.read_recipe(root / "recipes" / f"{name}.yaml").get("task", "")
-    return known
-
-
-def _cell(
-    stages: Sequence[str],
-    found: Mapping[str, Mapping[str, Any]],
-    outcomes: Mapping[str, Outcome],
-    metric: str,
-) -> str:
-    for name in stages:
-        value = found[name].get("metrics", {}).get(metric)
-        if value is not None:
-            return f"{100 * value:.1f}"
-        if outcomes[name].state in ("failed", "diverged"):
-            return outcomes[name].state
-    return "-"
 
 
 def ordered(stages: Mapping[str, Stage]) -> list[Stage]:

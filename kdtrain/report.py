@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from kdtrain import plots
+from kdtrain.chain_table import CHAIN, UNTRAINED, floor_title, table_columns, table_rows
 from kdtrain.checkpoint import write_text
 from kdtrain.config import run_folder
 from kdtrain.journal import duration, unit
-from kdtrain.pipeline import CHAIN, UNTRAINED, floor_title, table_columns, table_rows
 from kdtrain.plots import Curve, Panel
 from kdtrain.runs import (
     TASKS,

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import yaml
 
+from kdtrain.chain_table import CHAIN, COLUMNS, ROWS, floor, untrained
 from kdtrain.checkpoint import read_json
 from kdtrain.journal import read_lines, unit
 from kdtrain.networks.names import network_title
-from kdtrain.pipeline import CHAIN, COLUMNS, ROWS, floor, untrained
 
 TASKS = ("classification", "alignment", "verification")
 LOWER_IS_BETTER = ("nrmse", "nme", "failure_rate", "cross_entropy", "hint")

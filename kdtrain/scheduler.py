@@ -19,9 +19,9 @@ from rich.live import Live
 from rich.table import Table
 
 import kdtrain
-from kdtrain.arguments import INTERRUPTED, PARENT
 from kdtrain.checkpoint import read_json
 from kdtrain.journal import duration, number
+from kdtrain.program import INTERRUPTED, PARENT
 
 POLL_S = 0.25
 # Draws the states of all works by name: reused, done, failed, skipped, stopped, running, waiting.

@@ -22,7 +22,6 @@ import numpy as np
 from rich.console import Console
 
 from kdtrain import checkpoint, journal, keys, pipeline, settings
-from kdtrain.arguments import INTERRUPTED
 from kdtrain.config import (
     RUN_SETTINGS,
     Config,
@@ -32,6 +31,7 @@ from kdtrain.config import (
     run_folder,
 )
 from kdtrain.lineage import run_config, same_set
+from kdtrain.program import INTERRUPTED
 from kdtrain.scheduler import Outcome
 from kdtrain.selection import (
     PUBLISHED,

@@ -10,7 +10,6 @@ from jsonargparse import ArgumentParser
 
 from kdtrain import settings
 from kdtrain.arguments import (
-    PROGRAM,
     UsageError,
     add_jobs,
     command_parser,
@@ -20,6 +19,7 @@ from kdtrain.arguments import (
     parse,
     take_stage_keys,
 )
+from kdtrain.program import PROGRAM
 from kdtrain.settings import add_keys
 
 TASKS = ("classification", "alignment", "verification")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kdtrain.baselines import EmbeddingTarget, baseline_pairs, relation_objective
+from kdtrain.batches import EvalBatch
 from kdtrain.config_checks import ConfigError
 from kdtrain.heads import (
     AdaFaceNorms,
@@ -27,7 +28,7 @@ from kdtrain.heads import (
 )
 from kdtrain.mixture import TeacherMixture
 from kdtrain.models import FaceNetwork, Outputs, seeded
-from kdtrain.observe import EvalBatch, Seen, look
+from kdtrain.observe import Seen, look
 from kdtrain.passes import Passes
 from kdtrain.targets import (
     Guide,

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from kdkernels import batch_triplet_loss
 from kdtrain import evaluate, observe
+from kdtrain.batches import EvalBatch
 from kdtrain.models import FaceNetwork, Outputs, seeded
-from kdtrain.observe import EvalBatch, Seen
+from kdtrain.observe import Seen
 from kdtrain.targets import Guide, HintTarget, Objective, Pair, squared_objective, total
 from kdtrain.task import StepResult, Task
 

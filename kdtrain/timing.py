@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from kdtrain import settings
-from kdtrain.batches import training_views
+from kdtrain.batches import EvalBatch, training_views
 from kdtrain.config import Config, ModelConfig
 from kdtrain.config_head import HeadConfig
 from kdtrain.config_target import TEACHER_WEIGHTS
@@ -30,7 +30,7 @@ from kdtrain.data import center, shrink
 from kdtrain.environment import computing
 from kdtrain.mixture import TeacherMixture
 from kdtrain.models import FaceNetwork, count_parameters, multiply_adds, seeded
-from kdtrain.observe import EvalBatch, look
+from kdtrain.observe import look
 from kdtrain.optimisation import Optimisation
 from kdtrain.targets import Guide
 from kdtrain.task import Task

@@ -18,10 +18,9 @@ import yaml
 from rich.console import Console
 from tiny_runs import TASK_KEYS, TINY, environment, tiny_config
 
-from kdtrain import checkpoint, keys, pipeline, settings
+from kdtrain import chain_table, checkpoint, keys, pipeline, settings
 from kdtrain.cli import main
 from kdtrain.config import ConfigError
-from kdtrain.scheduler import Outcome
 
 FLOOR = "floor (raw pixels, mean shape)"
 
@@ -183,23 +182,23 @@ def test_the_table_has_teacher_student_control_distilled_and_floor(tmp_path):
     for name in ("ali_teacher", "ali_distilled"):
         (tmp_path / "recipes" / f"{name}.yaml").write_text("task: alignment\n")
     names = ("cls_teacher", "cls_student", "cls_control", "cls_distilled", "ver_teacher")
-    outcomes = {name: Outcome("done", "", 1.0) for name in names}
-    outcomes["ali_teacher"] = Outcome("diverged", "at step 3: loss term 'points' is nan", 0)
-    outcomes["ali_distilled"] = Outcome("skipped", "needs ali_teacher", 0)
-    rows = _rows(tmp_path, outcomes)
+    states = dict.fromkeys(names, "done")
+    states["ali_teacher"] = "diverged"
+    states["ali_distilled"] = "skipped"
+    rows = _rows(tmp_path, states)
     assert rows["teacher"] == ["93.1", "diverged", "40.0", "70.0"]
     assert rows["scratch student"] == ["50.0", "-", "-", "-"]
     assert rows["control student, no teacher"] == ["61.0", "-", "-", "-"]
     assert rows["distilled student"] == ["62.0", "-", "-", "-"]
     assert rows[FLOOR] == ["20.0", "-", "10.0", "10.0"]
-    assert rows[pipeline.UNTRAINED] == ["-", "-", "5.0", "5.0"]
+    assert rows[chain_table.UNTRAINED] == ["-", "-", "5.0", "5.0"]
     # of pictures from videos, and the student's untrained network before its teacher's
     stage("ver_scratch", "verification", 0.2, nn_top1=0.3, nn_top1_other_video=0.12)
-    outcomes["ver_scratch"] = Outcome("done", "", 1.0)
-    rows = _rows(tmp_path, outcomes)
+    states["ver_scratch"] = "done"
+    rows = _rows(tmp_path, states)
     assert rows["scratch student"] == ["50.0", "-", "30.0", "12.0", "-"]
     assert rows[FLOOR] == ["20.0", "-", "10.0", "20.0", "10.0"]
-    assert rows[pipeline.UNTRAINED] == ["-", "-", "10.0", "10.0", "5.0"]
+    assert rows[chain_table.UNTRAINED] == ["-", "-", "10.0", "10.0", "5.0"]
 
 
 @pytest.mark.parametrize("preset", ["images", "two-cores/systems", "two-cores/resolutions"])
@@ -211,9 +210,9 @@ def test_every_stage_outside_the_chain_has_a_row_of_its_own(preset, tmp_path):
         results = {"task": "classification", "metrics": {"top1": value, "pair_accuracy": 0.9}}
         results |= {"floors": {"top1": 0.2}, "untrained": {"top1": value / 10}}
         checkpoint.write_json(tmp_path / name / "results.json", results)
-    table = pipeline.result_table(tmp_path, {name: Outcome("done", "", 1.0) for name in names})
+    table = chain_table.result_table(tmp_path, dict.fromkeys(names, "done"))
     assert [column.header for column in table.columns] == ["", "classification\ntop-1"]
-    assert list(table.columns[0].cells) == [*names, "floor (raw pixels)", pipeline.UNTRAINED]
+    assert list(table.columns[0].cells) == [*names, "floor (raw pixels)", chain_table.UNTRAINED]
     student = next(name for name in names if not name.endswith("teacher"))
     expected = [*numbers.values(), 0.2, numbers[student] / 10]
     assert list(table.columns[1].cells) == [f"{100 * value:.1f}" for value in expected]
@@ -223,21 +222,23 @@ def test_a_failed_stage_outside_the_chain_keeps_its_row_and_its_tasks_columns(tm
     (tmp_path / "recipes").mkdir()
     for name, task in (("teacher", "verification"), ("sh_teacher", "alignment")):
         (tmp_path / "recipes" / f"{name}.yaml").write_text(f"task: {task}\n")
-    outcomes = {name: Outcome("failed", "", 0.0) for name in ("teacher", "sh_teacher")}
-    rows = _rows(tmp_path, outcomes)
+    states = dict.fromkeys(("teacher", "sh_teacher"), "failed")
+    rows = _rows(tmp_path, states)
     assert rows["teacher"] == ["-", "failed", "failed"]
     assert rows["sh_teacher"] == ["failed", "-", "-"]
     assert rows[FLOOR] == ["-", "-", "-"]
     assert (
-        pipeline.floor_title([column for column in pipeline.COLUMNS if column[1] == "alignment"])
+        chain_table.floor_title(
+            [column for column in chain_table.COLUMNS if column[1] == "alignment"]
+        )
         == "floor (mean shape)"
     )
 
 
-def _rows(root: Path, outcomes: dict[str, Outcome]) -> dict[str, list[str]]:
+def _rows(root: Path, states: dict[str, str]) -> dict[str, list[str]]:
     """The cells of the result table by the row's title."""
     stream = io.StringIO()
-    Console(file=stream, width=120).print(pipeline.result_table(root, outcomes))
+    Console(file=stream, width=120).print(chain_table.result_table(root, states))
     rows = {}
     for line in stream.getvalue().splitlines():
         cells = [cell.strip() for cell in line.split("  ") if cell.strip()]

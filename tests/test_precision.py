@@ -10,10 +10,10 @@ import torch
 from tiny_runs import assert_same_run, stop_after, tiny_config, train
 
 from kdtrain import checkpoint, divergence, engine
+from kdtrain.batches import EvalBatch
 from kdtrain.config import ConfigError
 from kdtrain.engine import Interrupted
 from kdtrain.journal import Screen, read_lines
-from kdtrain.observe import EvalBatch
 from kdtrain.optimisation import Optimisation
 from kdtrain.preparation import TrainingError
 from kdtrain.settings import build

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from tiny_runs import tiny_config, train
 
 from kdtrain import checkpoint, keys
-from kdtrain.arguments import UsageError
 from kdtrain.cli import main
+from kdtrain.config import ConfigError
 from kdtrain.import_weights import PublishedError, read_file, shards, write_run
 from kdtrain.lineage import run_config
 from kdtrain.networks.published import published
@@ -359,5 +359,5 @@ def test_wrong_commands_say_what_is_wrong(tmp_path, capsys):
         assert main(["import", *words]) == 2
         assert message in capsys.readouterr().err
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="not empty"):
+    with pytest.raises(ConfigError, match="not empty"):
         write_run(tmp_path / "x.pt", "adaface", tmp_path)

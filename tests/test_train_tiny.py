@@ -16,10 +16,10 @@ import torch
 from tiny_runs import assert_same_run, environment, quiet, tiny_config, train
 
 from kdtrain import checkpoint, settings
-from kdtrain.arguments import PARENT
 from kdtrain.batches import RunData
 from kdtrain.cli import asked_to_stop, main
 from kdtrain.preparation import prepare_task
+from kdtrain.program import PARENT
 
 # Imports once and forks a fresh process for every life of the run, before torch has computed.
 LIVES = """

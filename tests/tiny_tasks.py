@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 
+from kdtrain.batches import EvalBatch
 from kdtrain.config import (
     Config,
     ModelConfig,
@@ -15,7 +16,6 @@ from kdtrain.config import (
 )
 from kdtrain.config_target import TEACHER_WEIGHTS
 from kdtrain.models import FaceNetwork, seeded
-from kdtrain.observe import EvalBatch
 from kdtrain.task import Task
 from kdtrain.tasks import build_task
 

@@ -14,7 +14,6 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from kdtrain import campaign, dryrun, journal
-from kdtrain.arguments import INTERRUPTED
 from kdtrain.campaign import LEGEND, MARKS, Campaign, make_campaign
 from kdtrain.comparison import cost
 from kdtrain.comparison.collect import Comparison, per_second, short, table
@@ -22,6 +21,7 @@ from kdtrain.comparison.picture import picture
 from kdtrain.comparison.request import Request, RunOf, groups, stages
 from kdtrain.config import Config
 from kdtrain.journal import duration
+from kdtrain.program import INTERRUPTED
 from kdtrain.scheduler import Outcome
 from kdtrain.tables import files
 from kdtrain.tables.collect import Result, about

@@ -1,11 +1,12 @@
 """Labelled face pictures: sources, splits, the picture store, transforms and samplers."""
 
+from kdtrain.data.build import build_source
 from kdtrain.data.celeba import read_celeba
 from kdtrain.data.folder import read_folder
 from kdtrain.data.grid import sample_grid
 from kdtrain.data.resize import area_average, shrink
 from kdtrain.data.samplers import balanced_batches, left_out, random_batches
-from kdtrain.data.source import DataError, FaceSource, build_source
+from kdtrain.data.source import DataError, FaceSource
 from kdtrain.data.split import hold_out, split_indices, training_labels
 from kdtrain.data.store import PictureStore
 from kdtrain.data.synthetic import synthetic_faces

@@ -1,6 +1,4 @@
-"""A set of labelled face pictures, whatever it is read from, and how one is built from the data
-section of a config.
-"""
+"""A set of labelled face pictures, whatever it is read from."""
 
 import hashlib
 import io
@@ -8,7 +6,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -156,42 +153,3 @@ def number_classes(identities: Sequence[str]) -> tuple[Tensor, list[str]]:
     ordered = sorted(distinct, key=(lambda name: (int(name), name)) if numeric else None)
     number = {identity: k for k, identity in enumerate(ordered)}
     return torch.tensor([number[identity] for identity in identities], dtype=torch.int64), ordered
-
-
-def build_source(config: Any) -> FaceSource:
-    """Returns the FaceSource that a config's data section describes (its attributes as in
-    DataConfig).
-
-    kind: "synthetic" (people, pictures, synthetic_seed, store_size), "celeba" or "folder" (root,
-    landmark_file, split, on_error, workers). Raises DataError or ValueError naming what is missing
-    or malformed.
-    """
-    # the readers import this module for FaceSource
-    from kdtrain.data.celeba import read_celeba
-    from kdtrain.data.folder import read_folder
-    from kdtrain.data.synthetic import synthetic_faces
-
-    if config.kind == "synthetic":
-        if config.split.startswith("file:"):
-            raise ValueError(
-                f"data.split: synthetic faces have no split file, got {config.split!r}"
-            )
-        return synthetic_faces(
-            people=config.people,
-            pictures=config.pictures,
-            seed=config.synthetic_seed,
-            size=config.store_size,
-        )
-    readers = {"celeba": read_celeba, "folder": read_folder}
-    if config.kind not in readers:
-        raise ValueError(f"data.kind: expected synthetic, celeba or folder, got {config.kind!r}")
-    if not config.root:
-        raise ValueError(f"data.root: kind {config.kind!r} needs the folder of the pictures")
-    split_file = config.split.split(":")[1] if config.split.startswith("file:") else None
-    return readers[config.kind](
-        config.root,
-        landmark_file=config.landmark_file,
-        split_file=split_file,
-        on_error=config.on_error,
-        workers=config.workers,
-    )

@@ -169,7 +169,6 @@ def plan_of(student, teacher=None, temperature=3.0, parts=0, gradient=None):
         teacher,
         gradient,
         has_target=True,
-        soft=teacher is not None,
         temperature=temperature,
         smoothing=False,
         terms=False,

@@ -29,23 +29,23 @@ test: venv
 
 # Two of these run side by side, each on one core, the longest first. `pytest` alone is the first two.
 test-suite:
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore-glob 'tests/test_triton_*.py'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore-glob 'tests/gpu/test_triton_*.py'
 
 test-gpu-code:
-	GPU_CODE_JOBS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_triton_code.py tests/test_triton_order.py
+	GPU_CODE_JOBS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/gpu/test_triton_code.py tests/gpu/test_triton_order.py
 
 test-types:
 	$(BIN)/pyright
 
 # eager's whole contract is in the suite; here it is the default backend.
 test-without-native:
-	PYTHONPATH=tests/without_native OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_contract.py tests/test_import.py \
-		tests/test_train_tiny.py -k "not test_contract or float32"
+	PYTHONPATH=tests/kernels/without_native OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels/test_contract.py tests/kernels/test_import.py \
+		$(wildcard tests/test_train_tiny.py tests/kdtrain/*/test_train_tiny.py) -k "not test_contract or float32"
 
 # The interpreter runs on one core: two processes share the ops.
-INTERPRET := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_contract.py \
-	$(patsubst %,tests/test_%.py,kd_cross_entropy linear_kd_cross_entropy head_rows hidden_l2 triplet nearest_neighbor) \
-	$(wildcard tests/test_*_triton.py)
+INTERPRET := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels/test_contract.py \
+	$(patsubst %,tests/kernels/test_%.py,kd_cross_entropy linear_kd_cross_entropy head_rows hidden_l2 triplet nearest_neighbor) \
+	$(wildcard tests/*/test_*_triton.py)
 
 interpret-triplets:
 	$(INTERPRET) -k "triton and triplet"

@@ -119,7 +119,7 @@ contract() { # OP
   if ((workers > 8)); then workers=8; fi
   # Most of its time is Triton's compilation.
   if ((workers > 1)) && "$python" -c "import xdist" 2>/dev/null; then parallel=(-n "$workers"); fi
-  op_part contract "$1" 200 "$python" -m pytest tests/test_contract.py -k "$only" -x -W default \
+  op_part contract "$1" 200 "$python" -m pytest tests/kernels/test_contract.py -k "$only" -x -W default \
     -p no:cacheprovider "${parallel[@]}"
 }
 
@@ -145,7 +145,7 @@ sanitize() { # TOOL OP
   # Without torch's caching every tensor is an allocation of its own, with bounds to check.
   op_part "$1" "$2" 75 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" \
     --target-processes application-only --error-exitcode 1 --print-limit 20 \
-    "$python" -m bench.sanitize "$2"
+    "$python" -m bench.gpu.sanitize "$2"
 }
 
 if [ -z "$dry_run" ]; then

@@ -30,8 +30,8 @@ Written by `python -m bench report` from the rows in [bench/results](../bench/re
 
 How to read it:
 - **native** is kdkernels' kernel. The other contenders are what users write today, fixed in
-  [bench/baselines.py](../bench/baselines.py). Every contender's loss and gradients were compared
-  with the float64 specification before it was timed; a wrong one is not timed.
+  [bench/cases/baselines.py](../bench/cases/baselines.py). Every contender's loss and gradients
+  were compared with the float64 specification before it was timed; a wrong one is not timed.
 - A time is one call forward and backward together, at an incoming gradient of 1 and of 0.37
   (nearest_neighbor: forward alone), with its gradients released inside. Median and quartiles over
   rounds; in a round every contender has one call, in a

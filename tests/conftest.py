@@ -1,6 +1,7 @@
 """Fixtures of the whole suite."""
 
 import os
+import sys
 from pathlib import Path
 
 import interpreted
@@ -11,6 +12,9 @@ import kdkernels
 from kdkernels import library
 
 ROOT = Path(__file__).resolve().parent.parent
+# bench is no installed package; and tests/bench or tests/kdtrain must not be found in its place.
+# At the end of the path: an installed kdkernels comes before the one of this checkout.
+sys.path.append(str(ROOT))
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -11,9 +11,10 @@ class KDTerms(NamedTuple):
 
     hard, soft, entropy are means over the counted rows (0 where none counts): H(softmax(s), y) with
     label smoothing, H(softmax(s/tau), softmax(t/tau)) without alpha and tau^2, and the entropy of
-    softmax(t/tau); so soft - entropy is the Kullback-Leibler divergence. hits counts rows whose
-    first largest logit is the label's (none of a row that is no distribution: with a NaN or +inf,
-    or all -inf), count the counted rows.
+    softmax(t/tau); so soft - entropy is the Kullback-Leibler divergence. A term that is not
+    computed is 0: hard without a target, soft and entropy without a teacher or with alpha = 0. hits
+    counts rows whose first largest logit is the label's (none of a row that is no distribution:
+    with a NaN or +inf, or all -inf), count the counted rows.
     """
 
     hard: Tensor
@@ -27,6 +28,11 @@ def cross_entropy_of(log_probs: Tensor, probs: Tensor) -> Tensor:
     """-sum_c probs_c log_probs_c with 0 log 0 = 0, for (N, C) inputs: (N,)."""
     log_probs = log_probs.masked_fill(probs == 0, 0.0)
     return -(probs * log_probs).sum(dim=1)  # (N,)
+
+
+def zero_rows(x: Tensor) -> Tensor:
+    """(N,) zeros that depend on an (N, C) input with gradient 0, whatever values it has."""
+    return x.masked_fill(torch.ones_like(x, dtype=torch.bool), 0.0).sum(dim=1)
 
 
 def kd_cross_entropy(
@@ -45,6 +51,8 @@ def kd_cross_entropy(
 ) -> tuple[Tensor, KDTerms]:
     """Loss and terms by eq. (2) of arXiv 1709.02929; arguments as op.py checks them.
 
+    A term without a target or a teacher is not computed; op.py passes no teacher where alpha is 0.
+    Without either the loss is 0 with gradient 0, whatever values the logits have.
     hard_logits: (N, C), what the hard term takes for the student's logits; a margin changes them.
     soft_terms: the soft term and the teacher's entropy of each row, in a teacher's place.
     """
@@ -80,8 +88,13 @@ def kd_cross_entropy(
     elif soft_terms is not None:
         soft, entropy = soft_terms
 
-    weight = alpha * temperature**2 if tau_squared else alpha
-    loss = hard + weight * soft if weight != 0.0 else hard
+    if teacher is not None or soft_terms is not None:
+        weight = alpha * temperature**2 if tau_squared else alpha
+        loss = hard + weight * soft
+    elif target is not None:
+        loss = hard
+    else:
+        loss = zero_rows(s)
     loss, hard, soft, entropy = (torch.where(counts, x, 0.0) for x in (loss, hard, soft, entropy))
     count = counts.sum()
     divisor = count.clamp(min=1)

@@ -174,8 +174,9 @@ def kd_cross_entropy(
     student, teacher: (N, C) logits, float32, bfloat16 or float16, each its own dtype and strides
     (float64 runs on eager). teacher=None leaves plain cross-entropy. target: (N,) int32 or int64;
     rows that hold ignore_index count for nothing in either term; target=None leaves the soft term
-    alone. label_smoothing acts on the hard term as in F.cross_entropy. A logit of -inf is
-    probability 0, with 0 log 0 = 0.
+    alone. alpha=0 does not compute the soft term: no NaN or infinity of the teacher reaches loss,
+    gradient or terms, and without a target the loss is 0 with gradient 0. label_smoothing acts on
+    the hard term as in F.cross_entropy. A logit of -inf is probability 0, with 0 log 0 = 0.
 
     Returns a float32 scalar ("mean" over the rows that count: 0, with gradient 0, if none does;
     "sum") or (N,) ("none"). With return_terms=True also KDTerms: detached device scalars hard,
@@ -208,7 +209,9 @@ def kd_cross_entropy(
     backend = lib.choose_backend(NAME, backend, tensors)
     if target is not None and backend != "native":  # which finds it in the same sweep
         check_label_range(target, student.shape[1], ignore_index)
-    if backend == "eager":
+    if alpha == 0.0:  # a term whose factor is 0 is not computed
+        teacher = None
+    if backend == "eager" or (teacher is None and target is None):  # nothing for a kernel to do
         loss, terms = eager.kd_cross_entropy(
             student,
             teacher,

@@ -229,8 +229,7 @@ def losses(s_max, refs, is_hit, sums, s_label, valid, classes, numbers, PLAN: tl
         U, V = tl.where(U > 0.0, U, float("nan")), tl.where(V > 0.0, V, float("nan"))
         soft = (tl.log2(U) - VA / V) * LN2
         entropy = (tl.log2(V) - VB / V) * LN2
-        # alpha = 0 takes the soft term out, infinite or not
-        loss += tl.where(alpha == 0.0, 0.0, alpha * soft)
+        loss += alpha * soft
     return (loss, hard, soft, entropy, hit), (P, U, V)
 
 
@@ -270,7 +269,7 @@ def merge_label(
             s_max, (hard_top, top[1]), is_hit, merged, s_hard, valid, classes, numbers, PLAN
         )
         slope = margin[1] * valid * (smoothing - smoothing / classes - rest / (rest + mine))
-        if PLAN.soft:
+        if PLAN.has_teacher:
             slope += alpha * inverse_tau * (u / U_top - v / V_top)
         P = tl.where(totals[0] == totals[0], P + tl.exp2((s_hard - refs[0]) * LOG2E), float("nan"))
         U = tl.where(totals[1] == totals[1], U + tl.exp2((s_label - refs[0]) * scale), float("nan"))
@@ -292,15 +291,14 @@ def coefficients(totals, weight, valid, classes, numbers, PLAN: tl.constexpr):
         E = weight * smoothing / classes
     if PLAN.has_teacher:
         soft = weight * alpha * inverse_tau
-        B = tl.where(alpha == 0.0, 0.0, soft / U)
-        D = tl.where(alpha == 0.0, 0.0, soft / V)
+        B, D = soft / U, soft / V
     return A, B, D, E
 
 
 @triton.jit
 def gradient_of(u, p, v, factors, PLAN: tl.constexpr):
     A, B, D, E = factors
-    if PLAN.has_target and PLAN.soft:
+    if PLAN.has_target and PLAN.has_teacher:
         if PLAN.power > 0:
             # A u^(power - 1), beginning with A: a shared u^2 would be kept in registers from the
             # sums on, half a row more
@@ -311,7 +309,7 @@ def gradient_of(u, p, v, factors, PLAN: tl.constexpr):
             value = u * (plain + B) - D * v
         else:
             value = A * p + (B * u - D * v)
-    elif PLAN.soft:
+    elif PLAN.has_teacher:
         value = B * u - D * v
     else:
         value = A * p

@@ -39,7 +39,6 @@ class Plan:
     wide_gradient: bool
     has_teacher: bool
     has_target: bool
-    soft: bool  # whether the gradient has the teacher's share: alpha is not 0
     smoothing: bool
     terms: bool
     gradient: bool

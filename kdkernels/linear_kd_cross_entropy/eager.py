@@ -100,7 +100,8 @@ def linear_kd_cross_entropy(
 ) -> tuple[Tensor, KDTerms]:
     """Loss and terms; arguments as op.py checks them. m2, m3: (N,), or None without a margin.
 
-    sparse: (indices, log_probs), (N, k) each, in a teacher's place.
+    sparse: (indices, log_probs), (N, k) each, in a teacher's place. Without teacher, sparse and
+    target the loss is 0 with gradient 0.
     """
     with torch.autocast(features.device.type, enabled=False):
         wide = torch.float64 in (features.dtype, weight.dtype)
@@ -110,7 +111,13 @@ def linear_kd_cross_entropy(
             # a NaN in a row that counts for nothing must not reach the weight's gradient
             x = torch.where((target != ignore_index)[:, None], x, 0.0)
         offset = None if bias is None else bias.to(compute)
-        student = logits_of(x, weight.to(compute), offset, scale, normalize)  # (N, C)
+        if teacher is None and sparse is None and target is None:
+            # the loss is 0 with gradient 0, also where the products would be infinite or NaN
+            inputs = [weight] if bias is None else [weight, bias[:, None]]
+            student = rows.zero_rows(x) + sum(rows.zero_rows(t).sum() for t in inputs)
+            student = student[:, None]
+        else:
+            student = logits_of(x, weight.to(compute), offset, scale, normalize)  # (N, C)
         if isinstance(teacher, tuple):
             parts = [part.detach().to(compute) for part in teacher]
             offset = parts[2] if len(parts) == 3 else None

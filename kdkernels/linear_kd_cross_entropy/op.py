@@ -309,6 +309,8 @@ def linear_kd_cross_entropy(
     backend = lib.choose_backend(NAME, backend, tensors)
     if target is not None:
         check_label_range(target, every, ignore_index, NAME)
+    if alpha == 0.0:  # a term whose factor is 0 is not computed
+        logits, head, sparse = None, (None, None, None), None
     if sparse is not None:
         check_bins(sparse, target, every, ignore_index)
     if classes is not None:
@@ -320,13 +322,14 @@ def linear_kd_cross_entropy(
         head = (kept, *(None if t is None else t.index_select(0, chosen) for t in of_classes))
         if target is not None:
             target, ignore_index = renumber(target, chosen, ignore_index), NO_CLASS
-    if backend == "eager":
+    soft = logits if logits is not None else tuple(t for t in head if t is not None) or sparse
+    if backend == "eager" or (soft is None and target is None):  # nothing for a kernel to do
         loss, terms = eager.linear_kd_cross_entropy(
             features,
             weight,
             bias,
             target,
-            logits if logits is not None else tuple(t for t in head if t is not None) or None,
+            None if sparse is not None else soft,
             sparse,
             normalize=normalize,
             scale=scale,

@@ -144,10 +144,8 @@ def take_rows(chunk: Chunk, statistics: Statistics, gradient: Gradient) -> None:
     count = 1.0 if chunk.count is None else chunk.count.double()
     weight = spoiled / count
     soft, entropy, *slopes = _soft(parts, log_probs.double(), tau, classes)
-    # alpha = 0 takes the soft term out, infinite or not
-    alpha = call.alpha
-    loss = alpha * soft if alpha != 0.0 else torch.zeros_like(soft)
-    softly = _Slopes(*(alpha * x if alpha != 0.0 else torch.zeros_like(x) for x in slopes))
+    loss = call.alpha * soft
+    softly = _Slopes(*(call.alpha * x for x in slopes))
     hard, hardly, share = torch.zeros_like(soft), None, 0.0
     if target is not None:
         hard, *slopes = _hard(parts, chunk.margin, call.label_smoothing, mean, classes)

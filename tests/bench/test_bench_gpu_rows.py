@@ -1,11 +1,6 @@
 """The rows of a GPU: ratios, floors, targets, and the tables that they make."""
 
-import sys
-
 import pytest
-from conftest import ROOT
-
-sys.path.append(str(ROOT))  # bench is no installed package
 
 from bench import report, rows
 from bench.cases import find_cases

@@ -1,7 +1,7 @@
 """batch_triplet_loss by the paths of large batches, and where its Triton kernels decide exactly: in
 the interpreter, or on a GPU if there is one.
 
-`TRITON_INTERPRET=1 python -m pytest tests/test_batch_triplet_triton.py` runs all of it.
+`TRITON_INTERPRET=1 python -m pytest tests/gpu/test_batch_triplet_triton.py` runs all of it.
 """
 
 from dataclasses import replace

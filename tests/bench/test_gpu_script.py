@@ -2,17 +2,14 @@
 
 import os
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 
-sys.path.append(str(ROOT))  # bench is no installed package
-
 from bench import __main__ as command
-from bench import sanitize
 from bench.cases import find_cases
+from bench.gpu import sanitize
 
 STUB = """\
 #!/bin/sh

@@ -1,11 +1,11 @@
 """What the Triton kernels become on GPUs, without one: the kernels that a call launches, compiled.
 
-    python tests/gpu_code.py [--op NAME] [--target sm_90] [--kernel PART_OF_A_NAME]
+    python tests/gpu/gpu_code.py [--op NAME] [--target sm_90] [--kernel PART_OF_A_NAME]
 
-prints a row for each kernel variant of tests/gpu_cases.py: registers, spills, shared memory, the
-widths of its global accesses, and for row kernels the instructions and exponentials an element.
-Compiled kernels stay in Triton's own cache. Must run without
-TRITON_INTERPRET, which would leave no kernel to compile.
+prints a row for each kernel variant of tests/gpu/gpu_cases.py: registers, spills, shared memory,
+the widths of its global accesses, and for row kernels the instructions and exponentials per
+element. Compiled kernels stay in Triton's own cache. Must run without TRITON_INTERPRET, which would
+leave no kernel to compile.
 """
 
 import argparse
@@ -14,11 +14,17 @@ import functools
 import importlib
 import multiprocessing
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # pytest has these folders on its path
+    ROOT = Path(__file__).resolve().parents[2]
+    sys.path += [str(ROOT), str(ROOT / "tests" / "kernels")]
 
 import machine_code
 import torch
@@ -335,7 +341,7 @@ def rows_of(op: str, targets: tuple[str, ...]) -> Iterator[dict[str, str]]:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(prog="python tests/gpu_code.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python tests/gpu/gpu_code.py", description=__doc__)
     parser.add_argument("--op", choices=sorted(MAKERS), action="append", help="all without one")
     parser.add_argument("--target", choices=list(TARGETS), action="append", help="sm_90 without")
     parser.add_argument("--kernel", default="", help="only kernels with this in their name")

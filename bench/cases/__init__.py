@@ -1,13 +1,13 @@
 """All cases, and how the command line finds them."""
 
-from bench import cpu_cases, cuda_cases, head_cases
 from bench.case import Case
+from bench.cases import cpu, cuda, head
 
 CASES: tuple[Case, ...] = (
-    *cpu_cases.CASES,
-    *head_cases.CPU_CASES,
-    *cuda_cases.CASES,
-    *head_cases.CUDA_CASES,
+    *cpu.CASES,
+    *head.CPU_CASES,
+    *cuda.CASES,
+    *head.CUDA_CASES,
 )
 
 

@@ -1,7 +1,6 @@
-"""The counted traffic of the Triton kernels: what bench.traffic says, and that it counts right.
+"""The counted traffic of the Triton kernels: the figures of bench.gpu.traffic and how it counts.
 
-Runs in Triton's interpreter: `TRITON_INTERPRET=1 python -m pytest tests/test_traffic_triton.py`,
-which `make test` does.
+`TRITON_INTERPRET=1 python -m pytest tests/bench/test_traffic_triton.py`, as `make test` does.
 """
 
 from dataclasses import replace
@@ -17,8 +16,8 @@ if not library.is_interpreted():
 import triton
 import triton.language as tl
 
-from bench import traffic
-from bench.meter import READ, WRITTEN, Case, Meter, count, extrapolate, measure
+from bench.gpu import traffic
+from bench.gpu.meter import READ, WRITTEN, Case, Meter, count, extrapolate, measure
 from kdkernels import triton_rows
 
 FP32, BF16 = torch.float32, torch.bfloat16

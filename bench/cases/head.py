@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from bench import baselines, libraries
 from bench.case import OWN, Case, Contender, Floor, Inputs, op_call
-from bench.inputs import heads
+from bench.cases import baselines, libraries
+from bench.cases.inputs import heads
 
 OP = "linear_kd_cross_entropy"
 BF16 = torch.bfloat16

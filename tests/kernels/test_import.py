@@ -32,7 +32,7 @@ def test_import_pulls_in_no_trainer_dependency():
 
 
 def test_without_the_extension_every_op_runs_on_eager():
-    hidden = str(ROOT / "tests" / "without_native")
+    hidden = str(ROOT / "tests" / "kernels" / "without_native")
     done = python(
         "import torch, kdkernels; x = torch.randn(2, 5); y = torch.tensor([0, 1]);"
         "print(kdkernels.backends('kd_cross_entropy', 'cpu'), "

@@ -1,6 +1,6 @@
 """What bounds and what measures in Triton's nearest_neighbor: in the interpreter, or on a GPU.
 
-`TRITON_INTERPRET=1 python -m pytest tests/test_nearest_neighbor_triton.py` runs all of it.
+`TRITON_INTERPRET=1 python -m pytest tests/gpu/test_nearest_neighbor_triton.py` runs all of it.
 """
 
 from dataclasses import replace

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import torch
 
-from bench import baselines, libraries
 from bench.case import OWN, Case, Contender, Floor, Inputs, as_list, op_call
-from bench.inputs import feature_maps, logits, persons, search, triplets
+from bench.cases import baselines, libraries
+from bench.cases.inputs import feature_maps, logits, persons, search, triplets
 from kdkernels.nearest_neighbor.op import TILE_GALLERY, TILE_QUERIES
 
 

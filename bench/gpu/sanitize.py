@@ -1,5 +1,6 @@
-"""`python -m bench.sanitize [op ...]` calls every op once on each path of its kernels, with little
-data: what a memory checker or a race checker is started on (bench/gpu.sh).
+"""`python -m bench.gpu.sanitize [op ...]` calls every op once on each path of its kernels.
+
+The data is small: bench/gpu.sh runs this command under a memory checker and a race checker.
 
 Nothing is compared here, that is the contract's; a checker watches the accesses.
 """
@@ -194,7 +195,7 @@ def run(op: str, device: str) -> int:
 def main(arguments: list[str]) -> int:
     """Runs the command; 0, or 2 where the device has no kernels."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench.sanitize",
+        prog="python -m bench.gpu.sanitize",
         description="Calls the kernels of each op with little data, for a memory or race checker.",
     )
     parser.add_argument("ops", nargs="*", metavar="op", help="ops to call; all without one")
@@ -204,13 +205,13 @@ def main(arguments: list[str]) -> int:
     if unknown:
         parser.error(f"no op {unknown[0]!r}; there are {', '.join(CALLS)}")
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("bench.sanitize: there is no GPU here", file=sys.stderr)
+        print("bench.gpu.sanitize: there is no GPU here", file=sys.stderr)
         return 2
     torch.manual_seed(0)
     for op in options.ops or CALLS:
         backend = library.backends(op, options.device)[0]
         if backend == "eager":
-            print(f"bench.sanitize: {op} has no kernel on {options.device}", file=sys.stderr)
+            print(f"bench.gpu.sanitize: {op} has no kernel on {options.device}", file=sys.stderr)
             return 2
         print(f"{op}: {run(op, options.device)} calls on {backend}", flush=True)
     return 0

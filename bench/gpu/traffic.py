@@ -1,6 +1,6 @@
-"""Counted memory traffic of the Triton kernels: `python -m bench.traffic [op ...]`.
+"""Counted memory traffic of the Triton kernels: `python -m bench.gpu.traffic [op ...]`.
 
-How it counts, and what the columns are: bench/meter.py.
+How it counts, and what the columns are: bench/gpu/meter.py.
 """
 
 import argparse
@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
-from bench.inputs import RESNET50_TAPS
-from bench.meter import MULTIPROCESSORS, Case, Inputs, Make, Result, count
+from bench.cases.inputs import RESNET50_TAPS
+from bench.gpu.meter import MULTIPROCESSORS, Case, Inputs, Make, Result, count
 from kdkernels import library
 
 
@@ -130,13 +130,13 @@ def show(results: list[Result], detail: bool = False) -> None:
 
 def main(arguments: list[str]) -> int:
     """The command; starts itself again in Triton's interpreter where it is not there yet."""
-    parser = argparse.ArgumentParser(prog="python -m bench.traffic", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.traffic", description=__doc__)
     parser.add_argument("ops", nargs="*", metavar="op", help="ops to count; all without one")
     parser.add_argument("--detail", action="store_true", help="the bytes of every kernel argument")
     options = parser.parse_args(arguments)
     if not library.is_interpreted():
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        command = [sys.executable, "-m", "bench.traffic", *arguments]
+        command = [sys.executable, "-m", "bench.gpu.traffic", *arguments]
         return subprocess.run(command, env=environment, check=False).returncode
     chosen = [c for c in cases() if not options.ops or c.op in options.ops]
     if not chosen:

@@ -1,4 +1,4 @@
-"""Counts the memory traffic of Triton kernels in Triton's interpreter (`python -m bench.traffic`).
+"""Counts the memory traffic of Triton kernels in the interpreter (`python -m bench.gpu.traffic`).
 
 The kernels run in Triton's interpreter on three scaled-down instances of a case, all of whose loads
 and stores are counted: the bytes of the distinct addresses that an access touches behind its mask.

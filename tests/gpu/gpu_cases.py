@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.inputs import RESNET50_TAPS
+from bench.cases.inputs import RESNET50_TAPS
 from kdkernels import ArcFace
 from kdkernels.sample import Sample
 

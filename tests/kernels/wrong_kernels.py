@@ -226,6 +226,31 @@ def any_largest_logit_is_a_hit(student, teacher, target, **options):
     return found[0], found[1]._replace(hits=(student.argmax(dim=1) == target).sum().float())
 
 
+def soft_term_multiplied_by_0(call, *arguments, **options):
+    """loss + 0 * soft in place of no soft term, which a NaN or infinity of the teacher shows."""
+    found = call(*arguments, **options)
+    if options.get("alpha") != 0.0 or not options.get("return_terms"):
+        return found
+    soft = call(*arguments, **{**options, "alpha": 1.0})[0]
+    return found[0] + 0.0 * soft, found[1]
+
+
+def no_gradient_where_nothing_is_computed(call, *arguments, **options):
+    """A constant 0 for the loss without a target whose soft term has the factor 0."""
+    found = call(*arguments, **options)
+    if options.get("alpha") != 0.0 or arguments[2] is not None:
+        return found
+    return (found[0].detach(), found[1]) if options.get("return_terms") else found.detach()
+
+
+def soft_term_in_the_terms(call, *arguments, **options):
+    """The terms of a soft term that has the factor 0."""
+    found = call(*arguments, **options)
+    if options.get("alpha") != 0.0 or not options.get("return_terms"):
+        return found
+    return found[0], call(*arguments, **{**options, "alpha": 1.0})[1]
+
+
 class _IncomingIgnored(torch.autograd.Function):
     """Returns early because post_scale is 1, whatever gradient arrives."""
 
@@ -428,6 +453,12 @@ _OF_VALUES = [
     (rows_at_infinity_dropped, contract_values.infinite_negatives_make_triplets),
     (nan_hinges_not_counted, contract_values.nan_hinges_count_as_nonzero),
 ]
+# of both cross-entropy ops: their first argument is the op's eager
+OF_FACTOR_0 = [
+    soft_term_multiplied_by_0,
+    no_gradient_where_nothing_is_computed,
+    soft_term_in_the_terms,
+]
 _KD.append(
     (
         any_largest_logit_is_a_hit,
@@ -445,5 +476,14 @@ ALL = (
     + [
         Wrong(function.__name__, "batch_triplet_loss", function, partial(promise, backend="eager"))
         for function, promise in _OF_VALUES
+    ]
+    + [
+        Wrong(
+            function.__name__,
+            "kd_cross_entropy",
+            partial(function, kd),
+            partial(contract_values.a_soft_term_of_factor_0_is_not_computed, backend="eager"),
+        )
+        for function in OF_FACTOR_0
     ]
 )

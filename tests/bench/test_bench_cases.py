@@ -1,23 +1,18 @@
 """The cases of `python -m bench`: that their targets fit them, and that what they compare is
 right."""
 
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT
 
 import kdkernels
-from kdkernels import library
-
-sys.path.append(str(ROOT))  # bench is no installed package
-
-from bench import baselines, head_cases, worker
+from bench import worker
 from bench.case import Case, Contender
-from bench.cases import CASES, cases_on, find_cases
+from bench.cases import CASES, baselines, cases_on, find_cases, head
 from bench.devices import CpuDevice
 from bench.targets import FASTER, SLOWER, TARGETS, targets_of
+from kdkernels import library
 
 KD = CASES[0]
 # Compiling takes half a minute: what is compiled has a test of its own, the rest is checked by
@@ -176,7 +171,7 @@ def test_the_copy_floor_writes_every_byte_once_and_half_of_them_again():
 
 @pytest.mark.parametrize("name", ["256x10575", "256x10575-teacher"])
 def test_a_truth_in_parts_is_the_whole_one(name, monkeypatch):
-    monkeypatch.setattr(head_cases, "PART", 2)
+    monkeypatch.setattr(head, "PART", 2)
     (case,) = find_cases(["linear_kd_cross_entropy"], [name])
     inputs = worker.make_inputs(case, None, 0, case.quick)
     in_parts = worker.true_result(case, case.truth(), inputs)

@@ -2,21 +2,17 @@
 real one on a recorder in place of torch.cuda, and the calls that a memory checker watches."""
 
 import os
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
 
 import kdkernels
-
-sys.path.append(str(ROOT))  # bench is no installed package
-
 from bench import __main__ as command
-from bench import devices, rows, sanitize, worker
+from bench import devices, rows, worker
 from bench.cases import cases_on, find_cases
+from bench.gpu import sanitize
 from bench.targets import (
     GPU_TARGETS,
 )

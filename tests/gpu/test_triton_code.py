@@ -1,7 +1,7 @@
 """Every Triton kernel that the ops launch, compiled for four GPUs without having one: no spilled
 registers, shared memory within the limit, wide accesses and few instructions where it matters.
 
-`python tests/gpu_code.py` prints what is judged here. Numbers and their reasons: docs/ops.md.
+`python tests/gpu/gpu_code.py` prints what is judged here. Numbers and their reasons: docs/ops.md.
 """
 
 import ast

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import kdkernels
-from bench.baselines import label_masks, squared_distances
 from bench.case import Contender
+from bench.cases.baselines import label_masks, squared_distances
 
 
 @cache

@@ -1,17 +1,11 @@
 """The bookkeeping of `python -m bench`: statistics, rows, command, report; nothing is timed."""
 
+import itertools
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-
-from kdkernels import library
-
-sys.path.append(str(ROOT))  # bench is no installed package
-
-import itertools
 
 from bench import __main__ as command
 from bench import report, rows, timing, worker
@@ -26,6 +20,7 @@ from bench.targets import (
     Target,
     targets_of,
 )
+from kdkernels import library
 
 SHARED = {
     "date": "2026-01-31",

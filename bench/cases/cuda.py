@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import torch
 
-from bench import baselines
 from bench.case import OWN, Case, Contender, Floor, Inputs, op_call, tensors_of
-from bench.inputs import RESNET50_TAPS, feature_maps, logits, persons, search, triplets
-from bench.libraries import LIGER, pytorch_metric_learning
+from bench.cases import baselines
+from bench.cases.inputs import RESNET50_TAPS, feature_maps, logits, persons, search, triplets
+from bench.cases.libraries import LIGER, pytorch_metric_learning
 
 BF16 = torch.bfloat16
 

@@ -1,6 +1,6 @@
 """The three ways through the Triton row kernels: in the interpreter, or on a GPU if there is one.
 
-`TRITON_INTERPRET=1 python -m pytest tests/test_kd_cross_entropy_triton.py` runs all of it.
+`TRITON_INTERPRET=1 python -m pytest tests/gpu/test_kd_cross_entropy_triton.py` runs all of it.
 """
 
 from dataclasses import replace
@@ -169,7 +169,6 @@ def plan_of(student, teacher=None, temperature=3.0, parts=0, gradient=None):
         teacher,
         gradient,
         has_target=True,
-        soft=teacher is not None,
         temperature=temperature,
         smoothing=False,
         terms=False,

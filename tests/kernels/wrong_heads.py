@@ -3,7 +3,8 @@
 from functools import partial
 
 import torch
-from wrong_kernels import EditGradient, StaleRows, Wrong, accurate, kd
+from contract_values import a_soft_term_of_factor_0_is_not_computed_by_a_head as no_soft_term
+from wrong_kernels import OF_FACTOR_0, EditGradient, StaleRows, Wrong, accurate, kd
 
 import kdkernels
 from kdkernels.linear_kd_cross_entropy import eager as specification
@@ -232,6 +233,19 @@ _OTHERS = [
     gradient_of_sampled_classes_at_their_places,
 ]
 NAME = "linear_kd_cross_entropy"
-ALL = [Wrong(f.__name__, NAME, f, accurate) for f in _OTHERS] + [
-    Wrong(f.__name__, NAME, f, partial(accurate, dtype=torch.bfloat16)) for f in _RIGHT_IN_FLOAT32
+ALL = [
+    *(Wrong(f.__name__, NAME, f, accurate) for f in _OTHERS),
+    *(
+        Wrong(f.__name__, NAME, f, partial(accurate, dtype=torch.bfloat16))
+        for f in _RIGHT_IN_FLOAT32
+    ),
+    *(
+        Wrong(
+            f"{f.__name__} of a head",
+            NAME,
+            partial(f, head),
+            partial(no_soft_term, backend="eager"),
+        )
+        for f in OF_FACTOR_0
+    ),
 ]

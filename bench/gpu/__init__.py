@@ -1,0 +1,1 @@
+"""What runs on a GPU or counts as one: `bench/gpu.sh`, sanitizers, counted memory traffic."""

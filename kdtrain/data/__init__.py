@@ -9,7 +9,7 @@ from kdtrain.data.samplers import balanced_batches, left_out, random_batches
 from kdtrain.data.source import DataError, FaceSource
 from kdtrain.data.split import hold_out, split_indices, training_labels
 from kdtrain.data.store import PictureStore
-from kdtrain.data.synthetic import synthetic_faces
+from kdtrain.data.synthetic.source import synthetic_faces
 from kdtrain.data.transforms import (
     Frame,
     augment,

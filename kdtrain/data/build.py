@@ -7,7 +7,7 @@ from typing import Any
 from kdtrain.data.celeba import read_celeba
 from kdtrain.data.folder import read_folder
 from kdtrain.data.source import FaceSource
-from kdtrain.data.synthetic import synthetic_faces
+from kdtrain.data.synthetic.source import synthetic_faces
 
 
 def build_source(config: Any) -> FaceSource:

@@ -1,0 +1,67 @@
+"""What a config's pictures are, in numbers and as a sheet of samples: the `data` command."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from kdtrain.config import Config
+from kdtrain.data import left_out, sample_grid
+from kdtrain.data.run_data import RunData
+from kdtrain.objectives.tasks import TASKS, build_task
+from kdtrain.training.environment import computing
+from kdtrain.training.journal.journal import console, number
+from kdtrain.training.preparation import without_teacher
+
+SKIPPED_SHOWN = 5
+
+
+def show(config: Config, grid: Path) -> None:
+    """Print counts, classes, split and floors of the pictures that `config` names, and write the
+    sheet to `grid`.
+
+    Raises what the data sources raise for missing or damaged files.
+    """
+    say = console().print
+    with computing(config):
+        data = RunData(config)
+        source = data.source
+        counts = torch.bincount(source.labels, minlength=source.num_classes).sort().values
+        say(f"source      {source.name}")
+        say(f"pictures    {source.num_pictures} of {source.num_classes} people")
+        low, middle, high = counts[[0, len(counts) // 2, -1]].tolist()
+        say(f"per person  {low} to {high}, median {middle}")
+        widths, heights = source.sizes.T
+        say(
+            f"pixels      {int(widths.min())}x{int(heights.min())} to "
+            f"{int(widths.max())}x{int(heights.max())}, kept at {config.data.store_size}"
+        )
+        say(f"landmarks   {'5 points' if source.landmarks is not None else 'none'}")
+        if source.groups is not None:
+            say(f"videos      {len(source.groups.unique())}")
+        say(f"skipped     {len(source.skipped)}")
+        for line in source.skipped[:SKIPPED_SHOWN]:
+            say(f"            {line}", markup=False)
+        kept = f", {len(data.validation)} validation" if len(data.validation) else ""
+        say(
+            f"split       {config.data.split}: {len(data.train)} training{kept}, "
+            f"{len(data.test)} test"
+        )
+        wrong = int((data.labels != source.labels).sum())
+        if wrong:
+            say(f"            {wrong} training labels are wrong on purpose (data.noise)")
+        say(f"            {data.unseen()} test pictures of people without a training picture")
+        alone = len(left_out(data.train, data.labels))
+        say(f"            {alone} training pictures are their person's only one (no triplet)")
+        say("floors      what a method scores that learns nothing:")
+        for name in TASKS:
+            if source.landmarks is None and TASKS[name].needs_landmarks:
+                continue
+            alone_config = dataclasses.replace(without_teacher(config), task=name)
+            task = build_task(alone_config, source.num_classes)
+            floors = task.floors(data.evaluation(data.train), data.evaluation(data.test))
+            shown = [f"{key} {number(key, value)}" for key, value in floors.items()]
+            say(f"            {name}: {', '.join(shown)}")
+        say(f"grid        {sample_grid(source, data.store, grid)}")

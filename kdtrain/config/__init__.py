@@ -1,0 +1,46 @@
+"""What a run is: the schema with its checks, YAML recipes, and the names that both use.
+
+Knows no torch: the command line reads it before anything heavy is imported.
+"""
+
+from kdtrain.config.checks import ConfigError, require
+from kdtrain.config.head import HeadConfig
+from kdtrain.config.schema import (
+    RUN_SETTINGS,
+    AugmentConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    Phase,
+    TrainConfig,
+    TripletConfig,
+    named_runs,
+    run_folder,
+)
+from kdtrain.config.settings import build, read_recipe
+from kdtrain.config.target import TEACHER_WEIGHTS, TargetConfig, TeacherConfig
+
+__all__ = [
+    "RUN_SETTINGS",
+    "TEACHER_WEIGHTS",
+    "AugmentConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EvalConfig",
+    "HeadConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "Phase",
+    "TargetConfig",
+    "TeacherConfig",
+    "TrainConfig",
+    "TripletConfig",
+    "build",
+    "named_runs",
+    "read_recipe",
+    "require",
+    "run_folder",
+]

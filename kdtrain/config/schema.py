@@ -1,0 +1,480 @@
+"""The one schema of a run: frozen dataclasses with a help text under every field, and their checks.
+
+settings.py turns YAML recipes and command-line keys into a Config.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, Literal
+
+from kdtrain.config.checks import ConfigError, require
+from kdtrain.config.head import HeadConfig
+from kdtrain.config.networks import NAMES, TIMM, is_known
+from kdtrain.config.target import (
+    TEACHER_WEIGHTS,
+    TargetConfig,
+    TeacherConfig,
+    check_sizes,
+    check_teachers,
+)
+
+RUN_SETTINGS: Mapping[str, str] = {
+    "init_from": "init_from",
+    "teacher": "teacher.run",
+    "teacher_more": "teacher.more",
+    "head": "head.run",
+    "gallery": "eval.gallery",
+}
+"""Settings whose value is a run folder, or @NAME for the run beside, or a list of them: by the
+input's name.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which pictures, how they are split, and how large they are kept."""
+
+    kind: Literal["synthetic", "celeba", "folder"] = "synthetic"
+    """synthetic draws faces; celeba reads CelebA's layout; folder reads one folder per class
+    (ImageFolder).
+    """
+    root: str | None = None
+    "Folder of the pictures (celeba, folder)."
+    split: str = "random"
+    """random by picture | identity (disjoint people) | identity:random (by picture, among the
+    training people of identity) | file:NAME.csv:COLUMN, whose column holds train or test.
+    """
+    test_fraction: float = 0.2
+    "Share of the pictures (of the people, for identity) that is held out."
+    validation_fraction: float = 0.0
+    """Share of the training pictures (of the training people, for identity) that is not trained on:
+    evaluations, best/ and early stopping use it, and the test split is measured once, at the end.
+    0 evaluates on the test split.
+    """
+    split_seed: int = 0
+    "Seed of the split alone, so that runs with other seeds are tested on the same pictures."
+    on_error: Literal["raise", "skip"] = "raise"
+    "A missing or damaged picture stops the run, or is left out, counted and reported."
+    store_size: int = 36
+    "Pictures are resized to this square once, pixels."
+    crop_size: int | None = None
+    """Side of the crop in stored pixels (with augment.crop jitter: in pixels that the window is
+    sampled at), taken anywhere in training, from the centre in evaluation; null takes input_size.
+    """
+    input_size: int = 32
+    "Side of the network's input: the crop, averaged down to it where it is larger."
+    cache: Literal["auto", "memory", "none"] = "auto"
+    "Keep resized pictures in memory; auto does so up to 2 GiB."
+    workers: int = 0
+    "Threads that decode pictures ahead when they are not kept in memory."
+    people: int = 350
+    "Number of people (synthetic only)."
+    pictures: int = 20
+    "Pictures of each person (synthetic only)."
+    noise: float = 0.04
+    "Share of pictures with a wrong label (synthetic only)."
+    synthetic_seed: int = 0
+    "Seed of the drawn faces (synthetic only)."
+    landmark_file: str | None = None
+    "Landmark list inside root (celeba); null takes list_landmarks_align_celeba.txt."
+
+    def __post_init__(self) -> None:
+        by_file = self.split.startswith("file:") and self.split.count(":") >= 2
+        require(
+            by_file or self.split in ("random", "identity", "identity:random"),
+            "data.split",
+            "random, identity, identity:random or file:NAME.csv:COLUMN",
+            self.split,
+        )
+        require(0 < self.test_fraction < 1, "data.test_fraction", "0 < x < 1", self.test_fraction)
+        held_out = self.validation_fraction
+        require(0 <= held_out < 1, "data.validation_fraction", "0 <= x < 1", held_out)
+        require(self.input_size >= 8, "data.input_size", "at least 8", self.input_size)
+        require(
+            self.crop_side >= self.input_size,
+            "data.crop_size",
+            f"at least data.input_size ({self.input_size}), as crops are never enlarged",
+            self.crop_size,
+        )
+        crop = "input_size" if self.crop_size is None else "crop_size"
+        require(
+            self.store_size >= self.crop_side,
+            "data.store_size",
+            f"at least data.{crop} ({self.crop_side})",
+            self.store_size,
+        )
+        require(self.workers >= 0, "data.workers", "0 or more", self.workers)
+        require(self.people >= 2, "data.people", "at least 2", self.people)
+        require(self.pictures >= 2, "data.pictures", "at least 2", self.pictures)
+        require(0 <= self.noise < 1, "data.noise", "0 <= x < 1", self.noise)
+        if self.kind != "synthetic":
+            require(
+                self.root is not None, "data.root", f"a folder, for data.kind {self.kind}", None
+            )
+
+    @property
+    def crop_side(self) -> int:
+        """Pixels of the crop's side, from which every network's input is made."""
+        return self.input_size if self.crop_size is None else self.crop_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """How a training picture is cropped: a pure function of (seed, phase, epoch, picture)."""
+
+    flip: bool = True
+    "Mirror half of the training pictures; left and right landmarks change places."
+    crop: Literal["random", "jitter"] = "random"
+    "random: a shifted crop of data.crop_size; jitter: also scaled, always inside the picture."
+    scale_min: float = 0.85
+    "Smallest crop side as a fraction of the picture's (jitter)."
+    scale_max: float = 0.95
+    "Largest crop side as a fraction of the picture's (jitter)."
+
+    def __post_init__(self) -> None:
+        require(
+            0 < self.scale_min <= self.scale_max <= 1,
+            "augment.scale_min, augment.scale_max",
+            "0 < min <= max <= 1",
+            (self.scale_min, self.scale_max),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network; every layer has 1 / divide of the channels that its name stands for."""
+
+    name: str = "resnet"
+    """resnet (depth, width and stem are its own) | mobilefacenet (the original, 1.2 M parameters) |
+    mbf | mbf_large (arcface_torch's) | iresnet18, 34, 50, 100 | ir18, 34, 50, 101 (AdaFace's and
+    CVLface's) | timm:NAME. Face networks (all but resnet and most of timm) are built for
+    data.input_size.
+    """
+    embedding: int | None = None
+    """Width of an embedding layer between the pooled maps and the classifier; null: 512 for face
+    networks, none for resnet and timm.
+    """
+    color: Literal["rgb", "bgr"] = "rgb"
+    "Order of the colours that the weights want; pictures are RGB, the network turns them round."
+    depth: Literal[50, 14] = 50
+    "Bottleneck blocks (3, 4, 6, 3), or (1, 1, 1, 1) for small pictures and demos (resnet)."
+    width: int = 64
+    "Kernels of the first stage before division; 64 is ResNet-50's own (resnet)."
+    divide: Literal[1, 2, 4, 8] = 1
+    "The papers' /2, /4, /8 students; timm's networks cannot be divided."
+    stem: Literal["imagenet", "small"] = "imagenet"
+    "imagenet: 7x7 stride 2 and 3x3 stride 2 max pooling; small: 3x3 stride 2 alone (resnet)."
+
+    def __post_init__(self) -> None:
+        require(
+            is_known(self.name), "model.name", f"one of {', '.join(NAMES)}, timm:NAME", self.name
+        )
+        require(
+            self.embedding is None or self.embedding >= 1,
+            "model.embedding",
+            "at least 1, or null",
+            self.embedding,
+        )
+        require(
+            self.divide == 1 or not self.name.startswith(TIMM),
+            "model.divide",
+            f"1 for {self.name}: timm's networks have sizes under other names",
+            self.divide,
+        )
+        require(
+            self.width >= self.divide and self.width % self.divide == 0,
+            "model.width",
+            f"a multiple of model.divide ({self.divide})",
+            self.width,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TripletConfig:
+    """The triplet loss of verification and its identity-balanced batches."""
+
+    weight: float = 1.0
+    """Weight of the triplet loss. 0 leaves verification to the softmax loss (target.gamma) and its
+    margin, in ordinary batches: how face recognition is mostly trained.
+    """
+    margin: float = 0.4
+    "lambda of eq. 8."
+    mining: Literal["hard", "semihard", "all"] = "semihard"
+    "Which triplets of the batch count."
+    squared: bool = True
+    "Squared distances, as in eq. 8; false takes their roots."
+    reduction: Literal["mean", "nonzero", "sum"] = "mean"
+    "mean over the mined triplets, nonzero over those with a positive hinge."
+    normalize: bool = True
+    "Scale features to unit length first."
+    people: int = 32
+    "People of a batch."
+    pictures: int = 4
+    "Pictures of each person in a batch."
+
+    def __post_init__(self) -> None:
+        finite = math.isfinite(self.weight)
+        require(finite and self.weight >= 0, "triplet.weight", "0 or more", self.weight)
+        require(self.margin >= 0, "triplet.margin", "0 or more", self.margin)
+        require(self.people >= 2, "triplet.people", "at least 2", self.people)
+        require(self.pictures >= 2, "triplet.pictures", "at least 2", self.pictures)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A stretch of epochs at one learning rate."""
+
+    epochs: int
+    "Passes over the training pictures."
+    lr: float
+    "Learning rate."
+
+    def __post_init__(self) -> None:
+        require(self.epochs >= 1, "optim.phases: epochs", "at least 1", self.epochs)
+        require(math.isfinite(self.lr) and self.lr > 0, "optim.phases: lr", "more than 0", self.lr)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Nesterov SGD and its schedule, in steps of the optimiser."""
+
+    phases: list[Phase] = field(default_factory=lambda: [Phase(epochs=30, lr=0.1)])
+    "Schedule, one {epochs, lr} after another: the papers' 0.1 from scratch, 0.01 when initialised."
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate within a phase: its lr throughout, or half a cosine from it down to
+    final_lr_fraction of it.
+    """
+    final_lr_fraction: float = 0.0
+    "Share of the phase's lr at which its cosine ends."
+    warmup_epochs: float = 0.0
+    "Epochs at the start of the run over which the learning rate rises linearly from 0."
+    batch_size: int = 256
+    "Pictures of a batch; verification takes triplet.people x triplet.pictures instead."
+    accumulate: int = 1
+    """Batches of a step, whose mean gradient it takes. Batch normalisation and the mining of
+    triplets see one batch at a time.
+    """
+    momentum: float = 0.9
+    "Nesterov momentum."
+    weight_decay: float = 5e-4
+    "L2 penalty on every parameter that no_decay does not exempt."
+    no_decay: Literal["none", "norm_and_bias"] = "none"
+    "Parameters without the penalty: none, or those of the normalisations and all biases."
+    clip_norm: float | None = None
+    "Scale the gradient down to at most this norm; null leaves it."
+    ema: float | None = None
+    """Decay of the running average of the weights, which is then what is evaluated and kept (last/
+    has the trained weights too, to resume from); null keeps the trained weights.
+    """
+
+    def __post_init__(self) -> None:
+        require(len(self.phases) > 0, "optim.phases", "at least one {epochs, lr}", self.phases)
+        require(self.batch_size >= 2, "optim.batch_size", "at least 2", self.batch_size)
+        require(0 < self.momentum < 1, "optim.momentum", "0 < x < 1 (Nesterov)", self.momentum)
+        require(self.accumulate >= 1, "optim.accumulate", "at least 1", self.accumulate)
+        final, warmup = self.final_lr_fraction, self.warmup_epochs
+        require(0 <= final <= 1, "optim.final_lr_fraction", "0 <= x <= 1", final)
+        epochs = sum(phase.epochs for phase in self.phases)
+        require(
+            0 <= warmup <= epochs,
+            "optim.warmup_epochs",
+            f"from 0 to the epochs of all phases ({epochs})",
+            warmup,
+        )
+        ema = self.ema
+        require(ema is None or 0 < ema < 1, "optim.ema", "0 < x < 1, or null", ema)
+        require(self.weight_decay >= 0, "optim.weight_decay", "0 or more", self.weight_decay)
+        clip = self.clip_norm
+        require(clip is None or clip > 0, "optim.clip_norm", "more than 0, or null", clip)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Where and how a run computes, and when it stops; none of it changes what is optimised."""
+
+    threads: int = 0
+    "Processor threads; 0 leaves torch's own choice."
+    device: str = "cpu"
+    "torch device, as cpu or cuda:0."
+    deterministic: bool = True
+    "Deterministic algorithms only; exact resume needs it."
+    log_every: int = 10
+    "Steps between two lines of metrics.jsonl; terms are read from the device only then."
+    eval_every: int = 1
+    "Epochs between two evaluations; the end of each phase is always evaluated."
+    early_stop: int | None = None
+    """Stop after this many evaluations in a row without a better metric on the pictures that
+    data.validation_fraction holds out; null trains every epoch.
+    """
+    save_every: int = 200
+    "Steps between two checkpoints; the end of each epoch always saves one."
+    drop_last: bool = True
+    "Leave out the last batch of an epoch when it is not full."
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the networks' training passes by torch.autocast; float16 scales the loss and
+    skips steps that overflow. Weights, losses and evaluations stay float32.
+    """
+    channels_last: bool = True
+    "Keep the channels of a pixel side by side in memory; false keeps planes, torch's default."
+    compile: bool = False
+    "torch.compile student and teacher for training."
+    tensorboard: bool = False
+    "Also write the journal's numbers for TensorBoard, in RUN/tensorboard (extra tensorboard)."
+
+    def __post_init__(self) -> None:
+        require(self.threads >= 0, "train.threads", "0 or more", self.threads)
+        for name in ("log_every", "eval_every", "save_every"):
+            require(getattr(self, name) >= 1, f"train.{name}", "at least 1", getattr(self, name))
+        stop = self.early_stop
+        require(stop is None or stop >= 1, "train.early_stop", "at least 1, or null", stop)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """How results are measured."""
+
+    normalizer: Literal["interocular", "diagonal", "side"] = "interocular"
+    "What landmark errors are divided by: eye distance, or diagonal or side of the picture."
+    gallery: str | None = None
+    """Run folder of another network, such as the teacher, whose features are searched by this one's
+    (verification; RUN/best: its best weights); @NAME is the run beside this one. Adds the metrics
+    asym_...; changes nothing that is trained.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run."""
+
+    task: Literal["classification", "alignment", "verification"] = "classification"
+    "What is trained: eq. 2-4, eq. 6-7 or eq. 8-9 of arXiv 1709.02929."
+    seed: int = 0
+    "Seed of the weights, the order of pictures and their crops."
+    fused: bool = True
+    "false runs every kdkernels op on backend eager."
+    init_from: str | None = None
+    """Run folder whose last weights start the network (RUN/best: its best); @NAME is the run
+    beside this one.
+    """
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
+    triplet: TripletConfig = field(default_factory=TripletConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        known = f"target.{', '.join(TEACHER_WEIGHTS[:-1])} and {TEACHER_WEIGHTS[-1]}"
+        if self.target.needs_teacher and self.teacher.run is None:
+            raise ConfigError(
+                f"{known} need a teacher: set --teacher to its run folder, or the weights to 0"
+            )
+        if self.head.needs_teacher and self.teacher.run is None:
+            raise ConfigError(
+                "head.margin distillation and head.update adaptive need a teacher: set --teacher "
+                "to its run folder"
+            )
+        if self.teacher.run is not None and not self.needs_teacher:
+            raise ConfigError(f"teacher is set but {known} are all 0: weigh one, or drop it")
+        if self.head.update == "none" and self.head.run is None and self.init_from is None:
+            raise ConfigError(
+                "head.update none would freeze a random classifier: name the run that it comes "
+                "from with head.run, or train it (head.update gradient)"
+            )
+        self._check_relations()
+        check_teachers(self.target, self.teacher, self.head.needs_teacher)
+        check_sizes(self.target, self.data.input_size, self.teacher_side, self.data.crop_side)
+        if self.eval.gallery is not None and self.task != "verification":
+            raise ConfigError(
+                f"eval.gallery: features are searched in task verification, got {self.task}; set "
+                "eval.gallery to null"
+            )
+        if self.target.hint and self.task != "classification":
+            raise ConfigError(
+                f"target.hint is a stage before classification, got task {self.task}: set task to "
+                "classification (the teacher may be of any task)"
+            )
+        if self.train.early_stop is not None and not self.data.validation_fraction:
+            raise ConfigError(
+                "train.early_stop: needs held-out pictures to judge by, as the test split must not "
+                "decide; set data.validation_fraction above 0, or train.early_stop to null"
+            )
+        if self.task == "classification":
+            if self.data.split == "identity":
+                raise ConfigError(
+                    "data.split identity tests on people without a class of their own: "
+                    "use identity:random, random or file: for classification"
+                )
+            require(
+                self._has_other_loss,
+                "target.gamma",
+                "more than 0 for classification, unless a target of the teacher has a weight",
+                self.target.gamma,
+            )
+
+        if self.task == "verification" and not (self.triplet.weight or self._has_other_loss):
+            raise ConfigError(
+                "triplet.weight 0 leaves verification without a loss: raise it or target.gamma"
+            )
+
+    @property
+    def needs_teacher(self) -> bool:
+        """True when a target with weight, or the head, asks the teacher."""
+        return self.target.needs_teacher or self.head.needs_teacher
+
+    @property
+    def balanced(self) -> bool:
+        """True where a batch is triplet.people x triplet.pictures: where triplets are mined."""
+        return self.task == "verification" and self.triplet.weight > 0
+
+    @property
+    def _has_other_loss(self) -> bool:
+        return self.target.gamma > 0 or self.target.needs_teacher
+
+    def runs(self) -> dict[str, str]:
+        """What names a run that this one reads, by the name of the input; see named_runs."""
+        return named_runs(lambda key: attrgetter(key)(self))
+
+    def _check_relations(self) -> None:
+        """RKD compares three pictures at least: two are always one mean distance apart."""
+        batch, key = self.optim.batch_size, "optim.batch_size"
+        for name in ("rkd_distance", "rkd_angle"):
+            if getattr(self.target, name) and not self.balanced and batch < 3:
+                raise ConfigError(
+                    f"target.{name} compares at least 3 pictures of a batch, and {key} is {batch}: "
+                    f"raise it, or set target.{name} to 0"
+                )
+
+    @property
+    def teacher_side(self) -> int:
+        """Side of the pictures that the teacher is asked on."""
+        own = self.teacher.input_size
+        return self.data.input_size if own is None else own
+
+
+def named_runs(get: Callable[[str], Any]) -> dict[str, str]:
+    """The runs that settings name, by the name of the input: RUN_SETTINGS, NAME_1, NAME_2 ... for
+    the entries of a list. get: the value of a dotted key.
+    """
+    found: dict[str, str] = {}
+    for name, key in RUN_SETTINGS.items():
+        value = get(key)
+        if isinstance(value, list):
+            found |= {f"{name}_{place}": run for place, run in enumerate(value, 1)}
+        elif value is not None:
+            found[name] = value
+    return found
+
+
+def run_folder(name: str, run_dir: Path) -> Path:
+    """The folder that a setting of RUN_SETTINGS names; @NAME is the run beside run_dir."""
+    return run_dir.parent / name[1:] if name.startswith("@") else Path(name)

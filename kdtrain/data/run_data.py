@@ -1,0 +1,281 @@
+"""A run's pictures: source, split and store put together, served as device batches for training
+and evaluation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdtrain.config import Config, DataConfig
+from kdtrain.data.build import build_source
+from kdtrain.data.resize import area_average, shrink
+from kdtrain.data.samplers import balanced_batches, random_batches
+from kdtrain.data.source import FaceSource
+from kdtrain.data.split import hold_out, split_indices, training_labels
+from kdtrain.data.store import PictureStore
+from kdtrain.data.transforms import Frame, augment, center, to_original, whole_view
+
+EVAL_BATCH = 256
+
+
+class Batch(NamedTuple):
+    """One training step's input on the device, and the seconds spent waiting for its pictures
+    (augmentation is computing, not waiting).
+    """
+
+    pictures: Tensor
+    """(B, 3, s, s) float32 in [0, 255]."""
+    labels: Tensor
+    """(B,) int64."""
+    points: Tensor | None
+    """(B, 5, 2) landmarks in pixels of the crop."""
+    waited_s: float
+    flipped: Tensor
+    """(B,) bool: which are mirrored."""
+    teacher_pictures: Tensor | None = None
+    """(B, 3, t, t): the same crops as the teacher sees them, where it reads another size."""
+
+    @property
+    def seen(self) -> Tensor:
+        """The pictures that the teacher reads."""
+        return self.pictures if self.teacher_pictures is None else self.teacher_pictures
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalBatch:
+    """Pictures of one split as evaluation sees them. N pictures, network input side s."""
+
+    pictures: Tensor
+    """(N, 3, s, s) float32 in [0, 255]: centre crops."""
+    labels: Tensor
+    """(N,) person."""
+    indices: Tensor
+    """(N,) place in the source."""
+    sizes: Tensor
+    """(N, 2) original width and height."""
+    points_original: Tensor | None = None
+    """(N, 5, 2) landmarks in original pixels."""
+    groups: Tensor | None = None
+    """(N,) video that a picture comes from."""
+    to_original: Callable[[Tensor], Tensor] | None = None
+    """Maps (N, 5, 2) crop pixels to original ones: a scale and an offset per picture and axis."""
+
+
+class Views(NamedTuple):
+    """One crop and flip of each of B pictures, at the size of either network."""
+
+    pictures: Tensor
+    """(B, 3, s, s) float32 in [0, 255]."""
+    points: Tensor | None
+    """(B, 5, 2) landmarks in pixels of `pictures`."""
+    flipped: Tensor
+    """(B,) bool: which are mirrored."""
+    teacher_pictures: Tensor | None
+    """(B, 3, t, t); None where there is no teacher, or it reads `pictures`."""
+
+
+def training_views(
+    stored: Tensor, points: Tensor | None, indices: Tensor, config: Config, phase: int, epoch: int
+) -> Views:
+    """The augmented crops of stored pictures (B, 3, S, S) uint8, for student and teacher; see
+    data.augment and data.shrink.
+    """
+    crops, points, frame = augment(
+        stored,
+        points,
+        indices,
+        seed=config.seed,
+        phase=phase,
+        epoch=epoch,
+        config=config.augment,
+        input_size=config.data.crop_side,
+    )
+    pictures, smaller, _ = shrink(crops, points, frame, config.data.input_size)
+    theirs = None
+    if config.teacher.run is not None and config.teacher_side != config.data.input_size:
+        theirs, _, _ = shrink(crops, None, frame, config.teacher_side)
+    return Views(pictures, smaller, frame.flipped, theirs)
+
+
+def shared_source(data: DataConfig, sources: dict[DataConfig, FaceSource]) -> FaceSource:
+    """The source of a data section, from `sources` where one was read alike before: how pictures
+    are split, resized and kept makes no other source.
+    """
+    read = DataConfig(
+        kind=data.kind,
+        root=data.root,
+        split=data.split if data.split.startswith("file:") else "random",
+        on_error=data.on_error,
+        people=data.people,
+        pictures=data.pictures,
+        synthetic_seed=data.synthetic_seed,
+        store_size=data.store_size,
+        input_size=data.store_size,
+        landmark_file=data.landmark_file,
+        workers=data.workers,
+    )
+    if read not in sources:
+        sources[read] = build_source(read)
+    return sources[read]
+
+
+def split(source: FaceSource, config: Config) -> tuple[Tensor, Tensor]:
+    """Training and test indices; identity:random is the random split within the training people of
+    identity.
+    """
+    data = config.data
+    if data.split != "identity:random":
+        return split_indices(source, data)
+    people, _ = split_indices(source, replace(data, split="identity"))
+    train, test = split_indices(source, replace(data, split="random"))
+    return train[torch.isin(train, people)], test[torch.isin(test, people)]
+
+
+def parts(source: FaceSource, config: Config) -> tuple[Tensor, Tensor, Tensor]:
+    """Training, validation and test indices: `split` with data.validation_fraction of the first
+    part held out.
+    """
+    train, test = split(source, config)
+    train, validation = hold_out(source, train, config.data)
+    return train, validation, test
+
+
+def data_key(fingerprint: str, train: Tensor, test: Tensor) -> str:
+    """Names the pictures and their split: the source's fingerprint and both index lists (int64)."""
+    digest = hashlib.sha256(fingerprint.encode())
+    for part in (train, test):
+        digest.update(part.numpy().tobytes())
+        digest.update(b"|")
+    return digest.hexdigest()
+
+
+def people_key(names: Iterable[str], data: DataConfig) -> str:
+    """16 hex digits over the people, named in the order of their classes; drawn people by their
+    seed too, as their names are numbers.
+    """
+    names = list(names)
+    if data.kind == "synthetic":
+        names.append(f"drawn from seed {data.synthetic_seed}")
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+
+
+class RunData:
+    """The pictures of one run and how they are cut into batches.
+
+    Everything served is a pure function of the config and of (phase, epoch, step), so a resumed
+    run meets the same pictures.
+    """
+
+    def __init__(self, config: Config, source: FaceSource | None = None) -> None:
+        """source: taken instead of building it from config.data."""
+        self.config = config
+        self.source = build_source(config.data) if source is None else source
+        self.train, self.validation, self.test = parts(self.source, config)
+        self.key = data_key(self.source.fingerprint(), self.train, self.test)
+        self.labels = training_labels(self.source, self.train, config.data)
+        self.device = torch.device(config.train.device)
+        self.store = PictureStore(
+            self.source, config.data.store_size, config.data.cache, config.data.workers
+        )
+        landmarks = self.source.landmarks
+        self.points = None if landmarks is None else self.store.landmarks_in_store()
+
+    def epoch(self, number: int) -> list[Tensor]:
+        """Index lists of the batches of epoch `number`, counted from the start of the run."""
+        config = self.config
+        if config.balanced:
+            people, pictures = config.triplet.people, config.triplet.pictures
+            return balanced_batches(self.train, self.labels, people, pictures, config.seed, number)
+        return random_batches(
+            self.train, config.optim.batch_size, config.seed, number, config.train.drop_last
+        )
+
+    def batch(self, indices: Tensor, phase: int, epoch: int, following: Tensor | None) -> Batch:
+        """The augmented pictures of one step; `following` are read ahead where pictures are not
+        kept in memory.
+        """
+        started = time.perf_counter()
+        stored = self.store.get(indices)
+        waited_s = time.perf_counter() - started
+        if following is not None:
+            self.store.prefetch(following)
+        points = None if self.points is None else self.points[indices].to(self.device)
+        views = training_views(stored.to(self.device), points, indices, self.config, phase, epoch)
+        labels = self.labels[indices].to(self.device)
+        pictures, points, flipped, theirs = views
+        return Batch(pictures, labels, points, waited_s, flipped, theirs)
+
+    def teacher_view(self, indices: Tensor, mirrored: bool) -> Tensor:
+        """What the teacher sees of the pictures `indices` where training has no other views of them
+        (data.fixed_views).
+        """
+        data = self.config.data
+        stored = self.store.get(indices).to(self.device)
+        crops = whole_view(stored, mirrored, input_size=data.crop_side, config=self.config.augment)
+        side = self.config.teacher_side
+        return crops if side == data.crop_side else area_average(crops, side)
+
+    def evaluation(self, indices: Tensor) -> Iterator[EvalBatch]:
+        """Centre crops of the pictures `indices`, in order."""
+        source, data = self.source, self.config.data
+        for part in indices.split(EVAL_BATCH):
+            stored = self.store.get(part).to(self.device)
+            points = None if self.points is None else self.points[part].to(self.device)
+            crop = center(stored, points, data.crop_side, self.config.augment)
+            pictures, _, frame = shrink(*crop, data.input_size)
+            sizes = source.sizes[part]
+            yield EvalBatch(
+                pictures=pictures,
+                labels=source.labels[part].to(self.device),
+                points_original=None if source.landmarks is None else source.landmarks[part],
+                indices=part,
+                groups=None if source.groups is None else source.groups[part],
+                to_original=partial(
+                    _to_original, frame=frame, sizes=sizes, store_size=data.store_size
+                ),
+                sizes=sizes,
+            )
+
+    @property
+    def held_out(self) -> Tensor:
+        """The pictures that evaluations during training see: the validation part, else the test
+        split.
+        """
+        return self.validation if len(self.validation) else self.test
+
+    def unseen(self) -> int:
+        """Test pictures of people without a training picture: none can be classified right."""
+        labels = self.source.labels
+        return int((~torch.isin(labels[self.test], labels[self.train])).sum())
+
+    def names(self, indices: Tensor, limit: int = 4) -> str:
+        """The first pictures of a batch by name, for messages."""
+        shown = [self.source.names[int(i)] for i in indices[:limit]]
+        rest = len(indices) - len(shown)
+        return ", ".join(shown) + (f" and {rest} more" if rest else "")
+
+    def summary(self) -> dict[str, object]:
+        """What results.json says about the pictures."""
+        return {
+            "name": self.source.name,
+            "pictures": self.source.num_pictures,
+            "classes": self.source.num_classes,
+            "train": len(self.train),
+            "validation": len(self.validation),
+            "test": len(self.test),
+            "test_of_unseen_people": self.unseen(),
+            "skipped": len(self.source.skipped),
+            "people_key": people_key(self.source.class_names, self.config.data),
+        }
+
+
+def _to_original(points: Tensor, *, frame: Frame, sizes: Tensor, store_size: int) -> Tensor:
+    return to_original(points, frame, sizes, store_size)

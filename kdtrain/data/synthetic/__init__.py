@@ -1,0 +1,1 @@
+"""Synthetic faces, rendered from parameters: geometry, parameters, renderer and the source."""

@@ -1,0 +1,85 @@
+"""Synthetic faces as a FaceSource: people x pictures, every picture drawn independently, landmarks
+exact.
+
+How they are made: face_parameters (what is drawn), face_geometry (where it lies), face_renderer
+(how it is painted).
+
+Measured on 350 people x 16 pictures of 36 pixels, centre crops of 32, random 80/20 split:
+raw-pixel nearest neighbour test -> train 19.6 %, within the test split 10.4 %; identity explains
+1 % of the landmarks' variance; the mean shape is off by 35 % of the eye distance under 0.85-0.95
+crops; a linear classifier on 8x8 thumbnails reaches 25 %.
+"""
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from kdtrain.data.source import FaceSource
+from kdtrain.data.synthetic.geometry import landmarks
+from kdtrain.data.synthetic.parameters import person_parameters, picture_parameters
+from kdtrain.data.synthetic.renderer import render_faces
+
+VERSION = 1  # part of every name, so of the fingerprint: raise it when a picture's pixels change
+_CHUNK_PIXELS = (
+    12 * 72 * 72
+)  # planes of this many floats stay in a core's cache: 1.1 against 2.0 ms a picture
+
+
+def draw_faces(seed: int, people: Tensor, pictures: Tensor) -> dict[str, Tensor]:
+    """Returns all cues, name -> (N,) float64, of the given pictures of the given people (int64,
+    (N,)).
+    """
+    return {**person_parameters(seed, people), **picture_parameters(seed, people, pictures)}
+
+
+def synthetic_faces(*, people: int, pictures: int, seed: int, size: int) -> FaceSource:
+    """Returns a FaceSource of `people` synthetic people with `pictures` pictures each, size x size
+    pixels.
+
+    Picture i of person p depends on (seed, p, i) and size only: not on how many others there are,
+    nor on batches. Raises ValueError when there are fewer than 2 people, no picture, or a size
+    under 16.
+    """
+    for what, value, least in (
+        ("people", people, 2),
+        ("pictures", pictures, 1),
+        ("size", size, 16),
+    ):
+        if value < least:
+            raise ValueError(f"synthetic_faces: {what} must be at least {least}, got {value}")
+    person_of = torch.arange(people).repeat_interleave(pictures)
+    number_of = torch.arange(pictures).repeat(people)
+
+    def render(indices: Tensor) -> Tensor:
+        chunks = indices.split(max(1, _CHUNK_PIXELS // (4 * size * size)))
+        done = []
+        for chunk in chunks:
+            person, number = person_of[chunk], number_of[chunk]
+            cues = draw_faces(seed, person, number)
+            done.append(render_faces(cues, seed, person, number, size))
+        return torch.cat(done)
+
+    def read(picture: int) -> Image.Image:
+        drawn = render(torch.tensor([picture]))[0].permute(1, 2, 0).contiguous()
+        return Image.fromarray(drawn.numpy())
+
+    points = torch.cat(
+        [
+            landmarks(draw_faces(seed, person, number), size).float()
+            for person, number in zip(person_of.split(4096), number_of.split(4096), strict=True)
+        ]
+    )
+    return FaceSource(
+        name="synthetic",
+        names=[
+            f"synthetic-{VERSION}/{seed}/{person:06d}/{number:04d}"
+            for person in range(people)
+            for number in range(pictures)
+        ],
+        labels=person_of,
+        class_names=[f"{person:06d}" for person in range(people)],
+        landmarks=points,
+        sizes=torch.full((people * pictures, 2), size, dtype=torch.int64),
+        read=read,
+        read_batch=render,
+    )

@@ -1,0 +1,225 @@
+"""What a method costs: its training in epochs and pictures, its network in parameters,
+multiply-adds and pictures a second.
+
+The classifier is dropped for verification, so it is counted apart and not timed.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from kdtrain.config import Config, DataConfig
+from kdtrain.config.networks import network_title
+from kdtrain.data import FaceSource
+from kdtrain.experiments import dryrun
+from kdtrain.experiments.comparison.request import Request, RunOf, chain, inputs_of
+from kdtrain.experiments.estimate import batches_of_epoch
+from kdtrain.experiments.timing import batch_pictures
+from kdtrain.models.network import FaceNetwork, count_parameters, multiply_adds
+from kdtrain.training import checkpoint
+from kdtrain.training.environment import environment
+from kdtrain.training.preparation import load_network
+
+BATCHES = (1, 64)
+ROUNDS = 15
+LEAST_ROUNDS = 5
+CALL_S = 0.02
+"""One network is timed at least so long before the next one has its turn, seconds."""
+ALL_S = 120.0
+"""After so long no further round is begun, seconds."""
+FILE = "speed.json"
+
+
+class Length(NamedTuple):
+    """How long a method was trained."""
+
+    epochs: int
+    pictures: int
+    """Seen in training, with repetition."""
+    start_epochs: int
+    """Epochs of the run whose weights it starts from, and of that one's start."""
+    needs: tuple[str, ...]
+    """Every other run that it needs, inputs first."""
+
+
+class Size(NamedTuple):
+    """What a network is made of."""
+
+    name: str
+    side: int
+    backbone: int
+    """Parameters without the heads."""
+    head: int
+    """Parameters of the heads, which verification drops."""
+    multiply_adds: int
+    """Of the backbone, for one picture."""
+
+
+@dataclass(frozen=True)
+class Quartiles:
+    """Pictures a second over the rounds."""
+
+    low: float
+    median: float
+    high: float
+
+
+Speeds = Mapping[int, Quartiles]
+"""By pictures of a call."""
+
+
+def lengths(request: Request, configs: Mapping[RunOf, Config], second: bool) -> dict[RunOf, Length]:
+    """How long each run of the first seed on one data source is trained."""
+    sources: dict[DataConfig, FaceSource] = {}
+    counts: dict[object, dryrun.Counts] = {}
+    found: dict[RunOf, Length] = {}
+    for run, config in configs.items():
+        if run.seed != request.seeds[0] or run.second != second:
+            continue
+        what = (config.data, config.balanced)
+        if what not in counts:
+            counts[what] = dryrun.counted(config, sources)
+        seen = counts[what]
+        epochs = sum(phase.epochs for phase in config.optim.phases)
+        batches = batches_of_epoch(config, seen.train)
+        if config.balanced and seen.epoch_batches:
+            batches = seen.epoch_batches
+        start = inputs_of(request.recipes[run.method], ("init_from",))
+        before = 0
+        for name in start:  # inputs come first
+            theirs = found[RunOf(name, run.seed, None, second)]
+            before = theirs.epochs + theirs.start_epochs
+        needs = [one.method for one in chain(request, run)][:-1]
+        pictures = epochs * batches * batch_pictures(config)
+        found[run] = Length(epochs, pictures, before, tuple(dict.fromkeys(needs)))
+    return found
+
+
+def other_lengths(found: Mapping[str, Length]) -> dict[str, str]:
+    """A note for each method whose own training is longer or shorter than most."""
+    if not found:
+        return {}
+    usual = statistics.median_low([length.epochs for length in found.values()])
+    notes = {}
+    for name, length in found.items():
+        if length.epochs != usual:
+            word = "longer" if length.epochs > usual else "shorter"
+            notes[name] = f"{word} training: {length.epochs} epochs, most have {usual}"
+    return notes
+
+
+def network_key(config: Config) -> str:
+    """Names the networks that cost the same: those of one `model` and input size."""
+    return json.dumps([asdict(config.model), config.data.input_size], sort_keys=True)
+
+
+def size_of(folder: Path, config: Config) -> Size:
+    """The size of a finished run's network."""
+    network = load_network(folder)
+    backbone = count_parameters(network.backbone)
+    side = config.data.input_size
+    return Size(
+        network_title(asdict(config.model)),
+        side,
+        backbone,
+        count_parameters(network) - backbone,
+        multiply_adds(network, side, heads=False),
+    )
+
+
+def speeds(
+    root: Path,
+    runs: Mapping[str, tuple[Path, Config]],
+    say: Callable[[str], None],
+) -> tuple[dict[str, Speeds], str]:
+    """Pictures a second of each network, by its key, and how they were measured.
+
+    runs: a finished run folder of each network, with its config. Measured again, all together,
+    when one of them is not in root/speed.json, or another machine or thread count wrote it.
+    """
+    if not runs:
+        return {}, ""
+    config = next(iter(runs.values()))[1]
+    about = environment(config)
+    threads = torch.get_num_threads()
+    where = {name: about[name] for name in sorted(about)} | {"timing threads": threads}
+    kept = checkpoint.read_json(root / FILE) or {}
+    if kept.get("where") != where or not set(runs) <= set(kept.get("networks", {})):
+        say(f"timing the inference of {len(runs)} networks, {threads} threads")
+        device = torch.device(config.train.device)
+        loaded = {
+            key: (load_network(folder), own.data.input_size) for key, (folder, own) in runs.items()
+        }
+        found = measure(loaded, device)
+        networks = {
+            key: {str(batch): asdict(one) for batch, one in by.items()} for key, by in found.items()
+        }
+        kept = {"where": where, "networks": networks}
+        checkpoint.write_json(root / FILE, kept)
+    text = (
+        f"inference on {config.train.device} with {threads} threads, float32, backbone alone, "
+        "eval mode; the networks take turns; median of the rounds [quartiles]"
+    )
+    return {key: _speeds(kept["networks"][key]) for key in runs}, text
+
+
+def _speeds(record: Mapping[str, Any]) -> Speeds:
+    return {int(batch): Quartiles(**one) for batch, one in record.items()}
+
+
+def measure(
+    networks: Mapping[str, tuple[FaceNetwork, int]],
+    device: torch.device,
+    *,
+    batches: Sequence[int] = BATCHES,
+    rounds: int = ROUNDS,
+) -> dict[str, Speeds]:
+    """Pictures a second of networks (network, input side), in turns, so that whatever else the
+    machine does meets all of them.
+    """
+    calls = {}
+    for key, (network, side) in networks.items():
+        network.eval().to(device)
+        for batch in batches:
+            pictures = torch.rand(batch, 3, side, side, device=device) * 255
+            _timed(network, pictures, 2)
+            calls[key, batch] = network, pictures, _timed(network, pictures, 1)
+    found: dict[tuple[str, int], list[float]] = {place: [] for place in calls}
+    began = time.monotonic()
+    for number in range(rounds):
+        if number >= LEAST_ROUNDS and time.monotonic() - began > ALL_S:
+            break
+        for place, (network, pictures, once_s) in calls.items():
+            count = max(1, round(CALL_S / max(once_s, 1e-6)))
+            seconds = _timed(network, pictures, count)
+            found[place].append(count * len(pictures) / seconds)
+    return {key: {batch: _quartiles(found[key, batch]) for batch in batches} for key in networks}
+
+
+def _timed(network: FaceNetwork, pictures: torch.Tensor, count: int) -> float:
+    """Seconds of `count` calls."""
+    cuda = pictures.device.type == "cuda"
+    with torch.inference_mode():
+        if cuda:
+            torch.cuda.synchronize(pictures.device)
+        start = time.perf_counter()
+        for _ in range(count):
+            network.embed(pictures)
+        if cuda:
+            torch.cuda.synchronize(pictures.device)
+    return time.perf_counter() - start
+
+
+def _quartiles(values: Sequence[float]) -> Quartiles:
+    if len(values) < 2:
+        return Quartiles(values[0], values[0], values[0])
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Quartiles(low, median, high)

@@ -1,0 +1,375 @@
+"""What `--dry-run` says below the resolved config: each stage's network, steps, memory and time.
+
+Nothing is trained and nothing is written. The pictures are counted where they are; where they are
+not, --classes and --pictures say how many there would be, or the published size of a data set does.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from kdtrain.config import Config, ConfigError, DataConfig, ModelConfig, run_folder, settings
+from kdtrain.config.networks import network_title
+from kdtrain.data import DataError, FaceSource, balanced_batches
+from kdtrain.data.run_data import parts, shared_source
+from kdtrain.experiments.estimate import Estimate, estimate
+from kdtrain.experiments.order import wall_time
+from kdtrain.experiments.pipeline import Stage, cores
+from kdtrain.experiments.timing import batch_pictures, network_size
+from kdtrain.training import checkpoint
+from kdtrain.training.environment import environment
+from kdtrain.training.journal.journal import duration
+
+DAY_S = 86400.0
+COLUMNS = ("stage", "after", "network", "input", "parameters", "MACs", "teacher", "batch")
+COLUMNS += ("steps", "memory", "a step", "time")
+LEFT = 3  # columns that are words
+
+
+class Published(NamedTuple):
+    """A data set's size as its authors or the paper state it."""
+
+    name: str
+    people: int
+    pictures: int
+
+
+PUBLISHED = {
+    # arXiv 1709.02929, section 5.1; folders are matched by name, case and punctuation aside
+    "casiawebface": Published("CASIA-WebFace", 10_575, 494_414),
+    "celeba": Published("CelebA", 10_177, 202_599),
+    "msceleb1m": Published("MS-Celeb-1M", 100_000, 8_400_000),
+}
+
+
+class Counts(NamedTuple):
+    """How many pictures a run would see."""
+
+    classes: int
+    train: int
+    validation: int
+    test: int
+    epoch_batches: int | None
+    """Batches of an epoch where they are known."""
+    note: str
+    """Where the counts come from, if not from the pictures themselves."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A run to be estimated: its teacher's network is None where it has no teacher."""
+
+    name: str
+    config: Config
+    inputs: tuple[str, ...] = ()
+    teacher: ModelConfig | None = None
+    note: str = ""
+    more_teachers: tuple[ModelConfig, ...] = ()
+
+
+class Row(NamedTuple):
+    """What is known of a run; cost None where something is missing, which notes then say."""
+
+    run: Planned
+    cost: Estimate | None
+    notes: list[str]
+
+
+def show_run(config: Config, run_dir: Path, recipes: Path, options: Mapping[str, Any]) -> None:
+    """What `train --dry-run` prints: the config as YAML, its cost as comments below.
+
+    recipes: folder of the recipe. options: of the command line (classes, pictures).
+    """
+    print(settings.to_yaml(config), end="", flush=True)
+    run = planned(run_dir.name, config, run_dir, recipes)
+    print(comment([run], threads=torch.get_num_threads(), given=_stated(options)))
+
+
+def show_stages(stages: Sequence[Stage], root: Path, jobs: int, options: Mapping[str, Any]) -> None:
+    """What `pipeline --dry-run` prints: a YAML document a stage, their costs as comments below."""
+    configs = {stage.name: stage.config for stage in stages}
+    runs = []
+    for stage in stages:
+        needs = f" after {', '.join(stage.inputs)}" if stage.inputs else ""
+        print(f"---\n# {stage.name}{needs}\n{settings.to_yaml(stage.config)}", end="", flush=True)
+        run = planned(stage.name, stage.config, root / stage.name, configs)
+        runs.append(replace(run, inputs=stage.inputs))
+    threads = max(1, cores() // jobs)
+    print(comment(runs, threads=threads, jobs=jobs, given=_stated(options)))
+
+
+def _stated(options: Mapping[str, Any]) -> Published | None:
+    if options.get("classes") is None:
+        return None
+    return Published("given", options["classes"], options["pictures"])
+
+
+def comment(
+    runs: Sequence[Planned], *, threads: int, jobs: int = 1, given: Published | None = None
+) -> str:
+    """The table of `runs` as YAML comments, so that it can stand below a recipe.
+
+    threads: of each run that does not set its own. jobs: runs side by side. given: size of the
+    whole data set, for every run, where the user states it.
+    """
+    sources: dict[DataConfig, FaceSource] = {}
+    rows = [_row(run, threads, given, sources) for run in runs]
+    lines = _table(rows)
+    lines += ["", *_summary(rows, threads, jobs)]
+    notes: dict[str, list[str]] = {}
+    for row in rows:
+        for note in row.notes:
+            notes.setdefault(note, []).append(row.run.name)
+    lines += [f"{', '.join(names)}: {note}" for note, names in notes.items()]
+    return "\n".join(f"# {line}".rstrip() for line in lines)
+
+
+def planned(
+    name: str, config: Config, run_dir: Path, recipes: Mapping[str, Config] | Path
+) -> Planned:
+    """A run with the networks of its teachers; see teacher_of."""
+    teacher, note = teacher_of(config, run_dir, recipes)
+    notes, more = [note] if note else [], []
+    for run in config.teacher.more:
+        alone = replace(config.teacher, run=run, more=[], weights=None)
+        model, note = teacher_of(replace(config, teacher=alone), run_dir, recipes)
+        assert model is not None
+        more.append(model)
+        notes += [note] if note else []
+    return Planned(
+        name=name,
+        config=config,
+        teacher=teacher,
+        note="; ".join(notes),
+        more_teachers=tuple(more),
+    )
+
+
+def teacher_of(
+    config: Config, run_dir: Path, recipes: Mapping[str, Config] | Path
+) -> tuple[ModelConfig | None, str]:
+    """The network of the run that the config names, and a note where it had to be guessed.
+
+    It is looked for among `recipes` where these are the configs of a chain's stages; else in the
+    run folder, then in the folder `recipes` under @NAME. None for a run without teacher.
+    """
+    named = config.teacher.run
+    if named is None:
+        return None, ""
+    name = named.removeprefix("@").removesuffix("/best")
+    chained = named.startswith("@")
+    if chained and not isinstance(recipes, Path) and name in recipes:
+        return recipes[name].model, ""
+    folder = run_folder(named, run_dir)
+    files = [checkpoint.run_of(folder) / "config.yaml"]
+    if chained and isinstance(recipes, Path):
+        # recipes/<preset>/tables/ takes its teachers from the preset above it
+        files += [recipes / f"{name}.yaml", recipes.parent / f"{name}.yaml"]
+    for file in files:
+        if file.is_file():
+            return settings.build(settings.read_recipe(file)).model, ""
+    note = f"no run {named} yet: its network is taken to be the student's, undivided"
+    return replace(config.model, divide=1), note
+
+
+def count(
+    config: Config,
+    given: Published | None = None,
+    sources: dict[DataConfig, FaceSource] | None = None,
+) -> Counts | str:
+    """Classes and pictures that the run would see, or what is missing to know them.
+
+    given: counts that the user states. sources: those read before, by their data section.
+    """
+    data = config.data
+    if given is not None:
+        return _published(config, given, "")
+    if data.kind == "synthetic" or Path(data.root or "").is_dir():
+        try:
+            return counted(config, {} if sources is None else sources)
+        except (DataError, ValueError) as error:
+            return str(error)
+    known = PUBLISHED.get(re.sub("[^a-z0-9]", "", Path(data.root or "").name.lower()))
+    if known is None and data.kind == "celeba":
+        known = PUBLISHED["celeba"]
+    if known is None:
+        return (
+            f"no folder {data.root} (data.root), so nothing can be counted; state the size with "
+            "--classes N --pictures N"
+        )
+    note = f"no folder {data.root}: counted as published, {known.name} with {known.people:,} people"
+    return _published(config, known, f"{note} and {known.pictures:,} pictures")
+
+
+def counted(config: Config, sources: dict[DataConfig, FaceSource]) -> Counts:
+    """The same from the pictures themselves; raises DataError or ValueError where they are not."""
+    source = shared_source(config.data, sources)
+    train, validation, test = parts(source, config)
+    batches = None
+    if config.balanced:
+        people, pictures = config.triplet.people, config.triplet.pictures
+        batches = len(balanced_batches(train, source.labels, people, pictures, config.seed, 0))
+    return Counts(source.num_classes, len(train), len(validation), len(test), batches, "")
+
+
+def _published(config: Config, size: Published, note: str) -> Counts:
+    """The split of a data set of which only the size is known."""
+    data, pictures = config.data, size.pictures
+    test = round(data.test_fraction * pictures)
+    train = pictures - test
+    if data.split == "identity:random":
+        train, test = (round((1 - data.test_fraction) * part) for part in (train, test))
+    validation = round(data.validation_fraction * train)
+    return Counts(size.people, train - validation, validation, test, None, note)
+
+
+def _row(
+    run: Planned,
+    threads: int,
+    given: Published | None,
+    sources: dict[DataConfig, FaceSource],
+) -> Row:
+    notes = [run.note] if run.note else []
+    counts = count(run.config, given, sources)
+    if isinstance(counts, str):
+        return Row(run, None, [*notes, counts])
+    if counts.note:
+        notes.append(counts.note)
+    if sys.stderr.isatty():
+        print(f"timing {run.name}", file=sys.stderr)
+    own = run.config.train.threads or threads
+    try:
+        cost = estimate(
+            run.config,
+            classes=counts.classes,
+            pictures=counts.train,
+            test_pictures=counts.test,
+            validation_pictures=counts.validation,
+            teacher=run.teacher,
+            more_teachers=run.more_teachers,
+            threads=own,
+            epoch_batches=counts.epoch_batches,
+        )
+    except ConfigError as error:
+        cost, text = None, str(error)
+        notes.append(f"{text}; {_sizes(run, counts.classes)}")
+    else:
+        if run.config.teacher.cache != "none":
+            notes.append(
+                "counted as if the teacher were asked at every step; a run that finds its answers "
+                "in teacher.cache takes less"
+            )
+        if cost.scaled:
+            notes.append(
+                f"timed on {cost.timed_batch} of {cost.batch} pictures a batch and scaled, as a "
+                "whole batch takes too long or too much memory here"
+            )
+    return Row(run, cost, notes)
+
+
+def _sizes(run: Planned, classes: int) -> str:
+    """What can be said of a run that cannot be timed here."""
+    size = network_size(run.config, run.config.model, classes)
+    return f"{_short(size.parameters)} parameters, {_short(size.multiply_adds)} multiply-adds"
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    cells = [COLUMNS, *(_cells(row) for row in rows)]
+    unused = [k for k in range(len(COLUMNS)) if all(c[k] in ("", "-") for c in cells[1:])]
+    kept = [k for k in range(len(COLUMNS)) if k not in unused]
+    widths = {k: max(len(line[k]) for line in cells) for k in kept}
+    return [
+        "  ".join(
+            line[k].ljust(widths[k]) if k < LEFT or k == 6 else line[k].rjust(widths[k])
+            for k in kept
+        )
+        for line in cells
+    ]
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    config, cost = row.run.config, row.cost
+    teachers = [] if row.run.teacher is None else [row.run.teacher, *row.run.more_teachers]
+    teacher = " + ".join(map(network_name, teachers))
+    if teacher and config.teacher_side != config.data.input_size:
+        teacher += f" at {config.teacher_side}"
+    head = (row.run.name, ", ".join(row.run.inputs), network_name(config.model))
+    head += (str(config.data.input_size),)
+    batch = str(batch_pictures(config))
+    if config.optim.accumulate > 1:
+        batch = f"{config.optim.accumulate} x {batch}"
+    if cost is None:
+        return (*head, "-", "-", teacher, batch, "-", "-", "-", "-")
+    return (
+        *head,
+        _short(cost.parameters),
+        _short(cost.multiply_adds),
+        teacher,
+        batch,
+        f"{cost.steps:,}",
+        _bytes(cost.memory_bytes),
+        f"{cost.step_s:.3g} s",
+        long_duration(cost.total_s),
+    )
+
+
+def _summary(rows: Sequence[Row], threads: int, jobs: int) -> list[str]:
+    config = rows[0].run.config
+    costs = {row.run.name: row.cost for row in rows if row.cost is not None}
+    if not costs:
+        return ["nothing could be timed"]
+    used = sorted({row.run.config.train.threads or threads for row in rows})
+    place = f"{config.train.device}, {environment(config)['device']}"
+    lines = [
+        f"timed here, one run at a time ({place}, threads: {', '.join(map(str, used))}), on random "
+        "pictures; not counted: decoding,",
+        "neighbour search and floors, and what jobs side by side cost each other",
+    ]
+    total = sum(costs.values())
+    assert isinstance(total, Estimate)
+    if len(rows) > 1:
+        wall_s = wall_time(
+            {name: cost.total_s for name, cost in costs.items()},
+            {row.run.name: row.run.inputs for row in rows},
+            jobs,
+        )
+        missing = f" ({len(rows) - len(costs)} unknown)" if len(costs) < len(rows) else ""
+        lines.append(
+            f"in all: {total.steps:,} steps, {long_duration(total.total_s)} of training in "
+            f"{len(costs)} runs{missing}, {long_duration(wall_s)} on the clock with --jobs {jobs}"
+        )
+    return lines
+
+
+def network_name(model: ModelConfig) -> str:
+    """'ResNet-50/8': depth, base kernels where they are not 64, division."""
+    name, slash, divide = network_title(asdict(model)).partition("/")
+    width = f" w{model.width}" if model.name == "resnet" and model.width != 64 else ""
+    return name + width + slash + divide
+
+
+def long_duration(seconds: float) -> str:
+    """'1:06:40', or '226 days' from two days on."""
+    return duration(seconds) if seconds < 2 * DAY_S else f"{seconds / DAY_S:,.1f} days"
+
+
+def _short(number: float) -> str:
+    """25_557_032 -> '25.6 M'."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(int(number))
+
+
+def _bytes(number: float) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number / 1024:.0f} KiB"

@@ -1,0 +1,257 @@
+"""The whole chain: a preset's recipes as stages with inputs, their keys, and what is
+reused.
+
+A preset is a folder of recipes. A recipe that names a run (config.RUN_SETTINGS) as @NAME takes
+stage NAME as an input; stages run in an order that respects this. Stages run as processes of their
+own (scheduler.py), each in its own run folder below the root.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from kdtrain.config import RUN_SETTINGS, Config, ConfigError, DataConfig, settings
+from kdtrain.config.program import cores
+from kdtrain.experiments.order import longest_chain_first
+from kdtrain.experiments.scheduler import Outcome, Overview, Work, run_all
+from kdtrain.reports.chain_table import result_table
+from kdtrain.training import checkpoint, keys
+from kdtrain.training.journal import journal
+from kdtrain.training.journal.journal import duration, number
+
+if TYPE_CHECKING:
+    from kdtrain.data import FaceSource
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of the chain: its name, config, and the stages whose networks it reads."""
+
+    name: str
+    config: Config
+    inputs: tuple[str, ...]
+    seconds: float = 0.0
+    """Estimated training time; 0 where it is not known."""
+
+    @property
+    def cost(self) -> float:
+        """A weight for the order of stages and the time left."""
+        return self.seconds or _cost(self.config)
+
+
+def inputs_of(config: Config) -> tuple[str, ...]:
+    """The stages beside it that a stage reads."""
+    named = [run[1:] for run in config.runs().values() if run.startswith("@")]
+    return tuple(dict.fromkeys(named))
+
+
+def plan(
+    preset: str,
+    common: Mapping[str, Any],
+    special: Mapping[str, Mapping[str, Any]],
+    divide: int | None = None,
+) -> list[Stage]:
+    """The stages of a preset in an order that can be run.
+
+    preset: a packaged one or a folder of recipes. common: dotted keys for every stage; special: by
+    stage name, on top.
+    divide: the students' division of kernels. With data.split identity, classification is split by
+    picture among the training people (identity:random), as nobody can be classified without a
+    class. Raises ConfigError for an unknown preset, stage or key, an input that is not there, or a
+    circle.
+    """
+    common = settings.in_full(common)
+    fixed = [key for key in ("task", *RUN_SETTINGS.values()) if key in common]
+    if fixed:
+        raise ConfigError(
+            f"{fixed[0]} is each stage's own; set it for one stage: --STAGE.{fixed[0]}"
+        )
+    recipes = {f.stem: settings.read_recipe(f) for f in stage_files(preset)}
+    unknown = [name for name in special if name not in recipes]
+    if unknown:
+        raise ConfigError(f"no stage {unknown[0]!r}; {settings.nearest(unknown[0], recipes)}")
+    stages = {}
+    for name, recipe in recipes.items():
+        flat = {**recipe, **common, **settings.in_full(special.get(name, {}))}
+        if flat.get("task") == "classification" and flat.get("data.split") == "identity":
+            flat["data.split"] = "identity:random"
+        if divide is not None and flat.get("model.divide", 1) != 1:
+            flat["model.divide"] = divide
+        try:
+            config = settings.build(flat)
+        except ConfigError as error:
+            raise ConfigError(f"stage {name}: {error}") from None
+        inputs = inputs_of(config)
+        missing = [n for n in inputs if n not in recipes]
+        if missing:
+            raise ConfigError(f"stage {name}: no stage {missing[0]!r} to take weights from")
+        stages[name] = Stage(name, config, inputs)
+    return ordered(stages)
+
+
+def stage_files(preset: str) -> list[Path]:
+    """The recipes of a preset; files that begin with _ are only bases of others."""
+    packaged = settings.RECIPES / preset
+    folder = packaged if packaged.is_dir() else Path(preset)
+    files = sorted(f for f in folder.glob("*.yaml") if not f.name.startswith("_"))
+    if not files:
+        raise ConfigError(
+            f"no preset {preset!r}; {settings.nearest(preset, settings.preset_names())}"
+        )
+    return files
+
+
+def stage_keys(
+    stages: Sequence[Stage],
+    root: Path,
+    sources: dict[DataConfig, FaceSource] | None = None,
+) -> dict[str, str]:
+    """The key that each stage's run will have, worked out from the configs, the pictures and the
+    inputs' keys. sources: those read before, and afterwards those read here (batches.py).
+    """
+    from kdtrain.data.run_data import data_key, parts, shared_source
+
+    sources = {} if sources is None else sources
+    found: dict[str, str] = {}
+    for stage in stages:
+        source = shared_source(stage.config.data, sources)
+        train, _, test = parts(source, stage.config)
+        pictures = data_key(source.fingerprint(), train, test)
+        inputs = {}
+        for setting, folder in keys.input_folders(stage.config, root / stage.name).items():
+            own = folder.parent == root and folder.name in found
+            inputs[setting] = found[folder.name] if own else keys.input_key(folder)
+        found[stage.name] = keys.run_key(stage.config, inputs, pictures)
+    return found
+
+
+def run(
+    stages: Sequence[Stage],
+    root: Path,
+    *,
+    jobs: int = 1,
+    overwrite: bool = False,
+    overview: Overview | None = None,
+) -> tuple[int, dict[str, Outcome]]:
+    """Bring every stage below `root` to its end; exit status (0, 1 a stage failed or diverged, 130
+    interrupted) and what happened.
+
+    A finished stage whose key stands is reused, one that diverged under it stays so and those that
+    need it are skipped, an unfinished one continues, one whose key changed is moved to
+    root/previous and trained anew. overwrite: all are trained anew. jobs: stages side by side, each
+    with its share of the processors. overview: draws what a terminal shows of many stages; with it,
+    reused stages are counted, not listed.
+    """
+    console = journal.console()
+    threads = max(1, cores() // jobs)
+    with checkpoint.lock(root, wait_s=2.0):
+        recipes = root / "recipes"
+        recipes.mkdir(exist_ok=True)
+        wanted = stage_keys(stages, root)
+        works, reused, lost = [], {}, {}
+        for stage in stages:
+            folder, key = root / stage.name, wanted[stage.name]
+            state = "new" if overwrite else stage_state(folder, key)
+            if state == "reused":
+                results = checkpoint.read_json(folder / "results.json") or {}
+                reused[stage.name] = Outcome("reused", "", results.get("seconds", 0.0))
+                if overview is None:
+                    console.print(f"{stage.name}: reused, {headline(results)}")
+                continue
+            if state == "diverged":
+                record = checkpoint.read_json(folder / "diverged.json") or {}
+                note = f"{record['message']} (--overwrite trains it anew)"
+                lost[stage.name] = Outcome("diverged", note, record.get("seconds", 0.0))
+                console.print(f"{stage.name}: diverged before: {note}", markup=False)
+                continue
+            if state in ("changed", "new"):
+                set_aside(folder, root / "previous" / stage.name, console)
+            config = stage.config
+            if config.train.threads == 0:
+                config = replace(config, train=replace(config.train, threads=threads))
+            recipe = recipes / f"{stage.name}.yaml"
+            checkpoint.write_text(recipe, settings.to_yaml(config))
+            inputs = tuple(name for name in stage.inputs if name not in reused)
+            resume = state == "resume"
+            works.append(Work(stage.name, recipe, folder, inputs, resume, threads, stage.cost))
+        if overview is not None and reused:
+            console.print(f"{len(reused)} of {len(stages)} runs were finished before")
+        status, outcomes = run_all(works, root, jobs, console, {**reused, **lost}, overview)
+    return status, {s.name: {**reused, **outcomes}[s.name] for s in stages}
+
+
+def stage_state(folder: Path, key: str) -> str:
+    """reused (finished under this key) | diverged (ended so under it) | resume (begun under it) |
+    changed (another key) | new.
+    """
+    results = checkpoint.read_json(folder / "results.json")
+    diverged = checkpoint.read_json(folder / "diverged.json")
+    begun = results or diverged or checkpoint.read_json(folder / "run.json")
+    if begun is None:
+        return "new"
+    if begun.get("key") != key:
+        return "changed"
+    return "reused" if results else "diverged" if diverged else "resume"
+
+
+def set_aside(folder: Path, place: Path, console: Console) -> None:
+    """Move a run folder that is to be trained anew out of the way, replacing an earlier one
+    there.
+    """
+    import shutil
+
+    if not folder.exists() or all(f.name.startswith(".") for f in folder.iterdir()):
+        return
+    place.parent.mkdir(exist_ok=True)
+    shutil.rmtree(place, ignore_errors=True)
+    os.rename(folder, place)
+    console.print(
+        f"{folder.name}: settings, pictures, sources or inputs changed; earlier run kept in {place}"
+    )
+
+
+def headline(results: Mapping[str, Any]) -> str:
+    """'top1 93.1 % in 1:02' from results.json."""
+    name = results.get("metric", {}).get("name", "")
+    shown = number(name, results.get("metrics", {}).get(name), 1)
+    return f"{name} {shown} after {duration(results.get('seconds', 0.0))} of training"
+
+
+def finish(root: Path, outcomes: Mapping[str, Outcome]) -> None:
+    """Print the result table and write report.html."""
+    from kdtrain.reports.report import report
+
+    console = journal.console(file_width=100)  # the table needs 86
+    console.print(result_table(root, {n: outcome.state for n, outcome in outcomes.items()}))
+    seconds = sum(outcome.seconds for outcome in outcomes.values())
+    console.print(f"training, all stages: {duration(seconds)}")
+    if any(outcome.state in ("reused", "done") for outcome in outcomes.values()):
+        console.print(f"report: {report(root)}")
+
+
+def ordered(stages: Mapping[str, Stage]) -> list[Stage]:
+    """The heaviest chain of followers first: inputs come before what reads them, and two jobs end
+    together.
+    """
+    costs = {name: stage.cost for name, stage in stages.items()}
+    try:
+        names = longest_chain_first(costs, {name: s.inputs for name, s in stages.items()})
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return [stages[name] for name in names]
+
+
+def _cost(config: Config) -> float:
+    """A rough weight of a stage; only the display of time left uses it."""
+    epochs = sum(phase.epochs for phase in config.optim.phases)
+    width = config.model.width if config.model.name == "resnet" else 64
+    kernels = width / config.model.divide
+    # a small network's time per picture is half overhead: measured 5.2, 1.2 and 0.9 ms at 32, 8
+    # and 4 kernels
+    return epochs * (1 + (kernels / 14) ** 2) * (config.data.input_size / 32) ** 2

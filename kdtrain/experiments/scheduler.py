@@ -1,0 +1,297 @@
+"""Runs stages as child processes, several side by side, shows one progress, and stops them
+cleanly.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+
+import kdtrain
+from kdtrain.config.program import INTERRUPTED, PARENT
+from kdtrain.training.checkpoint import read_json
+from kdtrain.training.journal.journal import duration, number
+
+POLL_S = 0.25
+# Draws the states of all works by name: reused, done, failed, skipped, stopped, running, waiting.
+Overview = Callable[[Mapping[str, str]], RenderableType]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A stage to be trained: recipe file, run folder, the works it waits for, and a rough
+    weight.
+    """
+
+    name: str
+    recipe: Path
+    folder: Path
+    inputs: tuple[str, ...]
+    resume: bool
+    threads: int
+    cost: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a stage ended: reused, done, diverged, failed, skipped or stopped; why; seconds of
+    training.
+    """
+
+    state: str
+    note: str
+    seconds: float
+
+
+@dataclass
+class _Child:
+    work: Work
+    process: subprocess.Popen[bytes]
+    log: IO[bytes]
+    started: float
+    shown: int = 0
+
+
+def run_all(
+    works: Sequence[Work],
+    root: Path,
+    jobs: int,
+    console: Console,
+    before: Mapping[str, Outcome] | None = None,
+    overview: Overview | None = None,
+) -> tuple[int, dict[str, Outcome]]:
+    """Train every work after its inputs, at most `jobs` at once.
+
+    before: how other stages have ended already; works whose input is a lost one of them are
+    skipped. overview: what a terminal shows in place of a line for each work. Returns 0, 1 (a
+    stage failed or diverged; those that need it are skipped, others run on) or 130 (interrupted),
+    and the outcomes, `before` among them.
+    """
+    waiting = {work.name: work for work in works}
+    running: dict[str, _Child] = {}
+    outcomes: dict[str, Outcome] = dict(before or {})
+    (root / "logs").mkdir(exist_ok=True)
+    view = _View(works, console, overview)
+    asked_to_stop = False
+
+    def on_signal(number: int, _: Any) -> None:
+        nonlocal asked_to_stop
+        if asked_to_stop:
+            raise KeyboardInterrupt
+        asked_to_stop = True
+        for child in running.values():
+            child.process.send_signal(signal.SIGINT)
+        view.say("stopping: each stage saves its checkpoint (press again to stop at once)")
+
+    earlier = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while waiting or running:
+            for name, child in list(running.items()):
+                code = child.process.poll()
+                if code is not None:
+                    child.log.close()
+                    outcomes[name] = _outcome(child, code)
+                    del running[name]
+                    view.ended(child.work, outcomes[name])
+            _skip(waiting, outcomes)
+            for work in list(waiting.values()):
+                if asked_to_stop or len(running) >= jobs:
+                    break
+                if all(n in outcomes for n in work.inputs):
+                    del waiting[work.name]
+                    running[work.name] = _start(work, root)
+            if asked_to_stop and not running:
+                break
+            view.update(running, waiting, outcomes, jobs)
+            if running:
+                time.sleep(POLL_S)
+    finally:
+        for child in running.values():
+            child.process.kill()
+            child.process.wait()
+        view.close()
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+    for name in waiting:
+        outcomes[name] = Outcome("stopped", "not begun", 0.0)
+    states = {outcome.state for outcome in outcomes.values()}
+    if asked_to_stop or "stopped" in states:
+        return INTERRUPTED, outcomes
+    return int(bool(states & {"failed", "diverged"})), outcomes
+
+
+def _start(work: Work, root: Path) -> _Child:
+    command = [sys.executable, "-m", "kdtrain", "train", str(work.recipe)]
+    command += ["--run-dir", str(work.folder)]
+    if work.resume:
+        command.append("--resume")
+    package = str(Path(kdtrain.__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH", ""), package]))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": str(work.threads),
+        PARENT: str(os.getpid()),
+    }
+    log = open(root / "logs" / f"{work.name}.txt", "ab")  # noqa: SIM115 - closed with the child
+    # a session of its own: Ctrl-C in the terminal reaches the parent alone, which passes it on once
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        start_new_session=True,
+    )
+    return _Child(work, process, log, time.monotonic())
+
+
+def _outcome(child: _Child, code: int) -> Outcome:
+    results = read_json(child.work.folder / "results.json") or {}
+    if code == 0:
+        return Outcome("done", "", results.get("seconds", time.monotonic() - child.started))
+    if code == INTERRUPTED:
+        return Outcome("stopped", "checkpoint saved", 0.0)
+    if diverged := read_json(child.work.folder / "diverged.json"):
+        return Outcome("diverged", diverged["message"], diverged["seconds"])
+    lines = Path(child.log.name).read_text(encoding="utf-8", errors="replace").splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    if code < 0:
+        note = f"ended by signal {-code} ({signal.Signals(-code).name})"
+    elif errors:
+        note = errors[-1].removeprefix("error: ")
+    else:
+        note = lines[-1] if lines else f"exit status {code}"
+    return Outcome("failed", note, 0.0)
+
+
+def _skip(waiting: dict[str, Work], outcomes: dict[str, Outcome]) -> None:
+    """Drop the works whose inputs will never be there."""
+    for name, work in list(waiting.items()):
+        lost = [n for n in work.inputs if n in outcomes and outcomes[n].state != "done"]
+        if lost:
+            state = outcomes[lost[0]].state
+            verb = state if state in ("failed", "diverged") else f"was {state}"
+            outcomes[name] = Outcome("skipped", f"needs {lost[0]}, which {verb}", 0.0)
+            del waiting[name]
+
+
+class _View:
+    """One live table in a terminal, else a line per event."""
+
+    def __init__(
+        self,
+        works: Sequence[Work],
+        console: Console,
+        overview: Overview | None,
+    ) -> None:
+        self._works, self._console, self._overview = works, console, overview
+        self._ended = 0
+        self._left = 0.0
+        self._started = time.monotonic()
+        self._live: Live | None = None
+        if console.is_terminal and works:
+            self._live = Live(console=console, refresh_per_second=4, transient=True)
+            self._live.start()
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+    def ended(self, work: Work, outcome: Outcome) -> None:
+        note = f": {outcome.note}" if outcome.note else ""
+        results = read_json(work.folder / "results.json") or {}
+        if outcome.state == "done":
+            name = results.get("metric", {}).get("name", "")
+            shown = number(name, results.get("metrics", {}).get(name), 1)
+            note = f": {name} {shown} in {duration(outcome.seconds)}"
+        self._ended += 1
+        if self._overview is not None:
+            left = f", about {duration(self._left)} left" if self._left else ""
+            note += f" ({self._ended} of {len(self._works)}{left})"
+        self.say(f"{work.name}: {outcome.state}{note}")
+
+    def update(
+        self,
+        running: Mapping[str, _Child],
+        waiting: Mapping[str, Work],
+        outcomes: Mapping[str, Outcome],
+        jobs: int,
+    ) -> None:
+        progress = {n: read_json(c.work.folder / "progress.json") or {} for n, c in running.items()}
+        self._left = self._left_s(waiting, outcomes, progress, jobs)
+        if self._live is not None:
+            self._live.update(self._drawn(running, waiting, outcomes, progress))
+            return
+        for name, child in running.items():
+            epoch = progress[name].get("epoch", 0)
+            if epoch > child.shown:
+                child.shown = epoch
+                self.say(f"{name}: {_note(progress[name])}")
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def _drawn(
+        self,
+        running: Mapping[str, _Child],
+        waiting: Mapping[str, Work],
+        outcomes: Mapping[str, Outcome],
+        progress: Mapping[str, Mapping[str, Any]],
+    ) -> RenderableType:
+        table = Table.grid(padding=(0, 2))
+        for work in self._works:
+            if work.name in running:
+                share = progress[work.name].get("share", 0.0)
+                bar = ("█" * round(share * 20)).ljust(20, "░")
+                table.add_row(work.name, bar, _note(progress[work.name]))
+            elif self._overview is None:
+                state = "waiting" if work.name in waiting else outcomes[work.name].state
+                table.add_row(work.name, "", state)
+        gone = duration(time.monotonic() - self._started)
+        total = f"{gone} gone" + (f", about {duration(self._left)} left" if self._left else "")
+        table.add_row("", "", total)
+        if self._overview is None:
+            return table
+        states = {name: outcome.state for name, outcome in outcomes.items()}
+        states |= dict.fromkeys(running, "running") | dict.fromkeys(waiting, "waiting")
+        return Group(self._overview(states), table)
+
+    def _left_s(
+        self,
+        waiting: Mapping[str, Work],
+        outcomes: Mapping[str, Outcome],
+        progress: Mapping[str, Mapping[str, Any]],
+        jobs: int,
+    ) -> float:
+        """Time left from the cost of what is done and the time it took; 0 while nothing is
+        known.
+        """
+        costs = {work.name: work.cost for work in self._works}
+        done = sum(costs[n] for n, o in outcomes.items() if o.state == "done")
+        done += sum(costs[n] * p.get("share", 0.0) for n, p in progress.items())
+        if done <= 0:
+            return 0.0
+        rest = sum(work.cost for work in waiting.values())
+        rest += sum(costs[n] * (1 - p.get("share", 0.0)) for n, p in progress.items())
+        return rest * (time.monotonic() - self._started) / done
+
+
+def _note(progress: Mapping[str, Any]) -> str:
+    if not progress:
+        return "starting"
+    note = f"epoch {progress['epoch']}/{progress['epochs']}"
+    if progress.get("value") is not None:
+        note += f"  {progress['metric']} {number(progress['metric'], progress['value'], 1)}"
+    return f"{note}  {duration(progress['left_s'])} left"

@@ -1,0 +1,287 @@
+"""The choice of targets from measured arms: the rule, the evidence as a table, and the recipe that
+says why.
+
+Plain values in, text out; select_targets.py trains the arms.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from kdtrain.config import Config, settings
+from kdtrain.experiments.verdicts import Scores, compare
+from kdtrain.reports.tables.data import Verdict
+from kdtrain.training import checkpoint
+
+TARGETS = {
+    "soft": "target.alpha",
+    "hidden": "target.beta",
+    "logits": "target.logits",
+    "embedding_l2": "target.embedding_l2",
+    "embedding_cosine": "target.embedding_cosine",
+    "rkd_distance": "target.rkd_distance",
+    "rkd_angle": "target.rkd_angle",
+    "attention": "target.attention",
+}
+"""The teacher's targets and the settings that weigh them."""
+PUBLISHED = {"embedding_cosine": 128.0, "rkd_distance": 25.0, "rkd_angle": 50.0, "attention": 1e3}
+"""Weights of those whose authors use another than 1, beside a softmax loss (docs/training.md)."""
+RULE = (
+    "Rule: a target is judged by the paired bootstrap of its arm against none over seeds and "
+    "pictures (95 %). held: its weight stays; reversed (it hurts): 0; inconclusive: 0 too, as a "
+    "target without a gain still costs a pass of the teacher (--keep-inconclusive keeps it); "
+    "diverged in any seed: 0."
+)
+WIDTH = 200  # of what is no terminal: the table takes what it needs
+State = Literal["held", "reversed", "inconclusive", "diverged"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What the runs of one combination of targets measured."""
+
+    name: str
+    """none, a target's name, or names with +."""
+    weights: Mapping[str, float]
+    """Target -> weight; empty for none."""
+    scores: Scores
+    """Per seed the metric of every picture, as shares; None where the run diverged."""
+    seeds: Sequence[int]
+    """The seeds, in the order of scores."""
+    pictures: Sequence[int]
+    """Which pictures were measured, as places in the source; empty where every run diverged."""
+
+    @property
+    def per_seed(self) -> list[float | None]:
+        """Mean over the measured pictures, in percent, None where the run diverged."""
+        return [None if s is None else 100 * float(np.nanmean(s)) for s in self.scores]
+
+    @property
+    def diverged(self) -> list[int]:
+        """Seeds whose run diverged."""
+        return [n for n, s in zip(self.seeds, self.scores, strict=True) if s is None]
+
+    @property
+    def average(self) -> str:
+        """'20.4 ±0.3': mean and sample standard deviation over seeds, percent."""
+        known = [value for value in self.per_seed if value is not None]
+        if not known:
+            return "-"
+        spread = f" ±{statistics.stdev(known):.1f}" if len(known) > 1 else ""
+        return f"{statistics.fmean(known):.1f}{spread}"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An arm against none, and what follows."""
+
+    arm: Arm
+    verdict: Verdict
+    """The difference is positive where the target helps, whichever way the metric points."""
+    state: State
+    kept: bool
+
+    @property
+    def weight(self) -> float:
+        """The weight that the chosen recipe gives the arm's one target."""
+        return self.arm.weights[self.arm.name] if self.kept else 0.0
+
+
+def judge(arm: Arm, none: Arm, higher_is_better: bool, keep_inconclusive: bool = False) -> Judged:
+    """The verdict on one target and the decision by RULE.
+
+    Raises ValueError when the arms measured different pictures, or none in common.
+    """
+    if arm.pictures and list(arm.pictures) != list(none.pictures):
+        raise ValueError(f"judge: {arm.name} and {none.name} were measured on different pictures")
+    verdict = compare(arm.scores, none.scores, higher_is_better=higher_is_better)
+    if arm.diverged:
+        return Judged(arm, verdict, "diverged", False)
+    if verdict.state == "not run":
+        raise ValueError(f"judge: no picture was measured in both {arm.name} and none")
+    kept = verdict.state == "held" or (keep_inconclusive and verdict.state == "inconclusive")
+    return Judged(arm, verdict, verdict.state, kept)
+
+
+@dataclass(frozen=True)
+class Check:
+    """All kept targets in one run: reported, and overrides nothing."""
+
+    judged: Judged
+    """Against none."""
+    best: str
+    """The kept target with the largest gain alone."""
+    against: Verdict
+    """Against that one alone."""
+
+
+def check(together: Arm, none: Arm, judged: Sequence[Judged], higher_is_better: bool) -> Check:
+    """The arm with all kept targets, against none and against the best of them alone."""
+    kept = [one for one in judged if one.kept]
+    best = max(kept, key=lambda one: one.verdict.difference or 0.0).arm
+    against = compare(together.scores, best.scores, higher_is_better=higher_is_better)
+    return Check(judge(together, none, higher_is_better), best.name, against)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Everything that a choice rests on."""
+
+    split: str
+    """The pictures that judged: validation or test."""
+    metric: str
+    higher_is_better: bool
+    none: Arm
+    judged: Sequence[Judged]
+    check: Check | None
+    """Where at least two targets are kept."""
+    notes: Sequence[str]
+    """What a reader must know about the evidence."""
+    command: str
+
+    @property
+    def kept(self) -> dict[str, float]:
+        """The targets that stay, with their weights."""
+        return {one.arm.name: one.weight for one in self.judged if one.kept}
+
+    def remarks(self) -> list[str]:
+        """Sentences below the table: the outcome, the check, notes, the rule."""
+        chosen = (f"{TARGETS[one.arm.name]} {one.weight:g}" for one in self.judged)
+        lines = [f"Chosen: {', '.join(chosen)}."]
+        if self.check is not None:
+            arm, best, against = self.check.judged.arm, self.check.best, self.check.against
+            if arm.diverged:
+                told = f"diverged with seed {' and '.join(map(str, arm.diverged))}"
+            else:
+                told = f"{_difference(against)} points, {_interval(against)}: {against.state}"
+            lines.append(f"Check: {arm.name} better than {best} alone: {told}.")
+            if arm.diverged or against.state == "reversed":
+                lines.append(
+                    f"Warning: together they do worse than {best} alone. They stay together, as "
+                    f"in the paper; to keep {best} alone, set the other weights to 0."
+                )
+        if len(self.none.seeds) == 1:
+            lines.append("Note: one seed, so the interval does not know how seeds differ.")
+        return [*lines, *(f"Note: {note}." for note in self.notes), RULE]
+
+
+HEADS = ("target", "weight", "per seed", "mean", "points", "95 %", "agree", "verdict", "then")
+
+
+def rows(selection: Selection) -> list[tuple[str, ...]]:
+    """The evidence as text: a row for none, each target, and all that are kept together."""
+    found = [_row(selection.none, None)]
+    found += [_row(j.arm, j, f"{j.weight:g}") for j in selection.judged]
+    if selection.check is not None:
+        _, _, *numbers = _row(selection.check.judged.arm, selection.check.judged)
+        found.append(("together", "", *numbers))
+    return found
+
+
+def table(selection: Selection) -> Table:
+    """The evidence as a rich table."""
+    first, last = selection.none.seeds[0], selection.none.seeds[-1]
+    seeds = f"seeds {first} to {last}" if first != last else f"seed {first}"
+    better = "higher" if selection.higher_is_better else "lower"
+    shown = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+        title=f"{selection.metric} % ({better} is better), {len(selection.none.pictures)} pictures "
+        f"of the {selection.split} split, {seeds}; points: gain over none",
+    )
+    wraps = {"per seed": 4, "95 %": 6}  # in a narrow terminal: to one number a line
+    for head in HEADS:
+        shown.add_column(
+            head,
+            justify="left" if head in ("target", "verdict") else "right",
+            no_wrap=head not in wraps,
+            min_width=wraps.get(head),
+        )
+    for row in rows(selection):
+        shown.add_row(*row)
+    return shown
+
+
+def text(selection: Selection) -> str:
+    """Table and remarks as plain text."""
+    stream = io.StringIO()
+    console = Console(file=stream, width=WIDTH, highlight=False, soft_wrap=True)
+    console.print(table(selection))
+    lines = [line.rstrip() for line in stream.getvalue().splitlines()]
+    lines.append("")
+    for remark in selection.remarks():
+        lines += textwrap.wrap(remark, 100, break_long_words=False, break_on_hyphens=False)
+    return "\n".join([*lines, f"Command: {selection.command}"]) + "\n"
+
+
+def csv_text(selection: Selection) -> str:
+    """One line an arm: numbers in percent and points, unrounded; empty where there is none."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    seeds = [f"seed_{seed}" for seed in selection.none.seeds]
+    judged_heads = ("points", "low", "high", "agreeing", "seeds", "pictures", "verdict", "weight")
+    writer.writerow(["arm", "split", "metric", *seeds, *judged_heads])
+    check = None if selection.check is None else selection.check.judged
+    lines: list[tuple[Arm, Judged | None]] = [(selection.none, None)]
+    lines += [(judged.arm, judged) for judged in selection.judged]
+    lines += [(check.arm, check)] if check is not None else []
+    for arm, judged in lines:
+        values = ["" if v is None else f"{v:.6f}" for v in arm.per_seed]
+        tail = [""] * len(judged_heads)
+        if judged is not None:
+            v = judged.verdict
+            numbers = ["" if x is None else f"{x:.6f}" for x in (v.difference, v.low, v.high)]
+            weight = "" if judged is check else f"{judged.weight:g}"
+            tail = [*numbers, str(v.agreeing), str(v.seeds), str(v.items), judged.state, weight]
+        writer.writerow([arm.name, selection.split, selection.metric, *values, *tail])
+    return stream.getvalue()
+
+
+def recipe_text(selection: Selection, config: Config) -> str:
+    """The chosen recipe: a head comment with the evidence, then every setting."""
+    head = "Targets chosen by their individual influence (arXiv 1709.02929, section 5.4)."
+    comment = "\n".join(f"# {line}".rstrip() for line in [head, *text(selection).splitlines()])
+    return f"{comment}\n{settings.to_yaml(config)}"
+
+
+def write(selection: Selection, config: Config, root: Path, out: Path) -> None:
+    """Write ROOT/select-targets.txt and .csv, and the recipe to `out`."""
+    checkpoint.write_text(root / "select-targets.txt", text(selection))
+    checkpoint.write_text(root / "select-targets.csv", csv_text(selection))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_text(out, recipe_text(selection, config))
+
+
+def _row(arm: Arm, judged: Judged | None, then: str = "") -> tuple[str, ...]:
+    per_seed = " ".join("diverged" if v is None else f"{v:.1f}" for v in arm.per_seed)
+    weight = " + ".join(f"{w:g}" for w in arm.weights.values())
+    if judged is None:
+        return arm.name, weight, per_seed, arm.average, "", "", "", "", then
+    v = judged.verdict
+    agreeing = f"{v.agreeing}/{v.seeds}" if v.seeds else "-"
+    told = (_difference(v), _interval(v), agreeing, judged.state, then)
+    return (arm.name, weight, per_seed, arm.average, *told)
+
+
+def _difference(verdict: Verdict) -> str:
+    return "-" if verdict.difference is None else f"{verdict.difference:+.2f}"
+
+
+def _interval(verdict: Verdict) -> str:
+    if verdict.low is None or verdict.high is None:
+        return "-"
+    return f"{verdict.low:.2f} to {verdict.high:.2f}"

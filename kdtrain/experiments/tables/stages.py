@@ -1,0 +1,182 @@
+"""The runs of tables 1 to 5 as pipeline stages: every width, seed and data source that was asked
+for, in the order in which a budget is spent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kdtrain.config import ConfigError, settings
+from kdtrain.experiments import pipeline
+from kdtrain.experiments.campaign import Group
+from kdtrain.experiments.tables.paper import FULL, At, TableSpec
+from kdtrain.experiments.tables.parts import PARTS, Part
+
+SCHEDULES = "_tables.yaml"
+# In this order a budget is spent: alignment is the cheapest table, the second table the dearest.
+TABLE_ORDER = ("table3", "table1", "table4", "table5", "table2")
+NARROWEST_FIRST = (8, 4, 2)
+AT_PHASE_ENDS = 10_000  # epochs between evaluations; the end of a phase is always evaluated
+
+
+@dataclass(frozen=True)
+class RunOf:
+    """One run of a reproduction."""
+
+    part: str
+    width: int
+    seed: int
+    second: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its stage and folder: cls_soft_8_s1, on the second data source b_cls_soft_8_s1."""
+        width = "" if self.width == FULL else f"_{self.width}"
+        return f"{'b_' if self.second else ''}{self.part}{width}_s{self.seed}"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be reproduced, and how."""
+
+    tables: tuple[str, ...]
+    scale: str = "two-cores"
+    seeds: tuple[int, ...] = (1, 2, 3)
+    widths: tuple[int, ...] = (2, 4, 8)
+    common: Mapping[str, Any] | None = None
+    """Dotted keys of every run, those of the data among them."""
+    second: Mapping[str, Any] | None = None
+    """Dotted keys of the second data source; None: there is none."""
+    tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Dotted keys of the runs of one task, on top of common."""
+    shared_teachers: bool = False
+    """One teacher, of the first seed, for the students of every seed."""
+    cache: str = "float32"
+    """teacher.cache of the students."""
+
+
+def groups(specs: Mapping[str, TableSpec], request: Request) -> list[Group[RunOf]]:
+    """The runs of every cell for all seeds, and what they start from or learn from, by priority:
+    the narrowest student first, rows that the paper does not have last, the second data source at
+    the very end.
+    """
+    ranked: dict[tuple[int, int, int, int], dict[RunOf, None]] = {}
+    labels: dict[tuple[int, int, int, int], str] = {}
+    for name in request.tables:
+        for at, second, extra in _places(specs[name]):
+            if at.width not in (FULL, *request.widths):
+                continue
+            width = max(request.widths) if at.width == FULL else at.width
+            order = NARROWEST_FIRST.index(width), int(extra), TABLE_ORDER.index(name)
+            rank = (int(second), *order)
+            words = f"{name}, 1/{width}{', further rows' if extra else ''}"
+            labels[rank] = f"{words}{', second data source' if second else ''}"
+            found = ranked.setdefault(rank, {})
+            for seed in request.seeds:
+                found.update(dict.fromkeys(_with_inputs(at, seed, second, request)))
+    taken: set[RunOf] = set()
+    ordered = []
+    for rank in sorted(ranked):
+        runs = tuple(run for run in ranked[rank] if run not in taken)
+        taken.update(runs)
+        if runs:
+            ordered.append(Group(labels[rank], runs))
+    return ordered
+
+
+def _places(spec: TableSpec) -> Iterator[tuple[At, bool, bool]]:
+    """The cells of a table and of its claims: where, on the second source, beyond the paper."""
+    for block in spec.blocks:
+        for line in block.lines:
+            yield from ((at, block.second, line.kind == "extra") for at in line.places if at)
+    for claim in spec.claims:
+        yield from ((at, claim.second, False) for at in (*claim.better, *claim.worse))
+
+
+def run_of(at: At, seed: int, second: bool, request: Request) -> RunOf:
+    """The run that a cell reads for one seed."""
+    return _named(at.part, at.width, seed, second, request)
+
+
+def _named(part: str, width: int, seed: int, second: bool, request: Request) -> RunOf:
+    if not PARTS[part].full_width:
+        return RunOf(part, width, seed, second)
+    return RunOf(part, FULL, request.seeds[0] if request.shared_teachers else seed, second)
+
+
+def _with_inputs(at: At, seed: int, second: bool, request: Request) -> Iterator[RunOf]:
+    """A run after everything that it reads."""
+    part = PARTS[at.part]
+    for needed in (part.start, part.teacher):
+        if needed is not None:
+            yield from _with_inputs(At(needed, at.width), seed, second, request)
+    yield run_of(at, seed, second, request)
+
+
+def schedules(scale: str) -> dict[str, list[dict[str, float]]]:
+    """The phases of a scale by name, as classification.scratch; raises ConfigError."""
+    folder = settings.RECIPES / scale
+    path = (folder if folder.is_dir() else Path(scale)) / SCHEDULES
+    if not path.is_file():
+        known = sorted(f.parent.name for f in settings.RECIPES.glob(f"*/{SCHEDULES}"))
+        raise ConfigError(f"--scale {scale}: no {path}; {settings.nearest(scale, known)}")
+    found = settings.flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
+    both = "classification.both"
+    found.setdefault(both, found["classification.scratch"] + found["classification.initialised"])
+    return found
+
+
+def stages(runs: Iterable[RunOf], request: Request) -> list[pipeline.Stage]:
+    """The runs as stages, inputs first. Raises ConfigError where a recipe or key does not fit."""
+    named = schedules(request.scale)
+    folder = settings.RECIPES / request.scale
+    folder = folder if folder.is_dir() else Path(request.scale)
+    recipes: dict[str, dict[str, Any]] = {}
+    found = []
+    for run in dict.fromkeys(runs):
+        part = PARTS[run.part]
+        if part.recipe not in recipes:
+            recipes[part.recipe] = settings.read_recipe(folder / f"{part.recipe}.yaml")
+        flat = {**recipes[part.recipe], **_own(part, run, request, named)}
+        flat |= {**(request.common or {}), **request.tasks.get(flat["task"], {})}
+        if run.second:
+            flat |= request.second or {}
+        if flat["task"] == "classification" and flat.get("data.split") == "identity":
+            flat["data.split"] = "identity:random"
+        try:
+            config = settings.build(flat)
+        except ConfigError as error:
+            raise ConfigError(f"{run.name}: {error}") from None
+        inputs = pipeline.inputs_of(config)
+        found.append(pipeline.Stage(run.name, config, inputs))
+    return found
+
+
+def _own(
+    part: Part, run: RunOf, request: Request, named: Mapping[str, Sequence[Mapping[str, float]]]
+) -> dict[str, Any]:
+    """The settings of a run on top of its recipe."""
+
+    def beside(name: str | None) -> str | None:
+        if name is None:
+            return None
+        return f"@{_named(name, run.width, run.seed, run.second, request).name}"
+
+    flat: dict[str, Any] = {
+        "init_from": beside(part.start),
+        "teacher.run": beside(part.teacher),
+        "seed": run.seed,
+        "model.divide": run.width,
+        "train.eval_every": AT_PHASE_ENDS,
+        **part.settings,
+    }
+    if part.schedule is not None:
+        flat["optim.phases"] = [dict(phase) for phase in named[part.schedule]]
+    if part.teacher is not None:
+        flat["teacher.cache"] = request.cache
+    return flat

@@ -1,0 +1,393 @@
+"""What one step costs: a network's size from its shapes, memory and time from a few real steps on
+random pictures.
+
+The timing of a shape (network, teacher, batch, task, targets, device, threads) is kept for the
+process, so that a plan of many runs times only those that differ.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from kdtrain.config import Config, ModelConfig, settings
+from kdtrain.config.head import HeadConfig
+from kdtrain.config.target import TEACHER_WEIGHTS
+from kdtrain.data import center, shrink
+from kdtrain.data.run_data import EvalBatch, training_views
+from kdtrain.models.mixture import TeacherMixture
+from kdtrain.models.network import FaceNetwork, count_parameters, multiply_adds, seeded
+from kdtrain.objectives.observe import look
+from kdtrain.objectives.targets import Guide
+from kdtrain.objectives.task import Task
+from kdtrain.objectives.tasks import TASKS, build_task
+from kdtrain.training.environment import computing
+from kdtrain.training.optimization import Optimisation
+
+TIMED_S = 8.0
+"About the longest that one shape is timed, seconds."
+TIMED_BYTES = 2 << 30
+"Most that the activations of a timed batch may take, bytes; weights come on top."
+LEAST = 4  # pictures of the smallest batch that every task can step on (2 people x 2 pictures)
+EVAL_PICTURES = 256  # the engine's own evaluation batch
+
+# Settings that change neither the arithmetic of a batch nor its memory: whole sections, then keys.
+_FREE_SECTIONS = ("data.", "teacher", "eval.")
+_FREE = (
+    *("head.run", "head.m", "head.m_cosine", "head.m_min", "head.h", "head.scale"),
+    *("seed", "init_from", "optim.phases", "optim.schedule", "optim.final_lr_fraction"),
+    *("optim.warmup_epochs", "optim.accumulate", "optim.momentum", "optim.weight_decay"),
+    *("triplet.margin", "target.temperature", "target.tau_squared", "train.threads"),
+    *("train.log_every", "train.eval_every", "train.early_stop", "train.save_every"),
+    *(
+        "train.tensorboard",
+        "train.drop_last",
+        "augment.flip",
+        "augment.scale_min",
+        "augment.scale_max",
+    ),
+)
+# Settings of which only it counts whether they are set.
+_SWITCHES = (
+    *("triplet.weight", "target.gamma", *(f"target.{name}" for name in TEACHER_WEIGHTS)),
+    *("optim.clip_norm", "optim.ema"),
+)
+_PICTURES = ("data.store_size", "data.crop_size", "data.input_size", "teacher.input_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """What shapes alone tell of a network."""
+
+    parameters: int
+    multiply_adds: int
+    activations: int
+    """Bytes kept for backward by one picture in float32, as far as its batch grows them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """What the timed steps of one shape showed."""
+
+    pictures: int
+    """Pictures of a timed step."""
+    batch_s: float
+    """Augmentation, forward, loss and backward of these pictures."""
+    update_s: float
+    """The optimiser's part, which does not grow with the batch."""
+    picture_s: float
+    """Evaluation of one picture."""
+    fixed_bytes: int
+    """Weights, gradients, optimiser state."""
+    batch_bytes: int
+    """What these pictures need beside."""
+
+
+_timings: dict[str, Timing] = {}
+
+
+def batch_pictures(config: Config) -> int:
+    """Pictures of a training step."""
+    if config.balanced:
+        return config.triplet.people * config.triplet.pictures
+    return config.optim.batch_size
+
+
+def network_size(config: Config, model: ModelConfig, classes: int, side: int | None = None) -> Size:
+    """Size of a network at the config's input, or at `side` pixels; nothing is allocated or
+    computed (meta tensors).
+    """
+    side = config.data.input_size if side is None else side
+    landmarks = TASKS[config.task].needs_landmarks
+    return _size(model, classes, landmarks, side, config.head)
+
+
+@cache
+def _size(model: ModelConfig, classes: int, landmarks: bool, side: int, head: HeadConfig) -> Size:
+    with seeded(0), torch.device("meta"):
+        network = FaceNetwork(model, classes, landmarks, head=head, input_size=side)
+    own = {t.untyped_storage()._cdata for t in _tensors(network)}  # meta has no addresses
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    network.train()
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = network(torch.empty(LEAST, 3, side, side, device="meta"))
+    saved = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
+    del outputs
+    return Size(
+        parameters=count_parameters(network),
+        multiply_adds=multiply_adds(network, side),
+        activations=saved // LEAST,
+    )
+
+
+def timing(
+    config: Config,
+    classes: int,
+    teachers: Sequence[ModelConfig],
+    teacher_classes: int,
+    kept: bool,
+    threads: int,
+    steps: int,
+) -> Timing:
+    """The timing of the config's shape, from this process' earlier ones where there is one."""
+    shape = {
+        key: bool(value) if key in _SWITCHES else value
+        for key, value in settings.to_flat(config).items()
+        if key in _PICTURES or not (key in _FREE or key.startswith(_FREE_SECTIONS))
+    }
+    where = [threads or torch.get_num_threads(), steps]
+    asked = [repr(list(teachers)), teacher_classes, kept] if teachers else []
+    record = [shape, classes, asked, *where]
+    key = json.dumps(record, sort_keys=True)
+    if key not in _timings:
+        _timings[key] = _measure(config, classes, teachers, teacher_classes, kept, threads, steps)
+    return _timings[key]
+
+
+def _measure(
+    config: Config,
+    classes: int,
+    teachers: Sequence[ModelConfig],
+    teacher_classes: int,
+    kept: bool,
+    threads: int,
+    steps: int,
+) -> Timing:
+    device = torch.device(config.train.device)
+    computed = replace(config, train=replace(config.train, threads=threads))
+    with computing(computed), _same_random(device):
+        before = _allocated(device)
+        guide = None
+        if teachers:
+            points, side = TASKS[config.task].needs_landmarks, config.teacher_side
+            guides = [
+                FaceNetwork(model, teacher_classes, points, head=config.head, input_size=side)
+                for model in teachers
+            ]
+            guide = guides[0]
+            if len(guides) > 1:
+                shares, temperature = config.teacher.shares, config.target.temperature
+                guide = TeacherMixture(guides, shares, temperature)
+        trial = _Trial(config, build_task(config, classes, guide).to(device), device, kept)
+        most = _fitting(config, classes, teachers, teacher_classes)
+        pictures, needed, first = trial.kept_bytes(LEAST)  # builds kernels and starts threads
+        # (on a GPU a slow first step is its kernels being compiled)
+        slow = device.type == "cpu" and sum(first) > TIMED_S / 3
+        times = [first if slow else trial.step(LEAST)]
+        each = sum(times[0]) / LEAST
+        most = min(most, max(LEAST, int(TIMED_S / (steps + 2) / max(each, 1e-9))))
+        if most > LEAST:
+            pictures, needed, _ = trial.kept_bytes(most)  # also warms up this batch
+            times.clear()
+        fixed = trial.fixed_bytes()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        began = time.monotonic()
+        while len(times) < steps and not (times and (slow or time.monotonic() - began > TIMED_S)):
+            times.append(trial.step(most))
+        if device.type == "cuda":
+            needed = max(0, torch.cuda.max_memory_allocated(device) - before - fixed)
+        batch_s, update_s = (statistics.median(column) for column in zip(*times, strict=True))
+        seen = min(EVAL_PICTURES, pictures)
+        if not slow:
+            trial.evaluation(LEAST)
+        picture_s = trial.evaluation(seen) / seen
+    del trial, guide
+    gc.collect()
+    return Timing(
+        pictures=pictures,
+        batch_s=batch_s,
+        update_s=update_s,
+        picture_s=picture_s,
+        fixed_bytes=fixed,
+        batch_bytes=needed,
+    )
+
+
+class _Trial:
+    """A task with its optimiser, stepped on random pictures."""
+
+    def __init__(self, config: Config, task: Task, device: torch.device, kept: bool) -> None:
+        """kept: the teacher is not asked, its answers are there (teacher.cache)."""
+        self.config, self.task, self.device = config, task, device
+        self.kept = kept and bool(task.guide_widths)
+        self.optimisation = Optimisation(
+            task.network,
+            task.extra,
+            config.optim,
+            device=device.type,
+            scaled=config.train.precision == "float16",
+        )
+        self.random = torch.Generator().manual_seed(0)
+        self.taken = 0
+
+    def step(self, most: int) -> tuple[float, float]:
+        """Seconds of augmentation, forward, loss and backward, and of the optimiser, of one step on
+        about `most` pictures.
+        """
+        labels = self._labels(most)
+        stored, points = self._pictures(len(labels))
+        guide = self._answers(len(labels)) if self.kept else None
+        self.task.network.train()
+        self.task.extra.train()
+        started = self._now()
+        views = training_views(
+            stored.to(self.device),
+            None if points is None else points.to(self.device),
+            torch.arange(len(labels)),
+            self.config,
+            phase=0,
+            epoch=0,
+        )
+        # a rate at which random labels cannot make the weights infinite within a few steps
+        self.optimisation.begin(1e-6)
+        loss = self.task.step(
+            views.pictures, labels.to(self.device), views.points, guide, views.teacher_pictures
+        ).loss
+        self.optimisation.backward(loss)
+        between = self._now()
+        self.taken += 1
+        self.optimisation.step(self.taken)
+        return between - started, self._now() - between
+
+    def kept_bytes(self, most: int) -> tuple[int, int, tuple[float, float]]:
+        """Pictures of a step on about `most`, bytes that they need beside the weights, and what
+        `step` returns.
+        """
+        modules = (self.task.network, self.task.extra, self.task.teacher)
+        own = {t.untyped_storage().data_ptr() for m in modules if m for t in _tensors(m)}
+        kept: dict[int, Tensor] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+            return tensor
+
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            times = self.step(most)
+        sizes = [t.untyped_storage().nbytes() for key, t in kept.items() if key not in own]
+        pictures = len(self._labels(most))
+        logits = self.task.network.num_classes
+        if self.task.teacher is not None:
+            logits += self.task.teacher.num_classes
+        needed = sum(sizes) + 2 * max(sizes, default=0) + 4 * logits * pictures
+        return pictures, needed, times
+
+    def fixed_bytes(self) -> int:
+        """Weights, gradients and optimiser state, after a step."""
+        held = [t for m in (self.task.network, self.task.extra) for t in _tensors(m)]
+        if self.task.teacher is not None:
+            held += _tensors(self.task.teacher)
+        trained = [p for m in (self.task.network, self.task.extra) for p in m.parameters()]
+        held += [p.grad for p in trained if p.grad is not None]
+        held += self.optimisation.momenta().values()
+        average = 0
+        if self.config.optim.ema is not None:
+            average = 4 * count_parameters(self.task.network)  # float32
+        return average + sum(t.numel() * t.element_size() for t in held)
+
+    def evaluation(self, pictures: int) -> float:
+        """Seconds of the forward pass over `pictures` centre crops."""
+        stored, points = self._pictures(pictures)
+        started = self._now()
+        data = self.config.data
+        crop = center(stored.to(self.device), None, data.crop_side, self.config.augment)
+        crops, _, _ = shrink(*crop, data.input_size)
+        batch = EvalBatch(
+            pictures=crops,
+            labels=torch.zeros(pictures, dtype=torch.int64, device=self.device),
+            indices=torch.arange(pictures),
+            sizes=torch.full((pictures, 2), data.store_size),
+            points_original=points,
+            to_original=lambda found: found,
+        )
+        look(self.task.network, [batch], self.device)
+        return self._now() - started
+
+    def _labels(self, most: int) -> Tensor:
+        """Labels of at most a full step's pictures and about `most`; people x pictures where the
+        task's batches are.
+        """
+        wanted = max(LEAST, min(most, batch_pictures(self.config)))
+        alike = 1
+        if self.config.balanced:
+            alike = min(self.config.triplet.pictures, wanted // 2)
+        else:
+            wanted = min(wanted, batch_pictures(self.config))
+        people = wanted // alike
+        return torch.arange(people).repeat_interleave(alike) % self.task.network.num_classes
+
+    def _pictures(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """Random uint8 (count, 3, S, S), and landmarks (count, 5, 2) where the task needs them."""
+        side = self.config.data.store_size
+        shape = (count, 3, side, side)
+        stored = torch.randint(0, 256, shape, generator=self.random, dtype=torch.uint8)
+        points = None
+        if self.task.needs_landmarks:
+            points = side * (0.2 + 0.6 * torch.rand(count, 5, 2, generator=self.random))
+        return stored, points
+
+    def _answers(self, count: int) -> Guide:
+        """Random answers of the teacher, of what the targets read."""
+        widths = self.task.guide_widths
+        drawn = {
+            name: torch.randn(count, width, generator=self.random).to(self.device)
+            for name, width in widths.items()
+        }
+        return Guide(logits=drawn.get("logits"), hidden=drawn.get("hidden"))
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def _fitting(
+    config: Config, classes: int, teachers: Sequence[ModelConfig], teacher_classes: int
+) -> int:
+    """Pictures of the largest batch that keeps within TIMED_BYTES (on CUDA: half of what is
+    free).
+    """
+    device = torch.device(config.train.device)
+    limit = TIMED_BYTES
+    if device.type == "cuda":
+        limit = torch.cuda.mem_get_info(device)[0] // 2
+    # student's logits and their gradient, then what is under way: about two large maps of five
+    # kept
+    each = 1.4 * network_size(config, config.model, classes).activations + 8 * classes
+    for teacher in teachers:
+        theirs = network_size(config, teacher, teacher_classes, config.teacher_side)
+        each += 0.4 * theirs.activations
+        each += 4 * teacher_classes
+    return max(LEAST, min(batch_pictures(config), int(limit / each)))
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+@contextmanager
+def _same_random(device: torch.device) -> Iterator[None]:
+    """torch's random state is afterwards as before, on the processor and on the device."""
+    devices: list[Any] = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield

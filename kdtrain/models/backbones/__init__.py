@@ -1,0 +1,1 @@
+"""Backbones by name, with the stages and features that targets compare."""

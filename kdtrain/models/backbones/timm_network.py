@@ -1,0 +1,92 @@
+"""Any network of timm by its name (extra `timm`): its pooled features, its stages' maps."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdtrain.models.backbones.base import Backbone, attention_map, embedding_layer
+
+STAGES = 4  # maps are taken of the last four stages, as the other networks have
+
+
+class TimmNetwork(Backbone):
+    """timm.create_model(name, num_classes=0), weights drawn anew; with `embedding`, an embedding
+    layer of that width on its pooled feature.
+
+    Pictures are scaled by the mean and deviation of the model's own configuration. A network of a
+    fixed input size (ViTs) is built for input_size. Raises ValueError when timm is missing or knows
+    no such model.
+    """
+
+    def __init__(self, name: str, *, embedding: int | None, input_size: int, color: str) -> None:
+        super().__init__(color)
+        timm = _timm()
+        if not timm.is_model(name):
+            known = timm.list_models(f"*{name.split('_')[0]}*")
+            raise ValueError(
+                f"FaceNetwork: model.name timm:{name}: timm {timm.__version__} has no such model; "
+                f"near it: {', '.join(known[:8]) or 'none, see timm.list_models()'}"
+            )
+        options: dict[str, Any] = {}
+        if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
+            options["img_size"] = input_size
+        self.name = name
+        self.network: Any = timm.create_model(name, pretrained=False, num_classes=0, **options)
+        scaling = self.network.pretrained_cfg
+        for key in ("mean", "std"):
+            values = 255 * torch.tensor(scaling[key]).reshape(1, 3, 1, 1)
+            self.register_buffer(key, values, persistent=False)
+        channels = getattr(self.network, "head_hidden_size", None) or self.network.num_features
+        self.embedding: nn.Module | None = None
+        if embedding is not None:
+            self.embedding = embedding_layer(channels, embedding)
+        self.width = channels if embedding is None else embedding
+        stages = list(getattr(self.network, "feature_info", []))
+        self.widths = [stage["num_chs"] for stage in stages][-STAGES:]
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Features (N, width)."""
+        return self._embedded(self.network(self._scaled(pictures)))
+
+    def maps(self, pictures: Tensor, stage: int) -> Tensor:
+        """Output of one of its last four stages; the layers above run too. Raises ValueError where
+        the model shows none.
+        """
+        return self._stages(pictures)[1][stage - 1]
+
+    def attend(self, pictures: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Features, and the attention_map of each of its last four stages."""
+        last, maps = self._stages(pictures)
+        return self._embedded(self.network.forward_head(last)), tuple(map(attention_map, maps))
+
+    def _stages(self, pictures: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The last layer's output, and the stages' maps."""
+        if not self.widths or not hasattr(self.network, "forward_intermediates"):
+            raise ValueError(
+                f"FaceNetwork: timm's {self.name} does not show the maps of its stages, which "
+                "target.hint and target.attention compare; set these to 0, or take another model"
+            )
+        return self.network.forward_intermediates(
+            self._scaled(pictures), indices=len(self.widths), output_fmt="NCHW"
+        )
+
+    def _scaled(self, pictures: Tensor) -> Tensor:
+        mean, deviation = self.get_buffer("mean"), self.get_buffer("std")
+        return (self._ordered(pictures) - mean) / deviation
+
+    def _embedded(self, pooled: Tensor) -> Tensor:
+        return pooled if self.embedding is None else self.embedding(pooled)
+
+
+def _timm() -> Any:
+    try:
+        return importlib.import_module("timm")
+    except ImportError as error:
+        raise ValueError(
+            f"FaceNetwork: model.name timm:... needs timm, which cannot be imported ({error}); "
+            'install the extra: pip install "kdkernels[timm]"'
+        ) from error

@@ -1,0 +1,314 @@
+"""The face network: a backbone of any name (kdtrain/networks) with a classifier and a landmark head
+side by side.
+
+The paper's teacher is ResNet-50; a student keeps the depth and divides the number of kernels of
+every layer by 2, 4 or 8 ("Model Distillation with Knowledge Transfer", arXiv 1709.02929, section
+5.1).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdtrain.config.networks import describe
+from kdtrain.models.backbones.base import Backbone
+from kdtrain.models.backbones.build import build_backbone
+
+NUM_POINTS = 5
+INPUT_SIZE = 112  # pixels: what published face networks read
+
+
+class Outputs(NamedTuple):
+    """What one pass of the network gives. N pictures, C classes, K features."""
+
+    hidden: Tensor
+    """(N, K) the backbone's feature before it is scaled to any length: pooled maps (the paper's
+    hidden layer K), or the embedding where the network has one.
+    """
+    logits: Tensor | None
+    """(N, C) class scores a = classifier(hidden); None where they were not asked for."""
+    points: Tensor | None
+    """(N, 10) landmarks as (x / W - 0.5, y / H - 0.5), x before y, point after point; None without
+    a landmark head.
+    """
+    attention: tuple[Tensor, ...] = ()
+    """(N, h, w) of each stage, where they were asked for; see networks.base.attention_map."""
+
+
+class CosineClassifier(nn.Module):
+    """Class scores scale * cos(feature, weight_c); weight (C, K), no bias.
+
+    A feature or weight of zeros has cosine 0.
+    """
+
+    def __init__(self, width: int, num_classes: int, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.bias = None
+        self.weight = nn.Parameter(torch.empty(num_classes, width))
+        nn.init.normal_(self.weight, std=0.01)
+
+    def extra_repr(self) -> str:
+        """The scale, which is in no weight and changes every answer (teacher_cache.identity)."""
+        return f"scale={self.scale}"
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(N, K) -> (N, C) scores."""
+        return self.scale * F.linear(F.normalize(hidden, dim=1), F.normalize(self.weight, dim=1))
+
+
+class FaceNetwork(nn.Module):
+    """The backbone that `model` names, a classifier and, if asked, a landmark head.
+
+    model: the settings of config.ModelConfig. num_classes: C; 0 for published weights without
+    their classifier, whose head is then a cosine one for nobody. landmarks: whether to add the head
+    for 5 points. Both heads read the same feature, so an alignment network still predicts classes
+    (its soft target). head: the settings of config.HeadConfig, of which kind and scale count; None
+    is a linear classifier with bias. input_size: side of the pictures, which face networks are
+    built for (resnet takes any); the default is that of published weights. Weights depend on
+    torch's seed alone, and those of backbone and classifier do not change with `landmarks` (see
+    `seeded`). Raises ValueError for a network that cannot be built.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        num_classes: int,
+        landmarks: bool = False,
+        *,
+        head: Any = None,
+        input_size: int = INPUT_SIZE,
+    ) -> None:
+        super().__init__()
+        cosine = getattr(head, "kind", "linear") == "cosine"
+        if num_classes < (0 if cosine else 1):
+            raise ValueError(
+                "FaceNetwork: num_classes must be at least 1 (0 with a cosine head, for a network "
+                f"that has none), got {num_classes}"
+            )
+        self.backbone: Backbone = build_backbone(model, input_size)
+        self.width = self.backbone.width
+        self.num_classes = num_classes
+        self.classifier: nn.Linear | CosineClassifier
+        if cosine:
+            self.classifier = CosineClassifier(self.width, num_classes, head.scale)
+        else:
+            self.classifier = nn.Linear(self.width, num_classes)
+        self.regressor = nn.Linear(self.width, 2 * NUM_POINTS) if landmarks else None
+        self.arrange(channels_last=True)
+
+    def arrange(self, *, channels_last: bool) -> None:
+        """Keep weights and maps in torch.channels_last, or in torch's contiguous layout.
+
+        A training step on a CPU takes 1.1 (224 pixels) to 1.4 times as long in the contiguous
+        layout. Where torch would corrupt memory in channels_last (`needs_contiguous`), the layout
+        stays contiguous; `channels_last` tells.
+        """
+        self.channels_last = channels_last and not needs_contiguous(self)
+        self._format = torch.channels_last if self.channels_last else torch.contiguous_format
+        self.to(memory_format=self._format)  # pyright: ignore[reportCallIssue]
+
+    def forward(self, pictures: Tensor) -> Outputs:
+        """Feature, class scores and landmarks of raw pictures (N, 3, H, W) in [0, 255]."""
+        return self._heads(self.backbone(pictures.contiguous(memory_format=self._format)))
+
+    def embed(self, pictures: Tensor) -> Outputs:
+        """What `forward` gives without the class scores (None), for losses that need the feature
+        alone.
+        """
+        hidden = self.backbone(pictures.contiguous(memory_format=self._format))
+        return self._heads(hidden, scores=False)
+
+    def tap(self, pictures: Tensor, stage: int) -> Tensor:
+        """Output (N, C, h, w) of stage 1 to 4 for raw pictures; see Backbone.maps."""
+        return self.backbone.maps(pictures.contiguous(memory_format=self._format), stage)
+
+    def attend(self, pictures: Tensor) -> Outputs:
+        """What `forward` gives, and the attention_map of every stage."""
+        pictures = pictures.contiguous(memory_format=self._format)
+        hidden, attention = self.backbone.attend(pictures)
+        return self._heads(hidden)._replace(attention=attention)
+
+    def _heads(self, hidden: Tensor, scores: bool = True) -> Outputs:
+        points = None if self.regressor is None else self.regressor(hidden)
+        return Outputs(hidden, self.classifier(hidden) if scores else None, points)
+
+
+def needs_contiguous(network: nn.Module) -> bool:
+    """True where training `network` in channels_last would corrupt this process' memory.
+
+    torch 2.13's oneDNN, limited to AVX2, writes past its buffer in the weight gradient of a
+    strided 1 x 1 convolution with 2 to 7 input channels (jit_avx2_1x1_convolution_bwd_weights).
+    Grouped convolutions, stride 1, 8 channels and more, and the contiguous layout are right.
+    """
+    return is_limited_to_avx2() and any(
+        isinstance(layer, nn.Conv2d)
+        and layer.kernel_size == (1, 1)
+        and max(layer.stride) > 1
+        and layer.groups == 1
+        and 2 <= layer.in_channels <= 7
+        for layer in network.modules()
+    )
+
+
+def is_limited_to_avx2() -> bool:
+    """True where oneDNN has no AVX-512 kernels: by the processor, or by ONEDNN_MAX_CPU_ISA."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    limits = (os.environ.get(name, "") for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"))
+    limit = next(filter(None, limits), "ALL").upper()
+    capability = torch.backends.cpu.get_cpu_capability()
+    return "AVX512" not in capability or not limit.startswith(("ALL", "DEFAULT", "AVX512", "AVX10"))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draws inside come from `seed`, and torch's own CPU random state is as before afterwards.
+
+    A student is therefore initialised alike whether or not a teacher was built before it.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def network_from_state(
+    model: Any,
+    state: Mapping[str, Tensor],
+    *,
+    head: Any = None,
+    input_size: int = INPUT_SIZE,
+) -> FaceNetwork:
+    """A network with exactly the weights in `state`; classes and landmark head are read off the
+    weights' shapes. head, input_size: as it was built, see FaceNetwork.
+
+    Raises ValueError when `model` describes another network than the one that was saved.
+    """
+    if "classifier.weight" not in state:
+        raise ValueError(
+            "network_from_state: the weights hold no 'classifier.weight', so they are not a "
+            f"FaceNetwork's; their first names are {list(state)[:3]}"
+        )
+    with seeded(0):
+        network = FaceNetwork(
+            model,
+            len(state["classifier.weight"]),
+            "regressor.weight" in state,
+            head=head,
+            input_size=input_size,
+        )
+    refused = _differences(network.state_dict(), state)
+    if refused:
+        raise ValueError(
+            f"network_from_state: {len(refused)} weights do not fit {describe(model)} for pictures "
+            f"of {input_size} pixels; the first: {refused[0]}"
+        )
+    network.load_state_dict(dict(state))
+    return network
+
+
+def inherit(network: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """Copies every weight of `state` that has a namesake of the same shape; returns what was not
+    taken, with the reason.
+
+    Listed are entries of `state` that found no place and weights of `network` that keep their
+    initial values (a head for other classes, a new landmark head). Raises ValueError when no
+    convolution or linear weight of the backbone was taken: then nothing was learnt from `state`,
+    whatever small vectors happen to agree.
+    """
+    own = network.state_dict()
+    taken = {name for name in own if name in state and own[name].shape == state[name].shape}
+    if not any(name.startswith("backbone.") and own[name].dim() > 1 for name in taken):
+        raise ValueError(
+            f"inherit: none of the {len(state)} weights offered fits a backbone weight here; "
+            "the settings under model must be those of the run that is inherited from; "
+            f"differences begin with: {'; '.join(_differences(own, state)[:3])}"
+        )
+    with torch.no_grad():
+        for name in taken:
+            own[name].copy_(state[name])
+    return _differences(own, state)
+
+
+def inherit_head(network: FaceNetwork, other: FaceNetwork, run: object) -> None:
+    """Start the classifier as another network's. Raises ValueError, naming `run`, where kind,
+    people or width differ.
+    """
+    ours, theirs = network.classifier, other.classifier
+    kinds = ["cosine" if isinstance(c, CosineClassifier) else "linear" for c in (ours, theirs)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"head.run {run}: its head is {kinds[1]}, this one {kinds[0]}; set head.kind to "
+            f"{kinds[1]}"
+        )
+    if ours.weight.shape[0] != theirs.weight.shape[0]:
+        raise ValueError(
+            f"head.run {run}: its classifier knows {theirs.weight.shape[0]} people and the data "
+            f"has {ours.weight.shape[0]}; name a run on the same people"
+        )
+    if ours.weight.shape[1] != theirs.weight.shape[1]:
+        raise ValueError(
+            f"head.run {run}: its classifier reads {theirs.weight.shape[1]} features and this "
+            f"network has {ours.weight.shape[1]}; give both the same model.embedding"
+        )
+    ours.load_state_dict(theirs.state_dict())
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of trainable and frozen parameters of `module`; running statistics do not count."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def multiply_adds(network: FaceNetwork, input_size: int, *, heads: bool = True) -> int:
+    """Multiply-adds of convolutions and linear layers for one (3, input_size, input_size) picture;
+    heads: classifier and landmark head included.
+
+    The usual "MACs" or, loosely, "FLOPs" of the field; normalisation, activation and pooling do not
+    count. Shapes alone are computed (meta tensors): no memory, no arithmetic, no change to
+    `network`.
+    """
+    total = 0
+
+    def count(module: nn.Module, _: Any, output: Tensor) -> None:
+        nonlocal total
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        total += output[0].numel() * weight[0].numel()
+
+    counted = network if heads else network.backbone
+    layers = [m for m in counted.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    shapes = {
+        name: tensor.to("meta")
+        for name, tensor in (*network.named_parameters(), *network.named_buffers())
+    }
+    was_training = network.training
+    try:
+        network.eval()
+        picture = torch.empty(1, 3, input_size, input_size, device="meta")
+        torch.func.functional_call(network, shapes, (picture,))
+    finally:
+        network.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return total
+
+
+def _differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """One line per name that only one side has or whose shapes differ."""
+    lines = []
+    for name, tensor in state.items():
+        if name not in own:
+            lines.append(f"{name}: has no place in this network")
+        elif own[name].shape != tensor.shape:
+            lines.append(f"{name}: {tuple(tensor.shape)} offered, {tuple(own[name].shape)} needed")
+    lines += [f"{name}: not offered, keeps its initial values" for name in own if name not in state]
+    return lines

@@ -1,0 +1,249 @@
+"""Targets that the papers compare with, beside the soft, hidden and logit ones of targets.py: unit
+embeddings by squared distance or cosine, relations between the pictures of a batch (RKD), and
+attention transfer.
+
+All of them compute in float32 or wider whatever the networks' number format, inside autocast too.
+Where a length is zero there is no direction: such a feature or map stays zero and gets no gradient,
+so equal features, empty maps and batches of one give finite losses and never NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from kdtrain.models.network import Outputs
+from kdtrain.objectives.targets import Guide, Objective, Pair, halved, width_map
+
+SHORTEST = 1e-12  # length below which a vector has no direction
+# Squared distance, in units of the two squared lengths, below which two features are the same: they
+# came as float32, so what is left is their rounding.
+SAME = 1e-12
+# Angles that are formed at a time, one vertex at least: on a CPU parts that stay in its cache.
+ANGLES = {"cpu": 1 << 16, "cuda": 1 << 22}
+
+
+class EmbeddingTarget(nn.Module):
+    """n(P K_S) and n(K_T), what the embedding targets compare: n scales to unit length, P is a
+    learnt linear map where the widths differ.
+
+    P is targets.width_map's, as that of the hidden target.
+    """
+
+    def __init__(self, student_width: int, teacher_width: int, *, projection: str) -> None:
+        super().__init__()
+        self.projection = width_map(
+            student_width, teacher_width, setting="target.embedding_proj", projection=projection,
+            weights="target.embedding_l2 and target.embedding_cosine",
+        )  # fmt: skip
+
+    def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """The two (N, K_T) tensors of unit rows, from features (N, K_S) and (N, K_T)."""
+        with torch.autocast(student.device.type, enabled=False):
+            return unit(self.projection(wide(student))), unit(wide(teacher))
+
+
+def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """1 - cos(P K_S, K_T), mean over pictures, of the unit rows (N, D) that EmbeddingTarget gives.
+
+    Half of embedding_l2, as |a - b|^2 = 2 (1 - cos) of unit vectors. A row without direction has
+    cosine 0.
+    """
+    return (1 - (student * teacher).sum(1)).mean() if len(student) else student.sum()
+
+
+def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """How far the distances within a batch are from the teacher's, each in units of their mean.
+
+        psi(i, j) = |t_i - t_j| / mu,  mu the mean over the ordered pairs i != j
+        huber(psi_S(i, j) - psi_T(i, j)), mean over these pairs; huber(x) = x^2 / 2 up to 1, then
+        |x| - 1/2
+
+    Relational knowledge distillation, Park et al. 2019 (arXiv 1904.05068), section 3.2.1. The paper
+    sums over the pairs; the authors' code divides by N^2 instead of our N (N - 1), so its loss is
+    (N - 1) / N of this one. student (N, K_S), teacher (N, K_T): pooled features, which need no
+    projection. Two pictures are always 1 apart, and fewer have no distance, so these teach nothing;
+    a student whose features are all equal gets no gradient. Gradient to the student only.
+    """
+    ours = _relative(squared_distances(student))
+    theirs = _relative(squared_distances(teacher.detach()))
+    count = max(1, len(ours) * (len(ours) - 1))
+    loss = F.huber_loss(ours, theirs, reduction="sum") / count
+    return loss.to(wide(student).dtype)
+
+
+def rkd_angle(student: Tensor, teacher: Tensor) -> Tensor:
+    """How far the angles within a batch are from the teacher's.
+
+        psi(i, j, k) = cos of the angle at t_j in the triangle t_i t_j t_k
+        huber(psi_S - psi_T), mean over the ordered triples of three different pictures
+
+    Relational knowledge distillation, Park et al. 2019 (arXiv 1904.05068), section 3.2.2; the
+    authors' code divides by N^3 instead of our N (N - 1) (N - 2). student (N, K_S), teacher (N,
+    K_T): pooled features. An angle at or towards a picture with the same feature has cosine 0 and
+    no gradient, as in the authors' code. 0 with zero gradient for fewer than three pictures.
+    Gradient to the student only, formed in forward some vertices at a time, so that no N^3 numbers
+    are kept; it has no gradient of its own.
+    """
+    ours, theirs = (_scaled(squared_distances(f)) for f in (student, teacher.detach()))
+    dtype = wide(student).dtype
+    return _Angles.apply(ours.to(dtype), theirs.to(dtype))
+
+
+def attention_pairs(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], weight: float
+) -> list[Pair]:
+    """Attention transfer: sum over the stages j of |Q_S^j / |Q_S^j| - Q_T^j / |Q_T^j||^2.
+
+    Zagoruyko and Komodakis 2017 (arXiv 1612.03928), eq. 2, with Q = attention_map (networks.base)
+    as one vector a picture. Squared and averaged over pictures and places, as in the authors' code,
+    which is how their beta comes to be divided by both; eq. 2 has the length itself. The 1/2 is
+    left to the weight: beta = 1000 is weight 1000 in their code, which has no 1/2, and 500 with it.
+    Where another stem makes the maps differ in size, the larger are averaged two by two. A stage
+    whose map is all zero, in either network, has no direction there and stays zero.
+    """
+    pairs = []
+    for ours, theirs in zip(student, teacher, strict=True):
+        sides = halved(ours, theirs), halved(theirs, ours)
+        rows = [unit(maps.flatten(1)) for maps in sides]
+        pairs.append(Pair("attention", rows[0], rows[1], weight, "mean"))
+    return pairs
+
+
+def baseline_pairs(
+    student: Outputs, teacher: Guide | None, embedded: tuple[Tensor, Tensor] | None, target: Any
+) -> list[Pair]:
+    """The squared distances among these targets that `target` (a TargetConfig) gives a weight.
+
+    embedded: what EmbeddingTarget makes of the two features. None for a teacher gives no pair.
+    """
+    pairs = []
+    if embedded is not None and target.embedding_l2:
+        pairs.append(Pair("embedding_l2", *embedded, target.embedding_l2, "batchmean"))
+    if teacher is not None and target.attention:
+        pairs += attention_pairs(student.attention, teacher.attention, target.attention)
+    return pairs
+
+
+def relation_objective(
+    student: Tensor, teacher: Tensor | None, embedded: tuple[Tensor, Tensor] | None, target: Any
+) -> Objective | None:
+    """The cosine and RKD terms that `target` gives a weight, of features (N, K_S) and (N, K_T)."""
+    terms: list[tuple[str, float, Tensor]] = []
+    if embedded is not None and target.embedding_cosine:
+        loss = cosine_loss(*embedded)
+        terms.append(("embedding_cosine", target.embedding_cosine, loss))
+    if teacher is not None and target.rkd_distance:
+        terms.append(("rkd_distance", target.rkd_distance, rkd_distance(student, teacher)))
+    if teacher is not None and target.rkd_angle:
+        terms.append(("rkd_angle", target.rkd_angle, rkd_angle(student, teacher)))
+    if not terms:
+        return None
+    weighted = torch.stack([weight * loss for _, weight, loss in terms]).sum()
+    return Objective(weighted, {name: loss for name, _, loss in terms})
+
+
+def squared_distances(features: Tensor) -> Tensor:
+    """|f_i - f_j|^2 of the rows of (N, K), as (N, N) float64: 0 with zero gradient where i = j or
+    two rows agree to float32's last bits.
+
+    By the products of the rows, which keeps no N x N x K differences; in float64, where their
+    cancellation is far below what float32 features can tell apart and which autocast leaves alone.
+    """
+    rows = features.double()
+    products = rows @ rows.T
+    squares = products.diagonal()
+    both = squares[:, None] + squares[None, :]
+    distances = both - 2 * products
+    # "not more" would take NaN for equal
+    return distances.masked_fill(distances <= SAME * both, 0)
+
+
+def unit(rows: Tensor) -> Tensor:
+    """Rows (N, D) scaled to length 1; those without a direction are 0 and get no gradient."""
+    lengths = rows.norm(dim=1, keepdim=True)
+    nothing = lengths <= SHORTEST
+    return (rows / lengths.masked_fill(nothing, 1)).masked_fill(nothing, 0)
+
+
+def wide(values: Tensor) -> Tensor:
+    """Values in float32 at least."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _scaled(squared: Tensor) -> Tensor:
+    """Squared distances in units of their mean, which angles do not depend on and which keeps them
+    in float32's range.
+    """
+    mean = squared.detach().sum() / max(1, len(squared) * (len(squared) - 1))
+    return squared / mean.masked_fill(mean <= 0, 1)
+
+
+def _relative(squared: Tensor) -> Tensor:
+    """Distances in units of their mean; 0 where all are 0."""
+    same = squared <= 0
+    distances = squared.masked_fill(same, 1).sqrt().masked_fill(same, 0)
+    mean = distances.sum() / max(1, len(squared) * (len(squared) - 1))
+    return distances / mean.masked_fill(mean <= 0, 1)
+
+
+class _Angles(torch.autograd.Function):
+    """Loss of the angles and its gradient, from two (N, N) squared distances.
+
+    With a_ij the squared distances and v_ij = a_ij^(-1/2) (0 where a is 0), by the law of cosines
+
+        psi(i, j, k) = (a_ji + a_jk - a_ik) / 2 * v_ji * v_jk
+
+    and with g = dloss / dpsi, which like psi is symmetric in i and k, and m = g v_ji v_jk / 2:
+
+        dloss / da_ji = 2 sum_k m - v_ji^2 sum_k g psi      dloss / da_ik = - sum_j m
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        """student, teacher: (N, N) squared distances of one dtype."""
+        size = len(student)
+        count = max(1, size * (size - 1) * (size - 2))
+        loss = student.new_zeros(())
+        gradient = torch.zeros_like(student)
+        ours, theirs = _inverse_root(student), _inverse_root(teacher)
+        step = max(1, ANGLES[student.device.type] // max(1, size * size))
+        for first in range(0, size, step):
+            vertices = slice(first, first + step)
+            psi, factors = _cosines(student, ours, vertices)
+            error = psi - _cosines(teacher, theirs, vertices)[0]
+            # i = k is no triangle
+            error.diagonal(dim1=1, dim2=2).zero_()
+            loss += F.huber_loss(error, torch.zeros_like(error), reduction="sum")
+            slope = error.clamp_(-1, 1)
+            gradient[vertices] -= ours[vertices].square() * (slope * psi).sum(2)
+            slope *= factors
+            gradient[vertices] += slope.sum(2)
+            gradient -= slope.sum(0) / 2
+        ctx.save_for_backward(gradient / count)
+        return loss / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Gradient with regard to the student's squared distances."""
+        (gradient,) = ctx.saved_tensors
+        return incoming * gradient, None
+
+
+def _inverse_root(squared: Tensor) -> Tensor:
+    same = squared <= 0
+    return squared.masked_fill(same, 1).rsqrt().masked_fill(same, 0)
+
+
+def _cosines(squared: Tensor, inverse: Tensor, vertices: slice) -> tuple[Tensor, Tensor]:
+    """psi with vertex j in `vertices`, (J, N, N) by i and k, and v_ji v_jk."""
+    sides, roots = squared[vertices], inverse[vertices]
+    factors = roots[:, :, None] * roots[:, None, :]
+    psi = (sides[:, :, None] + sides[:, None, :] - squared[None]) * factors
+    return psi.mul_(0.5), factors

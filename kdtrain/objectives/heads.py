@@ -1,0 +1,243 @@
+"""The classifier's part of the loss where it is more than a linear layer with kept logits: margins,
+centres that follow a teacher, and the teacher's own classifier as a second head.
+
+Cosine heads and streamed ones go through kdkernels.linear_kd_cross_entropy, which keeps no N x C
+logits of either network.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdkernels import (
+    ArcFace,
+    CombinedMargin,
+    CosFace,
+    adaface_margin,
+    linear_kd_cross_entropy,
+    sample_classes,
+)
+from kdtrain.models.network import CosineClassifier, FaceNetwork
+from kdtrain.objectives.targets import Guide, Objective, weighed_softmax, width_map
+
+Margin = ArcFace | CosFace | CombinedMargin
+NORM_MEAN, NORM_STD, NORM_RATE = 20.0, 100.0, 0.01  # AdaFace's start and rate of its averages
+
+
+class AdaFaceNorms(nn.Module):
+    """Running mean and standard deviation of the feature's norm (AdaFace, arXiv 2204.00964, section
+    3.3): average <- 0.99 average + 0.01 batch, from 20 and 100. Buffers, kept for resume and
+    dropped with the other extra modules.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(NORM_MEAN))
+        self.register_buffer("std", torch.tensor(NORM_STD))
+
+    @torch.no_grad()
+    def update(self, features: Tensor) -> None:
+        """Take up a batch of features (N, K); one of a single row has no deviation and is left
+        out.
+        """
+        if len(features) < 2:
+            return
+        norms = features.float().norm(dim=1).clamp(0.001, 100.0)
+        self.mean.lerp_(norms.mean(), NORM_RATE)
+        self.std.lerp_(norms.std(), NORM_RATE)
+
+
+class TeacherHead(nn.Module):
+    """P K_S, what the teacher's classifier reads of the student: P is a learnt linear map where the
+    widths differ, else the feature itself.
+
+    The published TH-KD (arXiv 2201.06945) needs equal widths; P, targets.width_map's, is ours.
+    """
+
+    def __init__(self, student_width: int, teacher_width: int, *, projection: str) -> None:
+        super().__init__()
+        self.projection = width_map(
+            student_width, teacher_width, setting="target.teacher_head_proj",
+            projection=projection, weights="target.teacher_head",
+        )  # fmt: skip
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(N, K_S) -> (N, K_T)."""
+        return self.projection(hidden)
+
+
+def streamed_objective(
+    hidden: Tensor,
+    network: FaceNetwork,
+    teacher: FaceNetwork | None,
+    guide: Guide | None,
+    labels: Tensor,
+    margin: Margin | None,
+    *,
+    target: Any,
+    margin_grad: str = "exact",
+    sample: float = 1.0,
+    backend: str | None = None,
+) -> Objective | None:
+    """gamma H(softmax(s'), y) + alpha [tau^2] H(softmax(s / tau), softmax(t / tau)) from the
+    feature, s the scores of the network's classifier and s' those with a margin.
+
+    hidden (N, K) of the student. guide: the teacher's answer; its logits where they are there, else
+    its classifier on its feature. sample: share of the people over whom both softmaxes go, drawn
+    anew from torch's random state (PartialFC, arXiv 2203.15565). Terms as softmax_objective's; None
+    where both weights are 0.
+    """
+    gamma, alpha = target.gamma, target.alpha
+    if not (gamma or alpha):
+        return None
+    head, cosine = network.classifier, isinstance(network.classifier, CosineClassifier)
+    asked = labels if gamma else None
+    of_teacher = soft_source(guide, teacher) if alpha else None
+    teacher_scale = None
+    if isinstance(of_teacher, tuple) and teacher is not None:
+        teacher_scale = getattr(teacher.classifier, "scale", None)
+    classes = None
+    if sample < 1:
+        classes = sample_classes(labels, len(head.weight), sample)
+    return weighed_softmax(
+        partial(linear_kd_cross_entropy, hidden, head.weight, asked),
+        hard=asked is not None,
+        soft=of_teacher is not None,
+        gamma=gamma,
+        alpha=alpha,
+        label_smoothing=target.label_smoothing,
+        classes=classes,
+        bias=head.bias,
+        teacher=of_teacher,
+        normalize=cosine,
+        scale=head.scale if isinstance(head, CosineClassifier) else 1.0,
+        teacher_scale=teacher_scale,
+        margin=margin if asked is not None else None,
+        margin_grad=margin_grad,
+        temperature=target.temperature,
+        tau_squared=target.tau_squared,
+        backend=backend,
+    )
+
+
+def teacher_head_objective(
+    mapped: Tensor, teacher: FaceNetwork, guide: Guide, target: Any, backend: str | None = None
+) -> Objective:
+    """target.teacher_head [tau^2] H(softmax(h / tau), softmax(t / tau)), h the teacher's frozen
+    classifier on the student's feature: TH-KD (arXiv 2201.06945).
+
+    The paper's term is the KL divergence, whose gradient is the same. mapped (N, K_T): what
+    TeacherHead gives. tau: target.teacher_head_temperature, else target.temperature. Term
+    "teacher_head" is the cross-entropy.
+    """
+    head = teacher.classifier
+    cosine = isinstance(head, CosineClassifier)
+    loss, record = linear_kd_cross_entropy(
+        mapped,
+        head.weight,
+        None,
+        bias=head.bias,
+        teacher=soft_source(guide, teacher),
+        normalize=cosine,
+        scale=head.scale if isinstance(head, CosineClassifier) else 1.0,
+        temperature=target.teacher_head_temperature or target.temperature,
+        alpha=target.teacher_head,
+        tau_squared=target.tau_squared,
+        return_terms=True,
+        backend=backend,
+    )
+    return Objective(loss, {"teacher_head": record.soft})
+
+
+def soft_source(
+    guide: Guide | None, teacher: FaceNetwork | None
+) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor] | None:
+    """The teacher's logits where they were asked for, else its feature and classifier, as
+    linear_kd_cross_entropy takes them.
+    """
+    if guide is None or guide.logits is not None:
+        return None if guide is None else guide.logits
+    assert guide.hidden is not None
+    assert teacher is not None
+    head = teacher.classifier
+    if head.bias is None:
+        return guide.hidden, head.weight
+    return guide.hidden, head.weight, head.bias
+
+
+def margin_of(
+    head: Any,
+    hidden: Tensor,
+    labels: Tensor,
+    teacher: FaceNetwork | None,
+    guide: Guide | None,
+    norms: AdaFaceNorms | None,
+) -> Margin | None:
+    """The margin that `head` (a HeadConfig) asks for on a batch; None without one."""
+    if head.margin == "arcface":
+        return ArcFace(head.size)
+    if head.margin == "cosface":
+        return CosFace(head.size)
+    if head.margin == "combined":
+        return CombinedMargin(head.size, head.m_cosine)
+    if head.margin == "adaface":
+        assert norms is not None
+        norms.update(hidden)
+        return adaface_margin(hidden, m=head.size, h=head.h, mean=norms.mean, std=norms.std)
+    if head.margin == "distillation":
+        assert teacher is not None
+        assert guide is not None
+        assert guide.hidden is not None
+        weight = teacher.classifier.weight
+        return distillation_margin(guide.hidden, weight, labels, head.size, head.m_min)
+    return None
+
+
+@torch.no_grad()
+def distillation_margin(
+    teacher: Tensor, weight: Tensor, labels: Tensor, largest: float, smallest: float
+) -> ArcFace:
+    """MarginDistillation's angle of each picture (Svitov and Alyamkin 2020, arXiv 2003.02586):
+
+        m_n = (largest - smallest) c_n / max_n c_n + smallest,   c_n = cos(teacher_n, weight_{y_n})
+
+    so that a picture that the teacher is sure of is asked for more. teacher (N, K), weight (C, K)
+    of the teacher's classifier, labels (N,). A cosine below 0 counts as 0, which the paper leaves
+    open; where none is above, every m is the smallest.
+    """
+    cosines = F.cosine_similarity(teacher.float(), weight[labels].float(), dim=1).clamp(min=0)
+    most = cosines.max() if len(cosines) else cosines.sum()
+    share = cosines / most.masked_fill(most <= 0, math.inf)
+    return ArcFace((largest - smallest) * share + smallest)
+
+
+@torch.no_grad()
+def move_centres(weight: Tensor, student: Tensor, teacher: Tensor, labels: Tensor) -> None:
+    """AdaDistill's step of the classes' centres, in place (arXiv 2407.01332, eq. 6 and 7):
+
+        a_n  = clip(cos(student_n, teacher_n), 0, 1) clip(cos(w_y, teacher_n), 0, 1),   y = labels_n
+        w_y <- mean over the batch's pictures n of y of  a_n u(w_y) + (1 - a_n) u(teacher_n)
+
+    u scales to unit length. Early, where the student is far from the teacher, a centre is the
+    teacher's feature of the picture at hand; late it is what it was. weight (C, K); student,
+    teacher (N, K); labels (N,). The released code writes one picture after the other over the same
+    row, in no order that is told, and unscaled; the mean over a batch's pictures is ours. A class
+    without a picture keeps its centre.
+    """
+    theirs = F.normalize(teacher.float(), dim=1)
+    people, place, count = torch.unique(labels, return_inverse=True, return_counts=True)
+    centres = F.normalize(weight[people].float(), dim=1)
+    agrees = (F.normalize(student.float(), dim=1) * theirs).sum(1).clamp(0, 1)
+    keeps = (agrees * (centres[place] * theirs).sum(1).clamp(0, 1))[:, None]
+    moved = keeps * centres[place] + (1 - keeps) * theirs
+    sums = torch.zeros_like(centres).index_add_(0, place, moved)
+    weight[people] = (sums / count[:, None]).to(weight.dtype)

@@ -1,0 +1,288 @@
+"""What evaluation sees: batches of one split, what a network made of them, and the samples a report
+shows.
+
+The steps between `evaluate.py`'s pure metrics and the tasks that report them; nothing here trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdtrain.data.run_data import EvalBatch
+from kdtrain.models.network import NUM_POINTS, FaceNetwork, Outputs
+from kdtrain.objectives import all_pairs, evaluate
+
+PAIR_FOLDS = 10
+SAMPLES = 12  # pictures that a report shows
+SHOWN_SIDE = 96  # their largest side in pixels
+GALLERY = 2000  # pictures among which a report looks for neighbours
+
+
+class Seen(NamedTuple):
+    """What a network made of one split, on the CPU but for the features; N pictures."""
+
+    hidden: Tensor
+    """(N, K) float32 pooled features, on the network's device."""
+    hits: Tensor
+    """(N,) bool: the largest class score is the label's."""
+    surprise: Tensor
+    """(N,) cross-entropy with the label."""
+    labels: Tensor
+    """(N,) person."""
+    indices: Tensor
+    """(N,) place in the source."""
+    groups: Tensor | None
+    """(N,) video, where pictures come from videos."""
+    landmarks: Landmarks | None
+    """True and predicted points, where the network has a landmark head."""
+    shown: Tensor
+    """(n, 3, h, h) uint8: the first pictures, for the report."""
+    side: int
+    """Side of the network's input in pixels."""
+
+
+class Landmarks(NamedTuple):
+    """Points of N pictures, (N, 5, 2) each."""
+
+    true: Tensor
+    """Original pixels."""
+    predicted: Tensor
+    """Original pixels."""
+    true_crop: Tensor
+    """Pixels of the network's input."""
+    predicted_crop: Tensor
+    """Pixels of the network's input."""
+    sizes: Tensor
+    """(N, 2) original width and height."""
+
+
+def look(network: FaceNetwork, batches: Iterable[EvalBatch], device: torch.device) -> Seen:
+    """One pass of the network, in eval mode and without gradient; the mode it was in is restored.
+
+    Neither pictures nor logits are kept: of a large split they would not fit. ValueError for no
+    picture, or for a landmark head on data without landmarks.
+    """
+    rows: list[tuple[Tensor, ...]] = []
+    groups: list[Tensor] = []
+    landmarks: list[Landmarks] = []
+    shown: list[Tensor] = []
+    room, side = GALLERY, 0
+    was_training = network.training
+    network.eval()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                pictures, labels = batch.pictures.to(device), batch.labels.to(device)
+                outputs: Outputs = network(pictures)
+                assert outputs.logits is not None
+                surprise = F.cross_entropy(outputs.logits.float(), labels, reduction="none")
+                hits = evaluate.hits(outputs.logits, labels)
+                row = (hits.cpu(), surprise.cpu(), labels.cpu(), batch.indices.cpu())
+                rows.append((outputs.hidden.float(), *row))
+                if batch.groups is not None:
+                    groups.append(batch.groups.cpu())
+                if outputs.points is not None:
+                    landmarks.append(_landmarks(batch, outputs.points))
+                shown.append(_shrunk(pictures[:room]))
+                room -= len(shown[-1])
+                side = pictures.shape[-1]
+    finally:
+        network.train(was_training)
+    if not rows:
+        raise ValueError("evaluate: no picture to look at; the test split is empty")
+    hidden, hits, surprise, labels, indices = map(torch.cat, zip(*rows, strict=True))
+    return Seen(
+        hidden,
+        hits,
+        surprise,
+        labels,
+        indices,
+        torch.cat(groups) if groups else None,
+        Landmarks(*map(torch.cat, zip(*landmarks, strict=True))) if landmarks else None,
+        torch.cat(shown),
+        side,
+    )
+
+
+def pixels(batches: Iterable[EvalBatch]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Raw pixels as features (N, D), on the pictures' device; labels and videos (N,), on the CPU.
+
+    ValueError when there is no picture.
+    """
+    rows, labels, groups = [], [], []
+    for batch in batches:
+        rows.append(evaluate.raw_pixels(batch.pictures))
+        labels.append(batch.labels.cpu())
+        if batch.groups is not None:
+            groups.append(batch.groups.cpu())
+    if not rows:
+        raise ValueError("floors: no picture to look at; the split is empty")
+    return torch.cat(rows), torch.cat(labels), torch.cat(groups) if groups else None
+
+
+class Measured(NamedTuple):
+    """What one way of measuring features gave."""
+
+    metrics: dict[str, float]
+    items: dict[str, Tensor]
+    """Right or wrong, float32: (N,) a picture, or (P,) a pair in the order of make_pairs."""
+    samples: dict[str, np.ndarray]
+    """Curves for the report."""
+
+
+def pairs(rows: Tensor, labels: Tensor, gallery: Tensor | None = None) -> Measured:
+    """Accuracy in ten folds and TAR at FAR 0.01 of features (N, D) by cosine; nothing with too few
+    people. gallery (N, D): features of each pair's second picture, by another network.
+    """
+    drawn = _pairs(labels)
+    if drawn is None:
+        return Measured({}, {}, {})
+    a, b, same = drawn
+    ours, theirs = rows[a], (rows if gallery is None else gallery)[b]
+    told = evaluate.pair_hits(ours, theirs, same, PAIR_FOLDS)
+    mean, spread = evaluate.over_folds(told, PAIR_FOLDS)
+    far, tar, _ = evaluate.roc(evaluate.cosine(ours, theirs), same)
+    kept = evenly(len(far), 400)
+    metrics = {
+        "pair_accuracy": mean,
+        "pair_accuracy_std": spread,
+        "tar_at_far_0.01": tar[far <= 0.01].max().item(),
+        "pairs": len(same),
+    }
+    samples = {"roc_far": far[kept].numpy(), "roc_tar": tar[kept].numpy()}
+    return Measured(metrics, {"pair_accuracy": told.float()}, samples)
+
+
+def pair_metrics(rows: Tensor, labels: Tensor) -> dict[str, float]:
+    """The metrics of `pairs`."""
+    return pairs(rows, labels).metrics
+
+
+def every_pair(
+    rows: Tensor, labels: Tensor, groups: Tensor | None, gallery: Tensor | None = None
+) -> Measured:
+    """TAR at low FAR of features (N, D) by cosine over all pairs, and its curve (all_pairs.py)."""
+    scores = all_pairs.pair_scores(rows, labels, groups, gallery=gallery)
+    far, tar = all_pairs.curve(scores)
+    samples = {"all_far": far.numpy(), "all_tar": tar.numpy()} if len(far) else {}
+    return Measured(all_pairs.metrics(scores), {}, samples)
+
+
+def asymmetric(
+    rows: Tensor, gallery: Tensor, labels: Tensor, groups: Tensor | None, *, normalize: bool
+) -> Measured:
+    """Queries (N, D) looked up among another network's features (N, D) of the same pictures; every
+    name begins with asym_.
+
+    A query's own picture is no neighbour; of a pair the first picture is the query. normalize:
+    scale both to unit length before distances, as for nn_top1.
+    """
+    ours, theirs = (F.normalize(x, dim=1) if normalize else x for x in (rows, gallery))
+    hits = evaluate.cross_hits(ours, theirs, labels, groups)
+    counts = ("nn_queries", "nn_lone", "pairs")  # as of the network by itself
+    found = [pairs(rows, labels, gallery), every_pair(rows, labels, groups, gallery)]
+    shares = evaluate.nn_shares(hits) | found[0].metrics | found[1].metrics
+    return Measured(
+        {f"asym_{k}": v for k, v in shares.items() if not k.startswith(counts)},
+        {f"asym_{k}": v for k, v in (hits | found[0].items).items()},
+        {f"asym_{k}": v for one in found for k, v in one.samples.items()},
+    )
+
+
+def neighbour_samples(rows: Tensor, seen: Seen, backend: str | None) -> dict[str, np.ndarray]:
+    """Evenly spaced test pictures, each with its nearest among the first GALLERY test pictures.
+
+    rows (N, D): features by which neighbours are sought. Only pictures with another one of their
+    person there are asked for, unless there are none.
+    """
+    count = len(seen.shown)
+    if count < 2:
+        return {}
+    labels = seen.labels[:count]
+    distance, nearest = (t.cpu() for t in evaluate.neighbours(rows[:count], backend=backend))
+    _, person, pictures = torch.unique(labels, return_inverse=True, return_counts=True)
+    with_mate = (pictures[person] > 1).nonzero()[:, 0]
+    pool = with_mate if len(with_mate) else torch.arange(count)
+    chosen = pool[evenly(len(pool), SAMPLES)]
+    return {
+        "queries": seen.shown[chosen].numpy(),
+        "neighbours": seen.shown[nearest[chosen]].numpy(),
+        "query_labels": labels[chosen].numpy(),
+        "neighbour_labels": labels[nearest[chosen]].numpy(),
+        "distances": distance[chosen].sqrt().numpy(),
+        "gallery": np.array(count),
+    }
+
+
+def landmark_samples(seen: Seen, errors: Tensor) -> dict[str, np.ndarray]:
+    """Evenly spaced test pictures with true and predicted points in pixels of what is shown.
+
+    errors (N,): NRMSE of every picture seen.
+    """
+    assert seen.landmarks is not None
+    chosen = evenly(len(seen.shown), SAMPLES)
+    scale = seen.shown.shape[-1] / seen.side
+    return {
+        "pictures": seen.shown[chosen].numpy(),
+        "true": (seen.landmarks.true_crop[chosen] * scale).float().numpy(),
+        "predicted": (seen.landmarks.predicted_crop[chosen] * scale).float().numpy(),
+        "errors": errors[chosen].numpy(),
+    }
+
+
+def original(batch: EvalBatch, points: Tensor) -> Tensor:
+    """Crop points (N, 5, 2) in original pixels, on the CPU."""
+    assert batch.to_original is not None
+    return batch.to_original(points.to(batch.pictures.device)).cpu()
+
+
+def true_points(batch: EvalBatch) -> tuple[Tensor, Tensor]:
+    """True landmarks (N, 5, 2) in original pixels and in pixels of the crop, on the CPU.
+
+    The second is the inverse of `to_original`, read off two corners. ValueError for data without
+    any.
+    """
+    if batch.points_original is None or batch.to_original is None:
+        raise ValueError("alignment: landmarks are needed, and this data has none")
+    true, side = batch.points_original.cpu(), batch.pictures.shape[-1]
+    corner = batch.pictures.new_zeros(len(true), NUM_POINTS, 2)
+    first, last = original(batch, corner), original(batch, corner + side)
+    return true, (true - first) / (last - first) * side
+
+
+def _landmarks(batch: EvalBatch, points: Tensor) -> Landmarks:
+    """points: (N, 10) of the landmark head."""
+    side = batch.pictures.shape[-1]
+    crop = (points.float().reshape(-1, NUM_POINTS, 2) + 0.5) * side
+    true, true_crop = true_points(batch)
+    return Landmarks(true, original(batch, crop), true_crop, crop.cpu(), batch.sizes.cpu())
+
+
+def evenly(count: int, limit: int) -> Tensor:
+    """Indices of at most `limit` of `count` rows, first and last among them, evenly spaced."""
+    if count <= limit:
+        return torch.arange(count)
+    return torch.linspace(0, count - 1, limit, dtype=torch.float64).round().long()
+
+
+def _pairs(labels: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The split's verification pairs, the same for every run; None with too few people for ten
+    folds.
+    """
+    counts = torch.unique(labels, return_counts=True)[1]
+    if int((counts > 1).sum()) < 2 * PAIR_FOLDS:
+        return None
+    return evaluate.make_pairs(labels, seed=0, folds=PAIR_FOLDS)
+
+
+def _shrunk(pictures: Tensor) -> Tensor:
+    """Pictures for a report: uint8 on the CPU, at most SHOWN_SIDE wide."""
+    if pictures.shape[-1] > SHOWN_SIDE:
+        pictures = F.interpolate(pictures, size=(SHOWN_SIDE, SHOWN_SIDE), mode="area")
+    return pictures.round().clamp(0, 255).to(torch.uint8).cpu()

@@ -1,0 +1,275 @@
+"""What a student is pulled towards: labels and the teacher's soft prediction, and squared distances
+of vectors.
+
+Every piece of "L = Phi(task) + alpha soft + beta hidden" (eq. 5 of arXiv 1709.02929) that more than
+one task uses is here. Terms are returned without their weights, as detached float32 scalars on the
+device: nothing waits for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdkernels import hidden_l2, kd_cross_entropy
+from kdtrain.config import ConfigError
+
+
+class Objective(NamedTuple):
+    """A part of the loss, and what it is made of."""
+
+    loss: Tensor
+    """Weighted scalar with gradient."""
+    terms: dict[str, Tensor]
+    """Unweighted detached scalars by name."""
+
+
+class Guide(NamedTuple):
+    """A teacher's answer to N pictures, without gradient; what no target reads may be missing."""
+
+    logits: Tensor | None
+    """(N, C)."""
+    hidden: Tensor | None
+    """(N, K) pooled features."""
+    attention: tuple[Tensor, ...] = ()
+    """(N, h, w) of each residual stage; see networks.base.attention_map."""
+
+
+class Pair(NamedTuple):
+    """Two tensors of one shape whose squared distance is a term of the loss; the gradient goes to
+    `student` only.
+    """
+
+    name: str
+    student: Tensor
+    teacher: Tensor
+    weight: float
+    reduction: str
+    """"batchmean" (divide by rows, the papers' norm), "mean" (by elements) or "sum"."""
+
+
+def softmax_objective(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    *,
+    gamma: float,
+    alpha: float,
+    temperature: float = 3.0,
+    tau_squared: bool = False,
+    label_smoothing: float = 0.0,
+    backend: str | None = None,
+) -> Objective | None:
+    """gamma H(softmax(s), y) + alpha [tau^2] H(softmax(s / tau), softmax(t / tau)) by one
+    kd_cross_entropy call (eq. 2).
+
+    student, teacher (N, C) logits; labels (N,). A part of weight 0 is not computed; None when both
+    are 0. Terms: "hard" and "top1" with labels; "soft" and "teacher_entropy" with a teacher (soft -
+    teacher_entropy is the KL).
+    """
+    labels = labels if gamma else None
+    teacher = teacher if alpha else None
+    if labels is None and teacher is None:
+        return None
+    return weighed_softmax(
+        partial(kd_cross_entropy, student, teacher, labels, temperature=temperature),
+        hard=labels is not None,
+        soft=teacher is not None,
+        gamma=gamma,
+        alpha=alpha,
+        tau_squared=tau_squared,
+        label_smoothing=label_smoothing,
+        backend=backend,
+    )
+
+
+def weighed_softmax(
+    op: Callable[..., Any],
+    *,
+    hard: bool,
+    soft: bool,
+    gamma: float,
+    alpha: float,
+    label_smoothing: float,
+    **options: Any,
+) -> Objective:
+    """gamma and alpha on the two terms of a cross-entropy op of kdkernels, and what it records.
+
+    op: the op on its tensors; hard, soft: whether labels and a teacher are among them. options: its
+    others. Terms as `softmax_objective`'s.
+    """
+    # the op gives its hard term the weight 1, so gamma is put in front of both
+    loss, record = op(
+        alpha=alpha / gamma if hard else alpha,
+        label_smoothing=label_smoothing if hard else 0.0,
+        return_terms=True,
+        **options,
+    )
+    terms: dict[str, Tensor] = {}
+    if hard:
+        terms["hard"] = record.hard
+        terms["top1"] = record.hits / record.count.clamp(min=1)
+    if soft:
+        terms["soft"] = record.soft
+        terms["teacher_entropy"] = record.entropy
+    return Objective(gamma * loss if hard and gamma != 1 else loss, terms)
+
+
+def squared_objective(pairs: Sequence[Pair], backend: str | None = None) -> Objective | None:
+    """sum_i weight_i r_i |S_i - T_i|^2 over all pairs in one hidden_l2 launch; r_i by each pair's
+    own reduction.
+
+    All squared distances of a step share the launch. Pairs of weight 0 are left out; None when none
+    is left. Terms: r_i |S_i - T_i|^2 under each pair's name, added where several have it.
+    """
+    pairs = [pair for pair in pairs if pair.weight]
+    if not pairs:
+        return None
+    # the op has one reduction for all, and divides by the rows; the others follow from it by a
+    # constant
+    factors = [_per_batchmean(pair) for pair in pairs]
+    loss, terms = hidden_l2(
+        [pair.student for pair in pairs],
+        [pair.teacher for pair in pairs],
+        weights=[pair.weight * factor for pair, factor in zip(pairs, factors, strict=True)],
+        reduction="batchmean",
+        return_terms=True,
+        backend=backend,
+    )
+    named: dict[str, Tensor] = {}
+    for pair, term, factor in zip(pairs, terms, factors, strict=True):
+        term = term * factor
+        named[pair.name] = named[pair.name] + term if pair.name in named else term
+    return Objective(loss, named)
+
+
+def _per_batchmean(pair: Pair) -> float:
+    """What turns the sum over rows divided by rows into the pair's own reduction."""
+    rows = max(1, len(pair.student))
+    if pair.reduction == "batchmean":
+        return 1.0
+    if pair.reduction == "mean":
+        return rows / max(1, pair.student.numel())
+    if pair.reduction == "sum":
+        return float(rows)
+    raise ValueError(
+        f"squared_objective: the reduction of {pair.name!r} must be batchmean, mean or sum, "
+        f"got {pair.reduction!r}"
+    )
+
+
+def width_map(
+    student_width: int, teacher_width: int, *, setting: str, projection: str, weights: str
+) -> nn.Module:
+    """P: a linear map without bias where the widths differ, else the feature itself. It is trained
+    with the student and dropped afterwards.
+
+    setting: the config's name of `projection`, which is linear or none. weights: the settings that
+    do without P when they are 0. ConfigError for "none" where the widths differ.
+    """
+    if student_width == teacher_width:
+        return nn.Identity()
+    if projection == "none":
+        raise ConfigError(
+            f"{setting} none: the student has {student_width} features, the teacher "
+            f"{teacher_width}; set {setting} to linear, or {weights} to 0"
+        )
+    return nn.Linear(student_width, teacher_width, bias=False)
+
+
+class HiddenTarget(nn.Module):
+    """Psi of eq. 7 and 9: |P K_S - K_T|^2 with a learnt linear map P where the widths differ.
+
+    The paper leaves open how 256 features meet 2048; P is `width_map`'s. normalize scales P K_S and
+    K_T to unit length first.
+    """
+
+    def __init__(
+        self, student_width: int, teacher_width: int, *, projection: str, normalize: bool
+    ) -> None:
+        super().__init__()
+        if projection not in ("linear", "none"):
+            raise ValueError(f"HiddenTarget: projection must be linear or none, got {projection!r}")
+        self.normalize = normalize
+        self.projection = width_map(
+            student_width, teacher_width,
+            setting="target.hidden_proj", projection=projection, weights="target.beta",
+        )  # fmt: skip
+
+    def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """The two (N, K_T) tensors to be compared, from features (N, K_S) and (N, K_T)."""
+        projected = self.projection(student)
+        if self.normalize:
+            return F.normalize(projected, dim=1), F.normalize(teacher, dim=1)
+        return projected, teacher
+
+
+class HintTarget(nn.Module):
+    """The regressor r of a FitNet hint (Romero et al. 2015, eq. 3): |r(v(x)) - u(x)|^2 at a middle
+    stage.
+
+    v, u: the stage's output in student and teacher. r is a 1x1 convolution, batch normalisation
+    and ReLU, trained with the student and dropped afterwards. Rectified as u is, because the paper
+    asks for the same non-linearity on both sides; normalised, because many channels of a random
+    rectified r are 0 everywhere and never learn. Where the maps differ in size, which only another
+    stem brings about, the larger one is averaged two by two down to the smaller. The 1/2 of eq. 3
+    is left to the weight.
+    """
+
+    def __init__(self, student_width: int, teacher_width: int) -> None:
+        super().__init__()
+        self.regressor = nn.Sequential(
+            nn.Conv2d(student_width, teacher_width, 1, bias=False),
+            nn.BatchNorm2d(teacher_width),
+            nn.ReLU(),
+        )
+
+    def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """The two (N, teacher_width, h, w) tensors to be compared, from the maps of the stage."""
+        student, teacher = halved(student, teacher), halved(teacher, student)
+        return self.regressor(student), teacher
+
+
+def halved(maps: Tensor, other: Tensor) -> Tensor:
+    """Maps (N, C, H, W) averaged two by two until they are no larger than the other's."""
+    while maps.shape[-1] > other.shape[-1]:
+        maps = F.avg_pool2d(maps, 2, ceil_mode=True)
+    return maps
+
+
+def distillation_pairs(
+    student: Any, teacher: Any, hidden: HiddenTarget | None, target: Any
+) -> list[Pair]:
+    """The hidden and logit pairs of a step that `target` gives a weight.
+
+    student: outputs of the network (`hidden`, `logits`). teacher: a Guide; None gives no pair.
+    target: a TargetConfig.
+    """
+    pairs = []
+    if teacher is not None and hidden is not None:
+        ours, theirs = hidden(student.hidden, teacher.hidden)
+        pairs.append(Pair("hidden", ours, theirs, target.beta, target.hidden_reduction))
+    if teacher is not None and target.logits:
+        pairs.append(
+            Pair("logits", student.logits, teacher.logits, target.logits, target.logits_reduction)
+        )
+    return pairs
+
+
+def total(parts: Sequence[Objective | None]) -> Objective:
+    """The sum of the parts that are there. ValueError when none is."""
+    present = [part for part in parts if part is not None]
+    if not present:
+        raise ValueError("total: every term of the loss has weight 0, so there is nothing to train")
+    loss = present[0].loss
+    for part in present[1:]:
+        loss = loss + part.loss
+    terms: dict[str, Tensor] = {}
+    for part in present:
+        terms |= part.terms
+    return Objective(loss, {name: term.detach().to(torch.float32) for name, term in terms.items()})

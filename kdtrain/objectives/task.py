@@ -1,0 +1,358 @@
+"""What the tasks share: a network, its teacher, one step's loss, and how it is measured.
+
+One objective covers them: Phi(task) + alpha soft + beta hidden + logits + gamma softmax (eq. 5 of
+arXiv 1709.02929), and the targets of baselines.py. Teachers answer in eval mode and
+without gradient: online, or their kept answers are handed in (teacher_cache.py).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kdtrain.config import ConfigError
+from kdtrain.data.run_data import EvalBatch
+from kdtrain.models.mixture import TeacherMixture
+from kdtrain.models.network import FaceNetwork, Outputs, seeded
+from kdtrain.models.passes import Passes
+from kdtrain.objectives.baselines import EmbeddingTarget, baseline_pairs, relation_objective
+from kdtrain.objectives.heads import (
+    AdaFaceNorms,
+    TeacherHead,
+    margin_of,
+    move_centres,
+    streamed_objective,
+    teacher_head_objective,
+)
+from kdtrain.objectives.observe import Seen, look
+from kdtrain.objectives.targets import (
+    Guide,
+    HiddenTarget,
+    Objective,
+    Pair,
+    distillation_pairs,
+    softmax_objective,
+    squared_objective,
+    total,
+)
+
+
+class StepResult(NamedTuple):
+    """One step's loss and what it consists of."""
+
+    loss: Tensor
+    """Scalar with gradient."""
+    terms: dict[str, Tensor]
+    """Unweighted detached float32 scalars on the device, the same names at every step."""
+
+
+class Task(ABC):
+    """A network, its teacher, and the loss, metrics and floor of one task.
+
+    network: what is trained and saved. extra: modules that are trained but dropped afterwards.
+    teacher: eval mode, no gradient, in neither state nor optimiser; None where no target needs it.
+    gallery: another network's features of pictures (N,) by their place in the source, for
+    asymmetric evaluation (gallery.py); None without.
+    """
+
+    metric: tuple[str, int]
+    """Name of the metric that judges a run, and +1 where more is better, -1 where less is."""
+    needs_landmarks = False
+
+    def __init__(self, config: Any, num_classes: int, teacher: FaceNetwork | None = None) -> None:
+        target = config.target
+        if config.needs_teacher and teacher is None:
+            raise ValueError(
+                "build_task: a target of the teacher has a weight, or the head asks it: that needs "
+                "a teacher network"
+            )
+        asked = target.alpha or target.logits or target.teacher_head
+        asked = asked or config.head.margin == "distillation"
+        if teacher is not None and asked and teacher.num_classes != num_classes:
+            known = f"tells {teacher.num_classes} people apart"
+            raise ValueError(
+                f"build_task: the teacher {known if teacher.num_classes else 'has no classifier'} "
+                f"and the data has {num_classes} people; train the teacher on these (or import it "
+                "with the --head that was), or set target.alpha, target.logits, "
+                "target.teacher_head to 0 and head.margin to none or one without a teacher"
+            )
+        self.config = config
+        self.target = target
+        self.backend = None if config.fused else "eager"
+        self.network = self._fresh(num_classes)
+        self.teacher = teacher if config.needs_teacher else None
+        if self.teacher is not None:
+            self.teacher.eval().requires_grad_(False)
+        self._run = Passes(config.train)
+        for network in filter(None, (self.network, self.teacher)):
+            network.arrange(channels_last=config.train.channels_last)
+        self._hidden: HiddenTarget | None = None
+        self._embedding_target: EmbeddingTarget | None = None
+        self.extra = nn.ModuleDict()
+        if self.teacher is not None and target.beta:
+            with seeded(config.seed + 1):
+                self._hidden = HiddenTarget(
+                    self.network.width,
+                    self.teacher.width,
+                    projection=target.hidden_proj,
+                    normalize=target.hidden_normalize,
+                )
+            self.extra["hidden"] = self._hidden
+        if self.teacher is not None and target.needs_embedding:
+            with seeded(config.seed + 1):
+                self._embedding_target = EmbeddingTarget(
+                    self.network.width, self.teacher.width, projection=target.embedding_proj
+                )
+            self.extra["embedding"] = self._embedding_target
+        self.gallery: Callable[[Tensor], Tensor] | None = None
+        self._teacher_head: TeacherHead | None = None
+        if self.teacher is not None and target.teacher_head:
+            with seeded(config.seed + 1):
+                self._teacher_head = TeacherHead(
+                    self.network.width, self.teacher.width, projection=target.teacher_head_proj
+                )
+            self.extra["teacher_head"] = self._teacher_head
+        self._norms = AdaFaceNorms() if config.head.margin == "adaface" else None
+        if self._norms is not None:
+            self.extra["adaface"] = self._norms
+        if config.head.update != "gradient":
+            self.network.classifier.requires_grad_(False)
+        if config.head.update == "adaptive" and self.teacher is not None:
+            _same_width("head.update adaptive", self.network, self.teacher)
+        self._samples: dict[str, np.ndarray] = {}
+        self._items: dict[str, Tensor] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self.network.classifier.weight.device
+
+    def to(self, device: torch.device | str) -> Task:
+        """Moves network, teacher and extra modules."""
+        for module in (self.network, self.teacher, self.extra):
+            if module is not None:
+                module.to(device)
+        return self
+
+    @property
+    def guide_widths(self) -> dict[str, int]:
+        """Which outputs of the teacher a Guide brings that the targets read, and their values a
+        picture; empty where it is of no use, as to attention transfer, whose maps are not kept.
+        """
+        if self.teacher is None or self.target.attention:
+            return {}
+        needed = {}
+        if self._needs_teacher_logits and not self._keeps_features:
+            needed["logits"] = self.teacher.num_classes
+        if self._needs_teacher_feature or (self._needs_teacher_logits and self._keeps_features):
+            needed["hidden"] = self.teacher.width
+        return needed
+
+    @property
+    def _needs_teacher_logits(self) -> bool:
+        """Where the teacher's feature and classifier do not do: the student's logits are kept, its
+        head is of another kind, several teachers are averaged, or they are a target by themselves.
+        """
+        assert self.teacher is not None
+        kinds = {type(n.classifier) for n in (self.network, self.teacher)}
+        alone = not isinstance(self.teacher, TeacherMixture)
+        streamed = self.config.head.streams and len(kinds) == 1 and alone
+        return bool(self.target.logits or (self.target.alpha and not streamed))
+
+    @property
+    def _keeps_features(self) -> bool:
+        """Where the teacher's features alone are kept, and its logits formed from them."""
+        teacher = self.config.teacher
+        return teacher.cache != "none" and teacher.cache_what == "features"
+
+    @property
+    def _needs_teacher_feature(self) -> bool:
+        from_feature = self.target.alpha or self.target.teacher_head
+        return bool(
+            self.target.needs_hidden
+            or self.config.head.needs_teacher
+            or (from_feature and not self._needs_teacher_logits)
+        )
+
+    def guide(self, pictures: Tensor) -> Guide | None:
+        """The teacher's answer to a training batch (N, 3, t, t) of its own size, without gradient;
+        None without a teacher.
+        """
+        if self.teacher is None:
+            return None
+        scores = self._needs_teacher_logits and not self._keeps_features
+        with torch.no_grad():
+            outputs = self._outputs(self.teacher, pictures, scores=scores)
+        return Guide(outputs.logits, outputs.hidden, outputs.attention)
+
+    def step(
+        self,
+        pictures: Tensor,
+        labels: Tensor,
+        points: Tensor | None = None,
+        guide: Guide | None = None,
+        teacher_pictures: Tensor | None = None,
+    ) -> StepResult:
+        """Loss of a training batch with its gradient graph.
+
+        pictures (N, 3, s, s) float in [0, 255]; labels (N,); points (N, 5, 2) landmarks in crop
+        pixels, for alignment. guide: the teacher's answer where it is known already; else the
+        teacher is asked, on teacher_pictures (N, 3, t, t) where it reads another size.
+        """
+        scores = not self.config.head.streams or bool(self.target.logits)
+        outputs = self._outputs(self.network, pictures, scores=scores)
+        if guide is None:
+            guide = self.guide(pictures if teacher_pictures is None else teacher_pictures)
+        guide = self._scored(guide)
+        softmax = self._softmax(outputs, labels, guide)
+        second = None
+        if self._teacher_head is not None and guide is not None:
+            assert self.teacher is not None
+            mapped = self._teacher_head(outputs.hidden)
+            second = teacher_head_objective(mapped, self.teacher, guide, self.target, self.backend)
+        pairs = distillation_pairs(outputs, guide, self._hidden, self.target)
+        theirs = None if guide is None else guide.hidden
+        embedded = None
+        if self._embedding_target is not None and theirs is not None:
+            embedded = self._embedding_target(outputs.hidden, theirs)
+        pairs += baseline_pairs(outputs, guide, embedded, self.target)
+        pairs += self._regression(outputs, pictures, points)
+        squared = squared_objective(pairs, self.backend)
+        relations = relation_objective(outputs.hidden, theirs, embedded, self.target)
+        metric = self._metric_loss(outputs, labels)
+        return StepResult(*total([metric, softmax, second, squared, relations]))
+
+    def _scored(self, guide: Guide | None) -> Guide | None:
+        """The teacher's answer with the logits of its feature, where they are needed and were not
+        kept. The bits are those of its own pass: both run the classifier on the same feature.
+        """
+        needed = guide is not None and guide.logits is None and self._needs_teacher_logits
+        if guide is None or guide.hidden is None or not needed:
+            return guide
+        assert self.teacher is not None
+        with torch.no_grad():
+            return guide._replace(logits=self._run(self.teacher.classifier, guide.hidden))
+
+    def _softmax(self, outputs: Outputs, labels: Tensor, guide: Guide | None) -> Objective | None:
+        """The classifier's hard and soft terms, with its margin and after its centres moved."""
+        head, target = self.config.head, self.target
+        if head.update == "adaptive":
+            assert guide is not None
+            assert guide.hidden is not None
+            move_centres(self.network.classifier.weight, outputs.hidden, guide.hidden, labels)
+        if head.streams:
+            return streamed_objective(
+                outputs.hidden,
+                self.network,
+                self.teacher,
+                guide,
+                labels,
+                margin_of(head, outputs.hidden, labels, self.teacher, guide, self._norms),
+                target=target,
+                margin_grad=head.margin_grad,
+                sample=head.sample,
+                backend=self.backend,
+            )
+        assert outputs.logits is not None
+        return softmax_objective(
+            outputs.logits,
+            None if guide is None else guide.logits,
+            labels,
+            gamma=target.gamma,
+            alpha=target.alpha,
+            temperature=target.temperature,
+            tau_squared=target.tau_squared,
+            label_smoothing=target.label_smoothing,
+            backend=self.backend,
+        )
+
+    def _outputs(self, network: FaceNetwork, pictures: Tensor, *, scores: bool) -> Outputs:
+        """A training pass: the feature in float32, as it is projected and normalised outside of
+        train.precision; the others as they come. With attention maps where they are compared, and
+        without class scores where the loss is formed from the feature.
+        """
+        run = network if scores else network.embed
+        run = network.attend if self.target.attention else run
+        outputs: Outputs = self._run(run, pictures)
+        return outputs._replace(hidden=outputs.hidden.float())
+
+    def evaluate(self, batches: Iterable[EvalBatch]) -> dict[str, float]:
+        """Metrics over a split, in eval mode and without gradient; fractions, all finite.
+
+        A metric that cannot be measured on this data (no landmarks, too few pairs) is absent.
+        ValueError without a picture.
+        """
+        seen = look(self.network, batches, self.device)
+        metrics = self._evaluate(seen)
+        self._items["index"] = seen.indices
+        return metrics
+
+    def items(self) -> dict[str, np.ndarray]:
+        """The last `evaluate` picture by picture, in its order.
+
+        float32 (N,) for each metric that is a mean over pictures, under its name (nan for a picture
+        that it leaves out), and "index", int64 (N,): the picture's place in the source.
+        """
+        return {
+            name: values.cpu().to(torch.int64 if name == "index" else torch.float32).numpy()
+            for name, values in self._items.items()
+        }
+
+    @abstractmethod
+    def floors(self, train: Iterable[EvalBatch], test: Iterable[EvalBatch]) -> dict[str, float]:
+        """The same metrics for a method that learns nothing: raw pixels, or the mean shape of the
+        training split.
+        """
+
+    def untrained(self, test: Iterable[EvalBatch]) -> dict[str, float]:
+        """The metrics of features that a network of this shape has before its first step.
+
+        Its weights are those drawn from config.seed, whatever the run started from; running
+        statistics are at their initial values. {} where the metrics are not of features.
+        """
+        return {}
+
+    def artifacts(self) -> dict[str, np.ndarray]:
+        """Small arrays of the last `evaluate` for the report: pictures with what the network made
+        of them, and curves.
+        """
+        return dict(self._samples)
+
+    def _fresh(self, num_classes: int) -> FaceNetwork:
+        with seeded(self.config.seed):
+            config = self.config
+            return FaceNetwork(
+                config.model,
+                num_classes,
+                self.needs_landmarks,
+                head=config.head,
+                input_size=config.data.input_size,
+            )
+
+    def _untrained(self, test: Iterable[EvalBatch]) -> Seen:
+        network = self._fresh(self.network.num_classes).to(self.device)
+        return look(network, test, self.device)
+
+    @abstractmethod
+    def _evaluate(self, seen: Seen) -> dict[str, float]: ...
+
+    def _metric_loss(self, outputs: Outputs, labels: Tensor) -> Objective | None:
+        """Phi where it is neither the softmax loss nor a squared distance."""
+        return None
+
+    def _regression(self, outputs: Outputs, pictures: Tensor, points: Tensor | None) -> list[Pair]:
+        """Phi where it is a squared distance."""
+        return []
+
+
+def _same_width(what: str, network: FaceNetwork, teacher: FaceNetwork) -> None:
+    if network.width != teacher.width:
+        raise ConfigError(
+            f"{what} compares the two networks' features, and the student has {network.width}, "
+            f"the teacher {teacher.width}; give both the same model.embedding"
+        )

@@ -1,0 +1,1 @@
+"""Run directories read and shown: text, HTML, figures, tables."""

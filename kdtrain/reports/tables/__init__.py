@@ -1,0 +1,1 @@
+"""A result table and its files: text, Markdown, CSV, HTML, PNG."""

@@ -1,0 +1,171 @@
+"""What a finished or half-finished result table is made of: cells, rows, blocks, trends.
+
+Plain values: kdtrain/experiments/tables/collect.py fills them from run folders,
+kdtrain/experiments/verdicts.py judges the trends, files.py writes them down. Numbers are in
+percent, differences in points (hundredths), as the paper prints them.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+CellState = Literal[
+    "done", "not run", "unfinished", "diverged", "failed", "not measured", "none"
+]  # fmt: skip
+CELL_STATES: tuple[CellState, ...] = (
+    "done", "not run", "unfinished", "diverged", "failed", "not measured", "none"
+)  # fmt: skip
+RowKind = Literal["paper", "control", "extra", "floor", "teacher"]
+ROW_KINDS: tuple[RowKind, ...] = ("paper", "control", "extra", "floor", "teacher")
+VerdictState = Literal["held", "reversed", "inconclusive", "diverged", "not run"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a claim about two rows was seen, and by how much (experiments/verdicts.py)."""
+
+    state: VerdictState
+    difference: float | None = None
+    """Mean over seeds and items, in points; positive is what the claim says. None: not run."""
+    low: float | None = None
+    high: float | None = None
+    """Ends of the 95 % interval, in points."""
+    seeds: int = 0
+    """Seeds that both arms have; 1 means an interval over test items alone."""
+    agreeing: int = 0
+    """Seeds whose own mean difference is as the claim says."""
+    items: int = 0
+    """Test items that entered."""
+    margin: float | None = None
+    """Points, where the claim is "about neutral": no difference larger than this. Else None."""
+    one_sided: bool = False
+    """The claim is "not worse": by more than the margin."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a table: mean over seeds in percent, or why there is none.
+
+    state: done | not run | unfinished (interrupted) | diverged | failed | not measured (the data
+    have not what the metric needs), or none where the table has no such cell (printed as a dash).
+    Only a done cell has a value; one that is done with fewer seeds than per_seed has places for
+    says so. Raises ValueError when state and value disagree.
+    """
+
+    value: float | None = None
+    spread: float | None = None
+    """Sample standard deviation over seeds (n - 1); None with one seed."""
+    per_seed: tuple[float | None, ...] = ()
+    """One place a seed; None where that seed has no number. Also of cells that are not done."""
+    paper: float | None = None
+    """The paper's number for this cell, on its own data."""
+    state: CellState = "not run"
+    note: str = ""
+    shown: str = ""
+    """How people see a value that is no percentage, such as "77.3 k"; "" for percentages."""
+
+    def __post_init__(self) -> None:
+        if self.state not in CELL_STATES:
+            raise ValueError(f"Cell: state must be one of {', '.join(CELL_STATES)}; {self.state!r}")
+        if (self.state == "done") != (self.value is not None):
+            raise ValueError(
+                f"Cell: a value goes with state 'done' and no other; got {self.state!r} with "
+                f"value {self.value}"
+            )
+
+    @property
+    def seeds(self) -> int:
+        """Seeds that have a number."""
+        return sum(value is not None for value in self.per_seed)
+
+    @classmethod
+    def of(
+        cls, per_seed: Sequence[float | None], *, paper: float | None = None, note: str = ""
+    ) -> Cell:
+        """A done cell from its numbers in percent, one a seed, None where a seed has none.
+
+        Raises ValueError when no seed has a number.
+        """
+        known = [value for value in per_seed if value is not None]
+        if not known:
+            raise ValueError("Cell.of: no seed has a number; give a state other than 'done'")
+        spread = statistics.stdev(known) if len(known) > 1 else None
+        mean = statistics.fmean(known)
+        return cls(mean, spread, tuple(per_seed), paper, "done", note)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a block, a cell for each of its columns."""
+
+    name: str
+    kind: RowKind
+    """paper: a row of the paper's table; control: same schedule, no teacher, or as long; extra:
+    not in the paper; floor: learns nothing; teacher."""
+    cells: tuple[Cell, ...]
+    note: str = ""
+    """Small print below the name, such as the network."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ROW_KINDS:
+            raise ValueError(f"Row: kind must be one of {', '.join(ROW_KINDS)}; got {self.kind!r}")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows that share columns and one metric. Raises ValueError when a row's cells do not fit."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    metric: str
+    """As results.json names it: top1, nrmse, nn_top1, pair_accuracy."""
+    higher_is_better: bool = True
+    unit: str = "%"
+    """"" where columns have units of their own."""
+    digits: int = 1
+    """Decimals that are printed: 1 for accuracies, 2 for errors of a few percent."""
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row.cells) != len(self.columns):
+                raise ValueError(
+                    f"Block {self.title!r}: row {row.name!r} must have {len(self.columns)} cells, "
+                    f"one a column, got {len(row.cells)}"
+                )
+
+
+@dataclass(frozen=True)
+class Trend:
+    """A claim of the paper and what became of it here."""
+
+    code: str
+    """T1 to T5, as design and docs number them."""
+    claim: str
+    """Such as "soft > hidden, from scratch"."""
+    verdict: Verdict
+    paper: float | None = None
+    """The difference in the paper, in points, positive as claimed."""
+    note: str = ""
+    digits: int = 1
+    """Decimals that are printed."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table of the paper with ours beside it, the trends it shows, and how it was made."""
+
+    name: str
+    """table1 to table5: the name of its files."""
+    title: str
+    source: str
+    """Such as "arXiv 1709.02929, table 1"."""
+    blocks: tuple[Block, ...]
+    trends: tuple[Trend, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What a reader must know, such as "uninformative: the teacher does not beat raw pixels"."""
+    setting: tuple[tuple[str, str], ...] = ()
+    """(word, text): data, seeds, machine, time, command."""

@@ -1,0 +1,494 @@
+"""One training loop for every task, with exact resume: `train` makes or continues a run folder,
+`evaluate` measures one.
+
+A run is a function of its config: batches and crops follow from (seed, phase, epoch, step), so
+weights, optimiser state, random state and position are all that a checkpoint holds. On one
+machine, thread count and torch version an interrupted and resumed run ends with the same bits in
+last/, metrics.jsonl and the metrics of results.json as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdtrain.config import Config, settings
+from kdtrain.data.run_data import Batch, RunData
+from kdtrain.models.network import count_parameters, inherit, multiply_adds, network_from_state
+from kdtrain.objectives.targets import Guide
+from kdtrain.objectives.task import Task
+from kdtrain.objectives.tasks import build_task
+from kdtrain.training import checkpoint, divergence, keys
+from kdtrain.training.environment import (
+    check_device,
+    computing,
+    environment,
+    random_state,
+    restore_random,
+)
+from kdtrain.training.history import History
+from kdtrain.training.journal.board import check_board
+from kdtrain.training.journal.journal import (
+    Clock,
+    Journal,
+    NonFinite,
+    Screen,
+    Terms,
+    duration,
+    number,
+    plain,
+    unit,
+)
+from kdtrain.training.optimization import Optimisation, learning_rate
+from kdtrain.training.preparation import (
+    TrainingError,
+    check_data,
+    open_gallery,
+    prepare_cache,
+    prepare_task,
+    without_teacher,
+)
+
+PROGRESS_EVERY_S = 0.5
+CLASSIFIER_METRICS = ("top1", "cross_entropy")
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; its checkpoint is saved."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: the epoch counted over all phases, the next batch in it, and the
+    optimiser's steps so far.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    steps: int = 0
+
+
+def train(
+    config: Config,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+    screen: Screen | None = None,
+) -> dict[str, Any]:
+    """Train in `run_dir`, or continue there, and return what results.json says.
+
+    stop: asked after every step; true saves a checkpoint and raises Interrupted. screen: where
+    progress is shown. Raises TrainingError (bad data; a loss or weight that is not finite, which
+    diverged.json then records), CheckpointError (run folders), ValueError (config).
+    """
+    screen = screen or Screen(run_dir.name)
+    check_device(config)
+    check_board(config)
+    with computing(config), checkpoint.lock(run_dir):
+        data = RunData(config)
+        task = prepare_task(config, data, run_dir, screen)
+        key = keys.run_key(config, _input_keys(config, run_dir), data.key)
+        (run_dir / "diverged.json").unlink(missing_ok=True)
+        run = Run(config, run_dir, data, task, key, stop, screen)
+        if not (resume and run.resume()):
+            run.begin()
+        try:
+            run.loop()
+            return run.finish()
+        finally:
+            run.close()
+
+
+def evaluate(config: Config, run: Path) -> dict[str, Any]:
+    """Metrics, floors and an untrained network's metrics beside a run folder's network, on the
+    test split of `config`.
+
+    run: a run folder (its last weights) or one of its checkpoints (RUN/best). On pictures of
+    another number of people the classifier's own metrics are left out; features and landmarks are
+    measured all the same.
+    """
+    check_device(config)
+    with computing(config):
+        data = RunData(config)
+        weights = checkpoint.load_weights(checkpoint.run_weights(run))
+        task = build_task(without_teacher(config), data.source.num_classes)
+        check_data(task, data)
+        trained = network_from_state(
+            config.model, weights, head=config.head, input_size=config.data.input_size
+        )
+        inherit(task.network, trained.state_dict())
+        task.to(data.device)
+        gallery = keys.input_folders(config, checkpoint.run_of(run)).get("gallery")
+        if gallery is not None:
+            task.gallery = open_gallery(gallery, data, task)
+        metrics = task.evaluate(data.evaluation(data.test))
+        floors = task.floors(data.evaluation(data.train), data.evaluation(data.test))
+        if trained.num_classes != data.source.num_classes:
+            metrics = {k: v for k, v in metrics.items() if k not in CLASSIFIER_METRICS}
+        return {
+            "task": config.task,
+            "metrics": metrics,
+            "floors": floors,
+            "untrained": task.untrained(data.evaluation(data.test)),
+            "data": data.summary(),
+            "trained_classes": trained.num_classes,
+        }
+
+
+class Run:
+    """A run under way: network, optimiser, position and journal. `loop` is the training."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        data: RunData,
+        task: Task,
+        key: str,
+        stop: Callable[[], bool],
+        screen: Screen,
+    ) -> None:
+        self.config, self.folder, self.data, self.task = config, folder, data, task
+        self.key, self.stop, self.screen = key, stop, screen
+        self.scaled = config.train.precision == "float16"
+        self.optimisation = Optimisation(
+            task.network,
+            task.extra,
+            config.optim,
+            device=data.device.type,
+            scaled=self.scaled,
+        )
+        self.schedule = [
+            (place, epoch)
+            for place, phase in enumerate(config.optim.phases)
+            for epoch in range(phase.epochs)
+        ]
+        torch.manual_seed(config.seed)
+        self.at = Position()
+        self.terms = Terms()
+        self.history = History(*task.metric, config.train.early_stop)
+        self.journal: Journal | None = None
+        self.answers = prepare_cache(config, data, task, folder, screen)
+        self._batches = data.epoch(0)
+        self._start_clock({})
+        self._shown = 0.0
+
+    def begin(self) -> None:
+        """Make the run folder's first files."""
+        environs = environment(self.config)
+        checkpoint.write_text(self.folder / "config.yaml", settings.to_yaml(self.config))
+        checkpoint.write_json(self.folder / "run.json", {"key": self.key, "environment": environs})
+        self.journal = Journal(self.folder, {}, self.config.train.tensorboard)
+
+    def loop(self) -> None:
+        """Every epoch from the present position: steps, then save and evaluate at its end."""
+        config, task = self.config, self.task
+        for count in range(self.at.epoch, len(self.schedule)):
+            phase, epoch = self.schedule[count]
+            self._batches = self.data.epoch(count)
+            if self.answers and not self.answers.open(phase, epoch, self._batches, self.stop):
+                self.save()
+                raise Interrupted
+            task.network.train()
+            task.extra.train()
+            while self.at.batch < len(self._batches):
+                rate = self._step(count)
+                epoch_ends = self.at.batch == len(self._batches)
+                if self.at.steps % config.train.log_every == 0 or epoch_ends:
+                    self._log(phase, epoch, rate)
+                if self.stop():
+                    self.save()
+                    raise Interrupted
+                if self.at.steps % config.train.save_every == 0 and not epoch_ends:
+                    self.save()
+            self.save()  # before the evaluation, so that a kill during it repeats only it
+            phase_ends = epoch + 1 == config.optim.phases[phase].epochs
+            if phase_ends or (epoch + 1) % config.train.eval_every == 0:
+                self._evaluate(phase, epoch)
+                if self.history.is_stale():
+                    return
+            self.at = Position(count + 1, 0, self.at.steps)
+
+    def _step(self, count: int) -> float:
+        """One step of the optimiser from `at`, by the mean gradient of its batches; its learning
+        rate.
+        """
+        (phase, epoch), first = self.schedule[count], self.at.batch
+        end = min(first + self.config.optim.accumulate, len(self._batches))
+        done, here = first / len(self._batches), (end - first) / len(self._batches)
+        rate = learning_rate(self.config.optim, phase, epoch, done, here)
+        self.optimisation.begin(rate)
+        pictures = sum(len(indices) for indices in self._batches[first:end])
+        terms: dict[str, Tensor] = {}
+        waited_s = 0.0
+        for place in range(first, end):
+            following = self._batches[place + 1] if place + 1 < len(self._batches) else None
+            batch = self.data.batch(self._batches[place], phase, epoch, following)
+            guide, seen = self._guide(place, batch), batch.teacher_pictures
+            result = self.task.step(batch.pictures, batch.labels, batch.points, guide, seen)
+            found = {"loss": result.loss, **result.terms}
+            if end - first > 1:
+                share = len(batch.labels) / pictures
+                found = {name: term * share for name, term in found.items()}
+            self.optimisation.backward(found["loss"])
+            for name, term in found.items():
+                terms[name] = terms[name] + term.detach() if name in terms else term.detach()
+            waited_s += batch.waited_s
+        self.at = Position(count, end, self.at.steps + 1)
+        self.clock.step(pictures, waited_s)
+        more = self.optimisation.step(self.at.steps)
+        if more is not None:
+            self.terms.add(self.at.steps, {**terms, **more})
+        elif self.optimisation.skipped_in_a_row >= divergence.MAX_SKIPPED:
+            raise self._diverged(self.at.steps, divergence.by_overflow())
+        return rate
+
+    def save(self) -> None:
+        """Write last/ after checking that every loss since the last line and every weight is
+        finite.
+        """
+        assert self.journal is not None
+        self._check(self.terms.read())
+        network, extra = self.task.network.state_dict(), self.task.extra.state_dict()
+        self._check_finite({**network, **extra, **self.optimisation.momenta()})
+        state = {
+            "at": dataclasses.asdict(self.at),
+            **self.optimisation.state(),
+            "extra": dict(extra),
+            "random": random_state(self.data.device),
+            "terms": self.terms.state(),
+            "evaluations": self.history.records,
+            "lengths": self.journal.sync(),
+            "spent": self.clock.spent(),
+            "key": self.key,
+            "environment": environment(self.config),
+        }
+        checkpoint.save(self.folder / "last", self.optimisation.weights(), state)
+
+    def resume(self) -> bool:
+        """Take up the run at its last checkpoint; false if it has none yet."""
+        checkpoint.recover(self.folder / "last")
+        if not (self.folder / "last").exists():
+            return False
+        state = checkpoint.load_state(self.folder / "last")
+        if state["key"] != self.key:
+            self.screen.say(
+                "warning: the sources, the pictures or an input run changed since this run began; "
+                "it continues, but not as it would have ended"
+            )
+        for name, value in environment(self.config).items():
+            if state["environment"].get(name) != value:
+                was = state["environment"].get(name)
+                self.screen.say(
+                    f"warning: {name} was {was}, is {value}; the last bits of the result may differ"
+                )
+        self.optimisation.restore(checkpoint.load_weights(self.folder / "last"), state)
+        self.task.extra.load_state_dict(state["extra"])
+        restore_random(state["random"], self.data.device)
+        self.at = Position(**state["at"])
+        self.terms.restore(state["terms"])
+        self.history.records = state["evaluations"]
+        self.journal = Journal(self.folder, state["lengths"], self.config.train.tensorboard)
+        self._start_clock(state["spent"])
+        self.screen.say(
+            f"resumed in epoch {self.at.epoch + 1} of {len(self.schedule)}, step {self.at.steps}"
+        )
+        return True
+
+    def finish(self) -> dict[str, Any]:
+        """Write samples.npz and results.json, which mark the run as finished."""
+        config, task, data = self.config, self.task, self.data
+        name, sign = task.metric
+        last = self.history.records[-1]
+        metrics = last["metrics"]
+        if len(data.validation):
+            # a run that stopped early in a phase has not met the test split there yet
+            metrics = last["test"] if "test" in last else self._test(last["phase"])
+        ended = self.history.ended(self._epoch(), len(self.schedule))
+        floors = task.floors(data.evaluation(data.train), data.evaluation(data.test))
+        networks = {"student" if task.teacher is not None else "network": task.network}
+        sides = dict.fromkeys(networks, config.data.input_size)
+        if task.teacher is not None:
+            networks["teacher"] = task.teacher
+            sides["teacher"] = config.teacher_side
+        results = {
+            "status": "finished",
+            "task": config.task,
+            "metric": {"name": name, "higher_is_better": sign > 0},
+            "metrics": metrics,
+            "validation": self.history.latest if len(data.validation) else None,
+            "best": self.history.best(),
+            "phases": self.history.phases(),
+            "ended": ended,
+            "floors": floors,
+            "untrained": task.untrained(data.evaluation(data.test)),
+            "units": {n: unit(n) for n in (*metrics, *floors)},
+            "steps": self.at.steps,
+            "skipped_steps": self.optimisation.skipped,
+            "parameters": {k: count_parameters(n) for k, n in networks.items()},
+            "multiply_adds": {k: multiply_adds(n, sides[k]) for k, n in networks.items()},
+            "data": data.summary(),
+            "key": self.key,
+            **self.clock.summary(),
+            "environment": environment(config),
+        }
+        checkpoint.write_arrays(self.folder / "samples.npz", task.artifacts())
+        checkpoint.write_json(self.folder / "results.json", plain(results))
+        if self.answers is not None:
+            self.screen.say(self.answers.summary())
+        self.show(1.0)
+        self.screen.say(
+            f"{ended['why']}; {duration(results['seconds'])}, "
+            f"{results['samples_per_s']:.0f} samples/s, "
+            f"{100 * results['wait_share']:.1f} % of the training time waiting for data"
+        )
+        return plain(results)
+
+    def show(self, share: float) -> None:
+        """Tell people and a watching pipeline how far the run is."""
+        name, _ = self.task.metric
+        latest = self.history.latest.get(name)
+        progress = {
+            "share": share,
+            "epoch": self._epoch(),
+            "epochs": len(self.schedule),
+            "metric": name,
+            "value": latest,
+            "left_s": self.clock.left_s(),
+        }
+        checkpoint.write_progress(self.folder / "progress.json", plain(progress))
+        note = (
+            f"epoch {progress['epoch']}/{progress['epochs']}, {duration(progress['left_s'])} left"
+        )
+        if latest is not None:
+            note += f", {name} {number(name, latest)}"
+        self.screen.update(share, note)
+
+    def close(self) -> None:
+        """Close the journal and the teacher's kept answers."""
+        if self.answers is not None:
+            self.answers.close()
+        if self.journal is not None:
+            self.journal.close()
+
+    def _guide(self, place: int, batch: Batch) -> Guide | None:
+        """The teacher's answer where answers are kept; None leaves the question to the step."""
+        if self.answers is None:
+            return None
+        return self.answers.guide(place, partial(self.task.guide, batch.seen), batch.flipped)
+
+    def _write(self, name: str, record: Mapping[str, Any]) -> None:
+        assert self.journal is not None
+        self.journal.write(name, record)
+
+    def _start_clock(self, spent: Mapping[str, float]) -> None:
+        steps = -(-len(self._batches) // self.config.optim.accumulate)
+        self.clock = Clock(len(self.schedule) * steps, self.at.steps, spent)
+
+    def _log(self, phase: int, epoch: int, lr: float) -> None:
+        self._check(self.terms.read())
+        place = {"step": self.at.steps, "phase": phase, "epoch": epoch}
+        record = {"kind": "train", **place, "lr": lr, **self.terms.take()}
+        if self.scaled:
+            record["skipped_steps"] = self.optimisation.skipped
+        self._write("metrics", record)
+        self._write("timing", {**place, **self.clock.pace()})
+        now = time.monotonic()
+        if now - self._shown > PROGRESS_EVERY_S:
+            self._shown = now
+            self.show(self.at.steps / self.clock.total)
+
+    def _evaluate(self, phase: int, epoch: int) -> None:
+        name, _ = self.task.metric
+        metrics = self._measure(self.data.held_out)
+        ends = epoch + 1 == self.config.optim.phases[phase].epochs
+        place = {"step": self.at.steps, "phase": phase, "epoch": epoch, "phase_ends": ends}
+        if len(self.data.validation):
+            place["split"] = "validation"
+        record = {**place, "metrics": metrics}
+        if self.history.add(record):
+            checkpoint.save(self.folder / "best", self.optimisation.weights())
+        self._write("metrics", {"kind": "eval", **place, **metrics})
+        self.screen.say(
+            f"epoch {self.at.epoch + 1}/{len(self.schedule)}  "
+            f"{name} {number(name, metrics.get(name))}  {duration(self.clock.left_s())} left"
+        )
+        # before a checkpoint tells of this evaluation
+        if len(self.data.validation) and (ends or self.history.is_stale()):
+            self._write_items(f"validation_phase{phase}")
+        if ends and len(self.data.validation):
+            record["test"] = self._test(phase)
+        elif ends:
+            self._write_items(f"phase{phase}")
+
+    def _test(self, phase: int) -> dict[str, Any]:
+        """Metrics on the test split beside those on the validation part; nothing is chosen by
+        them.
+        """
+        name, _ = self.task.metric
+        metrics = self._measure(self.data.test)
+        self._write_items(f"phase{phase}")
+        self._write("metrics", {"kind": "test", "step": self.at.steps, **metrics})
+        self.screen.say(f"test split: {name} {number(name, metrics.get(name))}")
+        return metrics
+
+    def _write_items(self, name: str) -> None:
+        """What each picture gave at the end of a phase, or where training stopped in it:
+        phase<i> of the test split, validation_phase<i> of the validation part.
+        """
+        checkpoint.write_arrays(self.folder / "items" / f"{name}.npz", self.task.items())
+
+    def _epoch(self) -> int:
+        """The epoch under way or just ended, counted from 1."""
+        return min(self.at.epoch + 1, len(self.schedule))
+
+    def _measure(self, indices: Tensor) -> dict[str, Any]:
+        """Metrics on the pictures `indices` of the weights that are kept."""
+        started = time.perf_counter()
+        with self.optimisation.measured():
+            metrics = self.task.evaluate(self._asking(self.data.evaluation(indices)))
+        self.clock.apart(time.perf_counter() - started)
+        return plain(metrics)
+
+    def _asking(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches of an evaluation, asking between them whether to stop: the checkpoint before
+        it stands.
+        """
+        for batch in batches:
+            if self.stop():
+                raise Interrupted
+            yield batch
+
+    def _check(self, found: NonFinite | None) -> None:
+        if found is not None:
+            names = self._names(self.at.steps - found.step)
+            raise self._diverged(found.step, divergence.by_term(found, names))
+
+    def _check_finite(self, tensors: Mapping[str, Tensor]) -> None:
+        name = divergence.not_finite(tensors)
+        if name is not None:
+            raise self._diverged(self.at.steps, divergence.by_weight(name, self._names(0)))
+
+    def _names(self, back: int) -> str:
+        """The pictures of the step that lies `back` steps before the last one of this epoch."""
+        size = self.config.optim.accumulate
+        first = (-(-self.at.batch // size) - 1 - back) * size
+        return self.data.names(torch.cat(self._batches[first : first + size]))
+
+    def _diverged(self, step: int, why: tuple[str, str]) -> TrainingError:
+        phase, epoch = self.schedule[self.at.epoch]
+        place = {"key": self.key, "phase": phase, "epoch": epoch}
+        return divergence.diverged(self.folder, step, why, {**place, **self.clock.summary()})
+
+
+def _input_keys(config: Config, run_dir: Path) -> dict[str, str]:
+    return {k: keys.input_key(folder) for k, folder in keys.input_folders(config, run_dir).items()}

@@ -1,0 +1,283 @@
+"""Published weights as a run folder, to be a teacher or a start."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from kdtrain.config import ConfigError, settings
+from kdtrain.config.networks import EMBEDDING
+from kdtrain.models.network import count_parameters, multiply_adds, network_from_state
+from kdtrain.models.published.layouts import published, split_state
+from kdtrain.training import checkpoint
+
+COLORS = {"arcface_torch": "rgb", "adaface": "bgr"}
+SCALE = 64.0  # of the cosines, in the recipes of all three projects
+# rank of a shard in the names that the projects write
+RANK = re.compile(r"(checkpoint_gpu_|softmax_fc_gpu_|rank_|_rank)(\d+)")
+# what the shards' entries are called; None: the file is the weight itself
+HEAD_NAMES = ("weight", "partial_fc.weight", "classifier.weight", "kernel")
+# running statistics of AdaFace's margin, beside the weight
+HEAD_STATISTICS = ("t", "batch_mean", "batch_std")
+
+
+class PublishedError(ValueError):
+    """A file of weights that cannot be read as what it is said to be."""
+
+
+class _Inert:
+    """Stands for an object that a checkpoint holds beside tensors and plain values, and does
+    nothing.
+    """
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __setstate__(self, _: Any) -> None: ...
+
+
+class Head(NamedTuple):
+    """A classifier's weight (C, K), and the files it came from."""
+
+    weight: Tensor
+    files: list[Path]
+
+
+def write_run(
+    weights: Path,
+    layout: str,
+    out: Path,
+    *,
+    name: str | None = None,
+    head: Path | None = None,
+    classes: int | None = None,
+    scale: float = SCALE,
+    color: str | None = None,
+) -> list[str]:
+    """Write the weights of a published file as run folder `out`; returns lines about it for people.
+
+    layout: one of networks.published.PREFIXES. name: the network they are said to be of, or None.
+    head, classes: see read_head; without a head the run's classifier knows 0 people. scale: of its
+    cosines. color: order of the channels that the weights want, None for what the project
+    publishes.
+
+    Raises PublishedError where the files are not what they are said to be, ConfigError for a folder
+    that is not empty.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"--out {out}: not empty; choose another folder")
+    file = read_file(weights)
+    try:
+        network, own_head = split_state(file, layout)
+        found = published(network, name)
+    except ValueError as error:
+        raise PublishedError(f"{weights}, read as --layout {layout}: {error}") from None
+    lines = [f"{weights}: {found.name}, {found.embedding} values, {16 * found.side} pixels a side"]
+    lines += found.notes
+    classifier = Head(torch.zeros(0, found.embedding), [])
+    if head is not None or own_head:
+        classifier = read_head(head, own_head, weights, found.embedding, classes)
+    if classifier.files:
+        people = len(classifier.weight)
+        lines.append(f"head: {people:,} people, of {', '.join(map(str, classifier.files))}")
+        dropped = sorted(set(own_head) & set(HEAD_STATISTICS)) if head is None else []
+        if dropped:
+            lines.append(f"left out, as only its own training reads them: {', '.join(dropped)}")
+    else:
+        lines.append("no head: features and relations can be targets, soft targets cannot")
+    order = color or COLORS.get(layout) or _color_beside(weights)
+    lines.append(f"colours: {order}")
+    config = settings.build(
+        {
+            # eval measures it on any pictures, whatever batches they could fill
+            "task": "verification",
+            "triplet.weight": 0.0,
+            "optim.batch_size": 2,
+            "model.name": found.name,
+            "model.embedding": None if found.embedding == EMBEDDING else found.embedding,
+            "model.color": order,
+            "head.kind": "cosine",
+            "head.scale": scale,
+            "data.split": "identity",
+            "data.input_size": 16 * found.side,
+            "data.store_size": 16 * found.side,
+        }
+    )
+    state = {**found.weights, "classifier.weight": classifier.weight}
+    made = network_from_state(
+        config.model, state, head=config.head, input_size=config.data.input_size
+    )
+    with checkpoint.lock(out):
+        checkpoint.save(out / "last", state)
+        text = settings.to_yaml(config)
+        stored = (out / "last" / checkpoint.WEIGHTS).read_bytes()
+        checkpoint.write_text(out / "config.yaml", text)
+        results = {
+            "status": "finished",
+            "task": config.task,
+            "metric": {"name": "nn_top1", "higher_is_better": True},
+            "metrics": {},
+            "floors": {},
+            "untrained": {},
+            "phases": [],
+            "parameters": {"network": count_parameters(made)},
+            "multiply_adds": {"network": multiply_adds(made, 16 * found.side)},
+            "imported": {
+                "layout": layout,
+                "weights": weights.name,
+                "head": [file.name for file in classifier.files],
+            },
+            "key": hashlib.sha256(stored + text.encode()).hexdigest()[:16],
+        }
+        checkpoint.write_json(out / "results.json", results)
+    return [*lines, f"written: {out}"]
+
+
+def read_file(path: Path) -> Any:
+    """What a file of weights holds, without running anything it names. Raises PublishedError.
+
+    safetensors, or torch.load(weights_only=True), in which stand-ins that do nothing take the place
+    of classes that the file names beside tensors: Lightning's checkpoints hold some.
+    """
+    if not path.is_file():
+        raise PublishedError(f"{path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        named: list[Any] = []
+        with path.open("rb") as file:
+            begin = file.read(16)
+        if begin.startswith(b"PK\x03\x04"):  # a zip file, as torch writes since 1.6
+            named = [(_Inert, name) for name in get_unsafe_globals_in_checkpoint(path)]
+        elif not begin.startswith(b"\x80"):  # nor a pickle, as it wrote before
+            raise PublishedError(
+                f"{path}: no file of weights: torch.save writes other first bytes than "
+                f"{begin!r}, and a safetensors file must be named .safetensors"
+            )
+        with safe_globals(named):
+            held = torch.load(path, map_location="cpu", weights_only=True)
+    except PublishedError:
+        raise
+    except (
+        *(SafetensorError, RuntimeError, EOFError, OSError, pickle.UnpicklingError),
+        *(LookupError, ValueError, TypeError, AttributeError),  # the unpickler's, on any rubbish
+    ) as error:
+        # torch's reason stands before its last line, which points to its documentation
+        said = [line for line in str(error).splitlines() if line and "documentation" not in line]
+        message = said[-1] if said else type(error).__name__
+        raise PublishedError(f"{path}: cannot be read as weights ({message})") from None
+    if isinstance(held, _Inert):
+        raise PublishedError(
+            f"{path}: a whole pickled model, which only its own code can open, and none is run "
+            "here; open it in its project and save model.state_dict()"
+        )
+    return held
+
+
+def read_head(
+    path: Path | None,
+    own: Mapping[str, Tensor],
+    weights: Path,
+    width: int,
+    classes: int | None,
+) -> Head:
+    """The classifier of a file, or of all shards of which it is one, in the order of their ranks.
+
+    own: the head in the file of weights itself, taken where path is None. width: features that it
+    must read. classes: people, where the last shard ends in rows that stand for nobody (CVLface
+    pads to equal shards); None takes every row. Raises PublishedError for a shard that is missing
+    or does not fit, or holds NaN or infinity.
+    """
+    if path is None:
+        parts, files = [_head_weight(own, weights)], [weights]
+    else:
+        files = shards(path)
+        parts = [_head_weight(read_file(file), file) for file in files]
+    for part, file in zip(parts, files, strict=True):
+        if part.dim() != 2 or part.shape[1] != width:
+            raise PublishedError(
+                f"{file}: a classifier of {tuple(part.shape)}, and the network has {width} values: "
+                f"(people, {width}) is needed"
+            )
+    # people are dealt out evenly, the first shards having one more
+    sizes = [len(part) for part in parts]
+    if sizes != sorted(sizes, reverse=True) or sizes[0] - sizes[-1] > 1:
+        raise PublishedError(f"{files[0]}: shards of {sizes} people are not of one head")
+    weight = torch.cat(parts).float().contiguous()
+    if classes is not None:
+        if not len(weight) - len(files) < classes <= len(weight):
+            raise PublishedError(
+                f"--classes {classes}: {len(files)} files hold {len(weight)} rows, and less than "
+                "one a file can be padding"
+            )
+        weight = weight[:classes].clone()
+    finite = weight.isfinite().all(1)
+    if not finite.all():
+        raise PublishedError(
+            f"{files[0]}: the classifier holds NaN or infinity, first in its row "
+            f"{int(finite.int().argmin())} of {len(weight)} (rows over all files, from 0)"
+        )
+    return Head(weight, files)
+
+
+def shards(path: Path) -> list[Path]:
+    """The files of a head of which this is one, by rank: its neighbours whose names differ in the
+    rank alone. Raises PublishedError where a rank is missing.
+    """
+    match = RANK.search(path.name)
+    if match is None:
+        return [path]
+    before, after = path.name[: match.start(2)], path.name[match.end(2) :]
+    found = {}
+    for file in path.parent.glob("*"):
+        rank = file.name.removeprefix(before).removesuffix(after)
+        if file.name == f"{before}{rank}{after}" and rank.isdigit():
+            found[int(rank)] = file
+    missing = sorted(set(range(max(found, default=0) + 1)) - set(found))
+    if missing:
+        name = f"{before}{missing[0]}{after}"
+        raise PublishedError(f"{path.parent / name}: this shard of the head is missing")
+    return [found[rank] for rank in sorted(found)]
+
+
+def _head_weight(file: object, path: Path) -> Tensor:
+    """The weight (C, K) in a file of a head."""
+    if isinstance(file, Tensor):
+        return file
+    for key in ("state_dict_softmax_fc", "state_dict"):
+        if isinstance(file, Mapping) and isinstance(file.get(key), Mapping):
+            file = file[key]
+    if isinstance(file, Mapping):
+        for name in HEAD_NAMES:
+            for key in (name, f"head.{name}"):
+                if isinstance(file.get(key), Tensor):
+                    # AdaFace's kernel has a column for each person
+                    return file[key].T if name == "kernel" else file[key]
+    raise PublishedError(f"{path}: no classifier in it (one of {', '.join(HEAD_NAMES)})")
+
+
+def _color_beside(weights: Path) -> str:
+    """The colour order that CVLface writes beside its weights: color_space in model.yaml."""
+    files = [weights.with_suffix(".yaml"), weights.with_name("config.json")]
+    for file in files:
+        if not file.is_file():
+            continue
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        inside = tree.get("conf", tree) if isinstance(tree, Mapping) else {}
+        space = inside.get("color_space") if isinstance(inside, Mapping) else None
+        if str(space).lower() in ("rgb", "bgr"):
+            return str(space).lower()
+    raise PublishedError(
+        f"{weights}: the order of its colours is in no file beside it ({files[0].name} or "
+        f"{files[1].name}: color_space); give --color rgb or --color bgr"
+    )

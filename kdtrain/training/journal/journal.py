@@ -1,0 +1,328 @@
+"""What a run writes while it trains: metrics.jsonl, timing.jsonl, progress.json, and lines or a
+live view.
+
+metrics.jsonl holds nothing that depends on the clock, so an interrupted and resumed run ends with
+the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from torch import Tensor
+
+from kdtrain.training.checkpoint import CheckpointError
+from kdtrain.training.journal.board import Board
+
+
+class NonFinite(NamedTuple):
+    """The first loss term that is NaN or infinite."""
+
+    step: int
+    term: str
+    value: float
+
+
+class Terms:
+    """Loss terms of the steps since the last line: device tensors until `read`, which transfers
+    them together.
+    """
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._waiting: list[tuple[int, Tensor]] = []
+        self._steps: list[int] = []
+        self._values: list[list[float]] = []
+
+    def add(self, step: int, terms: Mapping[str, Tensor]) -> None:
+        """Keep the 0-d tensors of one step; no synchronisation."""
+        self._names = list(terms)
+        self._waiting.append((step, torch.stack([t.detach().float() for t in terms.values()])))
+
+    def read(self) -> NonFinite | None:
+        """Transfer what waits in one copy; the first value that is not finite, if any."""
+        if not self._waiting:
+            return None
+        rows = torch.stack([row for _, row in self._waiting]).tolist()
+        found = None
+        for (step, _), row in zip(self._waiting, rows, strict=True):
+            self._steps.append(step)
+            self._values.append(row)
+            bad = [
+                (name, v) for name, v in zip(self._names, row, strict=True) if not math.isfinite(v)
+            ]
+            # `loss` is the sum and so never the first cause
+            bad.sort(key=lambda item: item[0] == "loss")
+            if bad and found is None:
+                found = NonFinite(step, *bad[0])
+        self._waiting.clear()
+        return found
+
+    def take(self) -> dict[str, float]:
+        """Means over the steps that were read since the last call, by term; nothing without a
+        step.
+        """
+        if not self._values:
+            return {}
+        means = {
+            name: math.fsum(column) / len(self._values)
+            for name, column in zip(self._names, zip(*self._values, strict=True), strict=True)
+        }
+        self._steps, self._values = [], []
+        return means
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs to continue the present window (call `read` first)."""
+        return {"names": self._names, "steps": self._steps, "values": self._values}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue the window of a checkpoint."""
+        self._names = list(state["names"])
+        self._steps = list(state["steps"])
+        self._values = [list(row) for row in state["values"]]
+
+
+class Lines:
+    """An append-only file of JSON lines that can be cut back to the length a checkpoint
+    remembers.
+    """
+
+    def __init__(self, path: Path, length: int | None = None) -> None:
+        """length: bytes to keep (None keeps all). Raises CheckpointError when the file is shorter
+        than that.
+        """
+        if length and (not path.exists() or path.stat().st_size < length):
+            raise CheckpointError(
+                f"{path}: shorter than its checkpoint says; start again with --overwrite"
+            )
+        self._file = open(path, "ab")  # noqa: SIM115 - lives as long as the run
+        if length is not None:
+            self._file.truncate(length)
+            self._file.seek(length)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one line; a number that is not finite becomes null."""
+        text = json.dumps({key: plain(value) for key, value in record.items()}, allow_nan=False)
+        self._file.write(text.encode() + b"\n")
+        self._file.flush()
+
+    def sync(self) -> int:
+        """Force the lines to disk; the file's length in bytes."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class Journal:
+    """metrics.jsonl and timing.jsonl of a run folder and, if asked for, their view in
+    tensorboard/.
+    """
+
+    def __init__(self, folder: Path, lengths: Mapping[str, int], board: bool) -> None:
+        """lengths: what `sync` returned for the checkpoint that the run continues from; empty
+        begins anew.
+        """
+        paths = {name: folder / f"{name}.jsonl" for name in ("metrics", "timing")}
+        self._lines = {name: Lines(path, lengths.get(name, 0)) for name, path in paths.items()}
+        self._board: Board | None = None
+        if board:
+            kept = (record for path in paths.values() for record in read_lines(path))
+            self._board = Board(folder / "tensorboard", kept)
+
+    def write(self, name: str, record: Mapping[str, Any]) -> None:
+        """Append a record to metrics or timing."""
+        self._lines[name].write(record)
+        if self._board is not None:
+            self._board.write(record)
+
+    def sync(self) -> dict[str, int]:
+        """Force the lines to disk; the length of each file in bytes."""
+        return {name: lines.sync() for name, lines in self._lines.items()}
+
+    def close(self) -> None:
+        """Close the files."""
+        for lines in self._lines.values():
+            lines.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file; a last line cut short by a kill is left out."""
+    records = []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    for line in text.splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def plain(value: Any) -> Any:
+    """value, with numbers that JSON cannot hold (NaN, infinity) as None, at any depth."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
+
+
+def unit(metric: str) -> str:
+    """fraction (0.85 is 85 %), count, nats or squared error."""
+    if metric.startswith(("pairs", "nn_queries", "nn_lone")):
+        return "count"
+    return {"cross_entropy": "nats", "hint": "squared error"}.get(metric, "fraction")
+
+
+def number(metric: str, value: float | None, digits: int = 2) -> str:
+    """A metric's value for people: '85.31 %', '1.2034 nats', '300', or '-' for none; digits: of a
+    percentage.
+    """
+    if value is None:
+        return "-"
+    if unit(metric) == "fraction":
+        return f"{100 * value:.{digits}f} %"
+    return f"{value:.0f}" if unit(metric) == "count" else f"{value:.4f} {unit(metric)}"
+
+
+def duration(seconds: float) -> str:
+    """75 -> '1:15', 4000 -> '1:06:40'."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Clock:
+    """Pace of this process: pictures per second, share of time spent waiting for data, time
+    left. Evaluations count for neither.
+    """
+
+    def __init__(
+        self, steps_total: int, steps_done: int, spent: Mapping[str, float] | None = None
+    ) -> None:
+        """spent: what `spent` returned when the run was last saved."""
+        self.started = time.perf_counter()
+        self.total, self.first, self.done = steps_total, steps_done, steps_done
+        self.data_s, self._apart_s, self._pictures = 0.0, 0.0, 0
+        self._window = (self.started, 0.0, 0)
+        self._before = dict(spent or {})
+
+    def step(self, pictures: int, data_s: float) -> None:
+        """Count one training step."""
+        self.done += 1
+        self._pictures += pictures
+        self.data_s += data_s
+
+    def apart(self, seconds: float) -> None:
+        """Seconds since the last call that were no training."""
+        self._apart_s += seconds
+        then, data_s, pictures = self._window
+        self._window = (then + seconds, data_s, pictures)
+
+    def pace(self) -> dict[str, float]:
+        """Pictures per second and the share spent on data since the last call."""
+        now, (then, data_s, pictures) = time.perf_counter(), self._window
+        self._window = (now, self.data_s, self._pictures)
+        span = max(now - then, 1e-9)
+        return {
+            "pictures_per_s": round((self._pictures - pictures) / span, 1),
+            "data_share": round(min(1.0, (self.data_s - data_s) / span), 4),
+        }
+
+    def spent(self) -> dict[str, float]:
+        """Totals of the run over every interruption: seconds, those apart from training, those
+        waiting for data, and pictures.
+        """
+        here = {
+            "seconds": self.elapsed_s(),
+            "apart_s": self._apart_s,
+            "data_s": self.data_s,
+            "pictures": self._pictures,
+        }
+        return {name: value + self._before.get(name, 0) for name, value in here.items()}
+
+    def summary(self) -> dict[str, float]:
+        """The run's seconds, and pictures per second of training with the share of it that waited
+        for data.
+        """
+        spent = self.spent()
+        span = max(spent["seconds"] - spent["apart_s"], 1e-9)
+        return {
+            "seconds": round(spent["seconds"], 2),
+            "samples_per_s": round(spent["pictures"] / span, 1),
+            "wait_share": round(min(1.0, spent["data_s"] / span), 4),
+        }
+
+    def left_s(self) -> float:
+        """Seconds to the last step at the pace so far (0 before the first step)."""
+        taken = self.done - self.first
+        return (self.total - self.done) * self.elapsed_s() / taken if taken else 0.0
+
+    def elapsed_s(self) -> float:
+        """Seconds since this process began to train."""
+        return time.perf_counter() - self.started
+
+
+def console(file_width: int | None = None, stream: Any = None) -> Console:
+    """What people read standard output (or `stream`) with, in lines that nothing breaks.
+
+    file_width: of tables, where it is no terminal and so has no width of its own.
+    """
+    result = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
+    if file_width is not None and not result.is_terminal:
+        result.width = file_width
+    return result
+
+
+class Screen:
+    """Progress for people: one live line in a terminal, else a plain line per epoch."""
+
+    def __init__(self, title: str, stream: Any = None) -> None:
+        self._console = console(stream=stream)
+        self._title = title
+        self._bar: Progress | None = None
+        if self._console.is_terminal:
+            columns: Sequence[Any] = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.percentage:>3.0f}%"),
+                TextColumn("{task.fields[note]}"),
+            )
+            self._bar = Progress(*columns, console=self._console, transient=True)
+            self._task = self._bar.add_task(title, total=1.0, note="")
+            self._bar.start()
+
+    def update(self, share: float, note: str) -> None:
+        """Move the bar (terminals only)."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=share, note=note)
+
+    def say(self, text: str) -> None:
+        """Print one line."""
+        self._console.print(f"{self._title}: {text}", markup=False)
+
+    def close(self) -> None:
+        """Take the live view down."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

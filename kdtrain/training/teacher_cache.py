@@ -1,0 +1,353 @@
+"""A teacher's answers to training batches, kept on disk for every student that meets them too.
+
+Crops and flips are a pure function of (seed, phase, epoch, picture), and the order of pictures of
+(seed, epoch). So students of one seed ask one teacher the same questions, and the first to ask
+stores the answer: there is no pass of its own for it, and nothing is computed that nobody reads.
+
+A folder below the cache's belongs to one teacher, its pictures, crops and computing (`identity`).
+In it is one file for each output (logits, hidden), phase, epoch and order of pictures:
+
+    header   4,096 bytes of JSON: what the answers belong to
+    table    8 bytes a batch: how to read its block (0: not there yet) and the block's CRC-32
+    blocks   one a batch, its rows in the order of the batch, float32 or float16
+
+Whole batches are kept, not pictures: the last bits of a convolution may depend on how many pictures
+are computed together (measured: 64 or 200 together agree, 7 do not), so only the answer to the very
+same batch is what the teacher would say online, bit for bit.
+
+Any number of processes may fill a file at once: each writes a block and then its table entry, and
+all write the same bytes. A block counts only where its checksum stands, so neither a process killed
+between the two writes nor a machine that lost some of them leaves an answer that is wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import struct
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdtrain.config import Config
+from kdtrain.data.run_data import RunData
+from kdtrain.objectives.targets import Guide
+from kdtrain.training.environment import environment
+from kdtrain.training.keys import source_hash
+
+PARTS = ("logits", "hidden")
+FORMAT = 1
+HEADER_BYTES = 4096
+ENTRY = struct.Struct("<II")  # code of the answer's own dtype, CRC-32 of the block
+DTYPES = {1: torch.float32, 2: torch.bfloat16, 3: torch.float16}
+STORED = {"float32": torch.float32, "float16": torch.float16}
+
+
+class CacheError(RuntimeError):
+    """Answers that cannot be kept; the message says why and what to do."""
+
+    @classmethod
+    def of(cls, folder: Path, error: OSError) -> CacheError:
+        """What to do about a folder that the system refuses."""
+        return cls(
+            f"teacher.cache: {folder} cannot be used: {error.strerror or error}; make room "
+            "there, set teacher.cache_dir to another folder, or teacher.cache to none"
+        )
+
+
+def identity(config: Config, data: RunData, teacher: nn.Module) -> dict[str, Any]:
+    """What the answer to a batch depends on, beside phase, epoch and the pictures in it: the
+    teacher's weights, the pictures, their crops, and how, on what and by which versions it is
+    computed.
+    """
+    # what is computed with the weights, the order of colours too
+    digest = hashlib.sha256(repr(teacher).encode())
+    for name, tensor in teacher.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    train, computing = config.train, environment(config)
+    return {
+        "teacher": digest.hexdigest(),
+        "data": data.key,
+        "store_size": config.data.store_size,
+        "crop_size": config.data.crop_side,
+        "input_size": config.teacher_side,
+        "augment": dataclasses.asdict(config.augment),
+        "seed": config.seed,
+        "sources": source_hash(),
+        "precision": train.precision,
+        "channels_last": train.channels_last,
+        "compile": train.compile,
+        "deterministic": train.deterministic,
+        "simd": torch.backends.cpu.get_cpu_capability(),
+        **{name: computing[name] for name in ("torch", "threads", "device")},
+    }
+
+
+class TeacherCache:
+    """The answers of one teacher to the batches of one run, an epoch at a time."""
+
+    def __init__(
+        self,
+        folder: Path,
+        owner: Mapping[str, Any],
+        widths: Mapping[str, int],
+        dtype: str,
+        device: torch.device | str,
+        say: Callable[[str], None],
+    ) -> None:
+        """folder: holds the folders of all teachers. owner: what `identity` gives. widths: which
+        outputs are kept ("logits", "hidden"), and their values a picture. dtype: float32, or
+        float16. device: where answers are wanted. say: takes lines for people.
+        """
+        assert set(widths) <= set(PARTS)
+        self.owner, self.widths, self.dtype = dict(owner), dict(widths), dtype
+        name = hashlib.sha256(json.dumps(self.owner, sort_keys=True).encode()).hexdigest()[:16]
+        self.folder = folder / name
+        self.device, self.say = torch.device(device), say
+        self.read = self.computed = 0
+        self._files: dict[str, KeptFile] = {}
+
+    def reserve(self, pictures: int, phases: Sequence[int]) -> None:
+        """Say once how much room a whole run takes. Raises CacheError where the disk has it not.
+
+        pictures: rows of an epoch; phases: epochs of each. Epochs that another student kept
+        already take none.
+        """
+        bytes_each = {p: pictures * w * STORED[self.dtype].itemsize for p, w in self.widths.items()}
+        total = missing = 0
+        for part, bytes_ in bytes_each.items():
+            for phase, epochs in enumerate(phases):
+                for epoch in range(epochs):
+                    name = f"{_place(phase, epoch)}_*.{part}.{self.dtype}"
+                    total += bytes_
+                    missing += 0 if any(self.folder.glob(name)) else bytes_
+        self.say(room(self.folder, self.dtype, total, missing))
+
+    def open(
+        self,
+        phase: int,
+        epoch: int,
+        batches: Sequence[Tensor],
+        stop: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Turn to an epoch; true, as nothing is computed here. batches: its index lists, (B,) int64
+        each.
+        """
+        self.close()
+        digest = hashlib.sha256()
+        for batch in batches:
+            digest.update(struct.pack("<q", len(batch)) + batch.numpy().tobytes())
+        order = digest.hexdigest()
+        sizes = [len(batch) for batch in batches]
+        belongs = {"format": FORMAT, "phase": phase, "epoch": epoch, "order": order}
+        for part, width in self.widths.items():
+            stem = f"{_place(phase, epoch)}_{order[:8]}"
+            path = self.folder / f"{stem}.{part}.{self.dtype}"
+            shape = {"part": part, "width": width, "dtype": self.dtype}
+            header = json.dumps({**belongs, **shape, **self.owner}).encode().ljust(HEADER_BYTES)
+            try:
+                self._files[part] = KeptFile(path, header, sizes, width, self.dtype, self.say)
+            except OSError as error:
+                raise CacheError.of(self.folder, error) from None
+        return True
+
+    def guide(
+        self, batch: int, ask: Callable[[], Guide | None], flipped: Tensor | None = None
+    ) -> Guide:
+        """The answer to batch number `batch` of the epoch: the kept one, else the teacher's own,
+        which is kept. Only outputs that are kept are in it. flipped: of no use here, as the place
+        of a batch says how its pictures lie.
+
+        In float16 a fresh answer is rounded too, so that it does not matter who asked first.
+        """
+        try:
+            kept = {part: file.get(batch) for part, file in self._files.items()}
+            if all(value is not None for value in kept.values()):
+                self.read += 1
+                found = {part: v.to(self.device) for part, v in kept.items() if v is not None}
+                return Guide(found.get("logits"), found.get("hidden"))
+            self.computed += 1
+            fresh = ask()
+            assert fresh is not None
+            values = {p: file.put(batch, getattr(fresh, p)) for p, file in self._files.items()}
+            return Guide(values.get("logits"), values.get("hidden"))
+        except OSError as error:
+            raise CacheError.of(self.folder, error) from None
+
+    def summary(self) -> str:
+        """How often the teacher was asked."""
+        return f"teacher's answers: {self.read} batches read, {self.computed} computed"
+
+    def close(self) -> None:
+        """Let go of the epoch's files."""
+        for file in self._files.values():
+            file.close()
+        self._files = {}
+
+
+class KeptFile:
+    """One output of the teacher for the batches of one epoch, or for groups of pictures."""
+
+    def __init__(
+        self,
+        path: Path,
+        header: bytes,
+        sizes: Sequence[int],
+        width: int,
+        dtype: str,
+        say: Callable[[str], None],
+    ) -> None:
+        assert len(header) == HEADER_BYTES, "a longer header needs more room"
+        self.path, self.width, self.dtype, self.say = path, width, STORED[dtype], say
+        self.sizes = sizes
+        row = width * self.dtype.itemsize
+        place = HEADER_BYTES + ENTRY.size * len(sizes)
+        self.places = []
+        for size in sizes:
+            self.places.append(place)
+            place += size * row
+        self.fd = self._open(header, place)
+        self.complained = False
+
+    def get(self, batch: int) -> Tensor | None:
+        """The kept answer (B, width) in the dtype that the teacher gave it; None where there is
+        none.
+        """
+        table = bytearray(ENTRY.size)
+        _read(self.fd, memoryview(table), HEADER_BYTES + ENTRY.size * batch)
+        code, checksum = ENTRY.unpack(table)
+        if code == 0:
+            return None
+        # a tensor of torch's own, so that the kept answer lies in memory as a fresh one does
+        value = torch.empty(self.sizes[batch], self.width, dtype=self.dtype)
+        content = _bytes(value)
+        whole = _read(self.fd, content, self.places[batch])
+        if code not in DTYPES or not whole or zlib.crc32(content) != checksum:
+            self._complain(f"the answer to batch {batch} is damaged and is computed again")
+            return None
+        return value.to(DTYPES[code])
+
+    def put(self, batch: int, answer: Tensor) -> Tensor:
+        """Keep an answer (B, width); returns it as `get` will. Raises CacheError where float16
+        cannot hold it.
+        """
+        codes = [code for code, dtype in DTYPES.items() if dtype == answer.dtype]
+        expected = (self.sizes[batch], self.width)
+        if not codes or answer.shape != expected:
+            raise CacheError(
+                f"teacher.cache: the answer to batch {batch} should be {expected} of 16 or 32 "
+                f"bits, got {tuple(answer.shape)} {answer.dtype}; set teacher.cache none"
+            )
+        kept = answer.detach().to("cpu", self.dtype).contiguous()
+        if self.dtype == torch.float16 and bool((kept.isinf() & answer.cpu().isfinite()).any()):
+            raise CacheError(
+                f"teacher.cache float16: an answer of {answer.abs().max().item():.3g} is more than "
+                "it can hold (65504); set teacher.cache float32"
+            )
+        content = _bytes(kept)
+        _write(self.fd, content, self.places[batch])
+        # the entry comes last: a block without one is not there
+        entry = ENTRY.pack(codes[0], zlib.crc32(content))
+        _write(self.fd, memoryview(entry), HEADER_BYTES + ENTRY.size * batch)
+        return kept.to(answer.device, answer.dtype)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+    def _open(self, header: bytes, size: int) -> int:
+        """The file of this header and size, made where there is none and replaced where another is
+        in its place.
+        """
+        for replace in (False, True):
+            if replace or not self.path.exists():
+                self._make(header, size)
+            fd = os.open(self.path, os.O_RDWR)
+            found = bytearray(HEADER_BYTES)
+            _read(fd, memoryview(found), 0)
+            if found == header and os.fstat(fd).st_size == size:
+                return fd
+            os.close(fd)
+            self.say(f"teacher's answers: {self.path} is not what belongs there and is made anew")
+        raise OSError(f"{self.path.name} changes while it is opened")
+
+    def _make(self, header: bytes, size: int) -> None:
+        """An empty file with its room reserved, put in place whole. Of two makers at the same
+        moment the later wins; the other then keeps its answers for itself.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        fd = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(fd, 0, size)
+            os.truncate(fd, size)
+            _write(fd, memoryview(header), 0)
+            os.replace(fresh, self.path)
+        finally:
+            os.close(fd)
+            fresh.unlink(missing_ok=True)
+
+    def _complain(self, text: str) -> None:
+        if not self.complained:
+            self.say(f"teacher's answers: {self.path}: {text}")
+            self.complained = True
+
+
+def room(folder: Path, dtype: str, total: int, missing: int) -> str:
+    """What people are told of the room that answers take, all and missing ones in bytes; makes the
+    folder. Raises CacheError where the disk has less than is missing, or the folder cannot be used.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise CacheError.of(folder, error) from None
+    if missing > free:
+        raise CacheError(
+            f"teacher.cache {dtype}: {_size(missing)} more are needed in {folder} "
+            f"and {_size(free)} are free; set teacher.cache none, or teacher.cache_dir to a "
+            "folder on a larger disk"
+        )
+    there = f", {_size(total - missing)} of it there already" if missing < total else ""
+    return f"teacher's answers: {_size(total)} in {folder}{there}"
+
+
+def _place(phase: int, epoch: int) -> str:
+    return f"phase{phase}_epoch{epoch:03d}"
+
+
+def _size(count: int) -> str:
+    """'3.2 MB', '1.1 GB'."""
+    for unit, power in (("GB", 1e9), ("MB", 1e6)):
+        if count >= power:
+            return f"{count / power:.1f} {unit}"
+    return f"{count / 1e3:.1f} kB"
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.numpy().reshape(-1).data.cast("B")
+
+
+def _read(fd: int, into: memoryview, offset: int) -> bool:
+    """Fill `into`; false where the file ends before."""
+    done = 0
+    while done < len(into):
+        count = os.preadv(fd, [into[done:]], offset + done)
+        if count == 0:
+            return False
+        done += count
+    return True
+
+
+def _write(fd: int, content: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(content):
+        done += os.pwrite(fd, content[done:], offset + done)

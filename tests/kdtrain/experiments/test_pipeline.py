@@ -1,0 +1,367 @@
+"""The chain: order of stages, what is reused, what a failure or an interruption leaves, the
+table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+from tiny_runs import TASK_KEYS, TINY, environment, tiny_config
+
+from kdtrain.cli import main
+from kdtrain.config import ConfigError, settings
+from kdtrain.experiments import pipeline
+from kdtrain.reports import chain_table
+from kdtrain.training import checkpoint, keys
+
+FLOOR = "floor (raw pixels, mean shape)"
+
+
+def _preset(folder: Path, **stages: dict) -> Path:
+    """A preset folder; each stage is the tiny run with its own keys (section__key)."""
+    folder.mkdir(exist_ok=True)
+    for name, own in stages.items():
+        flat = {**TINY, "optim.phases": [{"epochs": 1, "lr": 0.05}]}
+        own = {key.replace("__", "."): value for key, value in own.items()}
+        flat |= {"task": "classification", **TASK_KEYS[own.get("task", "classification")], **own}
+        tree: dict = {}
+        for key, value in flat.items():
+            section, _, leaf = key.rpartition(".")
+            (tree.setdefault(section, {}) if section else tree)[leaf] = value
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(tree))
+    return folder
+
+
+def _command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "kdtrain", *map(str, arguments)]
+
+
+def _run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        _command(*arguments),
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_every_stage_comes_after_its_inputs():
+    for preset in ("demo", "paper", "two-cores"):
+        stages = pipeline.plan(preset, {}, {})
+        names = [stage.name for stage in stages]
+        assert len(names) == 10
+        for stage in stages:
+            assert all(names.index(n) < names.index(stage.name) for n in stage.inputs)
+        inputs = {stage.name: set(stage.inputs) for stage in stages}
+        assert inputs["cls_distilled"] == {"cls_student", "cls_teacher"}
+        assert inputs["cls_control"] == {"cls_student"}
+        assert inputs["ali_distilled"] == {"cls_distilled", "ali_teacher"}
+        assert inputs["ver_distilled"] == {"cls_distilled", "ver_teacher"}
+        assert inputs["ver_teacher"] == {"cls_teacher"}
+        assert inputs["ali_scratch"] == inputs["ver_scratch"] == set()
+
+
+def test_common_keys_reach_every_stage_and_special_keys_one():
+    special = {"ali_teacher": {"seed": 9}, "ver_distilled": {"teacher": "@cls_teacher"}}
+    common = {"seed": 3, "data.people": 50, "teacher.cache": "float32"}
+    stages = pipeline.plan("two-cores", common, special)
+    seeds = {stage.name: stage.config.seed for stage in stages}
+    assert seeds.pop("ali_teacher") == 9
+    assert set(seeds.values()) == {3}
+    assert {stage.config.data.people for stage in stages} == {50}
+    assert {stage.config.teacher.cache for stage in stages} == {"float32"}
+    inputs = {stage.name: stage.inputs for stage in stages}
+    assert set(inputs["ver_distilled"]) == {"cls_distilled", "cls_teacher"}
+
+
+def test_divide_reaches_the_students_only():
+    stages = pipeline.plan("two-cores", {}, {}, divide=4)
+    for stage in stages:
+        assert stage.config.model.divide == (1 if stage.name.endswith("_teacher") else 4)
+
+
+def test_identity_split_keeps_classification_among_the_training_people():
+    stages = pipeline.plan("two-cores", {"data.split": "identity"}, {})
+    for stage in stages:
+        expected = "identity:random" if stage.name.startswith("cls") else "identity"
+        assert stage.config.data.split == expected
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ({"a": {"init_from": "@b"}, "b": {"init_from": "@a"}}, "wait for each other"),
+        ({"a": {"init_from": "@c"}}, "no stage 'c'"),
+        ({"a": {"optim__batch_size": 0}}, "stage a: optim.batch_size"),
+    ],
+)
+def test_a_preset_that_cannot_be_run_is_refused(stages, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        pipeline.plan(str(_preset(tmp_path / "p", **stages)), {}, {})
+
+
+def test_the_key_changes_with_what_counts_and_with_nothing_else():
+    config = tiny_config()
+    key = keys.run_key(config, {"teacher": "x"}, "data")
+    train = dataclasses.replace(config.train, threads=4, log_every=1, save_every=1)
+    data = dataclasses.replace(config.data, root="elsewhere", workers=3, cache="none")
+    moved = dataclasses.replace(config, train=train, data=data, init_from="@other")
+    assert keys.run_key(moved, {"teacher": "x"}, "data") == key
+    assert keys.run_key(config, {"teacher": "y"}, "data") != key
+    assert keys.run_key(config, {"teacher": "x"}, "other data") != key
+    reseeded = dataclasses.replace(config, seed=1)
+    assert keys.run_key(reseeded, {"teacher": "x"}, "data") != key
+    assert keys.differences(reseeded, settings.to_flat(config)) == ["seed: 1 here, 0 there"]
+
+
+def test_the_keys_worked_out_beforehand_are_those_of_the_runs(chain):
+    root, preset = chain
+    stages = pipeline.plan(str(preset), {}, {})
+    for name, key in pipeline.stage_keys(stages, root).items():
+        results = checkpoint.read_json(root / name / "results.json")
+        assert results is not None
+        assert results["key"] == key
+
+
+@pytest.mark.parametrize(
+    ("results", "diverged", "begun", "state"),
+    [
+        ("k", None, "k", "reused"),
+        ("other", None, "other", "changed"),
+        (None, "k", "k", "diverged"),
+        (None, "other", "other", "changed"),
+        (None, None, "k", "resume"),
+        (None, None, "other", "changed"),
+        (None, None, None, "new"),
+    ],
+)
+def test_the_state_of_a_stage_follows_from_its_folder(results, diverged, begun, state, tmp_path):
+    if results:
+        checkpoint.write_json(tmp_path / "results.json", {"key": results})
+    if diverged:
+        checkpoint.write_json(tmp_path / "diverged.json", {"key": diverged})
+    if begun:
+        checkpoint.write_json(tmp_path / "run.json", {"key": begun})
+    assert pipeline.stage_state(tmp_path, "k") == state
+
+
+def test_an_earlier_run_is_kept_aside_not_destroyed(tmp_path):
+    folder, place = tmp_path / "stage", tmp_path / "previous" / "stage"
+    for content in ("first", "second"):
+        folder.mkdir()
+        (folder / "results.json").write_text(content)
+        pipeline.set_aside(folder, place, Console(file=io.StringIO()))
+        assert not folder.exists()
+        assert (place / "results.json").read_text() == content
+
+
+def test_the_table_has_teacher_student_control_distilled_and_floor(tmp_path):
+    def stage(name: str, task: str, floor: float, **metrics: float) -> None:
+        (tmp_path / name).mkdir()
+        results = {"task": task, "metrics": metrics, "floors": {m: floor for m in metrics}}
+        results["untrained"] = {m: floor / 2 for m in metrics if m != "top1"}
+        checkpoint.write_json(tmp_path / name / "results.json", results)
+
+    stage("cls_teacher", "classification", 0.2, top1=0.931)
+    stage("cls_student", "classification", 0.2, top1=0.5)
+    stage("cls_control", "classification", 0.2, top1=0.61)
+    stage("cls_distilled", "classification", 0.2, top1=0.62)
+    stage("ver_teacher", "verification", 0.1, nn_top1=0.4, pair_accuracy=0.7)
+    (tmp_path / "recipes").mkdir()
+    for name in ("ali_teacher", "ali_distilled"):
+        (tmp_path / "recipes" / f"{name}.yaml").write_text("task: alignment\n")
+    names = ("cls_teacher", "cls_student", "cls_control", "cls_distilled", "ver_teacher")
+    states = dict.fromkeys(names, "done")
+    states["ali_teacher"] = "diverged"
+    states["ali_distilled"] = "skipped"
+    rows = _rows(tmp_path, states)
+    assert rows["teacher"] == ["93.1", "diverged", "40.0", "70.0"]
+    assert rows["scratch student"] == ["50.0", "-", "-", "-"]
+    assert rows["control student, no teacher"] == ["61.0", "-", "-", "-"]
+    assert rows["distilled student"] == ["62.0", "-", "-", "-"]
+    assert rows[FLOOR] == ["20.0", "-", "10.0", "10.0"]
+    assert rows[chain_table.UNTRAINED] == ["-", "-", "5.0", "5.0"]
+    # of pictures from videos, and the student's untrained network before its teacher's
+    stage("ver_scratch", "verification", 0.2, nn_top1=0.3, nn_top1_other_video=0.12)
+    states["ver_scratch"] = "done"
+    rows = _rows(tmp_path, states)
+    assert rows["scratch student"] == ["50.0", "-", "30.0", "12.0", "-"]
+    assert rows[FLOOR] == ["20.0", "-", "10.0", "20.0", "10.0"]
+    assert rows[chain_table.UNTRAINED] == ["-", "-", "10.0", "10.0", "5.0"]
+
+
+@pytest.mark.parametrize("preset", ["images", "two-cores/systems", "two-cores/resolutions"])
+def test_every_stage_outside_the_chain_has_a_row_of_its_own(preset, tmp_path):
+    names = [stage.name for stage in pipeline.plan(preset, {}, {})]
+    numbers = {name: 0.3 + 0.01 * place for place, name in enumerate(names)}
+    for name, value in numbers.items():
+        (tmp_path / name).mkdir()
+        results = {"task": "classification", "metrics": {"top1": value, "pair_accuracy": 0.9}}
+        results |= {"floors": {"top1": 0.2}, "untrained": {"top1": value / 10}}
+        checkpoint.write_json(tmp_path / name / "results.json", results)
+    table = chain_table.result_table(tmp_path, dict.fromkeys(names, "done"))
+    assert [column.header for column in table.columns] == ["", "classification\ntop-1"]
+    assert list(table.columns[0].cells) == [*names, "floor (raw pixels)", chain_table.UNTRAINED]
+    student = next(name for name in names if not name.endswith("teacher"))
+    expected = [*numbers.values(), 0.2, numbers[student] / 10]
+    assert list(table.columns[1].cells) == [f"{100 * value:.1f}" for value in expected]
+
+
+def test_a_failed_stage_outside_the_chain_keeps_its_row_and_its_tasks_columns(tmp_path):
+    (tmp_path / "recipes").mkdir()
+    for name, task in (("teacher", "verification"), ("sh_teacher", "alignment")):
+        (tmp_path / "recipes" / f"{name}.yaml").write_text(f"task: {task}\n")
+    states = dict.fromkeys(("teacher", "sh_teacher"), "failed")
+    rows = _rows(tmp_path, states)
+    assert rows["teacher"] == ["-", "failed", "failed"]
+    assert rows["sh_teacher"] == ["failed", "-", "-"]
+    assert rows[FLOOR] == ["-", "-", "-"]
+    assert (
+        chain_table.floor_title(
+            [column for column in chain_table.COLUMNS if column[1] == "alignment"]
+        )
+        == "floor (mean shape)"
+    )
+
+
+def _rows(root: Path, states: dict[str, str]) -> dict[str, list[str]]:
+    """The cells of the result table by the row's title."""
+    stream = io.StringIO()
+    Console(file=stream, width=120).print(chain_table.result_table(root, states))
+    rows = {}
+    for line in stream.getvalue().splitlines():
+        cells = [cell.strip() for cell in line.split("  ") if cell.strip()]
+        rows[cells[0] if cells else ""] = cells[1:]
+    return rows
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """A preset of five tiny stages of all three tasks, run once by the command."""
+    folder = tmp_path_factory.mktemp("chain")
+    preset = _preset(
+        folder / "preset",
+        cls_teacher={"model__width": 16},
+        cls_distilled={"teacher": "@cls_teacher", "target__alpha": 1.0},
+        ali_distilled={
+            **{"task": "alignment", "init_from": "@cls_distilled", "teacher": "@cls_teacher"},
+            "target__beta": 1.0,
+        },
+        ver_distilled={
+            **{"task": "verification", "init_from": "@cls_distilled", "teacher": "@cls_teacher"},
+            "target__alpha": 1.0,
+        },
+    )
+    result = _run(
+        *("pipeline", "--preset", preset, "--run-dir", folder / "root", "--jobs", "2"), cwd=folder
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "distilled student" in result.stdout
+    assert (folder / "root" / "report.html").stat().st_size > 10_000
+    return folder / "root", preset
+
+
+def test_a_second_run_reuses_every_stage_and_touches_none(chain):
+    root, preset = chain
+    weights = sorted(root.glob("*/last/*"))
+    before = {path: path.stat().st_mtime_ns for path in weights}
+    result = _run("pipeline", "--preset", preset, "--run-dir", root, cwd=root)
+    assert result.returncode == 0
+    assert result.stdout.count(": reused, ") == 4
+    assert {path: path.stat().st_mtime_ns for path in sorted(root.glob("*/last/*"))} == before
+
+
+def test_train_refuses_to_destroy_what_is_in_the_run_folder(chain):
+    root, _ = chain
+    recipe, folder = root / "recipes" / "cls_teacher.yaml", root / "cls_teacher"
+    before = (folder / "last" / checkpoint.WEIGHTS).read_bytes()
+    same = _run("train", recipe, "--run-dir", folder, cwd=root)
+    assert same.returncode == 0
+    assert "finished before, reused" in same.stdout
+    other = _run("train", recipe, "--run-dir", folder, "--seed", "5", cwd=root)
+    assert other.returncode == 2
+    assert "seed: 5 here, 0 there" in other.stderr
+    assert "--overwrite" in other.stderr
+    strange = _run("train", recipe, "--run-dir", root, "--overwrite", cwd=root)
+    assert strange.returncode == 2
+    assert "not a run folder" in strange.stderr
+    assert (folder / "last" / checkpoint.WEIGHTS).read_bytes() == before
+
+
+def test_a_stage_that_diverges_is_a_result_and_leaves_the_others(tmp_path):
+    preset = _preset(
+        tmp_path / "preset",
+        cls_teacher={"optim__phases": [{"epochs": 1, "lr": 1e30}]},
+        cls_distilled={"teacher": "@cls_teacher", "target__alpha": 1.0},
+        cls_student={},
+        cls_control={"optim__batch_size": 5000},
+    )
+    command = ("pipeline", "--preset", preset, "--run-dir", "root", "--jobs", "2")
+    result = _run(*command, cwd=tmp_path)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "error: cls_teacher diverged: diverged at step " in result.stderr
+    assert "error: cls_distilled skipped: needs cls_teacher, which diverged" in result.stderr
+    assert "error: cls_control failed: " in result.stderr
+    assert "cls_teacher: diverged: diverged at step " in result.stdout
+    assert "cls_student: done" in result.stdout
+    written = (tmp_path / "root" / "cls_teacher" / "diverged.json").stat().st_mtime_ns
+    again = _run(*command, cwd=tmp_path)
+    assert again.returncode == 1
+    assert "cls_teacher: diverged before: diverged at step " in again.stdout
+    assert "cls_student: reused, " in again.stdout
+    assert "error: cls_distilled skipped: needs cls_teacher, which diverged" in again.stderr
+    assert (tmp_path / "root" / "cls_teacher" / "diverged.json").stat().st_mtime_ns == written
+    lines = [line.split() for line in again.stdout.splitlines()]
+    assert [line[1:] for line in lines if line[:1] == ["teacher"]] == [["diverged"]]
+
+
+def test_ctrl_c_stops_the_children_cleanly_and_the_same_command_continues(tmp_path):
+    phases = [{"epochs": 3, "lr": 0.05}]
+    # many people make the epochs long enough to be interrupted in
+    slow = {"optim__phases": phases, "data__people": 60, "data__pictures": 8}
+    preset = _preset(tmp_path / "preset", cls_teacher=slow)
+    arguments = ("pipeline", "--preset", preset, "--run-dir", "root", "--jobs", "2")
+    process = subprocess.Popen(
+        _command(*arguments),
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    folder = tmp_path / "root" / "cls_teacher"
+    deadline = time.monotonic() + 60
+    while not (folder / "last").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "stopped; to continue: python -m kdtrain pipeline --preset" in err
+    assert "Traceback" not in err
+    assert not (folder / "results.json").exists()
+    result = _run(*arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (folder / "results.json").exists()
+    assert "resumed in epoch" in (tmp_path / "root" / "logs" / "cls_teacher.txt").read_text()
+
+
+@pytest.mark.parametrize("jobs", ["0", "-3"])
+def test_no_jobs_at_all_is_wrong_usage(jobs, capsys):
+    assert main(["pipeline", "--jobs", jobs, "--dry-run"]) == 2
+    assert f"--jobs: at least 1, got {jobs}" in capsys.readouterr().err

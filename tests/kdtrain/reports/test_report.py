@@ -1,0 +1,361 @@
+"""The report page from made-up run folders: numbers, verdicts, pictures, and what is not there."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from kdtrain.config import Config, ModelConfig, OptimConfig, Phase, TargetConfig, TeacherConfig
+from kdtrain.reports.report import report
+
+DASH = "\N{EN DASH}"
+METRICS = {
+    "classification": ("top1", {"top1": 0.5, "cross_entropy": 1.25, "pair_accuracy": 0.7}),
+    "alignment": ("nrmse", {"nrmse": 0.1, "failure_rate": 0.3}),
+    "verification": (
+        "nn_top1",
+        {"nn_top1": 0.4, "nn_lone": 7, "pair_accuracy": 0.8, "pair_accuracy_std": 0.02},
+    ),
+}
+FLOORS = {
+    "classification": {"top1": 0.2, "pair_accuracy": 0.6},
+    "alignment": {"nrmse": 0.3},
+    "verification": {"nn_top1": 0.15, "pair_accuracy": 0.6},
+}
+
+
+def make_run(
+    root: Path, name: str, task: str, value: float, *, finished: bool = True, **changes: object
+) -> Path:
+    """A run folder as the engine leaves it; `value` is the judging metric at the end."""
+    folder = root / name
+    folder.mkdir(parents=True)
+    config = Config(
+        task=task,
+        model=ModelConfig(depth=14, width=32, divide=4, stem="small"),
+        optim=OptimConfig(phases=[Phase(epochs=3, lr=0.1), Phase(epochs=2, lr=0.01)]),
+    )
+    config = dataclasses.replace(config, **changes)
+    (folder / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config)))
+    judge, metrics = METRICS[task]
+    metrics = {**metrics, judge: value}
+    lines, evaluations = [], []
+    for number in range(5):
+        phase, epoch = (0, number) if number < 3 else (1, number - 3)
+        for step in (1, 2):
+            place = {"step": 10 * number + 5 * step, "phase": phase, "epoch": epoch}
+            terms = {"loss": 3.0, "hard": 2.0 - 0.3 * number, "soft": 4.0, "top1": 0.1 * number}
+            lines.append({"kind": "train", **place, "lr": 0.1, **terms})
+        place = {"step": 10 * number + 10, "phase": phase, "epoch": epoch}
+        now = {**metrics, judge: value * (number + 1) / 5}
+        record = {**place, "phase_ends": number in (2, 4)}
+        evaluations.append({**record, "metrics": now})
+        lines.append({"kind": "eval", **record, **now})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if not finished:
+        return folder
+    results = {
+        "status": "finished",
+        "task": task,
+        "metrics": metrics,
+        "best": evaluations[3],
+        "floors": FLOORS[task],
+        "untrained": {"nn_top1": 0.05} if task == "verification" else {},
+        "parameters": {"network": 78_575},
+        "multiply_adds": {"network": 503_424},
+        "data": {
+            "name": "drawn <faces>",
+            "pictures": 7000,
+            "classes": 350,
+            "train": 5600,
+            "test": 1400,
+            "skipped": 2,
+        },
+        "seconds": 62.0,
+        "environment": {"device": "A Processor", "threads": 1, "workers": 0, "torch": "2.13.0"},
+    }
+    (folder / "results.json").write_text(json.dumps(results))
+    random = np.random.RandomState(0)
+    pictures = random.randint(0, 256, (12, 3, 16, 16), dtype=np.uint8)
+    points = random.rand(12, 5, 2).astype(np.float32) * 16
+    if task == "alignment":
+        samples = {
+            "pictures": pictures,
+            "true": points,
+            "predicted": points + 1,
+            "errors": np.full(12, 0.123),
+            "ced_threshold": np.linspace(0, 0.1, 11),
+            "ced_share": np.linspace(0, 1, 11),
+        }
+    else:
+        samples = {
+            "queries": pictures,
+            "neighbours": pictures[::-1],
+            "query_labels": np.arange(12),
+            "neighbour_labels": np.where(np.arange(12) < 9, np.arange(12), 99),
+            "distances": np.ones(12),
+            "gallery": np.array(1400),
+        }
+        if task == "verification":
+            samples |= {"roc_far": np.linspace(0, 1, 9), "roc_tar": np.linspace(0, 1, 9) ** 0.5}
+    np.savez(folder / "samples.npz", **samples)
+    return folder
+
+
+def make_chain(root: Path) -> Path:
+    make_run(root, "cls_teacher", "classification", 0.93)
+    make_run(root, "cls_student", "classification", 0.66)
+    make_run(root, "cls_control", "classification", 0.68, init_from="@cls_student")
+    make_run(
+        root,
+        "cls_distilled",
+        "classification",
+        0.71,
+        init_from="@cls_student",
+        teacher=TeacherConfig(run="@cls_teacher"),
+        target=TargetConfig(alpha=1.0),
+    )
+    make_run(root, "ali_teacher", "alignment", 0.09)
+    make_run(root, "ali_distilled", "alignment", 0.11)
+    make_run(root, "ver_teacher", "verification", 0.45)
+    make_run(root, "ver_distilled", "verification", 0.42)
+    return root
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> str:
+    """The report of a whole chain."""
+    root = make_chain(tmp_path_factory.mktemp("chain"))
+    return write(root, command="python -m kdtrain pipeline <x>")
+
+
+class Cells(HTMLParser):
+    """The text of every table row, cell by cell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.inside = False
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self.inside = True
+        if tag == "small" and self.inside:
+            self.rows[-1][-1] += " | "
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self.inside = False
+
+    def handle_data(self, data):
+        if self.inside:
+            self.rows[-1][-1] += data
+
+
+def rows_of(page: str) -> dict[str, list[str]]:
+    parser = Cells()
+    parser.feed(page)
+    found: dict[str, list[str]] = {}
+    for row in parser.rows:
+        if row:
+            found.setdefault(row[0].split(" | ")[0], row[1:])
+    return found
+
+
+def write(root: Path, **options) -> str:
+    path = report(root, **options)
+    assert path == root / "report.html"
+    return path.read_text(encoding="utf-8")
+
+
+def test_the_table_holds_every_role_and_the_floor(page):
+    rows = rows_of(page)
+    assert rows["teacher"] == ["93.0", "9.0", "45.0", "80.0 | ± 2.0 over folds"]
+    assert rows["scratch student"] == ["66.0", DASH, DASH, DASH]
+    assert rows["control student, no teacher"][0] == "68.0"
+    assert rows["distilled student"][:3] == ["71.0", "11.0", "42.0"]
+    assert rows["floor (raw pixels, mean shape)"] == ["20.0", "30.0", "15.0", "60.0"]
+    assert rows["untrained network"] == [DASH, DASH, "5.0", DASH]
+
+
+def test_every_run_says_what_it_started_from_and_what_it_optimised(page):
+    rows = rows_of(page)
+    assert rows["cls_distilled"] == [
+        "cls_student",
+        "softmax + soft (tau 3); teacher cls_teacher",
+        "3 at 0.1, 2 at 0.01",
+        "42.6 → 71.0",
+        "56.8 (epoch 4)",
+        "1:02",
+    ]
+    assert rows["ver_teacher"][:2] == ["scratch", "triplet (semihard, margin 0.4) + softmax"]
+
+
+def test_the_header_states_command_data_machine_and_time(page):
+    assert "python -m kdtrain pipeline &lt;x&gt;" in page
+    assert "drawn &lt;faces&gt;, 7,000 pictures of 350 people, 5,600 to train and 1,400" in page
+    assert "2 skipped" in page
+    assert "A Processor, 1 thread a run; torch 2.13.0" in page
+    assert "8:16 in 8 of 8 runs" in page
+    assert "NRMSE by interocular, in original pixels" in page
+    assert "7 queries without another picture of their person left out" in page
+
+
+def test_the_page_needs_nothing_from_outside(page):
+    links = re.findall(r"""(?:src|href)=["']?([^"'\s>]+)""", page)
+    assert links
+    assert all(link.startswith("data:image/png;base64,") for link in links)
+    assert "<script" not in page
+    assert "@import" not in page
+    assert "url(" not in page
+
+
+def test_pictures_are_real_images(page):
+    sizes = []
+    for code in re.findall(r"data:image/png;base64,([^\"'\s>]+)", page):
+        with Image.open(io.BytesIO(base64.b64decode(code))) as picture:
+            picture.verify()
+            sizes.append(picture.size)
+    assert (16, 16) in sizes  # faces
+    assert max(width for width, _ in sizes) > 1000  # curves
+
+
+def test_landmarks_are_drawn_at_their_places(tmp_path):
+    make_run(tmp_path, "ali_teacher", "alignment", 0.1)
+    page = write(tmp_path)
+    with np.load(tmp_path / "ali_teacher" / "samples.npz") as samples:
+        x, y = samples["true"][0, 0]
+    assert f'<circle cx="{x:.2f}" cy="{y:.2f}"' in page
+    assert f'<circle cx="{x + 1:.2f}" cy="{y + 1:.2f}"' in page
+    assert page.count("<svg") == 12
+    assert "12.3 %" in page
+
+
+def test_neighbours_are_framed_right_or_wrong_by_their_labels(tmp_path):
+    make_run(tmp_path, "ver_teacher", "verification", 0.4)
+    page = write(tmp_path)
+    assert page.count("<figure class='right'>") == 9
+    assert page.count("<figure class='wrong'>") == 3
+    assert "ver_teacher: 9 of 12 right" in page
+    assert "looked up among 1,400 test pictures" in page
+
+
+def test_a_teacher_below_the_floor_makes_its_column_uninformative(tmp_path):
+    make_run(tmp_path, "cls_teacher", "classification", 0.19)
+    make_run(tmp_path, "ali_teacher", "alignment", 0.31)
+    make_run(tmp_path, "ver_teacher", "verification", 0.16)
+    page = write(tmp_path)
+    assert "classification top-1 is uninformative" in page
+    assert "alignment NRMSE is uninformative" in page
+    assert "verification NN top-1 is uninformative" not in page
+    assert rows_of(page)["teacher"][0] == "19.0 | does not beat the floor"
+
+
+def test_a_run_under_way_is_shown_as_far_as_it_got(tmp_path):
+    make_run(tmp_path, "cls_teacher", "classification", 0.9)
+    make_run(tmp_path, "cls_student", "classification", 0.6, finished=False)
+    rows = rows_of(write(tmp_path))
+    assert rows["scratch student"][0] == "not finished"
+    assert rows["cls_student"][3:] == ["36.0 → 60.0", "", "not finished"]
+
+
+def test_a_planned_stage_is_said_to_be_not_run(tmp_path):
+    run = make_run(tmp_path, "cls_teacher", "classification", 0.9)
+    (tmp_path / "recipes").mkdir()
+    for name in ("cls_teacher", "cls_student"):
+        text = (run / "config.yaml").read_text()
+        (tmp_path / "recipes" / f"{name}.yaml").write_text(text)
+    page = write(tmp_path)
+    assert rows_of(page)["scratch student"][0] == "not run"
+    assert rows_of(page)["teacher"][0] == "90.0"
+    assert "in 1 of 2 runs" in page
+    assert page.count("<dt>pictures</dt>") == 1  # that of the run whose pictures are known
+
+
+def test_a_journal_cut_off_in_a_line_or_holding_null_is_read(tmp_path):
+    run = make_run(tmp_path, "cls_teacher", "classification", 0.9, finished=False)
+    with open(run / "metrics.jsonl", "a") as journal:
+        journal.write('{"kind": "train", "step": 60, "phase": 1, "epoch": 1, "hard": null}\n')
+        journal.write('{"kind": "train", "st')
+    assert "not finished" in write(tmp_path)
+
+
+def test_a_run_that_has_only_begun_is_no_error(tmp_path):
+    run = make_run(tmp_path, "cls_teacher", "classification", 0.9, finished=False)
+    (run / "metrics.jsonl").unlink()
+    assert rows_of(write(tmp_path))["teacher"][0] == "not run"
+
+
+def test_other_names_than_the_pipelines_get_rows_of_their_own(tmp_path):
+    make_run(tmp_path, "arm_3", "classification", 0.55)
+    assert rows_of(write(tmp_path))["arm_3"][0] == "55.0"
+
+
+def make_systems(root: Path, **values: float) -> Path:
+    """Stages of a preset that is no chain: two teachers, and a student of each."""
+    named = {"soft": "@teacher", "sh_kd": str(root / "sh_teacher")}
+    for name, value in values.items():
+        more: dict[str, object] = {}
+        if name in named:
+            teacher, target = TeacherConfig(run=named[name]), TargetConfig(alpha=1.0)
+            more = {"teacher": teacher, "target": target}
+        run = make_run(root, name, "classification", value, **more)
+        (run / "metrics.jsonl").unlink()  # curves take long to draw
+    return root
+
+
+def test_stages_outside_the_chain_have_rows_and_numbers_of_their_own(tmp_path):
+    values = {"teacher": 0.9, "student": 0.5, "soft": 0.6, "sh_teacher": 0.8, "sh_kd": 0.7}
+    page = write(make_systems(tmp_path, **values, control=0.55, my_student=0.4))
+    results = rows_of(page.split("<h2>Runs</h2>")[0])
+    for name, value in {**values, "control": 0.55, "my_student": 0.4}.items():
+        assert results[name] == [f"{100 * value:.1f}"]
+    assert results[""] == ["classification top-1 | %, higher is better"]
+    assert results["floor (raw pixels)"] == ["20.0"]
+    assert len(results) == 10  # seven stages, header, floor and the untrained network
+    assert "mean landmarks" not in page
+    assert "uninformative" not in page
+
+
+def test_a_stage_named_teacher_does_not_replace_the_chains(tmp_path):
+    make_run(tmp_path, "cls_teacher", "classification", 0.9)
+    make_run(tmp_path, "teacher", "classification", 0.8)
+    page = write(tmp_path).split("<h2>Runs</h2>")[0]
+    assert re.findall(r'scope="row">teacher<.*?<td>([\d.]+)', page) == ["90.0", "80.0"]
+
+
+def test_a_poor_teacher_is_the_one_that_the_students_config_names(tmp_path):
+    values = {"student": 0.1, "soft": 0.5, "sh_kd": 0.6}
+    page = write(make_systems(tmp_path / "one", **values, teacher=0.9, sh_teacher=0.1))
+    doubt = "classification top-1 of sh_kd is uninformative:</strong> the teacher sh_teacher does"
+    assert page.count(doubt) == page.count("uninformative") == 1
+    page = write(make_systems(tmp_path / "both", **values, teacher=0.15, sh_teacher=0.1))
+    assert "classification top-1 is uninformative:</strong> its teacher does not" in page
+    assert page.count("uninformative") == 1
+    page = write(make_systems(tmp_path / "none", student=0.5, teacher=0.1))
+    assert "uninformative" not in page  # no student here names it
+
+
+def test_one_run_folder_has_a_page_too(tmp_path):
+    run = make_run(tmp_path, "mine", "verification", 0.5)
+    rows = rows_of(write(run))
+    assert rows["mine"] == ["50.0", "80.0 | ± 2.0 over folds"]
+    assert rows["floor (raw pixels)"] == ["15.0", "60.0"]
+
+
+def test_a_folder_without_runs_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"no run folder \(config\.yaml\) in"):
+        report(tmp_path)

@@ -38,6 +38,8 @@ def parse(
     known = {option for action in parser._actions for option in action.option_strings}
     for word in argv:
         name = word.partition("=")[0]
+        if name.removeprefix("--") in settings.RENAMED:
+            raise UsageError(settings.unknown(name.removeprefix("--")))
         if name.startswith("--") and name not in known:
             close = nearest(name, [*sorted(known), *(f"--{stage}.KEY" for stage in stages)])
             raise UsageError(f"unknown option {name}; {close}")

@@ -72,10 +72,10 @@ class DataConfig:
     "Keep resized pictures in memory; auto does so up to 2 GiB."
     workers: int = 0
     "Threads that decode pictures ahead when they are not kept in memory."
-    people: int = 350
-    "Number of people (synthetic only)."
-    pictures: int = 20
-    "Pictures of each person (synthetic only)."
+    identities: int = 350
+    "Number of identities (synthetic only)."
+    images_per_identity: int = 20
+    "Images of each identity (synthetic only)."
     noise: float = 0.04
     "Share of pictures with a wrong label (synthetic only)."
     synthetic_seed: int = 0
@@ -109,8 +109,13 @@ class DataConfig:
             self.store_size,
         )
         require(self.workers >= 0, "data.workers", "0 or more", self.workers)
-        require(self.people >= 2, "data.people", "at least 2", self.people)
-        require(self.pictures >= 2, "data.pictures", "at least 2", self.pictures)
+        require(self.identities >= 2, "data.identities", "at least 2", self.identities)
+        require(
+            self.images_per_identity >= 2,
+            "data.images_per_identity",
+            "at least 2",
+            self.images_per_identity,
+        )
         require(0 <= self.noise < 1, "data.noise", "0 <= x < 1", self.noise)
         if self.kind != "synthetic":
             require(
@@ -212,17 +217,22 @@ class TripletConfig:
     "mean over the mined triplets, nonzero over those with a positive hinge."
     normalize: bool = True
     "Scale features to unit length first."
-    people: int = 32
-    "People of a batch."
-    pictures: int = 4
-    "Pictures of each person in a batch."
+    identities: int = 32
+    "Identities of a batch."
+    images_per_identity: int = 4
+    "Images of each identity in a batch."
 
     def __post_init__(self) -> None:
         finite = math.isfinite(self.weight)
         require(finite and self.weight >= 0, "triplet.weight", "0 or more", self.weight)
         require(self.margin >= 0, "triplet.margin", "0 or more", self.margin)
-        require(self.people >= 2, "triplet.people", "at least 2", self.people)
-        require(self.pictures >= 2, "triplet.pictures", "at least 2", self.pictures)
+        require(self.identities >= 2, "triplet.identities", "at least 2", self.identities)
+        require(
+            self.images_per_identity >= 2,
+            "triplet.images_per_identity",
+            "at least 2",
+            self.images_per_identity,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,7 +264,9 @@ class OptimConfig:
     warmup_epochs: float = 0.0
     "Epochs at the start of the run over which the learning rate rises linearly from 0."
     batch_size: int = 256
-    "Pictures of a batch; verification takes triplet.people x triplet.pictures instead."
+    """Images of a batch; verification takes triplet.identities x triplet.images_per_identity
+    instead.
+    """
     accumulate: int = 1
     """Batches of a step, whose mean gradient it takes. Batch normalisation and the mining of
     triplets see one batch at a time.
@@ -433,7 +445,9 @@ class Config:
 
     @property
     def balanced(self) -> bool:
-        """True where a batch is triplet.people x triplet.pictures: where triplets are mined."""
+        """True where triplets are mined: a batch is then triplet.identities times
+        triplet.images_per_identity.
+        """
         return self.task == "verification" and self.triplet.weight > 0
 
     @property

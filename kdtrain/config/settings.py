@@ -26,6 +26,13 @@ from kdtrain.config.schema import Config, ConfigError
 RECIPES = Path(__file__).parent.parent / "recipes"
 # keys that may be written shorter
 SHORT = {"teacher": "teacher.run"}
+RENAMED = {
+    "data.people": "data.identities",
+    "data.pictures": "data.images_per_identity",
+    "triplet.people": "triplet.identities",
+    "triplet.pictures": "triplet.images_per_identity",
+}
+"""Keys of versions before 0.1, whose run directories are refused by name."""
 MANY = 16  # known words, above which an error lists the FEW nearest of them
 FEW = 3
 
@@ -175,11 +182,29 @@ def read_recipe(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     for base in [bases] if isinstance(bases, str) else bases:
         flat.update(read_recipe(path.parent / base, (*_seen, path)))
     own = in_full(flatten({str(key): value for key, value in tree.items()}))
+    check_version(own, path)
     for key in own:
         if key not in keys():
-            raise ConfigError(f"{path}: unknown key {key!r}; {nearest(key, keys())}")
+            raise ConfigError(f"{path}: {unknown(key)}")
     flat.update(own)
     return flat
+
+
+def unknown(key: str) -> str:
+    """What is wrong with a key that the schema does not have, for an error."""
+    if key in RENAMED:
+        return f"the key {key} is now {RENAMED[key]}"
+    return f"unknown key {key!r}; {nearest(key, keys())}"
+
+
+def check_version(flat: Mapping[str, Any], path: Path) -> None:
+    """Raises ConfigError for the config.yaml of a run directory that an older version wrote."""
+    old = [key for key in RENAMED if key in flat]
+    if old and path.name == "config.yaml":
+        raise ConfigError(
+            f"{path.parent}: written by an older version of kdtrain (its {old[0]} is now "
+            f"{RENAMED[old[0]]}); train that run again"
+        )
 
 
 def build(flat: Mapping[str, Any]) -> Config:
@@ -192,7 +217,7 @@ def build(flat: Mapping[str, Any]) -> Config:
     tree: dict[str, Any] = {}
     for key, value in in_full(flat).items():
         if key not in keys():
-            raise ConfigError(f"unknown key {key!r}; {nearest(key, keys())}")
+            raise ConfigError(unknown(key))
         section, _, name = key.rpartition(".")
         (tree.setdefault(section, {}) if section else tree)[name] = value
     parser = _key_parser()

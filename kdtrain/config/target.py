@@ -156,7 +156,7 @@ class TeacherConfig:
     """Keep the teacher's answers on disk, for every student that meets the same batches: float32
     trains to the same bits as none, float16 rounds them and takes half the room.
     """
-    cache_what: Literal["answers", "features"] = "answers"
+    cache_what: Literal["outputs", "features"] = "outputs"
     """What teacher.cache keeps of a batch: the outputs that the targets read, or the pooled feature
     alone, from which the teacher's classifier forms the logits. Where training sees a picture in
     no other views than itself and its mirror image (data.store_size is the crop's size), features
@@ -183,7 +183,7 @@ class TeacherConfig:
         if features and self.more:
             raise ConfigError(
                 "teacher.cache_what features: the averaged prediction of several teachers "
-                "(teacher.more) is not that of one feature; set teacher.cache_what to answers"
+                "(teacher.more) is not that of one feature; set teacher.cache_what to outputs"
             )
 
     @property

@@ -14,9 +14,9 @@ def build_source(config: Any) -> FaceSource:
     """Returns the FaceSource that a config's data section describes (its attributes as in
     DataConfig).
 
-    kind: "synthetic" (people, pictures, synthetic_seed, store_size), "celeba" or "folder" (root,
-    landmark_file, split, on_error, workers). Raises DataError or ValueError naming what is missing
-    or malformed.
+    kind: "synthetic" (identities, images_per_identity, synthetic_seed, store_size), "celeba" or
+    "folder" (root, landmark_file, split, on_error, workers). Raises DataError or ValueError naming
+    what is missing or malformed.
     """
     if config.kind == "synthetic":
         if config.split.startswith("file:"):
@@ -24,8 +24,8 @@ def build_source(config: Any) -> FaceSource:
                 f"data.split: synthetic faces have no split file, got {config.split!r}"
             )
         return synthetic_faces(
-            people=config.people,
-            pictures=config.pictures,
+            identities=config.identities,
+            images_per_identity=config.images_per_identity,
             seed=config.synthetic_seed,
             size=config.store_size,
         )

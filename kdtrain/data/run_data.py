@@ -114,8 +114,8 @@ def shared_source(data: DataConfig, sources: dict[DataConfig, FaceSource]) -> Fa
         root=data.root,
         split=data.split if data.split.startswith("file:") else "random",
         on_error=data.on_error,
-        people=data.people,
-        pictures=data.pictures,
+        identities=data.identities,
+        images_per_identity=data.images_per_identity,
         synthetic_seed=data.synthetic_seed,
         store_size=data.store_size,
         input_size=data.store_size,
@@ -157,7 +157,7 @@ def data_key(fingerprint: str, train: Tensor, test: Tensor) -> str:
     return digest.hexdigest()
 
 
-def people_key(names: Iterable[str], data: DataConfig) -> str:
+def identities_key(names: Iterable[str], data: DataConfig) -> str:
     """16 hex digits over the people, named in the order of their classes; drawn people by their
     seed too, as their names are numbers.
     """
@@ -192,7 +192,7 @@ class RunData:
         """Index lists of the batches of epoch `number`, counted from the start of the run."""
         config = self.config
         if config.balanced:
-            people, pictures = config.triplet.people, config.triplet.pictures
+            people, pictures = config.triplet.identities, config.triplet.images_per_identity
             return balanced_batches(self.train, self.labels, people, pictures, config.seed, number)
         return random_batches(
             self.train, config.optim.batch_size, config.seed, number, config.train.drop_last
@@ -266,14 +266,14 @@ class RunData:
         """What results.json says about the pictures."""
         return {
             "name": self.source.name,
-            "pictures": self.source.num_pictures,
+            "images": self.source.num_pictures,
             "classes": self.source.num_classes,
             "train": len(self.train),
             "validation": len(self.validation),
             "test": len(self.test),
-            "test_of_unseen_people": self.unseen(),
+            "test_of_unseen_identities": self.unseen(),
             "skipped": len(self.source.skipped),
-            "people_key": people_key(self.source.class_names, self.config.data),
+            "identities_key": identities_key(self.source.class_names, self.config.data),
         }
 
 

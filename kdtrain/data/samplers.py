@@ -76,7 +76,7 @@ def balanced_batches(
     if usable < people:
         raise ValueError(
             f"balanced_batches: a batch needs {people} people with at least 2 pictures, "
-            f"the training set has {usable}; lower triplet.people"
+            f"the training set has {usable}; lower triplet.identities"
         )
 
     queue: deque[tuple[int, Tensor]] = deque()

@@ -214,7 +214,7 @@ def counted(config: Config, sources: dict[DataConfig, FaceSource]) -> Counts:
     train, validation, test = parts(source, config)
     batches = None
     if config.balanced:
-        people, pictures = config.triplet.people, config.triplet.pictures
+        people, pictures = config.triplet.identities, config.triplet.images_per_identity
         batches = len(balanced_batches(train, source.labels, people, pictures, config.seed, 0))
     return Counts(source.num_classes, len(train), len(validation), len(test), batches, "")
 

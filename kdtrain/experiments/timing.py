@@ -100,7 +100,7 @@ _timings: dict[str, Timing] = {}
 def batch_pictures(config: Config) -> int:
     """Pictures of a training step."""
     if config.balanced:
-        return config.triplet.people * config.triplet.pictures
+        return config.triplet.identities * config.triplet.images_per_identity
     return config.optim.batch_size
 
 
@@ -326,7 +326,7 @@ class _Trial:
         wanted = max(LEAST, min(most, batch_pictures(self.config)))
         alike = 1
         if self.config.balanced:
-            alike = min(self.config.triplet.pictures, wanted // 2)
+            alike = min(self.config.triplet.images_per_identity, wanted // 2)
         else:
             wanted = min(wanted, batch_pictures(self.config))
         people = wanted // alike

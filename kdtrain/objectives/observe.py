@@ -229,7 +229,7 @@ def landmark_samples(seen: Seen, errors: Tensor) -> dict[str, np.ndarray]:
     chosen = evenly(len(seen.shown), SAMPLES)
     scale = seen.shown.shape[-1] / seen.side
     return {
-        "pictures": seen.shown[chosen].numpy(),
+        "images": seen.shown[chosen].numpy(),
         "true": (seen.landmarks.true_crop[chosen] * scale).float().numpy(),
         "predicted": (seen.landmarks.predicted_crop[chosen] * scale).float().numpy(),
         "errors": errors[chosen].numpy(),

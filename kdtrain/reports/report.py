@@ -337,7 +337,7 @@ def _faces(stages: Sequence[Stage]) -> str:
 
 
 def _landmark_strip(stage: Stage) -> str:
-    columns = [stage.samples[name] for name in ("pictures", "true", "predicted", "errors")]
+    columns = [stage.samples[name] for name in ("images", "true", "predicted", "errors")]
     cells = [
         f"<figure>{plots.marked_face(picture, true, predicted)}"
         f"<figcaption>{100 * float(error):.1f} %</figcaption></figure>"

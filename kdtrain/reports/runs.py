@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from kdtrain.config import settings
 from kdtrain.config.networks import network_title
 from kdtrain.reports.chain_table import CHAIN, COLUMNS, ROWS, floor, untrained
 from kdtrain.training.checkpoint import read_json
@@ -91,6 +92,7 @@ def read_stages(root: Path) -> list[Stage]:
 
 def _stage(folder: Path, recipe: Path) -> Stage:
     config = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
+    settings.check_version(settings.flatten(config), recipe)
     samples: dict[str, np.ndarray] = {}
     if (folder / "samples.npz").is_file():
         with np.load(folder / "samples.npz") as arrays:
@@ -107,7 +109,7 @@ def pictures_text(stage: Stage) -> str:
     text = f"{source.get('name') or data.get('kind', 'unknown')}"
     if source:
         text += (
-            f", {source['pictures']:,} pictures of {source['classes']:,} people, "
+            f", {source['images']:,} pictures of {source['classes']:,} people, "
             f"{source['train']:,} to train and {source['test']:,} to test"
         )
         if source.get("validation"):

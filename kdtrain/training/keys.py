@@ -91,10 +91,10 @@ def _counted(flat: Mapping[str, Any]) -> dict[str, Any]:
     """
     counted = {key: value for key, value in flat.items() if key not in NOT_IN_KEY}
     cache = "none" if flat.get("teacher.run") is None else flat.get("teacher.cache", "none")
-    what = flat.get("teacher.cache_what", "answers")
-    exact = what == "answers" or not (flat.get("train.compile") or _has_fixed_views(flat))
+    what = flat.get("teacher.cache_what", "outputs")
+    exact = what == "outputs" or not (flat.get("train.compile") or _has_fixed_views(flat))
     if cache == "none" or (cache == "float32" and exact):
-        cache, what = "none", "answers"
+        cache, what = "none", "outputs"
     counted |= {"teacher.cache": cache, "teacher.cache_what": what}
     side = flat.get("data.input_size")
     counted["data.crop_size"] = flat.get("data.crop_size") or side

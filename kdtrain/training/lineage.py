@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from kdtrain.config import Config, ConfigError, DataConfig, settings
-from kdtrain.data.run_data import RunData, parts, people_key
+from kdtrain.data.run_data import RunData, identities_key, parts
 from kdtrain.training import checkpoint
 
 
@@ -19,8 +19,8 @@ def check_people(name: str, run: Path, data: RunData) -> None:
     """Raises ConfigError where the classes of `run`, the value of setting `name`, are other people
     than the data's, or the same in another order. Runs that do not say (imported ones) pass.
     """
-    theirs = _trained_on(run).get("people_key")
-    ours = people_key(data.source.class_names, data.config.data)
+    theirs = _trained_on(run).get("identities_key")
+    ours = identities_key(data.source.class_names, data.config.data)
     if theirs is not None and theirs != ours:
         raise ConfigError(
             f"{name} {run}: its classes are other people than those of {data.source.name} here, or "
@@ -33,7 +33,7 @@ def known_pictures(run: Path, data: RunData) -> int:
     """Test pictures of `data` that `run` was trained on; with data.split identity, those of people
     that it was trained on. 0 where it was trained on another set, or does not say on which.
     """
-    if "people_key" not in _trained_on(run):
+    if "identities_key" not in _trained_on(run):
         return 0
     theirs = run_config(run)
     if not same_set(theirs.data, data.config.data):
@@ -65,7 +65,7 @@ def same_set(one: DataConfig, other: DataConfig) -> bool:
     if one.kind != other.kind:
         return False
     if one.kind == "synthetic":
-        drawn = [(d.people, d.pictures, d.synthetic_seed) for d in (one, other)]
+        drawn = [(d.identities, d.images_per_identity, d.synthetic_seed) for d in (one, other)]
         return drawn[0] == drawn[1]
     return Path(one.root or "").resolve() == Path(other.root or "").resolve()
 

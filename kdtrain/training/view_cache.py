@@ -122,7 +122,7 @@ class ViewCache:
 
     def _fill(self, stop: Callable[[], bool]) -> bool:
         shape = {"part": "views", "width": self.width, "dtype": self.dtype}
-        belongs = {"format": FORMAT, "pictures": len(self.train), **shape, **self.owner}
+        belongs = {"format": FORMAT, "images": len(self.train), **shape, **self.owner}
         header = json.dumps(belongs).encode().ljust(HEADER_BYTES)
         sizes = [len(part) for part, _ in self.groups]
         file = KeptFile(self._path, header, sizes, self.width, self.dtype, self.say)

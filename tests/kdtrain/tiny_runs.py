@@ -15,8 +15,8 @@ from kdtrain.training import checkpoint, engine
 from kdtrain.training.journal.journal import Screen
 
 TINY: dict[str, Any] = {
-    "data.people": 8,
-    "data.pictures": 5,
+    "data.identities": 8,
+    "data.images_per_identity": 5,
     "data.test_fraction": 0.4,
     "data.store_size": 20,
     "data.input_size": 16,
@@ -26,8 +26,8 @@ TINY: dict[str, Any] = {
     "model.stem": "small",
     "optim.batch_size": 4,
     "optim.phases": [{"epochs": 2, "lr": 0.05}, {"epochs": 1, "lr": 0.01}],
-    "triplet.people": 3,
-    "triplet.pictures": 2,
+    "triplet.identities": 3,
+    "triplet.images_per_identity": 2,
     "train.threads": 1,
     "train.log_every": 4,
     "train.save_every": 3,

@@ -32,23 +32,25 @@ def draw_faces(seed: int, people: Tensor, pictures: Tensor) -> dict[str, Tensor]
     return {**person_parameters(seed, people), **picture_parameters(seed, people, pictures)}
 
 
-def synthetic_faces(*, people: int, pictures: int, seed: int, size: int) -> FaceSource:
-    """Returns a FaceSource of `people` synthetic people with `pictures` pictures each, size x size
-    pixels.
+def synthetic_faces(
+    *, identities: int, images_per_identity: int, seed: int, size: int
+) -> FaceSource:
+    """Returns a FaceSource of synthetic faces, size x size pixels: identities times
+    images_per_identity images.
 
-    Picture i of person p depends on (seed, p, i) and size only: not on how many others there are,
-    nor on batches. Raises ValueError when there are fewer than 2 people, no picture, or a size
+    Picture i of identity p depends on (seed, p, i) and size only: not on how many others there are,
+    nor on batches. Raises ValueError when there are fewer than 2 identities, no image, or a size
     under 16.
     """
     for what, value, least in (
-        ("people", people, 2),
-        ("pictures", pictures, 1),
+        ("identities", identities, 2),
+        ("images_per_identity", images_per_identity, 1),
         ("size", size, 16),
     ):
         if value < least:
             raise ValueError(f"synthetic_faces: {what} must be at least {least}, got {value}")
-    person_of = torch.arange(people).repeat_interleave(pictures)
-    number_of = torch.arange(pictures).repeat(people)
+    person_of = torch.arange(identities).repeat_interleave(images_per_identity)
+    number_of = torch.arange(images_per_identity).repeat(identities)
 
     def render(indices: Tensor) -> Tensor:
         chunks = indices.split(max(1, _CHUNK_PIXELS // (4 * size * size)))
@@ -73,13 +75,13 @@ def synthetic_faces(*, people: int, pictures: int, seed: int, size: int) -> Face
         name="synthetic",
         names=[
             f"synthetic-{VERSION}/{seed}/{person:06d}/{number:04d}"
-            for person in range(people)
-            for number in range(pictures)
+            for person in range(identities)
+            for number in range(images_per_identity)
         ],
         labels=person_of,
-        class_names=[f"{person:06d}" for person in range(people)],
+        class_names=[f"{person:06d}" for person in range(identities)],
         landmarks=points,
-        sizes=torch.full((people * pictures, 2), size, dtype=torch.int64),
+        sizes=torch.full((identities * images_per_identity, 2), size, dtype=torch.int64),
         read=read,
         read_batch=render,
     )

@@ -223,14 +223,14 @@ class Clock:
         """spent: what `spent` returned when the run was last saved."""
         self.started = time.perf_counter()
         self.total, self.first, self.done = steps_total, steps_done, steps_done
-        self.data_s, self._apart_s, self._pictures = 0.0, 0.0, 0
+        self.data_s, self._apart_s, self._samples = 0.0, 0.0, 0
         self._window = (self.started, 0.0, 0)
         self._before = dict(spent or {})
 
     def step(self, pictures: int, data_s: float) -> None:
         """Count one training step."""
         self.done += 1
-        self._pictures += pictures
+        self._samples += pictures
         self.data_s += data_s
 
     def apart(self, seconds: float) -> None:
@@ -242,22 +242,22 @@ class Clock:
     def pace(self) -> dict[str, float]:
         """Pictures per second and the share spent on data since the last call."""
         now, (then, data_s, pictures) = time.perf_counter(), self._window
-        self._window = (now, self.data_s, self._pictures)
+        self._window = (now, self.data_s, self._samples)
         span = max(now - then, 1e-9)
         return {
-            "pictures_per_s": round((self._pictures - pictures) / span, 1),
-            "data_share": round(min(1.0, (self.data_s - data_s) / span), 4),
+            "samples_per_s": round((self._samples - pictures) / span, 1),
+            "wait_share": round(min(1.0, (self.data_s - data_s) / span), 4),
         }
 
     def spent(self) -> dict[str, float]:
         """Totals of the run over every interruption: seconds, those apart from training, those
-        waiting for data, and pictures.
+        waiting for data, and samples.
         """
         here = {
             "seconds": self.elapsed_s(),
             "apart_s": self._apart_s,
             "data_s": self.data_s,
-            "pictures": self._pictures,
+            "samples": self._samples,
         }
         return {name: value + self._before.get(name, 0) for name, value in here.items()}
 
@@ -269,7 +269,7 @@ class Clock:
         span = max(spent["seconds"] - spent["apart_s"], 1e-9)
         return {
             "seconds": round(spent["seconds"], 2),
-            "samples_per_s": round(spent["pictures"] / span, 1),
+            "samples_per_s": round(spent["samples"] / span, 1),
             "wait_share": round(min(1.0, spent["data_s"] / span), 4),
         }
 

@@ -55,7 +55,7 @@ def test_the_paper_preset_is_the_paper_s_setting():
     assert (alignment.target.alpha, alignment.target.beta) == (0, 1)
     assert (verification.target.alpha, verification.target.beta) == (1, 0)
     assert verification.triplet.margin == 0.4
-    assert verification.triplet.people * verification.triplet.pictures == 128
+    assert verification.triplet.identities * verification.triplet.images_per_identity == 128
     assert [c.optim.batch_size for c in (teacher, alignment)] == [256, 64]
 
 
@@ -71,7 +71,7 @@ def test_the_two_cores_preset_is_the_measured_schedule():
         assert (config.augment.scale_min, config.augment.scale_max) == (0.85, 0.95)
         assert config.target.hidden_reduction == "mean"
     config = _recipe("two-cores/ver_distilled")
-    assert config.triplet.people * config.triplet.pictures == 64
+    assert config.triplet.identities * config.triplet.images_per_identity == 64
     assert sum(p.epochs for p in config.optim.phases) == 12
 
 
@@ -273,3 +273,32 @@ def test_stage_keys_are_taken_out_of_the_command_line():
     assert argv == ["--seed", "1", "--data.kind", "folder"]
     with pytest.raises(UsageError, match="value is missing"):
         take_stage_keys(["--one.seed"], ["one"])
+
+
+@pytest.mark.parametrize(("old", "new"), sorted(settings.RENAMED.items()))
+def test_a_renamed_key_is_an_error_that_names_the_new_one(old, new, tmp_path, capsys):
+    known = settings.keys()
+    assert old not in known
+    assert new in known
+    section, _, name = old.partition(".")
+    (tmp_path / "recipe.yaml").write_text(f"{section}: {{{name}: 4}}\n")
+    expected = f"the key {old} is now {new}"
+    with pytest.raises(ConfigError, match=expected):
+        settings.read_recipe(tmp_path / "recipe.yaml")
+    with pytest.raises(ConfigError, match=expected):
+        settings.build({old: 4})
+    assert main(["train", "demo/cls_student", f"--{old}", "4"]) == 2
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "report"])
+def test_a_run_directory_of_an_older_version_is_one_error_that_says_so(command, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("task: classification\ndata: {people: 4, pictures: 5}\n")
+    assert main([command, str(run)]) != 0
+    error = capsys.readouterr().err.splitlines()[0]
+    assert error == (
+        f"error: {run}: written by an older version of kdtrain (its data.people is now "
+        "data.identities); train that run again"
+    )

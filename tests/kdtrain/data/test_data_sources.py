@@ -297,7 +297,12 @@ def test_identity_split_puts_nobody_on_both_sides():
 
 def test_label_noise_reaches_a_share_of_the_training_labels_only():
     config = settings(
-        kind="synthetic", people=100, pictures=20, synthetic_seed=0, store_size=16, noise=0.05
+        kind="synthetic",
+        identities=100,
+        images_per_identity=20,
+        synthetic_seed=0,
+        store_size=16,
+        noise=0.05,
     )
     source = build_source(config)
     before = source.labels.clone()

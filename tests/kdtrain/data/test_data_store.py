@@ -102,7 +102,7 @@ def test_landmarks_are_scaled_by_width_and_height(folder):
 
 
 def test_synthetic_faces_of_another_size_are_resized():
-    source = synthetic_faces(people=2, pictures=2, seed=0, size=48)
+    source = synthetic_faces(identities=2, images_per_identity=2, seed=0, size=48)
     small, whole = PictureStore(source, 24), PictureStore(source, 48, "none")
     indices = torch.tensor([3, 1])
     assert small.get(indices).shape == (2, 3, 24, 24)

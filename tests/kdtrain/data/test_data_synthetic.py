@@ -12,7 +12,7 @@ from kdtrain.data.synthetic.source import draw_faces
 
 @pytest.fixture(scope="module")
 def small():
-    source = synthetic_faces(people=60, pictures=10, seed=0, size=36)
+    source = synthetic_faces(identities=60, images_per_identity=10, seed=0, size=36)
     return source, PictureStore(source, 36)
 
 
@@ -28,13 +28,13 @@ def test_a_picture_does_not_depend_on_its_batch_or_on_the_thread_count(small):
 
 def test_a_picture_depends_only_on_seed_person_and_number(small):
     source, store = small
-    other = synthetic_faces(people=8, pictures=25, seed=0, size=36)
+    other = synthetic_faces(identities=8, images_per_identity=25, seed=0, size=36)
     ours, theirs = 7 * 10 + 9, 7 * 25 + 9  # picture 9 of person 7
     assert torch.equal(
         store.get(torch.tensor([ours]))[0], other.read_batch(torch.tensor([theirs]))[0]
     )
     assert torch.equal(source.landmarks[ours], other.landmarks[theirs])
-    reseeded = synthetic_faces(people=8, pictures=25, seed=1, size=36)
+    reseeded = synthetic_faces(identities=8, images_per_identity=25, seed=1, size=36)
     assert not torch.equal(
         reseeded.read_batch(torch.tensor([0])), other.read_batch(torch.tensor([0]))
     )
@@ -45,7 +45,7 @@ def test_the_same_arguments_give_the_same_fingerprint(small):
     source, _ = small
     assert (
         source.fingerprint()
-        == synthetic_faces(people=60, pictures=10, seed=0, size=36).fingerprint()
+        == synthetic_faces(identities=60, images_per_identity=10, seed=0, size=36).fingerprint()
     )
 
 
@@ -146,9 +146,7 @@ def test_sample_grid_writes_a_picture_with_marked_landmarks(small, tmp_path):
         sample_grid(source, store, tmp_path / "none.png", people=0)
 
 
-@pytest.mark.parametrize(
-    "bad", [{"people": 1}, {"pictures": 0}, {"size": 8}], ids=["people", "pictures", "size"]
-)
+@pytest.mark.parametrize("bad", [{"identities": 1}, {"images_per_identity": 0}, {"size": 8}])
 def test_impossible_sizes_are_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
-        synthetic_faces(**{"people": 4, "pictures": 2, "seed": 0, "size": 36, **bad})
+        synthetic_faces(**{"identities": 4, "images_per_identity": 2, "seed": 0, "size": 36, **bad})

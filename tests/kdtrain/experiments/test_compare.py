@@ -95,12 +95,12 @@ def test_resolutions_are_of_the_methods_alone_and_of_the_same_crop(folder):
 
 
 def test_a_second_data_source_trains_everything_on_it_too(folder):
-    request = asked(folder, "soft", seeds=1, second={"data.people": 11})
+    request = asked(folder, "soft", seeds=1, second={"data.identities": 11})
     found = {stage.name: stage for stage in stages(request).values()}
     assert set(found) == {"teacher_s1", "soft_s1", "b_teacher_s1", "b_soft_s1"}
     assert found["b_soft_s1"].inputs == ("b_teacher_s1",)
-    assert found["b_soft_s1"].config.data.people == 11
-    assert found["soft_s1"].config.data.people == TINY["data.people"]
+    assert found["b_soft_s1"].config.data.identities == 11
+    assert found["soft_s1"].config.data.identities == TINY["data.identities"]
 
 
 def test_a_recipe_elsewhere_is_a_method_and_two_of_one_name_are_refused(folder, tmp_path):
@@ -167,7 +167,7 @@ def planted(folder: Path, config, key: str, method: str) -> None:
         "key": key, "phases": [{"metrics": metrics}], "metrics": metrics, "seconds": 2.0,
         "floors": {"nn_top1": 0.4, "tar_at_far_0.01_all": 0.05}, "untrained": {"nn_top1": 0.3},
         "parameters": {"student": total, "teacher": 5}, "environment": {"torch": "2"},
-        "data": {"name": "drawn", "pictures": 400, "classes": 8, "train": 200, "test": 200},
+        "data": {"name": "drawn", "images": 400, "classes": 8, "train": 200, "test": 200},
     })  # fmt: skip
 
 
@@ -276,7 +276,7 @@ def test_a_run_that_diverged_is_a_result(folder, fake, tmp_path):
 def test_resolutions_and_a_second_source_have_columns_and_blocks(folder, fake, tmp_path):
     root = tmp_path / "runs"
     assert main(["compare", "student", "soft", "--folder", str(folder), "--seeds", "1", "--jobs",
-                 "1", "--resolutions", "16,8", "--second.data.people", "12", "--run-dir",
+                 "1", "--resolutions", "16,8", "--second.data.identities", "12", "--run-dir",
                  str(root)]) == 0  # fmt: skip
     blocks = {block for block, _, _ in cells(root)}
     assert blocks == {

@@ -151,7 +151,7 @@ def test_a_shape_is_timed_once(measured):
         tiny_config(
             target__alpha=2.0,
             teacher="@u",
-            data__people=20,
+            data__identities=20,
             optim__phases=[{"epochs": 9, "lr": 1.0}],
         ),
     ):
@@ -269,7 +269,7 @@ def test_pictures_that_are_not_there_count_as_published_or_as_stated():
 
 
 def test_pictures_that_are_there_are_counted_batches_included():
-    config = tiny_config("verification", data__people=8, data__pictures=5)
+    config = tiny_config("verification", data__identities=8, data__images_per_identity=5)
     counts = dryrun.count(config)
     assert isinstance(counts, dryrun.Counts)
     assert (counts.classes, counts.train, counts.test) == (8, 24, 16)
@@ -296,12 +296,12 @@ def test_the_teacher_s_network_is_found_or_its_guess_is_stated(tmp_path):
 
 def test_a_dry_run_of_one_recipe_is_a_recipe_with_its_cost(measured, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["train", "two-cores/cls_distilled", "--dry-run", "--data.people", "20"]) == 0
+    assert main(["train", "two-cores/cls_distilled", "--dry-run", "--data.identities", "20"]) == 0
     shown = capsys.readouterr().out
     recipe = tmp_path / "again.yaml"
     recipe.write_text(shown)
     again = settings.build(settings.read_recipe(recipe))
-    assert (again.data.people, again.teacher.run) == (20, "@cls_teacher")
+    assert (again.data.identities, again.teacher.run) == (20, "@cls_teacher")
     comments = [line for line in shown.splitlines() if line.startswith("#")]
     assert comments[0].split()[:4] == ["#", "stage", "network", "input"]
     assert "ResNet-14 w32/8" in comments[1]

@@ -76,12 +76,12 @@ def test_every_stage_comes_after_its_inputs():
 
 def test_common_keys_reach_every_stage_and_special_keys_one():
     special = {"ali_teacher": {"seed": 9}, "ver_distilled": {"teacher": "@cls_teacher"}}
-    common = {"seed": 3, "data.people": 50, "teacher.cache": "float32"}
+    common = {"seed": 3, "data.identities": 50, "teacher.cache": "float32"}
     stages = pipeline.plan("two-cores", common, special)
     seeds = {stage.name: stage.config.seed for stage in stages}
     assert seeds.pop("ali_teacher") == 9
     assert set(seeds.values()) == {3}
-    assert {stage.config.data.people for stage in stages} == {50}
+    assert {stage.config.data.identities for stage in stages} == {50}
     assert {stage.config.teacher.cache for stage in stages} == {"float32"}
     inputs = {stage.name: stage.inputs for stage in stages}
     assert set(inputs["ver_distilled"]) == {"cls_distilled", "cls_teacher"}
@@ -332,7 +332,7 @@ def test_a_stage_that_diverges_is_a_result_and_leaves_the_others(tmp_path):
 def test_ctrl_c_stops_the_children_cleanly_and_the_same_command_continues(tmp_path):
     phases = [{"epochs": 3, "lr": 0.05}]
     # many people make the epochs long enough to be interrupted in
-    slow = {"optim__phases": phases, "data__people": 60, "data__pictures": 8}
+    slow = {"optim__phases": phases, "data__identities": 60, "data__images_per_identity": 8}
     preset = _preset(tmp_path / "preset", cls_teacher=slow)
     arguments = ("pipeline", "--preset", preset, "--run-dir", "root", "--jobs", "2")
     process = subprocess.Popen(

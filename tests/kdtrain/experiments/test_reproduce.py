@@ -190,7 +190,7 @@ def test_the_overview_marks_each_run(scale, tmp_path, monkeypatch):
         (["table3", "--widths", "4"], "is of the student of 1/8; add it"),
         (["table5", "--verification.target.gamma", "0"], "--target.gamma out"),
         (["table1", "--optim.phases", "[{epochs: 1, lr: 0.1}]"], "--scale folder of your own"),
-        (["table3", "--second.data.people", "9"], "only table2 has a second data source"),
+        (["table3", "--second.data.identities", "9"], "only table2 has a second data source"),
     ],
 )
 def test_wrong_usage_names_the_option(arguments, words, capsys, monkeypatch):

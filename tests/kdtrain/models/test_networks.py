@@ -178,7 +178,7 @@ def test_the_names_of_the_default_network_s_weights_have_not_changed():
 
 def test_a_face_network_trains_distils_and_resumes_exactly(tmp_path):
     own = {"model__name": "iresnet18", "model__divide": 8, "model__embedding": 16}
-    short = {"optim__phases": [{"epochs": 1, "lr": 0.01}], "data__people": 5}
+    short = {"optim__phases": [{"epochs": 1, "lr": 0.01}], "data__identities": 5}
     train(tiny_config(model__color="bgr", optim__ema=0.9, **own, **short), tmp_path / "teacher")
     assert load_network(tmp_path / "teacher").backbone.color == "bgr"
     config = tiny_config(

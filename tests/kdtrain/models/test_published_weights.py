@@ -321,7 +321,11 @@ def test_an_import_is_a_teacher_by_its_features_and_with_its_head_by_its_logits(
     assert main([*command, str(tmp_path / "bare")]) == 0
     assert main([*command, str(tmp_path / "whole"), "--head", str(head)]) == 0
     assert "head: 4 people" in capsys.readouterr().out
-    short = {"optim__phases": [{"epochs": 1, "lr": 0.01}], "data__people": 4, "target__gamma": 1.0}
+    short = {
+        "optim__phases": [{"epochs": 1, "lr": 0.01}],
+        "data__identities": 4,
+        "target__gamma": 1.0,
+    }
     bare, whole = str(tmp_path / "bare"), str(tmp_path / "whole")
     config = tiny_config(teacher=bare, target__embedding_cosine=1.0, target__rkd_angle=1.0, **short)
     results = train(config, tmp_path / "features")
@@ -330,7 +334,7 @@ def test_an_import_is_a_teacher_by_its_features_and_with_its_head_by_its_logits(
         train(tiny_config(teacher=bare, target__alpha=1.0, **short), tmp_path / "refused")
     train(tiny_config(teacher=whole, target__alpha=1.0, **short), tmp_path / "soft")
     capsys.readouterr()
-    assert main(["eval", bare, "--data.people", "6", "--data.test_fraction", "0.5"]) == 0
+    assert main(["eval", bare, "--data.identities", "6", "--data.test_fraction", "0.5"]) == 0
     shown = capsys.readouterr().out
     assert "nn_top1" in shown
     assert "it knows 0 people" in shown
@@ -340,7 +344,7 @@ def test_an_import_starts_a_run_of_the_same_network(networks, tmp_path):
     file = write(tmp_path, networks["mobilefacenet"].state_dict())
     write_run(file, "arcface_torch", tmp_path / "start")
     own = {"model__name": "mobilefacenet", "model__embedding": WIDTH}
-    short = {"optim__phases": [{"epochs": 1, "lr": 1e-9}], "data__people": 4}
+    short = {"optim__phases": [{"epochs": 1, "lr": 1e-9}], "data__identities": 4}
     train(tiny_config(init_from=str(tmp_path / "start"), **own, **short), tmp_path / "run")
     name = "backbone.stages.3.1.project.conv.weight"
     begun, ended = (checkpoint.load_weights(tmp_path / r / "last")[name] for r in ("start", "run"))

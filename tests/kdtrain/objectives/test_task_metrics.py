@@ -176,7 +176,7 @@ def test_samples_of_alignment_are_in_the_pixels_of_the_picture_shown():
     pictures, _, points = make_batch(1, 48)
     chosen = torch.linspace(0, 47, 12, dtype=torch.float64).round().long()
     np.testing.assert_allclose(samples["true"], points[chosen], atol=1e-4)
-    np.testing.assert_array_equal(samples["pictures"], pictures[chosen].round().byte())
+    np.testing.assert_array_equal(samples["images"], pictures[chosen].round().byte())
     assert samples["ced_share"].shape == samples["ced_threshold"].shape
 
 
@@ -186,7 +186,7 @@ def test_large_pictures_are_shrunk_for_the_report_and_their_points_with_them():
     large = F.interpolate(batch.pictures, size=(192, 192))
     task.evaluate([dataclasses.replace(batch, pictures=large)])
     samples = task.artifacts()
-    assert samples["pictures"].shape == (4, 3, 96, 96)
+    assert samples["images"].shape == (4, 3, 96, 96)
     # the frame maps crop pixels to the original by 4, whatever the crop's size
     expected = (batch.points_original[:, :, 0] - 4.0) / 4.0 / 2
     np.testing.assert_allclose(samples["true"][:, :, 0], expected, atol=1e-4)

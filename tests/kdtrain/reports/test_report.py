@@ -75,7 +75,7 @@ def make_run(
         "multiply_adds": {"network": 503_424},
         "data": {
             "name": "drawn <faces>",
-            "pictures": 7000,
+            "images": 7000,
             "classes": 350,
             "train": 5600,
             "test": 1400,
@@ -90,7 +90,7 @@ def make_run(
     points = random.rand(12, 5, 2).astype(np.float32) * 16
     if task == "alignment":
         samples = {
-            "pictures": pictures,
+            "images": pictures,
             "true": points,
             "predicted": points + 1,
             "errors": np.full(12, 0.123),

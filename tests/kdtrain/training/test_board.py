@@ -64,7 +64,7 @@ def test_a_resumed_run_shows_every_number_once(tmp_path, monkeypatch):
     shown = sorted((tag, int(step), float(value)) for tag, step, value in lines)
     assert shown == _expected(tmp_path / "run")
     assert {tag for tag, *_ in shown} >= {"train/loss", "train/lr", "eval/top1"}
-    assert "timing/pictures_per_s" in {tag for tag, *_ in shown}
+    assert "timing/samples_per_s" in {tag for tag, *_ in shown}
     train(tiny_config(), tmp_path / "plain")
     assert_same_run(tmp_path / "plain", tmp_path / "run")  # its key too: showing changes nothing
 

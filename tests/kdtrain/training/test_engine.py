@@ -305,7 +305,7 @@ def test_evaluate_repeats_the_run_s_own_measurement(wholes):
 
 
 def test_evaluation_on_other_people_leaves_out_what_the_classifier_says(wholes):
-    other = tiny_config(data__people=60)
+    other = tiny_config(data__identities=60)
     metrics = engine.evaluate(other, wholes["classification"])["metrics"]
     assert "top1" not in metrics
     assert "pair_accuracy" in metrics

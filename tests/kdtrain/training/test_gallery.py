@@ -16,8 +16,8 @@ from kdtrain.training import checkpoint, engine, keys
 from kdtrain.training.preparation import load_network, open_gallery
 
 KEYS = {
-    "data__people": 24,
-    "data__pictures": 6,
+    "data__identities": 24,
+    "data__images_per_identity": 6,
     "data__test_fraction": 0.5,
     "data__split": "random",
     "optim__phases": [{"epochs": 1, "lr": 0.05}],

@@ -132,7 +132,7 @@ def test_time_left_follows_the_pace_of_this_process(monkeypatch):
     for _ in range(5):
         clock.step(pictures=8, data_s=0.5)
     assert clock.left_s() == pytest.approx(15 * 10 / 5)
-    assert clock.pace() == {"pictures_per_s": 4.0, "data_share": 0.25}
+    assert clock.pace() == {"samples_per_s": 4.0, "wait_share": 0.25}
 
 
 def test_times_and_metrics_read_like_times_and_metrics():

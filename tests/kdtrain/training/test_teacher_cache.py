@@ -189,7 +189,7 @@ def test_two_processes_fill_one_cache_and_both_end_with_the_online_bits(root, tm
         {"augment__flip": False},
         {"augment__crop": "jitter"},
         {"seed": 1},
-        {"data__pictures": 6},
+        {"data__images_per_identity": 6},
         {"data__store_size": 21},
         {"data__input_size": 17},
         {"train__threads": 2},

@@ -202,7 +202,7 @@ def test_a_damaged_picture_ends_with_status_1_and_names_its_file(tmp_path, capsy
     results = checkpoint.read_json(tmp_path / "run" / "results.json")
     assert results is not None
     assert results["data"]["skipped"] == 1
-    assert results["data"]["pictures"] == 7
+    assert results["data"]["images"] == 7
 
 
 def test_an_unfinished_run_asks_for_resume_or_overwrite(tmp_path, capsys):

@@ -96,7 +96,7 @@ def test_every_step_is_taken_at_its_own_rate(tmp_path):
 
 @pytest.mark.parametrize("task", ["classification", "alignment", "verification"])
 def test_a_run_with_every_option_that_was_interrupted_everywhere_ends_the_same(task, tmp_path):
-    options = {**EVERYTHING, "data__validation_fraction": 0.2, "data__pictures": 7}
+    options = {**EVERYTHING, "data__validation_fraction": 0.2, "data__images_per_identity": 7}
     if task == "verification":  # batches of 6, four an epoch: steps of three and one
         options |= {"train__early_stop": 2}
     config = tiny_config(task, **options)
@@ -152,10 +152,10 @@ def test_times_and_totals_are_in_the_results_and_survive_an_interruption(tmp_pat
     with pytest.raises(Interrupted):
         train(config, tmp_path, stop=stop_after(4))  # two steps, the evaluation, a step
     before = checkpoint.load_state(tmp_path / "last")["spent"]
-    assert before["pictures"] == 24 + 15
+    assert before["samples"] == 24 + 15
     results = train(config, tmp_path, resume=True)
     spent = checkpoint.load_state(tmp_path / "last")["spent"]
-    assert spent["pictures"] == 3 * 24
+    assert spent["samples"] == 3 * 24
     assert results["seconds"] >= before["seconds"] + before["apart_s"] - 0.01
     assert results["samples_per_s"] > 0
     assert 0 <= results["wait_share"] <= 1

@@ -24,7 +24,7 @@ from kdtrain.training.journal.journal import Screen, read_lines
 
 @pytest.mark.parametrize("split", ["random", "identity", "identity:random"])
 def test_the_test_pictures_stay_and_the_training_pictures_are_divided(split):
-    config = tiny_config("verification", data__split=split, data__people=20)
+    config = tiny_config("verification", data__split=split, data__identities=20)
     plain = RunData(config)
     held = RunData(replace(config, data=replace(config.data, validation_fraction=0.25)))
     assert torch.equal(held.test, plain.test)

@@ -34,7 +34,6 @@ TERM_COLOURS = {
     "rkd_angle": "#0d9488",
     "attention": "#be123c",
 }
-TRUE_COLOUR, PREDICTED_COLOUR = "#ffffff", "#ff5a1f"
 WIDTH_IN, HEIGHT_IN, DPI = 11.0, 2.5, 150
 
 
@@ -132,28 +131,14 @@ def face(picture: np.ndarray) -> str:
     return data_uri(buffer.getvalue())
 
 
-def marked_face(picture: np.ndarray, true: np.ndarray, predicted: np.ndarray) -> str:
-    """SVG of a (3, H, W) picture with (5, 2) true points as rings and predicted ones as dots.
-
-    A line joins the two. Points are in pixels of the picture, pixel centres at whole numbers + 0.5.
+def marked_face(picture: np.ndarray, true: np.ndarray, predicted: np.ndarray) -> dict[str, object]:
+    """A (3, H, W) picture with (5, 2) true and predicted points, in pixels of the picture, pixel
+    centres at whole numbers + 0.5: what the page's template draws.
     """
     height, width = picture.shape[1:]
-    unit = width / 100
-    marks = []
-    for (x, y), (u, v) in zip(true.tolist(), predicted.tolist(), strict=True):
-        marks.append(
-            f'<line x1="{x:.2f}" y1="{y:.2f}" x2="{u:.2f}" y2="{v:.2f}" '
-            f'stroke="{PREDICTED_COLOUR}" stroke-width="{1.6 * unit:.2f}"/>'
-            f'<circle cx="{x:.2f}" cy="{y:.2f}" r="{4.2 * unit:.2f}" fill="none" '
-            f'stroke="#000" stroke-opacity="0.55" stroke-width="{3.2 * unit:.2f}"/>'
-            f'<circle cx="{x:.2f}" cy="{y:.2f}" r="{4.2 * unit:.2f}" fill="none" '
-            f'stroke="{TRUE_COLOUR}" stroke-width="{1.8 * unit:.2f}"/>'
-            f'<circle cx="{u:.2f}" cy="{v:.2f}" r="{2.6 * unit:.2f}" fill="{PREDICTED_COLOUR}"/>'
-        )
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img">'
-        f'<image href="{face(picture)}" width="{width}" height="{height}"/>{"".join(marks)}</svg>'
-    )
+    points = np.concatenate([true, predicted], axis=1).tolist()  # x, y, predicted x, y
+    shown = [[f"{place:.2f}" for place in both] for both in points]
+    return {"source": face(picture), "width": width, "height": height, "points": shown}
 
 
 def term_curves(

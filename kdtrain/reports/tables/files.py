@@ -9,11 +9,46 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from kdtrain.reports.plots import data_uri
 from kdtrain.reports.tables.data import Table
-from kdtrain.reports.tables.page import page
-from kdtrain.reports.tables.plot import picture
-from kdtrain.reports.tables.text import TEXT_WIDTH, cells_csv, markdown, plain, trends_csv
+from kdtrain.reports.tables.plot import VERDICT_COLOURS, picture
+from kdtrain.reports.tables.text import (
+    TEXT_WIDTH,
+    cells_csv,
+    has_paper,
+    markdown,
+    measure_text,
+    plain,
+    row_entries,
+    trend_entries,
+    trend_titles,
+    trends_csv,
+)
+from kdtrain.reports.writing import render
 from kdtrain.training.checkpoint import write_bytes, write_text
+
+
+def page(
+    tables: Sequence[Table],
+    pictures: Sequence[bytes] | None = None,
+    subject: str = "Distillation transfer",
+) -> str:
+    """The self-contained HTML of one or several tables: every trend at the top, then table by
+    table. pictures: their PNGs where they are drawn already. subject: what the page's title begins
+    with.
+    """
+    drawn = pictures if pictures is not None else [picture(table) for table in tables]
+    return render(
+        "tables.html.j2",
+        title=f"{subject}: {', '.join(table.name for table in tables)}",
+        tables=list(zip(tables, map(data_uri, drawn), strict=True)),
+        colours=VERDICT_COLOURS,
+        has_paper=has_paper,
+        measure=measure_text,
+        row_entries=row_entries,
+        trend_entries=trend_entries,
+        trend_titles=trend_titles,
+    )
 
 
 def write(

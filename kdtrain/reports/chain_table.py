@@ -12,15 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from kdtrain.reports.runs import (
-    CHAIN,
-    COLUMNS,
-    ROWS,
-    Stage,
-    floor_of,
-    read_stage,
-    untrained_of,
-)
+from kdtrain.reports.runs import CHAIN, COLUMNS, ROWS, Stage, floor_of, read_stage, untrained_of
 from kdtrain.reports.writing import DASH, percent, printable
 
 UNTRAINED = "untrained network"

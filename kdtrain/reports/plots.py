@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
-ROLE_COLOURS = {
-    "teacher": "#475569",
-    "scratch": "#2563eb",
-    "control": "#d97706",
-    "distilled": "#059669",
-}
+from kdtrain.reports.writing import escaped, printable
+
+ROLE_COLOURS = dict(teacher="#475569", scratch="#2563eb", control="#d97706", distilled="#059669")
 OTHER_COLOURS = ("#7c3aed", "#db2777", "#0891b2", "#65a30d")
 TERM_COLOURS = {
     "loss": "#111827",
@@ -35,6 +34,9 @@ TERM_COLOURS = {
     "attention": "#be123c",
 }
 WIDTH_IN, HEIGHT_IN, DPI = 11.0, 2.5, 150
+INK, SOFT, LINE, LABEL, EDGE = "#1f2937", "#6b7280", "#e5e7eb", "#4b5563", "#9ca3af"
+LEGEND: dict[str, Any] = {"frameon": False, "labelcolor": "#374151"}
+SMALL: dict[str, Any] = {"va": "center", "fontsize": 7.5}
 
 
 class Curve(NamedTuple):
@@ -77,40 +79,53 @@ def panels(plots: Sequence[Panel], columns: int) -> str:
     return data_uri(buffer.getvalue())
 
 
+def drawable(text: str) -> str:
+    """A text as a figure can draw it: characters that its font lacks as escapes, and no $ that
+    begins mathematics.
+    """
+    known = _characters()
+    shown = (c if ord(c) in known or c == "\n" else escaped(c) for c in printable(text))
+    return "".join(shown).replace("$", r"\$")
+
+
+@functools.cache
+def _characters() -> frozenset[int]:
+    return frozenset(get_font(findfont(FontProperties())).get_charmap())
+
+
+def style_axis(axis: Axes, hidden: Sequence[str], **ticks: Any) -> None:
+    """Thin lines behind the curves, quiet numbers, and a frame without the `hidden` sides."""
+    axis.tick_params(which="both", colors=LABEL, **ticks)
+    axis.set_axisbelow(True)
+    for side, spine in axis.spines.items():
+        spine.set_visible(side not in hidden)
+        spine.set_color(EDGE)
+
+
 def _draw(axis: Axes, plot: Panel) -> None:
     few = all(len(curve.x) < 40 for curve in plot.curves)
+    look: dict[str, Any] = {"linewidth": 1.4, "marker": "o" if plot.dots and few else None}
     for curve in plot.curves:
-        axis.plot(
-            curve.x,
-            curve.y,
-            label=curve.name,
-            color=curve.colour,
-            linewidth=1.4,
-            marker="o" if plot.dots and few else None,
-            markersize=2.5,
-        )
+        axis.plot(curve.x, curve.y, color=curve.colour, markersize=2.5, **look)
     if plot.floor is not None:
-        axis.axhline(plot.floor, color="#9ca3af", linestyle="--", linewidth=1.1, label="floor")
+        axis.axhline(plot.floor, color=EDGE, linestyle="--", linewidth=1.1)
     for place in plot.breaks:
-        axis.axvline(place, color="#9ca3af", linestyle=":", linewidth=1)
+        axis.axvline(place, color=EDGE, linestyle=":", linewidth=1)
     if plot.log_x:
         axis.set_xscale("log")
     else:
         axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     if plot.log_y:
         _logarithmic(axis, [value for curve in plot.curves for value in curve.y])
-    axis.set_title(plot.title, fontsize=9, loc="left", color="#1f2937")
-    axis.set_xlabel(plot.x_label, fontsize=8, color="#4b5563")
-    axis.set_ylabel(plot.y_label, fontsize=8, color="#4b5563")
-    axis.tick_params(which="both", labelsize=7, colors="#4b5563")
-    axis.grid(True, color="#e5e7eb", linewidth=0.6)
-    axis.set_axisbelow(True)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axis.spines[side].set_color("#9ca3af")
+    axis.set_title(drawable(plot.title), fontsize=9, loc="left", color=INK)
+    axis.set_xlabel(plot.x_label, fontsize=8, color=LABEL)
+    axis.set_ylabel(plot.y_label, fontsize=8, color=LABEL)
+    axis.grid(True, color=LINE, linewidth=0.6)
+    style_axis(axis, ("top", "right"), labelsize=7)
+    names = [drawable(curve.name) for curve in plot.curves] + ["floor"] * (plot.floor is not None)
     if plot.curves:
-        axis.legend(fontsize=6.5, frameon=False, labelcolor="#374151")
+        # with names of its own a legend shows one that begins with _ too
+        axis.legend(axis.lines[: len(names)], names, fontsize=6.5, **LEGEND)
 
 
 def _logarithmic(axis: Axes, values: Sequence[float]) -> None:

@@ -16,29 +16,10 @@ from typing import Any
 import numpy as np
 
 from kdtrain.config import run_folder
-from kdtrain.reports import plots
+from kdtrain.reports import plots, runs
 from kdtrain.reports.chain_table import results
 from kdtrain.reports.plots import Curve, Panel
-from kdtrain.reports.runs import (
-    CHAIN,
-    TASKS,
-    Stage,
-    after_phases_text,
-    best_text,
-    epochs_done,
-    floor_of,
-    judge,
-    loss_text,
-    machine_text,
-    network_text,
-    phases_text,
-    pictures_text,
-    protocol_text,
-    read_stages,
-    start_text,
-    time_text,
-    untrained_of,
-)
+from kdtrain.reports.runs import CHAIN, TASKS, Stage, epochs_done, judge
 from kdtrain.reports.writing import (
     decimal,
     direction,
@@ -56,12 +37,12 @@ NOT_TERMS = (*PLACE, "loss", "top1", "gradient_norm", "teacher_entropy")
 CHAIN_TEACHERS = [name for name, title in CHAIN.items() if title == "teacher"]
 RUN_COLUMNS: dict[str, Callable[[Stage], str]] = {
     "run": lambda stage: stage.name,
-    "starts from": start_text,
-    "loss": loss_text,
-    "phases": phases_text,
-    "after each phase": after_phases_text,
-    "best": best_text,
-    "time": time_text,
+    "starts from": runs.start_text,
+    "loss": runs.loss_text,
+    "phases": runs.phases_text,
+    "after each phase": runs.after_phases_text,
+    "best": runs.best_text,
+    "time": runs.time_text,
 }
 FLOORS = {
     "classification": "the label of the nearest training picture in raw pixels",
@@ -78,7 +59,7 @@ def report(run_root: str | Path, *, command: str | None = None) -> Path:
     the present command line when that is kdtrain's own. Raises ValueError when there is no run.
     """
     root = Path(run_root)
-    stages = read_stages(root)
+    stages = runs.read_stages(root)
     if not stages:
         raise ValueError(
             f"report: no run folder (config.yaml) in {root}; train something there first"
@@ -88,8 +69,8 @@ def report(run_root: str | Path, *, command: str | None = None) -> Path:
         "report.html.j2",
         title=f"{root.name}: distillation report",
         facts=_facts(stages, command if command is not None else _own_command()),
-        columns=[(title, direction(lower_is_better(metric))) for title, _, metric in table.columns],
-        rows=[(title, network_text(mine), map(_cell, cells)) for title, mine, cells in table.rows],
+        columns=[(name, direction(lower_is_better(metric))) for name, _, metric in table.columns],
+        rows=[(name, runs.network_text(mine), map(_cell, row)) for name, mine, row in table.rows],
         foot=[(title, map(percent, values)) for title, values in table.foot],
         of_floor=", ".join(dict.fromkeys(FLOORS[task] for _, task, _ in table.columns)),
         doubts=_doubts(root, stages, table.columns),
@@ -116,9 +97,9 @@ def _facts(stages: Sequence[Stage], command: str | None) -> list[tuple[str, str]
     now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     return [
         *([("command", command)] if command else []),
-        *(("pictures", text) for text in dict.fromkeys(map(pictures_text, done or stages))),
-        *(("machine", text) for text in dict.fromkeys(map(machine_text, done))),
-        ("protocol", protocol_text(stages)),
+        *(("pictures", text) for text in dict.fromkeys(map(runs.pictures_text, done or stages))),
+        *(("machine", text) for text in dict.fromkeys(map(runs.machine_text, done))),
+        ("protocol", runs.protocol_text(stages)),
         ("training", f"{duration(seconds)} in {len(done)} of {len(stages)} runs"),
         ("written", now),
     ]
@@ -196,7 +177,7 @@ def _task_section(task: str, stages: Sequence[Stage]) -> dict[str, Any]:
         "metrics": {
             name: [
                 *(full(name, stage.metric(name)) for stage in done),
-                *(full(name, of(done, task, name)) for of in (floor_of, untrained_of)),
+                *(full(name, of(done, task, name)) for of in (runs.floor_of, runs.untrained_of)),
             ]
             for name in dict.fromkeys(name for stage in done for name in stage.results["metrics"])
         },
@@ -223,7 +204,7 @@ def _metric_panel(task: str, stages: Sequence[Stage]) -> Panel:
         x = [epochs_done(stage, record) for record in evals]
         return x, [plotted(name, record.get(name)) for record in evals]
 
-    floor = floor_of(stages, task, name)
+    floor = runs.floor_of(stages, task, name)
     splits = {r.get("split", "test") for stage in stages for r in stage.lines("eval")}
     return Panel(
         f"{name}, {' or '.join(sorted(splits))} split",

@@ -75,7 +75,12 @@ def better(metric: str, value: float, floor: float) -> bool:
 
 def printable(text: str) -> str:
     """The text with every character that would not be seen as its escape, such as \\x1b."""
-    return re.sub(HIDDEN, lambda found: found[0].encode("unicode_escape").decode(), text)
+    return re.sub(HIDDEN, lambda found: escaped(found[0]), text)
+
+
+def escaped(character: str) -> str:
+    """'\\x1b' of the character ESC."""
+    return character.encode("unicode_escape").decode()
 
 
 def render(template: str, **values: Any) -> str:

@@ -50,9 +50,9 @@ def results(stages: Sequence[Stage]) -> Results:
         for title, mine in rows
         if mine
     ]
-    below = ((floor_title(columns), floor_of), (UNTRAINED, untrained_of))
     foot = [
-        (title, [of(stages, task, metric) for _, task, metric in columns]) for title, of in below
+        (title, [of(stages, task, metric) for _, task, metric in columns])
+        for title, of in ((floor_title(columns), floor_of), (UNTRAINED, untrained_of))
     ]
     return Results(columns, filled, foot)
 

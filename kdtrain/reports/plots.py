@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import functools
 import io
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,11 +70,11 @@ def panels(plots: Sequence[Panel], columns: int) -> str:
     rows = -(-len(plots) // columns)
     figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN * rows), dpi=DPI, layout="constrained")
     figure.subplots(rows, columns, squeeze=False)
-    for number, axis in enumerate(figure.axes):
-        if number < len(plots):
-            _draw(axis, plots[number])
-        else:
+    for axis, plot in itertools.zip_longest(figure.axes, plots):
+        if plot is None:
             axis.set_visible(False)
+        else:
+            _draw(axis, plot)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return data_uri(buffer.getvalue())
@@ -83,8 +84,7 @@ def drawable(text: str) -> str:
     """A text as a figure can draw it: characters that its font lacks as escapes, and no $ that
     begins mathematics.
     """
-    known = _characters()
-    shown = (c if ord(c) in known or c == "\n" else escaped(c) for c in printable(text))
+    shown = (c if ord(c) in _characters() or c == "\n" else escaped(c) for c in printable(text))
     return "".join(shown).replace("$", r"\$")
 
 
@@ -154,20 +154,6 @@ def marked_face(picture: np.ndarray, true: np.ndarray, predicted: np.ndarray) ->
     points = np.concatenate([true, predicted], axis=1).tolist()  # x, y, predicted x, y
     shown = [[f"{place:.2f}" for place in both] for both in points]
     return {"source": face(picture), "width": width, "height": height, "points": shown}
-
-
-def term_curves(
-    records: Sequence[Mapping[str, float | None]], names: Sequence[str], steps_per_epoch: float
-) -> list[Curve]:
-    """Curves of loss terms from the train lines of a journal, over epochs."""
-    x = [float(record["step"] or 0) / steps_per_epoch for record in records]
-    curves = []
-    for number, name in enumerate(names):
-        values = [record.get(name) for record in records]
-        y = [float("nan") if value is None else value for value in values]
-        colour = TERM_COLOURS.get(name, OTHER_COLOURS[number % len(OTHER_COLOURS)])
-        curves.append(Curve(name, x, y, colour))
-    return curves
 
 
 def data_uri(png: bytes) -> str:

@@ -7,6 +7,7 @@ there is said to be not run or not finished, so a page can be written at any mom
 from __future__ import annotations
 
 import datetime
+import itertools
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +35,6 @@ from kdtrain.training.journal.journal import duration, unit
 
 PLACE = ("kind", "step", "phase", "epoch", "lr", "skipped_steps")
 NOT_TERMS = (*PLACE, "loss", "top1", "gradient_norm", "teacher_entropy")
-CHAIN_TEACHERS = [name for name, title in CHAIN.items() if title == "teacher"]
 RUN_COLUMNS: dict[str, Callable[[Stage], str]] = {
     "run": lambda stage: stage.name,
     "starts from": runs.start_text,
@@ -94,14 +94,13 @@ def _own_command() -> str | None:
 def _facts(stages: Sequence[Stage], command: str | None) -> list[tuple[str, str]]:
     done = [stage for stage in stages if stage.results]
     seconds = sum(stage.results.get("seconds") or 0.0 for stage in done)
-    now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     return [
         *([("command", command)] if command else []),
         *(("pictures", text) for text in dict.fromkeys(map(runs.pictures_text, done or stages))),
         *(("machine", text) for text in dict.fromkeys(map(runs.machine_text, done))),
         ("protocol", runs.protocol_text(stages)),
         ("training", f"{duration(seconds)} in {len(done)} of {len(stages)} runs"),
-        ("written", now),
+        ("written", f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"),
     ]
 
 
@@ -130,7 +129,7 @@ def _taught(root: Path, stages: Sequence[Stage]) -> dict[str, list[str]]:
     """The names of the students of each teacher: of every run here that a config names as one, and
     of the chain's teachers.
     """
-    taught: dict[str, list[str]] = {s.name: [] for s in stages if s.name in CHAIN_TEACHERS}
+    taught: dict[str, list[str]] = {s.name: [] for s in stages if CHAIN.get(s.name) == "teacher"}
     folders = {(root / stage.name).resolve(): stage.name for stage in stages}
     for student in stages:
         for named in student.teachers:
@@ -143,10 +142,9 @@ def _taught(root: Path, stages: Sequence[Stage]) -> dict[str, list[str]]:
 def _cell(place: tuple[Stage | None, str]) -> dict[str, str]:
     """A number with its spread over folds, or why there is none; kind: "poor" below the floor."""
     run, metric = place
-    if run is None:
-        return {"kind": "none", "text": ""}
-    if run.metric(metric) is None:
-        return {"kind": "none", "text": "not measured" if run.results else run.state}
+    if run is None or run.metric(metric) is None:
+        state = "" if run is None else "not measured" if run.results else run.state
+        return {"kind": "none", "text": state}
     spread = run.metric(f"{metric}_std")
     return {
         "kind": "poor" if run.beats_floor(metric) is False else "",
@@ -187,9 +185,8 @@ def _task_section(task: str, stages: Sequence[Stage]) -> dict[str, Any]:
 def _curves(stages: Sequence[Stage], points: Callable[[Stage], Points | None]) -> list[Curve]:
     """The points of each run that has some, in the run's colour."""
     found = []
-    for number, stage in enumerate(stages):
+    for stage, other in zip(stages, itertools.cycle(plots.OTHER_COLOURS), strict=False):
         if (drawn := points(stage)) is not None:
-            other = plots.OTHER_COLOURS[number % len(plots.OTHER_COLOURS)]
             found.append(Curve(stage.name, *drawn, plots.ROLE_COLOURS.get(stage.role, other)))
     return found
 
@@ -223,9 +220,7 @@ def _second_panel(task: str, stages: Sequence[Stage]) -> Panel:
         records = stage.lines("train")
         if not records or "top1" not in records[-1]:
             return None
-        steps = _steps_per_epoch(stage, records[-1])
-        x = [float(record["step"]) / steps for record in records]
-        return x, [plotted("top1", record.get("top1")) for record in records]
+        return _epochs(stage, records), [plotted("top1", r.get("top1")) for r in records]
 
     def samples(across: str, up: str, scale: float) -> list[Curve]:
         def points(stage: Stage) -> Points | None:
@@ -251,15 +246,21 @@ def _term_panel(stage: Stage) -> Panel | None:
     names = [n for n in (records[-1] if records else {}) if n not in NOT_TERMS]
     if not names:
         return None
-    curves = plots.term_curves(records, names, _steps_per_epoch(stage, records[-1]))
+    x, nan, others = _epochs(stage, records), float("nan"), itertools.cycle(plots.OTHER_COLOURS)
+    curves = []
+    for name, other in zip(names, others, strict=False):
+        y = [nan if record.get(name) is None else record[name] for record in records]
+        curves.append(Curve(name, x, y, plots.TERM_COLOURS.get(name, other)))
     phases = stage.config.get("optim", {}).get("phases", [])
     breaks = np.cumsum([phase["epochs"] for phase in phases])[:-1].tolist()
     positive = all(value > 0 or np.isnan(value) for curve in curves for value in curve.y)
     return Panel(stage.name, "epoch", "", curves, breaks=breaks, log_y=positive)
 
 
-def _steps_per_epoch(stage: Stage, record: Mapping[str, Any]) -> float:
-    return record["step"] / max(1, epochs_done(stage, record))
+def _epochs(stage: Stage, records: Sequence[Mapping[str, Any]]) -> list[float]:
+    """The epochs done at each train line."""
+    steps_per_epoch = records[-1]["step"] / max(1, epochs_done(stage, records[-1]))
+    return [record["step"] / steps_per_epoch for record in records]
 
 
 def _landmark_strip(stage: Stage) -> dict[str, Any]:

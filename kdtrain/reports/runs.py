@@ -16,7 +16,6 @@ from kdtrain.reports.writing import better, brief, count
 from kdtrain.training.checkpoint import read_json
 from kdtrain.training.journal.journal import duration, read_lines
 
-TASKS = ("classification", "alignment", "verification")
 # The result table: columns by task and metric, rows by the end of the chain's names.
 COLUMNS = (
     ("classification top-1", "classification", "top1"),
@@ -25,6 +24,7 @@ COLUMNS = (
     ("NN top-1, other videos", "verification", "nn_top1_other_video"),
     ("pair accuracy", "verification", "pair_accuracy"),
 )
+TASKS = tuple(dict.fromkeys(task for _, task, _ in COLUMNS))
 ROWS = (
     ("teacher", ("_teacher",)),
     ("scratch student", ("_student", "_scratch")),

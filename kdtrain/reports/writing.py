@@ -17,8 +17,7 @@ DASH = "\N{EN DASH}"
 LOWER_IS_BETTER = ("nrmse", "nme", "failure_rate", "cross_entropy", "hint")
 FORMATS = {"nats": ".3f", "squared error": ".4f", "count": ",.0f"}
 HIDDEN = r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-"""Characters that show nothing, act on a terminal, reorder a line or cannot be encoded; newlines
-may stay."""
+"""Controls other than a newline, what reorders a line, and what no encoding has."""
 
 
 def decimal(value: float | None, digits: int = 1, *, sign: bool = False) -> str:
@@ -84,9 +83,7 @@ def escaped(character: str) -> str:
 
 
 def render(template: str, **values: Any) -> str:
-    """The page that a template of templates/ makes of the values, each of them printable and
-    escaped.
-    """
+    """The page that a template of templates/ makes of the values, each printable and escaped."""
     return _templates().get_template(template).render(values)
 
 

@@ -13,7 +13,6 @@ from kdtrain.reports.plots import data_uri
 from kdtrain.reports.tables import text
 from kdtrain.reports.tables.data import Table
 from kdtrain.reports.tables.plot import VERDICT_COLOURS, picture
-from kdtrain.reports.tables.text import TEXT_WIDTH, cells_csv, markdown, plain, trends_csv
 from kdtrain.reports.writing import render
 from kdtrain.training.checkpoint import write_bytes, write_text
 
@@ -43,7 +42,7 @@ def write(
     *,
     png: bytes | None = None,
     subject: str = SUBJECT,
-    width: int = TEXT_WIDTH,
+    width: int = text.TEXT_WIDTH,
 ) -> dict[str, Path]:
     """Write a table's files into `folder`, made if need be; return their paths by what they are.
 
@@ -53,12 +52,12 @@ def write(
     """
     drawn = picture(table) if png is None else png
     contents: dict[str, str | bytes] = {
-        ".txt": plain(table, width),
-        ".md": markdown(table, figure=f"{table.name}.png"),
-        ".csv": cells_csv(table),
+        ".txt": text.plain(table, width),
+        ".md": text.markdown(table, figure=f"{table.name}.png"),
+        ".csv": text.cells_csv(table),
         ".html": page([table], [drawn], subject),
         ".png": drawn,
-        "-trends.csv": trends_csv(table),
+        "-trends.csv": text.trends_csv(table),
     }
     Path(folder).mkdir(parents=True, exist_ok=True)
     paths = {}

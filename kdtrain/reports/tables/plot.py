@@ -90,13 +90,16 @@ def picture(table: Table) -> bytes:
     """A PNG of the table, 11 inches wide at 150 dots an inch; the same table gives the same
     bytes.
     """
-    heights = [_block_height(block) for block in table.blocks]
+    heights = [
+        EDGES_IN + LEGEND_IN * len(_legend_rows(block)) + _bottom(_lines(block), 0.2)
+        for block in table.blocks
+    ]
     if table.trends:
         heights.append(EDGES_IN + 0.34 * len(table.trends))
     figure = Figure(figsize=(WIDTH_IN, sum(heights) + 0.7), dpi=DPI, layout="constrained")
-    title = f"{table.name}: {table.title}"
-    head, words = map(plots.drawable, (title, f"{table.source}. {HOW_TO_READ}"))
-    figure.suptitle(head, x=0.008, ha="left", fontsize=11, fontweight="bold", color=INK)
+    title = plots.drawable(f"{table.name}: {table.title}")
+    words = plots.drawable(f"{table.source}. {HOW_TO_READ}")
+    figure.suptitle(title, x=0.008, ha="left", fontsize=11, fontweight="bold", color=INK)
     figure.supxlabel(words, x=0.008, ha="left", fontsize=7.5, color=SOFT)
     grid = figure.add_gridspec(
         max(1, len(heights)), 2, width_ratios=WIDTH_RATIOS, height_ratios=heights or [1.0]
@@ -128,16 +131,18 @@ def _lines(block: Block) -> list[_Line]:
         if row.kind == "floor" or not cells:
             continue
         alone = len(cells) == len(row.cells) and len(set(row.cells)) == 1
-        shown = cells[:1] if alone else cells
+        shown = [(KIND_COLOURS[row.kind], cells[0][1])] if alone else cells
         height = ROW_GAP_IN + LANE_IN * max(len(shown), _name(row).count("\n") + 1)
         first = top + (height - LANE_IN * len(shown)) / 2
-        lanes = []
-        for place, (colour, cell) in enumerate(shown):
-            colour = KIND_COLOURS[row.kind] if alone else colour
-            lanes.append(_Lane(first + (place + 0.5) * LANE_IN, cell, colour))
+        middles = [first + (place + 0.5) * LANE_IN for place in range(len(shown))]
+        lanes = [_Lane(y, cell, colour) for y, (colour, cell) in zip(middles, shown, strict=True)]
         lines.append(_Line(row, top, top + height, lanes))
         top += height
     return lines
+
+
+def _bottom(lines: Sequence[_Line], empty: float) -> float:
+    return lines[-1].bottom if lines else empty
 
 
 def _name(row: Row) -> str:
@@ -148,11 +153,6 @@ def _cells(row: Row) -> list[tuple[str, Cell]]:
     """The cells that the table has, each with its column's colour."""
     places = zip(itertools.cycle(COLUMN_COLOURS), row.cells, strict=False)
     return [(colour, cell) for colour, cell in places if cell.state != "none"]
-
-
-def _block_height(block: Block) -> float:
-    lines = _lines(block)
-    return EDGES_IN + LEGEND_IN * len(_legend_rows(block)) + (lines[-1].bottom if lines else 0.2)
 
 
 def _draw_block(figure: Figure, grid: GridSpec, number: int, block: Block) -> None:
@@ -169,7 +169,7 @@ def _draw_block(figure: Figure, grid: GridSpec, number: int, block: Block) -> No
     ours.set_yticklabels([_name(line.row) for line in lines])
     for label, line in zip(ours.get_yticklabels(), lines, strict=True):
         label.set_color(KIND_COLOURS[line.row.kind])
-    step = _ticks(ours, block.unit, None)
+    step = _ticks(ours, block.unit)
     if span is None:
         ours.set_xticks([])  # nothing has a number yet
     for lane in lanes:
@@ -194,7 +194,7 @@ def _draw_block(figure: Figure, grid: GridSpec, number: int, block: Block) -> No
 
 def _frame(axis: Axes, block: Block, lines: Sequence[_Line], limits: Span) -> None:
     axis.set_xlim(*limits)
-    axis.set_ylim(lines[-1].bottom if lines else 1.0, 0.0)
+    axis.set_ylim(_bottom(lines, 1.0), 0.0)
     axis.set_yticks([(line.top + line.bottom) / 2 for line in lines])
     for line in lines[1::2]:
         axis.axhspan(line.top, line.bottom, color="#f8fafc", zorder=0)
@@ -212,7 +212,7 @@ def plain_axis(axis: Axes) -> None:
     plots.style_axis(axis, ("top", "right", "left"), labelsize=8, length=0)
 
 
-def _ticks(axis: Axes, unit: str, step: float | None) -> float:
+def _ticks(axis: Axes, unit: str, step: float | None = None) -> float:
     """Set few round ticks, none beyond 100 %, `step` apart if given; return their distance."""
     low, high = axis.get_xlim()
     if step is None:
@@ -269,8 +269,8 @@ def _floors(block: Block) -> list[_Floor]:
         if len(set(words)) == 1:
             found, words = [(SOFT, found[0][1])], words[:1]
         words += dict.fromkeys(cell.state for _, cell in cells if cell.value is None)
-        low, high = (0.0, 0.0) if span is None else _widened(span, (1 + 2 * FAR) * _width(span))
-        near = [line for line in found if span is not None and low <= line[1] <= high]
+        room = FAR * (span[1] - span[0]) if span else 0.0
+        near = [line for line in found if span and span[0] - room <= line[1] <= span[1] + room]
         off = ", off the scale" if len(near) < len(found) else ""
         style = FLOOR_STYLES[len(floors) % len(FLOOR_STYLES)]
         text = plots.drawable(f"floor: {row.name} {' / '.join(words)}{off}")
@@ -280,14 +280,13 @@ def _floors(block: Block) -> list[_Floor]:
 
 def _legend_rows(block: Block) -> list[list[Line2D]]:
     """The columns' colours and the floors, in rows that fit the panel."""
-    handles = []
     columns = block.columns if len(block.columns) > 1 else ()
-    for colour, name in zip(itertools.cycle(COLUMN_COLOURS), columns, strict=False):
-        look = {"color": colour, "marker": "o", "markersize": 5}
-        handles.append(Line2D([], [], linestyle="", label=plots.drawable(name), **look))
+    handles = [
+        Line2D([], [], ls="", color=colour, marker="o", ms=5, label=plots.drawable(name))
+        for colour, name in zip(itertools.cycle(COLUMN_COLOURS), columns, strict=False)
+    ]
     for floor in _floors(block):
-        look = {"color": SOFT, "linestyle": floor.style, "linewidth": 1.2}
-        handles.append(Line2D([], [], label=floor.text, **look))
+        handles.append(Line2D([], [], ls=floor.style, color=SOFT, lw=1.2, label=floor.text))
     rows: list[list[Line2D]] = []
     room = 0
     for handle in handles:
@@ -301,20 +300,12 @@ def _legend_rows(block: Block) -> list[list[Line2D]]:
 
 
 def _draw_legend(figure: Figure, axis: Axes, rows: Sequence[Sequence[Line2D]]) -> None:
+    look: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "fontsize": 7.5}
+    look |= {"borderpad": 0.1, "borderaxespad": 0.1, "handletextpad": 0.4, "columnspacing": 1.2}
     for number, handles in enumerate(reversed(rows)):
-        up = ScaledTranslation(0, number * LEGEND_IN, figure.dpi_scale_trans)
+        up = axis.transAxes + ScaledTranslation(0, number * LEGEND_IN, figure.dpi_scale_trans)
         legend = axis.legend(
-            handles=handles,
-            loc="lower left",
-            bbox_to_anchor=(0.0, 1.0),
-            bbox_transform=axis.transAxes + up,
-            ncols=len(handles),
-            fontsize=7.5,
-            **LEGEND,
-            borderpad=0.1,
-            borderaxespad=0.1,
-            handletextpad=0.4,
-            columnspacing=1.2,
+            handles=handles, ncols=len(handles), bbox_transform=up, **look, **LEGEND
         )
         if number + 1 < len(rows):
             axis.add_artist(legend)  # the next legend would take its place
@@ -374,10 +365,6 @@ def _extent(values: Sequence[float]) -> Span | None:
     return (min(values), max(values)) if values else None
 
 
-def _width(limits: Span) -> float:
-    return limits[1] - limits[0]
-
-
 def _limits(ours: Span | None, paper: Span | None) -> tuple[Span, Span]:
     """Limits of both panels, with room for numbers; with the same points an inch if that fits."""
     left, right = _padded(ours, 0.12), _padded(paper, 0.3)
@@ -389,7 +376,7 @@ def _limits(ours: Span | None, paper: Span | None) -> tuple[Span, Span]:
 
 
 def _rates(left: Span, right: Span) -> Span:
-    return _width(left) / WIDTH_RATIOS[0], _width(right) / WIDTH_RATIOS[1]
+    return (left[1] - left[0]) / WIDTH_RATIOS[0], (right[1] - right[0]) / WIDTH_RATIOS[1]
 
 
 def _same_rate(left: Span, right: Span) -> bool:
@@ -400,10 +387,10 @@ def _same_rate(left: Span, right: Span) -> bool:
 def _padded(span: Span | None, room: float) -> Span:
     if span is None:
         return 0.0, 1.0
-    width = max(_width(span), 0.02 * max(abs(span[0]), abs(span[1])), 1e-3)
+    width = max(span[1] - span[0], 0.02 * max(abs(span[0]), abs(span[1])), 1e-3)
     return span[0] - 0.06 * width, span[1] + room * width
 
 
 def _widened(limits: Span, width: float) -> Span:
-    extra = (width - _width(limits)) / 2
+    extra = (width - (limits[1] - limits[0])) / 2
     return limits[0] - extra, limits[1] + extra

@@ -28,17 +28,15 @@ TREND_COLUMNS = (
     *("seeds", "agreeing", "items", "paper", "note"),
 )
 STATE_STYLES = {
-    "held": "bold green",
-    "reversed": "bold red",
-    "inconclusive": "bold yellow",
-    "not run": "dim",
-    "diverged": "red",
-    "failed": "red",
-    "unfinished": "cyan",
-    "not measured": "dim",
-    "none": "dim",
+    **{"held": "bold green", "reversed": "bold red", "inconclusive": "bold yellow"},
+    **{"diverged": "red", "failed": "red", "unfinished": "cyan"},
+    **{"not run": "dim", "not measured": "dim", "none": "dim"},
 }
 TREND_TITLES = ("", "claim", "verdict", "difference", "agreeing", "paper")
+TRENDS_NOTE = (
+    "Difference in points [95 % interval], positive as claimed; agreeing: seeds whose own mean is "
+    "as claimed."
+)
 TEXT_WIDTH = 140  # three columns of "61.3 ± 1.2 (paper 64.5)" beside a name
 
 
@@ -117,7 +115,7 @@ def heading_text(block: Block) -> str:
 
 
 def measure_text(block: Block) -> str:
-    """ "METRIC, %, higher is better"; "" without a unit."""
+    """METRIC, unit and direction, "top1, %, higher is better"; "" without a unit."""
     way = direction(not block.higher_is_better)
     return f"{block.metric}, {block.unit}, {way}" if block.unit else ""
 
@@ -185,6 +183,7 @@ def _frame(title: str) -> Grid:
 
 
 def _words(entry: Entry) -> Text:
+    # assembled, as the style is of the first words alone
     text = Text.assemble(_text(entry.own, STATE_STYLES.get(entry.state, "")))
     for space, small in ((" ", entry.paper and f"({entry.paper})"), ("\n", entry.note)):
         if small:
@@ -212,18 +211,13 @@ def markdown(table: Table, *, figure: str | None = None) -> str:
         parts.append("\n".join(f"- **{_flat(note)}**" for note in table.notes))
     for block in table.blocks:
         rows = [list(map(_flat_entry, entries)) for _, entries in row_entries(block)]
-        parts.append(f"### {_flat(heading_text(block))}")
-        parts.append(_grid(["", *map(_flat, block.columns)], rows))
+        grid = _grid(["", *map(_flat, block.columns)], rows)
+        parts += [f"### {_flat(heading_text(block))}", grid]
     if table.trends:
-        parts.append("### Trends")
-        parts.append(
-            "Difference in points [95 % interval], positive as claimed; agreeing: seeds whose own "
-            "mean is as claimed."
-        )
         rows = [list(map(_flat_entry, entries)) for _, entries in trend_entries(table.trends)]
         for row in rows:
             row[2] = f"**{row[2]}**"  # the verdict
-        parts.append(_grid(trend_titles(table.trends), rows))
+        parts += ["### Trends", TRENDS_NOTE, _grid(trend_titles(table.trends), rows)]
     if figure is not None:
         parts.append(f"![{table.name}]({figure})")
     if table.setting:

@@ -360,7 +360,7 @@ def test_files_are_replaced_whole_and_a_second_writing_gives_the_same_bytes(
     table_files.write(TABLE, folder)
     assert {path: path.read_bytes() for path in paths.values()} == before
 
-    def fails(source: object, target: object) -> None:
+    def fails(*_: object) -> None:
         raise OSError("the disk is full")
 
     monkeypatch.setattr(checkpoint.os, "replace", fails)

@@ -39,7 +39,8 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import kdkernels
-from kdkernels import library, triton_rows
+from kdkernels import triton_common
+from kdkernels.backends import AVAILABLE, is_interpreted
 from kdkernels.linear_kd_cross_entropy import triton_kernel as head
 from kdkernels.nearest_neighbor import triton_kernel as nearest
 from kdkernels.sample import Sample
@@ -167,7 +168,7 @@ class _NoProducts(TorchDispatchMode):
 def recording(target: str) -> Iterator[list[Launch]]:
     """Collects the launches of everything that runs on CPU tensors inside, as on a GPU of that
     kind; none is executed."""
-    assert not library.is_interpreted(), "unset TRITON_INTERPRET: it leaves nothing to compile"
+    assert not is_interpreted(), "unset TRITON_INTERPRET: it leaves nothing to compile"
     launches: list[Launch] = []
 
     def record(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
@@ -175,14 +176,15 @@ def recording(target: str) -> Iterator[list[Launch]]:
         variant = specialise(kernel, target, arguments, options)
         launches.append(Launch(kernel.fn.__name__, tuple(grid), variant))
 
+    table = importlib.import_module("kdkernels.backends")  # kdkernels.backends is the function
     chosen = TARGETS[target]
     changes: list[tuple[Any, str, Any]] = [
-        (triton_rows, "launch", record),
-        (triton_rows, "multiprocessors", lambda _: MULTIPROCESSORS),
-        (head, "multiplies_narrow", lambda _: True),
+        (triton_common, "launch", record),
+        (triton_common, "multiprocessors", lambda _: MULTIPROCESSORS),
+        (head, "multiplies_bf16", lambda _: True),
         (nearest, "architecture_of", lambda _: chosen.architecture),
         (torch.version, "hip", "6.4" if chosen.gpu.backend == "hip" else None),
-        (library, "AVAILABLE", {key: (*v, "triton") for key, v in library.AVAILABLE.items()}),
+        (table, "AVAILABLE", {key: (*v, "triton") for key, v in AVAILABLE.items()}),
     ]
     with ExitStack() as stack:
         for owner, name, value in changes:
@@ -197,7 +199,7 @@ def variant_of(
 ) -> Variant:
     """What a launch of `kernel` would compile."""
     with recording(target) as launches:
-        triton_rows.launch(kernel, (1,), *arguments, **options)
+        triton_common.launch(kernel, (1,), *arguments, **options)
     return launches[0].variant
 
 

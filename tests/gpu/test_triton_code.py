@@ -13,10 +13,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-from kdkernels import library
+from kdkernels.backends import OPS, is_interpreted
 
 pytest.importorskip("triton", reason="needs the package triton (Linux)")
-if library.is_interpreted():
+if is_interpreted():
     pytest.skip("compiles: runs without TRITON_INTERPRET", allow_module_level=True)
 
 import planted_gpu_kernels as planted
@@ -24,7 +24,7 @@ from gpu_code import TARGETS, Found, compile_all, faults, found_for, row_costs, 
 from machine_code import Code, Instruction, cost_of_sweeps, parse_sass, wide_bytes
 from triton.runtime.jit import JITFunction
 
-each_op = pytest.mark.parametrize("op", library.OPS)
+each_op = pytest.mark.parametrize("op", OPS)
 
 
 @each_op
@@ -67,13 +67,13 @@ def launched_by(module: ModuleType) -> set[tuple[str, str]]:
 
 
 def test_every_kernel_and_both_values_of_every_flag_are_compiled():
-    paths = [*(ROOT / "kdkernels").glob("*/triton_*.py"), ROOT / "kdkernels" / "triton_rows.py"]
+    paths = [*(ROOT / "kdkernels").glob("*/triton_*.py"), ROOT / "kdkernels" / "triton_common.py"]
     launched = set()
     for path in paths:
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         launched |= launched_by(importlib.import_module(name))
     values: dict[tuple, set] = {}
-    for variant in {found.variant for op in library.OPS for found in found_for(op)}:
+    for variant in {found.variant for op in OPS for found in found_for(op)}:
         for name, value in variant.constexprs.items():
             values.setdefault((variant.module, variant.kernel, name), set()).add(value)
     missing = launched - {key[:2] for key in values}

@@ -15,10 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdkernels
-from kdkernels import library
+from kdkernels.backends import backends
 from kdkernels.sample import Argument, Sample
 
-HOMES = {"triplet_loss": "triplet", "batch_triplet_loss": "triplet"}
 EPS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
 
@@ -34,9 +33,8 @@ class Op:
 
 def find_op(name: str, device: str = "cpu") -> Op:
     """The op of that public name, with the samples of its folder."""
-    module = importlib.import_module(f"kdkernels.{HOMES.get(name, name)}.samples")
-    make = module.SAMPLES[name] if hasattr(module, "SAMPLES") else module.samples
-    return Op(name, getattr(kdkernels, name), tuple(make(device)), device)
+    module = importlib.import_module(f"kdkernels.{name}.samples")
+    return Op(name, getattr(kdkernels, name), tuple(module.samples(device)), device)
 
 
 def size_of(sample: Sample) -> int:
@@ -480,4 +478,4 @@ def half_survives_loss_scale(op: Op, backend: str | None = None) -> None:
 
 def available_backends(name: str, device: str = "cpu") -> tuple[str, ...]:
     """The backends to judge on a device, those of the interpreter on the CPU among them."""
-    return library.backends(name, device.split(":")[0])
+    return backends(name, device.split(":")[0])

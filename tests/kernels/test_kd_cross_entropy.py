@@ -12,10 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import kdkernels
-from kdkernels import CrossEntropyLoss, KDCrossEntropyLoss, kd_cross_entropy, library
+from kdkernels import CrossEntropyLoss, KDCrossEntropyLoss, kd_cross_entropy
+from kdkernels.backends import backends
+from kdkernels.checks import validates
 from kdkernels.kd_cross_entropy import eager
 from kdkernels.kd_cross_entropy.samples import make
-from kdkernels.library import backends, validates
+from kdkernels.native import extension, matrix
 from kdkernels.sample import Sample
 
 BACKENDS = backends("kd_cross_entropy", "cpu")
@@ -373,8 +375,8 @@ def test_row_statistics_are_those_of_the_derivation(temperature):
     s, t, y = make(3, 5000, temperature=temperature).tensors.values()
     found = torch.empty(3, 8)
     loss, terms, reduced, post_scale = (torch.empty(n) for n in (3, 12, 6, 1))
-    library.native.kd_cross_entropy(
-        *(library.matrix(s), library.matrix(t), y.data_ptr(), True, 1, 3, 5000),
+    extension.kd_cross_entropy(
+        *(matrix(s), matrix(t), y.data_ptr(), True, 1, 3, 5000),
         *(temperature, 1.0, 0.1, -100, True, loss.data_ptr(), terms.data_ptr()),
         *(found.data_ptr(), 0, reduced.data_ptr(), post_scale.data_ptr(), 1),
     )

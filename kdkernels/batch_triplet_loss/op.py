@@ -160,8 +160,7 @@ def batch_triplet_loss(
         )
     options = (margin, mining, squared, reduction)
     if wants_gradient(embeddings):
-        loss = _BatchTripletLoss.apply(backend, embeddings, labels, *options)
-        return loss  # pyright: ignore[reportReturnType]
+        return _BatchTripletLoss.apply(backend, embeddings, labels, *options)  # pyright: ignore[reportReturnType]
     return raw(NAME, backend)(embeddings, labels, *options, False)[0]
 
 

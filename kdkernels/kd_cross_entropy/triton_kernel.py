@@ -108,7 +108,7 @@ def _row_in_registers(
     )
     sums, count = row_sums(sums, count, PLAN)
     found, totals, slope = merge_label(
-        s_max, refs, is_hit, sums, s_label, t_label, margin, valid, classes, numbers, PLAN
+        refs, is_hit, sums, s_label, t_label, margin, valid, classes, numbers, PLAN
     )
     store_row(loss_ptr, terms_ptr, row, found, PLAN)
 

@@ -48,6 +48,10 @@ from kdkernels.sample import Sample
 KB = 1024
 MULTIPROCESSORS = 132  # of the GPU that the launchers are asked to plan for, an H200
 JOBS = int(os.environ.get("GPU_CODE_JOBS", "2"))  # processes that compile
+# Whether every variant is compiled for every target (`make prove`); else the targets other than
+# COUNTED have each kernel in each dtype, and options are compiled for COUNTED alone (`make test`).
+IS_FULL = os.environ.get("PROVE") == "1"
+COUNTED = "sm_90"  # the target whose instructions are counted
 ROW_KERNELS = ("_one_tile", "two_sweeps", "split_statistics", "split_gradient")
 DISASSEMBLED = (*ROW_KERNELS, "_give_rows", "scan")  # whose instructions are judged, on sm_90
 
@@ -245,7 +249,7 @@ def compile_all(variants: Iterable[Variant], disassemble: bool = False) -> dict[
     """The code of every distinct variant, compiled in a few processes. Instructions, which take as
     long again, come with the kernels that are judged by them, or with all."""
     distinct = list(dict.fromkeys(variants))
-    judged = [disassemble or (v.target == "sm_90" and v.kernel in DISASSEMBLED) for v in distinct]
+    judged = [disassemble or (v.target == COUNTED and v.kernel in DISASSEMBLED) for v in distinct]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(JOBS, os.cpu_count() or 1), mp_context=context) as pool:
         return dict(zip(distinct, pool.map(compile_variant, distinct, judged), strict=True))
@@ -299,15 +303,36 @@ class Found:
         return self.launch.variant
 
 
+def dtype_of(variant: Variant) -> tuple[str, str]:
+    """The kernel and the dtype of its first pointer."""
+    kinds = (str(kind) for _, kind in variant.signature if str(kind).startswith("*"))
+    return variant.kernel, next(kinds, "")
+
+
+def first_of_each_dtype(variants: Iterable[Variant]) -> set[Variant]:
+    """The first variant of each kernel and dtype: cases begin with the shapes of the speed targets,
+    which take most registers and shared memory."""
+    first: dict[tuple[str, str], Variant] = {}
+    for variant in variants:
+        first.setdefault(dtype_of(variant), variant)
+    return set(first.values())
+
+
 @functools.cache
 def found_for(op: str, targets: tuple[str, ...] = tuple(TARGETS)) -> tuple[Found, ...]:
-    """Every launch of every case of an op on those targets, compiled."""
-    launches = [
-        (case, target, launch)
-        for case in cases(op)
-        for target in targets
-        for launch in launches_of(op, case.sample, case.incoming, target)
-    ]
+    """Every launch of every case of an op on those targets, compiled; where not IS_FULL, on other
+    targets than COUNTED those of first_of_each_dtype alone."""
+    launches = []
+    for target in targets:
+        all_launches = [
+            (case, target, launch)
+            for case in cases(op)
+            for launch in launches_of(op, case.sample, case.incoming, target)
+        ]
+        if not (IS_FULL or target == COUNTED):
+            chosen = first_of_each_dtype(launch.variant for _, _, launch in all_launches)
+            all_launches = [found for found in all_launches if found[2].variant in chosen]
+        launches += all_launches
     codes = compile_all(launch.variant for _, _, launch in launches)
     return tuple(Found(*found, codes[found[2].variant]) for found in launches)
 

@@ -20,7 +20,19 @@ if is_interpreted():
     pytest.skip("compiles: runs without TRITON_INTERPRET", allow_module_level=True)
 
 import planted_gpu_kernels as planted
-from gpu_code import TARGETS, Found, compile_all, faults, found_for, row_costs, variant_of
+from gpu_cases import cases
+from gpu_code import (
+    COUNTED,
+    IS_FULL,
+    TARGETS,
+    Found,
+    compile_all,
+    dtype_of,
+    faults,
+    found_for,
+    row_costs,
+    variant_of,
+)
 from machine_code import Code, Instruction, cost_of_sweeps, parse_sass, wide_bytes
 from triton.runtime.jit import JITFunction
 
@@ -38,12 +50,25 @@ def test_no_variant_spills_registers_or_overflows_shared_memory(op):
 
 
 @each_op
-def test_every_case_is_compiled_for_every_target(op):
+def test_every_case_is_compiled_for_sm_90_and_every_kernel_for_every_target(op):
+    """With PROVE=1 (`make prove`) every case for every target."""
     compiled: dict[str, set[str]] = {}
+    kernels: dict[str, set[str]] = {}
     for found in found_for(op):
         compiled.setdefault(found.case.name, set()).add(found.target)
-    assert compiled
-    assert all(targets == set(TARGETS) for targets in compiled.values())
+        kernels.setdefault(found.launch.kernel, set()).add(found.target)
+    assert {case.name for case in cases(op)} == set(compiled)
+    wanted = set(TARGETS) if IS_FULL else {COUNTED}
+    assert all(wanted <= targets for targets in compiled.values())
+    assert all(targets == set(TARGETS) for targets in kernels.values())
+
+
+@each_op
+def test_the_other_targets_have_every_kernel_in_every_dtype(op):
+    found = found_for(op)
+    for target in TARGETS:
+        here = {dtype_of(f.variant) for f in found if f.target == target}
+        assert here == {dtype_of(f.variant) for f in found if f.target == COUNTED}, target
 
 
 def launched_by(module: ModuleType) -> set[tuple[str, str]]:

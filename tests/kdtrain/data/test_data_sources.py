@@ -2,9 +2,12 @@
 
 from types import SimpleNamespace
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from kdtrain.data import (
@@ -15,6 +18,8 @@ from kdtrain.data import (
     split_indices,
     training_labels,
 )
+from kdtrain.data import split
+from kdtrain.data.counter import counter_permutation
 from kdtrain.data.source import FaceSource
 
 HEADER = "lefteye_x lefteye_y righteye_x righteye_y nose_x nose_y leftmouth_x leftmouth_y"
@@ -282,6 +287,26 @@ def test_random_split_takes_a_fifth_and_leaves_every_class_a_training_picture():
     assert torch.equal(train, again[0])
     other = split_indices(source, settings(split="random", split_seed=1))
     assert not torch.equal(test, other[1])
+
+
+@given(st.lists(st.integers(0, 12), min_size=1), st.floats(0.01, 0.99), st.integers(0, 9))
+@hypothesis.settings(max_examples=60, deadline=None)
+def test_random_split_gives_each_emptied_class_its_first_picture_in_hash_order(ids, share, seed):
+    labels = torch.unique(torch.tensor(ids), return_inverse=True)[1]
+    found = split._random_split(labels, int(labels.max()) + 1, share, seed)
+    order = counter_permutation(len(labels), seed, split._STREAM_RANDOM).tolist()
+    expected = set(order[: round(share * len(labels))])
+    for label in range(int(labels.max()) + 1):
+        own = [k for k in order if labels[k] == label]
+        if expected >= set(own):
+            expected.remove(own[0])
+    assert set(found.nonzero()[:, 0].tolist()) == expected
+
+
+def test_random_split_of_200_000_identities_with_one_picture_each():
+    """A pass over all pictures per class would take 4e10 comparisons here."""
+    found = split._random_split(torch.arange(200_000), 200_000, 0.5, seed=0)
+    assert not found.any()  # each class keeps its only picture for training
 
 
 def test_identity_split_puts_nobody_on_both_sides():

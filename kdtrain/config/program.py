@@ -1,8 +1,10 @@
-"""What every room may know of the process: its command, exit status and processors."""
+"""What every room may know of the process: its command, exit status, processors and files."""
 
 from __future__ import annotations
 
 import os
+import stat
+from pathlib import Path
 
 PROGRAM = "python -m kdtrain"
 PARENT = "KDTRAIN_PARENT"
@@ -14,3 +16,12 @@ INTERRUPTED = 130
 def cores() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def regular(path: Path) -> Path:
+    """`path`, where it is a file or a link to one. Raises OSError otherwise, before anything is
+    opened: a FIFO or a device may block or act when it is.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(f"{path}: expected a file, got a directory, FIFO, socket or device")
+    return path

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from kdtrain.config import settings
 from kdtrain.config.networks import network_title
@@ -48,9 +47,7 @@ class Stage:
     @property
     def teachers(self) -> list[str]:
         """The runs that its config names as teachers, as written there."""
-        section = self.config.get("teacher")
-        if not isinstance(section, Mapping):  # a string is short for its run
-            return [str(section)] if section else []
+        section = self.config.get("teacher", {})
         named = [section.get("run"), *(section.get("more") or [])]
         return [str(run) for run in named] if section.get("run") else []
 
@@ -91,8 +88,7 @@ def read_stages(root: Path) -> list[Stage]:
 
 
 def _stage(folder: Path, recipe: Path) -> Stage:
-    config = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
-    settings.check_version(settings.flatten(config), recipe)
+    config = settings.nested(settings.read_recipe(recipe))
     samples: dict[str, np.ndarray] = {}
     if (folder / "samples.npz").is_file():
         with np.load(folder / "samples.npz") as arrays:
@@ -207,8 +203,7 @@ def _teacher_text(stage: Stage) -> list[str]:
     """'teachers a, b (weights 2, 1) on 32 pixels' in a list, which is empty without a teacher."""
     if not stage.teachers:
         return []
-    section, several = stage.config["teacher"], len(stage.teachers) > 1
-    teacher = section if isinstance(section, Mapping) else {}
+    teacher, several = stage.config["teacher"], len(stage.teachers) > 1
     names = ", ".join(run.removeprefix("@") for run in stage.teachers)
     text = f"teacher{'s' * several} {names}"
     if several and teacher.get("weights"):

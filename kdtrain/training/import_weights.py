@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -272,8 +271,8 @@ def _color_beside(weights: Path) -> str:
     for file in files:
         if not file.is_file():
             continue
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-        inside = tree.get("conf", tree) if isinstance(tree, Mapping) else {}
+        tree = settings.read_yaml(file)
+        inside = tree.get("conf", tree)
         space = inside.get("color_space") if isinstance(inside, Mapping) else None
         if str(space).lower() in ("rgb", "bgr"):
             return str(space).lower()

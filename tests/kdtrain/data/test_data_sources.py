@@ -15,10 +15,10 @@ from kdtrain.data import (
     build_source,
     read_celeba,
     read_folder,
+    split,
     split_indices,
     training_labels,
 )
-from kdtrain.data import split
 from kdtrain.data.counter import counter_permutation
 from kdtrain.data.source import FaceSource
 
@@ -219,13 +219,13 @@ def test_file_split_reads_train_and_test_from_the_column(celeba):
     config = settings(root=str(celeba), split="file:index.csv:half")
     train, test = split_indices(build_source(config), config)
     assert (train.tolist(), test.tolist()) == ([0, 2, 3], [1, 4])
-    for split, message in [
+    for name, message in [
         ("file:index.csv:other", "this source has: index.csv:half"),
         ("file:index.csv", "file:NAME:COLUMN"),
         ("halves", "random, identity or file"),
     ]:
         with pytest.raises(ValueError, match=message):
-            split_indices(build_source(config), settings(split=split))
+            split_indices(build_source(config), settings(split=name))
 
 
 def test_celebas_own_partition_is_a_file_split(celeba):

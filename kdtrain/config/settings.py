@@ -24,7 +24,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from kdtrain.config.fields import ConfigError
-from kdtrain.config.program import regular
+from kdtrain.config.program import name_bytes, regular
 from kdtrain.config.schema import SETTINGS, Config
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -211,8 +211,8 @@ def _plain(node: Any, place: tuple[str, ...], left: list[int]) -> Any:
         )
     try:
         value = yaml.constructor.SafeConstructor().construct_object(node)
-        # a name of a file that is not UTF-8 is text with surrogates; no name holds other ones
-        if isinstance(value, str) and b"\0" in value.encode("utf-8", "surrogateescape"):
+        # no name of a file holds a zero byte, or surrogates that stand for no byte
+        if isinstance(value, str) and b"\0" in name_bytes(value):
             raise ValueError
     except (ValueError, LookupError, yaml.YAMLError):
         got = reprlib.repr(node.value)

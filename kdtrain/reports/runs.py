@@ -11,6 +11,7 @@ import numpy as np
 
 from kdtrain.config import TARGETS, settings
 from kdtrain.config.networks import network_title
+from kdtrain.config.program import printable
 from kdtrain.reports.chain_table import CHAIN, COLUMNS, ROWS, floor, untrained
 from kdtrain.training.checkpoint import read_json
 from kdtrain.training.journal.journal import read_lines, unit
@@ -49,7 +50,7 @@ class Stage:
         """The runs that its config names as teachers, as written there."""
         section = self.config.get("teacher", {})
         named = [section.get("run"), *(section.get("more") or [])]
-        return [str(run) for run in named] if section.get("run") else []
+        return [printable(run) for run in named] if section.get("run") else []
 
     @property
     def state(self) -> str:
@@ -96,7 +97,7 @@ def _stage(folder: Path, recipe: Path) -> Stage:
     results = read_json(folder / "results.json") or {}
     records = read_lines(folder / "metrics.jsonl")
     diverged = (folder / "diverged.json").is_file()
-    return Stage(folder.name, config, results, records, samples, diverged)
+    return Stage(printable(folder.name), config, results, records, samples, diverged)
 
 
 def pictures_text(stage: Stage) -> str:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
@@ -152,7 +152,7 @@ def read_file(path: Path) -> Any:
         raise PublishedError(f"{path}: no such file")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return load(path.read_bytes())
         named: list[Any] = []
         with path.open("rb") as file:
             begin = file.read(16)

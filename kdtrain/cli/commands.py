@@ -8,6 +8,7 @@ to be continued.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shlex
 import shutil
@@ -33,7 +34,7 @@ from kdtrain.cli.arguments import (
     value_of,
 )
 from kdtrain.config import Config, ConfigError, settings
-from kdtrain.config.program import INTERRUPTED, PARENT, PROGRAM
+from kdtrain.config.program import INTERRUPTED, PARENT, PROGRAM, printable
 from kdtrain.config.settings import add_keys, nearest
 
 RUN_FILES = (
@@ -55,6 +56,8 @@ RUN_FILES = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack a name's characters
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0 if argv else 2
@@ -63,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(f"no command {argv[0]!r}; {nearest(argv[0], COMMANDS)}")
         return COMMANDS[argv[0]](argv[1:])
     except (UsageError, ConfigError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         name = f"{argv[0]} " if argv[0] in COMMANDS else ""
         print(f"see {PROGRAM} {name}--help", file=sys.stderr)
         return 2
@@ -129,13 +132,16 @@ def train(argv: Sequence[str]) -> int:
             name = finished["metric"]["name"]
             value = number(name, finished["metrics"].get(name))
             print(
-                f"{run_dir}: finished before, reused: {name} {value} (--overwrite trains it anew)"
+                f"{printable(str(run_dir))}: finished before, reused: {name} {value} "
+                "(--overwrite trains it anew)"
             )
             return 0
         if diverged := checkpoint.read_json(run_dir / "diverged.json"):
             print(
-                f"error: {run_dir}: ended before: {diverged['message']} It would do so again; "
-                "--overwrite trains it anew, with other settings if you pass them",
+                printable(
+                    f"error: {run_dir}: ended before: {diverged['message']} It would do so again; "
+                    "--overwrite trains it anew, with other settings if you pass them"
+                ),
                 file=sys.stderr,
             )
             return 1
@@ -367,7 +373,7 @@ def _pipeline(command: str, argv: Sequence[str], preset: str) -> int:
     chain.finish(root, outcomes)
     for name, outcome in outcomes.items():
         if outcome.state in ("failed", "diverged", "skipped"):
-            print(f"error: {name} {outcome.state}: {outcome.note}", file=sys.stderr)
+            print(printable(f"error: {name} {outcome.state}: {outcome.note}"), file=sys.stderr)
     return status
 
 
@@ -435,7 +441,7 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
 def _print_results(results: dict[str, Any], title: str) -> None:
     from kdtrain.training.journal.journal import number
 
-    print(title)
+    print(printable(title))
     for name, value in results["metrics"].items():
         known = {"floor": results["floors"].get(name), "untrained": results["untrained"].get(name)}
         # counts are the same for all
@@ -445,7 +451,7 @@ def _print_results(results: dict[str, Any], title: str) -> None:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return printable(" ".join(str(error).split())) or type(error).__name__
 
 
 def _is_ours(error: BaseException) -> bool:

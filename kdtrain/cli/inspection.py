@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from kdtrain.config import Config
+from kdtrain.config.program import printable
 from kdtrain.data import left_out, sample_grid
 from kdtrain.data.run_data import RunData
 from kdtrain.objectives.tasks import TASKS, build_task
@@ -43,7 +44,7 @@ def show(config: Config, grid: Path) -> None:
             say(f"videos      {len(source.groups.unique())}")
         say(f"skipped     {len(source.skipped)}")
         for line in source.skipped[:SKIPPED_SHOWN]:
-            say(f"            {line}", markup=False)
+            say(f"            {printable(line)}", markup=False)
         kept = f", {len(data.validation)} validation" if len(data.validation) else ""
         say(
             f"split       {config.data.split}: {len(data.train)} training{kept}, "

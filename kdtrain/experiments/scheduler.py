@@ -19,7 +19,7 @@ from rich.live import Live
 from rich.table import Table
 
 import kdtrain
-from kdtrain.config.program import INTERRUPTED, PARENT
+from kdtrain.config.program import INTERRUPTED, PARENT, printable
 from kdtrain.training.checkpoint import read_json
 from kdtrain.training.journal.journal import duration, number
 
@@ -206,7 +206,7 @@ class _View:
             self._live.start()
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        self._console.print(printable(text), markup=False)
 
     def ended(self, work: Work, outcome: Outcome) -> None:
         note = f": {outcome.note}" if outcome.note else ""

@@ -23,7 +23,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 WEIGHTS = "weights.safetensors"
@@ -81,7 +81,7 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"{folder}: no {WEIGHTS} there; train that run first")
     try:
-        return load_file(path)
+        return load(path.read_bytes())  # load_file takes no path that is not UTF-8
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged ({error}); train that run again") from None
 
@@ -124,8 +124,10 @@ def run_of(run: Path) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file so that a reader or a crash sees the old content or the new one, whole."""
-    write_bytes(path, text.encode())
+    """Replace a file so that a reader or a crash sees the old content or the new one, whole. Bytes
+    of a name that are not UTF-8 become escapes; see program.printable.
+    """
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -51,6 +51,8 @@ from kdtrain.training.optimization import Optimisation, learning_rate
 from kdtrain.training.preparation import (
     TrainingError,
     check_data,
+    check_gallery,
+    check_inputs,
     open_gallery,
     prepare_cache,
     prepare_task,
@@ -93,10 +95,11 @@ def train(
     screen = screen or Screen(run_dir.name)
     check_device(config)
     check_board(config)
+    inputs = check_inputs(config, run_dir)
     with computing(config), checkpoint.lock(run_dir):
         data = RunData(config)
         task = prepare_task(config, data, run_dir, screen)
-        key = keys.run_key(config, _input_keys(config, run_dir), data.key)
+        key = keys.run_key(config, inputs, data.key)
         (run_dir / "diverged.json").unlink(missing_ok=True)
         run = Run(config, run_dir, data, task, key, stop, screen)
         if not (resume and run.resume()):
@@ -118,16 +121,18 @@ def evaluate(config: Config, run: Path) -> dict[str, Any]:
     """
     check_device(config)
     with computing(config):
-        data = RunData(config)
         weights = checkpoint.load_weights(checkpoint.run_weights(run))
-        task = build_task(without_teacher(config), data.source.num_classes)
-        check_data(task, data)
         trained = network_from_state(
             config.model, weights, head=config.head, input_size=config.data.input_size
         )
+        gallery = keys.input_folders(config, checkpoint.run_of(run)).get("gallery")
+        if gallery is not None:
+            check_gallery(gallery, trained.width)
+        data = RunData(config)
+        task = build_task(without_teacher(config), data.source.num_classes)
+        check_data(task, data)
         inherit(task.network, trained.state_dict())
         task.to(data.device)
-        gallery = keys.input_folders(config, checkpoint.run_of(run)).get("gallery")
         if gallery is not None:
             task.gallery = open_gallery(gallery, data, task)
         metrics = task.evaluate(data.evaluation(data.test))
@@ -488,7 +493,3 @@ class Run:
         phase, epoch = self.schedule[self.at.epoch]
         place = {"key": self.key, "phase": phase, "epoch": epoch}
         return divergence.diverged(self.folder, step, why, {**place, **self.clock.summary()})
-
-
-def _input_keys(config: Config, run_dir: Path) -> dict[str, str]:
-    return {k: keys.input_key(folder) for k, folder in keys.input_folders(config, run_dir).items()}

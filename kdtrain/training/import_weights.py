@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
@@ -153,7 +152,7 @@ def read_file(path: Path) -> Any:
         raise PublishedError(f"{path}: no such file")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return load(path.read_bytes())
         named: list[Any] = []
         with path.open("rb") as file:
             begin = file.read(16)
@@ -272,8 +271,8 @@ def _color_beside(weights: Path) -> str:
     for file in files:
         if not file.is_file():
             continue
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-        inside = tree.get("conf", tree) if isinstance(tree, Mapping) else {}
+        tree = settings.read_yaml(file)
+        inside = tree.get("conf", tree)
         space = inside.get("color_space") if isinstance(inside, Mapping) else None
         if str(space).lower() in ("rgb", "bgr"):
             return str(space).lower()

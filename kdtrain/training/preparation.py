@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from kdtrain.config import RUN_SETTINGS, Config, TeacherConfig
@@ -19,7 +20,7 @@ from kdtrain.models.network import FaceNetwork, inherit, inherit_head, network_f
 from kdtrain.objectives.task import Task
 from kdtrain.objectives.tasks import build_task
 from kdtrain.training import checkpoint, keys
-from kdtrain.training.gallery import Gallery, build_gallery
+from kdtrain.training.gallery import Gallery, build_gallery, check_width
 from kdtrain.training.journal.journal import Screen
 from kdtrain.training.lineage import check_people, known_pictures, run_config
 from kdtrain.training.teacher_cache import TeacherCache, identity
@@ -28,6 +29,49 @@ from kdtrain.training.view_cache import ViewCache
 
 class TrainingError(RuntimeError):
     """A run that cannot go on; the message says where it stopped and what to do."""
+
+
+def check_inputs(config: Config, run_dir: Path) -> dict[str, str]:
+    """The keys of the runs that `config` names, by input. Checks before any image is read that
+    these runs are finished and that their networks fit this one, as far as configs tell.
+
+    Raises CheckpointError, ConfigError or ValueError. Classes and weights are compared in
+    `prepare_task`, which knows the data.
+    """
+    folders = keys.input_folders(config, run_dir)
+    found = {name: keys.input_key(folder) for name, folder in folders.items()}
+    if not folders:
+        return found
+    with torch.device("meta"):  # shapes without memory
+        # init_from may be a lone checkpoint, which has no config
+        theirs = {
+            name: _shapes(folder)
+            for name, folder in folders.items()
+            if name != "init_from" or (checkpoint.run_of(folder) / "config.yaml").is_file()
+        }
+        task = build_task(config, 1, theirs.get("teacher"))
+        if "init_from" in theirs:
+            inherit(task.network, theirs["init_from"].state_dict())
+        if "head" in theirs:
+            inherit_head(task.network, theirs["head"], folders["head"])
+    if "gallery" in folders:
+        check_gallery(folders["gallery"], task.network.width)
+    return found
+
+
+def check_gallery(run: Path, width: int) -> None:
+    """Raises CheckpointError where the run has no weights, ConfigError where its features are not
+    of this width.
+    """
+    checkpoint.run_weights(run)
+    with torch.device("meta"):
+        check_width(_shapes(run), width, run)
+
+
+def _shapes(run: Path) -> FaceNetwork:
+    """The network of a run folder as its config has it, for one person."""
+    config = run_config(run)
+    return FaceNetwork(config.model, 1, head=config.head, input_size=config.data.input_size)
 
 
 def prepare_task(config: Config, data: RunData, run_dir: Path, screen: Screen) -> Task:

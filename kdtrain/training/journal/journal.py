@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor
 
+from kdtrain.config.program import printable
 from kdtrain.training.checkpoint import CheckpointError
 from kdtrain.training.journal.board import Board
 
@@ -299,7 +300,7 @@ class Screen:
 
     def __init__(self, title: str, stream: Any = None) -> None:
         self._console = console(stream=stream)
-        self._title = title
+        self._title = printable(title)
         self._bar: Progress | None = None
         if self._console.is_terminal:
             columns: Sequence[Any] = (
@@ -309,7 +310,7 @@ class Screen:
                 TextColumn("{task.fields[note]}"),
             )
             self._bar = Progress(*columns, console=self._console, transient=True)
-            self._task = self._bar.add_task(title, total=1.0, note="")
+            self._task = self._bar.add_task(self._title, total=1.0, note="")
             self._bar.start()
 
     def update(self, share: float, note: str) -> None:
@@ -319,7 +320,7 @@ class Screen:
 
     def say(self, text: str) -> None:
         """Print one line."""
-        self._console.print(f"{self._title}: {text}", markup=False)
+        self._console.print(f"{self._title}: {printable(text)}", markup=False)
 
     def close(self) -> None:
         """Take the live view down."""

@@ -13,7 +13,7 @@ import yaml
 from kdtrain.config import settings
 from kdtrain.config.networks import network_title
 from kdtrain.reports.chain_table import CHAIN, COLUMNS, ROWS, floor, untrained
-from kdtrain.training.checkpoint import read_json
+from kdtrain.training.checkpoint import read_arrays, read_json
 from kdtrain.training.journal.journal import read_lines, unit
 
 TASKS = ("classification", "alignment", "verification")
@@ -93,10 +93,7 @@ def read_stages(root: Path) -> list[Stage]:
 def _stage(folder: Path, recipe: Path) -> Stage:
     config = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
     settings.check_version(settings.flatten(config), recipe)
-    samples: dict[str, np.ndarray] = {}
-    if (folder / "samples.npz").is_file():
-        with np.load(folder / "samples.npz") as arrays:
-            samples = dict(arrays)
+    samples = read_arrays(folder / "samples.npz")
     results = read_json(folder / "results.json") or {}
     records = read_lines(folder / "metrics.jsonl")
     diverged = (folder / "diverged.json").is_file()

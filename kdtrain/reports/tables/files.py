@@ -46,7 +46,6 @@ def write_all(tables: Sequence[Table], folder: str | Path) -> dict[str, Path]:
         written = _write(table, place, png, page([table], [png]))
         paths |= {f"{table.name}.{kind}": path for kind, path in written.items()}
     paths["html"] = place / "tables.html"
-    place.mkdir(parents=True, exist_ok=True)
     write_text(paths["html"], page(tables, pictures))
     return paths
 
@@ -62,7 +61,6 @@ def _write(
     }
     paths = {kind: folder / f"{table.name}.{kind}" for kind in (*texts, "png")}
     paths["trends"] = folder / f"{table.name}-trends.csv"
-    folder.mkdir(parents=True, exist_ok=True)
     for kind, text in (*texts.items(), ("trends", trends_csv(table))):
         write_text(paths[kind], text)
     write_bytes(paths["png"], png)

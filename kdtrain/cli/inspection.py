@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from kdtrain.config.program import printable
 from kdtrain.data import left_out, sample_grid
 from kdtrain.data.run_data import RunData
 from kdtrain.objectives.tasks import TASKS, build_task
+from kdtrain.training.checkpoint import write_bytes
 from kdtrain.training.environment import computing
 from kdtrain.training.journal.journal import console, number
 from kdtrain.training.preparation import without_teacher
@@ -65,4 +67,7 @@ def show(config: Config, grid: Path) -> None:
             floors = task.floors(data.evaluation(data.train), data.evaluation(data.test))
             shown = [f"{key} {number(key, value)}" for key, value in floors.items()]
             say(f"            {name}: {', '.join(shown)}")
-        say(f"grid        {sample_grid(source, data.store, grid)}")
+        sheet = io.BytesIO()
+        sample_grid(source, data.store).save(sheet, format="PNG")
+        write_bytes(grid, sheet.getvalue())
+        say(f"grid        {grid}")

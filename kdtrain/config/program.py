@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import stat
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 PROGRAM = "python -m kdtrain"
 PARENT = "KDTRAIN_PARENT"
@@ -41,3 +47,62 @@ def printable(text: str) -> str:
 def name_bytes(text: str) -> bytes:
     """The bytes of a name; see `printable`."""
     return text.encode("utf-8", "surrogateescape")
+
+
+_is_polled = _is_told = False
+
+
+@contextlib.contextmanager
+def signals_heard() -> Iterator[None]:
+    """Inside, SIGINT, SIGTERM and the death of the pipeline that started this process raise
+    KeyboardInterrupt at once; inside `polled`, told_to_stop() answers true, and a second one raises
+    it. Outside, signals do what they did before.
+    """
+    global _is_told
+
+    def on_signal(number: int, _: Any) -> None:
+        global _is_told
+        at_once, _is_told = _is_told or not _is_polled, True
+        if at_once:
+            raise KeyboardInterrupt(f"signal {number}")
+        print("stopping after this step (press again to stop at once)", file=sys.stderr)
+
+    parent, ended = os.environ.get(PARENT), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.5):
+            if parent is not None and os.getppid() != int(parent):
+                # to the main thread, so that a system call it waits in returns
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+                return
+
+    earlier = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+    if parent is not None:
+        threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        _is_told = False
+        ended.set()
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def polled() -> Iterator[None]:
+    """Inside, the caller asks told_to_stop() again and again, so that it ends where it can be
+    continued. Raises KeyboardInterrupt at the end where nobody has asked since.
+    """
+    global _is_polled
+    _is_polled = True
+    try:
+        yield
+    finally:
+        _is_polled = False
+    if _is_told:
+        raise KeyboardInterrupt
+
+
+def told_to_stop() -> bool:
+    """Whether a signal came."""
+    return _is_told

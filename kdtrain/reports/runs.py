@@ -13,7 +13,7 @@ from kdtrain.config import TARGETS, settings
 from kdtrain.config.networks import network_title
 from kdtrain.config.program import printable
 from kdtrain.reports.writing import better, brief, count
-from kdtrain.training.checkpoint import read_json
+from kdtrain.training.checkpoint import read_arrays, read_json
 from kdtrain.training.journal.journal import duration, read_lines
 
 # The result table: columns by task and metric, rows by the end of the chain's names.
@@ -117,10 +117,7 @@ def read_stage(folder: Path) -> Stage:
     recipes = folder / "config.yaml", folder.parent / "recipes" / f"{folder.name}.yaml"
     recipe = next((path for path in recipes if path.is_file()), None)
     config = {} if recipe is None else settings.nested(settings.read_recipe(recipe))
-    samples: dict[str, np.ndarray] = {}
-    if (folder / "samples.npz").is_file():
-        with np.load(folder / "samples.npz") as arrays:
-            samples = dict(arrays)
+    samples = read_arrays(folder / "samples.npz")
     results = read_json(folder / "results.json") or {}
     records = read_lines(folder / "metrics.jsonl")
     diverged = (folder / "diverged.json").is_file()

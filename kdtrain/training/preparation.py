@@ -4,6 +4,7 @@ serve it.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kdtrain.config import RUN_SETTINGS, Config, TeacherConfig
+from kdtrain.config import RUN_SETTINGS, Config, ConfigError, TeacherConfig
 from kdtrain.config.target import TEACHER_WEIGHTS
 from kdtrain.data import fixed_views
 from kdtrain.data.run_data import RunData
@@ -96,9 +97,30 @@ def prepare_task(config: Config, data: RunData, run_dir: Path, screen: Screen) -
             "input channels"
         )
     task.to(data.device)
+    check_batches(task, data)
     if "gallery" in folders:
         task.gallery = open_gallery(folders["gallery"], data, task)
     return task
+
+
+def check_batches(task: Task, data: RunData) -> None:
+    """Raises ConfigError where the last batch of an epoch is one sample and the network cannot
+    train on it: a batch normalisation that sees one value per channel.
+    """
+    config, count = data.config, len(data.train)
+    size = config.optim.batch_size
+    if config.balanced or config.train.drop_last or count % size != 1:
+        return
+    sample = torch.zeros(1, 3, *[config.data.input_size] * 2, device=data.device)
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            copy.deepcopy(task.network).train()(sample)
+    except ValueError as error:
+        raise ConfigError(
+            f"optim.batch_size {size}, train.drop_last false: the last of {count} training images "
+            f"is a batch of its own, on which this network cannot train ({error}); set "
+            "train.drop_last true, or another optim.batch_size"
+        ) from None
 
 
 def check_lineage(

@@ -92,7 +92,7 @@ def about(done: Sequence[Result], jobs: int) -> list[tuple[str, str]]:
     """Pictures, machine and training time of finished runs, as lines below a table."""
     lines = []
     for data in {tuple(r.results["data"].items()): r.results["data"] for r in done}.values():
-        text = f"{data['name']}: {data['pictures']:,} pictures of {data['classes']:,} people"
+        text = f"{data['name']}: {data['images']:,} pictures of {data['classes']:,} people"
         lines.append(("data", f"{text}, {data['train']:,} to train and {data['test']:,} to test"))
     if done:
         known = dict(done[0].results["environment"])

@@ -11,6 +11,8 @@ from typing import Any, Literal
 import numpy as np
 
 from kdtrain.experiments import verdicts
+from kdtrain.experiments.campaign import Campaign, Run
+from kdtrain.experiments.scheduler import Outcome
 from kdtrain.experiments.tables.paper import FULL, SOURCE, At, BlockSpec, Claim, TableSpec
 from kdtrain.experiments.tables.stages import Request, RunOf, run_of
 from kdtrain.objectives.tasks import TASKS
@@ -67,6 +69,18 @@ class Result:
             return None
         with np.load(path) as arrays:
             return arrays.get(name)
+
+
+def read_all(
+    campaign: Campaign[Run], root: Path, outcomes: Mapping[str, Outcome]
+) -> dict[Run, Result]:
+    """What every run folder of a campaign holds after its training."""
+    found = {}
+    for run, stage in campaign.stages.items():
+        outcome = outcomes.get(stage.name)
+        failure = outcome.note if outcome is not None and outcome.state == "failed" else ""
+        found[run] = Result.read(root / stage.name, campaign.keys[stage.name], failure)
+    return found
 
 
 def cell_of(

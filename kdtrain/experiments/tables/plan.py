@@ -5,7 +5,7 @@ what a budget takes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,6 @@ OWN = (
     *("task", "seed", "init_from", "teacher.run", "model.divide", "optim.phases", "target.gamma"),
     *("target.tau_squared", *(f"target.{name}" for name in TEACHER_WEIGHTS)),
 )
-
-
-@dataclass(frozen=True)
-class Plan(Campaign[RunOf]):
-    """What is to be done for the tables."""
-
-    request: Request
-    specs: Mapping[str, TableSpec]
 
 
 def request_from(
@@ -91,7 +83,7 @@ def request_from(
 
 def make_plan(
     request: Request, root: Path, *, jobs: int, budget_min: float | None, say: Callable[[str], None]
-) -> Plan:
+) -> Campaign[RunOf]:
     """Times a few steps of each distinct kind of run and takes groups, in order, while they fit
     the budget (minutes on the clock; None: all).
     """
@@ -99,8 +91,7 @@ def make_plan(
     asked = groups(specs, request)
     runs = _known([run for group in asked for run in group.runs], specs, request, root)
     planned = dict(zip(runs, stages(runs, request), strict=True))
-    campaign = make_campaign(asked, planned, root, jobs=jobs, budget_min=budget_min, say=say)
-    return Plan(**vars(campaign), request=request, specs=specs)
+    return make_campaign(asked, planned, root, jobs=jobs, budget_min=budget_min, say=say)
 
 
 def _known(

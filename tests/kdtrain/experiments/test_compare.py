@@ -329,10 +329,7 @@ def test_not_worse_is_held_by_a_method_that_is_level(folder, fake, tmp_path):
     request = asked(folder, "soft", "sh_kd", "hidden", seeds=3)
     plan = compare._plan(request, root, 1, None, Console(quiet=True))
     _, outcomes = campaign.carry_out(plan, root)
-    results = {
-        run: compare.Result.read(root / stage.name, plan.keys[stage.name])
-        for run, stage in plan.stages.items()
-    }
+    results = compare.read_all(plan, root, outcomes)
     configs = {run: stage.config for run, stage in plan.stages.items()}
     comparison = compare.Comparison(request, results, configs)
     place = Place(None, False)

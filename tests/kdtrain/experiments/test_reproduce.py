@@ -22,9 +22,9 @@ from tiny_runs import TASK_KEYS, TINY, environment
 
 from kdtrain.cli import main
 from kdtrain.experiments import campaign
-from kdtrain.experiments.campaign import Group
+from kdtrain.experiments.campaign import Campaign, Group
 from kdtrain.experiments.tables import reproduce
-from kdtrain.experiments.tables.plan import Plan, make_plan
+from kdtrain.experiments.tables.plan import make_plan
 from kdtrain.experiments.tables.reproduce import _overview
 from kdtrain.experiments.tables.stages import Request, RunOf
 
@@ -131,7 +131,7 @@ def test_killed_in_the_middle_and_started_again_it_ends_in_the_same_table(table3
     ).read_bytes()
 
 
-def planned(scale: Path, root: Path, budget: float | None, **options) -> Plan:
+def planned(scale: Path, root: Path, budget: float | None, **options) -> Campaign[RunOf]:
     request = Request(**{"tables": ("table1", "table3"), "scale": str(scale), "seeds": (1,),
                          **options})  # fmt: skip
     return make_plan(request, root, jobs=2, budget_min=budget, say=lambda _: None)

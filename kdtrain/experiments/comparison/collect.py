@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kdtrain.config import RUN_SETTINGS, Config
+from kdtrain.config import Config
 from kdtrain.experiments import verdicts
-from kdtrain.experiments.comparison.claims import CLAIMS, ITEMS, Claim
 from kdtrain.experiments.comparison.cost import Length, Size, Speeds, network_key, other_lengths
 from kdtrain.experiments.comparison.request import Request, RunOf
 from kdtrain.experiments.tables.collect import Result, cell_of
+from kdtrain.reports.runs import count_text
 from kdtrain.reports.tables.data import Block, Cell, Row, RowKind, Table, Trend, Verdict
 
 METRICS = {
@@ -32,6 +32,38 @@ METRICS = {
 HEADLINE = ("nn_top1", "nn_top1_other_video", "pair_accuracy", "tar_at_far_0.001_all")
 """Those that stand side by side for every resolution."""
 TITLE = "methods under one budget"
+
+
+class Claim(NamedTuple):
+    """One method does better than another, or at least as well."""
+
+    code: str
+    """The system that it is about, as design and docs number them."""
+    better: str
+    worse: str
+    at_least: bool = False
+    """Claimed is no more than "not worse": held within verdicts.MARGIN_POINTS."""
+
+    @property
+    def text(self) -> str:
+        """'th_kd > soft'."""
+        return f"{self.better} {'≥' if self.at_least else '>'} {self.worse}"
+
+
+CLAIMS = (
+    Claim("B1", "th_kd", "soft"),
+    Claim("B2", "sh_kd", "soft"),
+    Claim("E", "soft", "student"),
+    Claim("D", "proxyless", "student"),
+    Claim("F", "adadistill", "student"),
+    Claim("C", "kt", "scratch"),
+    Claim("C", "kd", "scratch"),
+    Claim("C", "kt_kd", "kt", at_least=True),
+    Claim("C", "kt_kd", "kd", at_least=True),
+)
+
+ITEMS = ("nn_top1", "nn_top1_other_video", "pair_accuracy")
+"""Metrics by which a claim is judged: right or wrong for each picture, and for each pair."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +113,7 @@ class Comparison:
         """teacher; control: takes nothing from another run; paper: a method of one."""
         if method in self.request.teachers:
             return "teacher"
-        flat = self.request.recipes[method]
-        taken = [key for key in RUN_SETTINGS.values() if key != "eval.gallery" and flat.get(key)]
-        return "paper" if taken else "control"
+        return "control" if self.request.is_control(method) else "paper"
 
 
 class Place(NamedTuple):
@@ -216,13 +246,13 @@ def _cost(comparison: Comparison, place: Place, title: str) -> Block:
         needs = "" if length is None or not length.needs else f"needs {', '.join(length.needs)}"
         cells = (
             _shown(size and size.side, size and f"{size.name}, {size.side} px"),
-            _shown(size and size.backbone, size and short(size.backbone)),
-            _shown(head, head is not None and short(head)),
-            _shown(size and size.multiply_adds, size and short(size.multiply_adds)),
+            _shown(size and size.backbone, size and count_text(size.backbone)),
+            _shown(head, head is not None and count_text(head)),
+            _shown(size and size.multiply_adds, size and count_text(size.multiply_adds)),
             *(_speed(speed, batch) for batch in (1, 64)),
             *(_speed_up(speed, base, batch) for batch in (1, 64)),
             _shown(length and length.epochs, length and str(length.epochs)),
-            _shown(length and length.pictures, length and short(length.pictures)),
+            _shown(length and length.pictures, length and count_text(length.pictures)),
             _shown(length and length.start_epochs, length and str(length.start_epochs)),
         )
         rows.append(Row(method, comparison.kind(method), cells, needs))
@@ -265,14 +295,6 @@ def _speed_up(speed: Speeds | None, base: Speeds | None, batch: int) -> Cell:
 def per_second(value: float) -> str:
     """'1,234', '12.3'."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def short(number: float) -> str:
-    """25_557_032 -> '25.6 M'."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return str(int(number))
 
 
 def _trends(comparison: Comparison, place: Place, where: str) -> list[Trend]:

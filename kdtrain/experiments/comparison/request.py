@@ -69,6 +69,11 @@ class Request:
         """The methods that are no other's teacher."""
         return tuple(name for name in self.methods if name not in self.teachers)
 
+    def is_control(self, method: str) -> bool:
+        """Whether a method takes nothing from another run but a gallery."""
+        flat = self.recipes[method]
+        return not any(flat.get(k) for k in RUN_SETTINGS.values() if k != "eval.gallery")
+
     @property
     def sources(self) -> tuple[bool, ...]:
         """Whether each data source is the second."""
@@ -233,12 +238,14 @@ def inputs_of(flat: Mapping[str, Any], keys: Sequence[str] = ()) -> list[str]:
 
 def groups(request: Request) -> list[Group[RunOf]]:
     """A group for each method, resolution and data source, all seeds, with the inputs that no
-    group before it has: in this order a budget is spent.
+    group before it has. In this order a budget is spent: a control first, as the others are
+    compared with it.
     """
+    students = sorted(request.students, key=lambda method: not request.is_control(method))
     taken: set[RunOf] = set()
     ordered = []
     for second in request.sources:
-        for method in (*request.students, *request.teachers):
+        for method in (*students, *request.teachers):
             for side in request.sides if method in request.students else (None,):
                 runs = [
                     run

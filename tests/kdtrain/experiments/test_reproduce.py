@@ -221,6 +221,16 @@ def test_a_dry_run_does_without_the_pictures(scale, tmp_path, capsys):
     assert "no plan of all seeds without the pictures" in printed
 
 
+def test_a_dry_run_is_no_excuse_for_pictures_that_cannot_serve(scale, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    away = ["--data.kind", "folder", "--data.root", str(tmp_path / "empty")]
+    assert main(["reproduce", "table1", "--scale", str(scale), "--seeds", "1", "--jobs", "1",
+                 "--run-dir", str(tmp_path / "runs"), "--dry-run", *away]) == 1  # fmt: skip
+    printed = capsys.readouterr()
+    assert "without the pictures" not in printed.out
+    assert printed.err.splitlines()[-1].startswith("error: ")
+
+
 def test_groups_of_a_plan_hold_runs_once():
     group = Group("a", (RunOf("cls_soft", 8, 1),))
     assert group.runs[0].name == "cls_soft_8_s1"

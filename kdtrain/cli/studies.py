@@ -115,7 +115,7 @@ def compare(argv: Sequence[str]) -> int:
 
 def select_targets(argv: Sequence[str]) -> int:
     """Measure which of the teacher's targets help a student; write that recipe."""
-    from kdtrain.experiments.selection import TARGETS
+    from kdtrain.experiments.selection import CANDIDATES
 
     parser = command_parser(
         "select-targets",
@@ -129,7 +129,8 @@ def select_targets(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--targets",
         type=str,
-        help=f"candidates: {', '.join(TARGETS)} (default: those with a weight, else soft,hidden)",
+        help=f"candidates: {', '.join(CANDIDATES)} "
+        "(default: those with a weight, else soft,hidden)",
     )
     parser.add_argument("--seeds", type=int, default=3, help="every arm trains seeds 1 to N (3)")
     parser.add_argument(

@@ -3,10 +3,11 @@
 Knows no torch: the command line reads it before anything heavy is imported.
 """
 
-from kdtrain.config.checks import ConfigError, require
+from kdtrain.config.fields import ConfigError, require
 from kdtrain.config.head import HeadConfig
 from kdtrain.config.schema import (
     RUN_SETTINGS,
+    SETTINGS,
     AugmentConfig,
     Config,
     DataConfig,
@@ -20,10 +21,12 @@ from kdtrain.config.schema import (
     run_folder,
 )
 from kdtrain.config.settings import build, read_recipe
-from kdtrain.config.target import TEACHER_WEIGHTS, TargetConfig, TeacherConfig
+from kdtrain.config.target import TARGETS, TEACHER_WEIGHTS, TargetConfig, TeacherConfig
 
 __all__ = [
     "RUN_SETTINGS",
+    "SETTINGS",
+    "TARGETS",
     "TEACHER_WEIGHTS",
     "AugmentConfig",
     "Config",

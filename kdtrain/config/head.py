@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from kdtrain.config.checks import ConfigError, require
+from kdtrain.config.fields import ConfigError, require, setting
 
 MARGINS: Mapping[str, float] = {
     "arcface": 0.5,
@@ -27,25 +27,25 @@ class HeadConfig:
     """linear: weight and bias. cosine: scale times the cosine of feature and weight, as networks
     for open sets of people are trained; its logits are never kept.
     """
-    scale: float = 64.0
+    scale: float = setting(64.0, cost="none")
     "What cosines are multiplied by (cosine)."
     margin: Literal["none", "arcface", "cosface", "combined", "adaface", "distillation"] = "none"
     """What the label's logit loses in training (cosine): cos(theta + m), cos(theta) - m, both,
     AdaFace's by the feature's norm, or MarginDistillation's by the teacher's cosine with the label.
     """
-    m: float | None = None
+    m: float | None = setting(None, cost="none")
     """Size of the margin: an angle (arcface, combined, distillation's largest), else a cosine; null
     takes the paper's 0.5, 0.35, 0.3, 0.4, 0.5.
     """
-    m_cosine: float = 0.2
+    m_cosine: float = setting(0.2, cost="none")
     "The part of combined that is taken off the cosine."
-    m_min: float = 0.2
+    m_min: float = setting(0.2, cost="none")
     "Smallest angle of distillation, for a picture that the teacher puts far from its label."
-    h: float = 0.333
+    h: float = setting(0.333, cost="none")
     "How fast AdaFace's margin follows the norm (adaface)."
     margin_grad: Literal["exact", "straight_through"] = "exact"
     "Gradient of the margin: its own, or 1, as InsightFace trains."
-    run: str | None = None
+    run: str | None = setting(None, run="head", cost="none")
     """Run folder whose classifier this one starts as (RUN/best: its best); @NAME is the run beside
     this one. Widths and people must agree.
     """

@@ -22,13 +22,6 @@ def is_known(name: str) -> bool:
     return name in NAMES or (name.startswith(TIMM) and len(name) > len(TIMM))
 
 
-def embedding_width(model: Any) -> int | None:
-    """Width of the embedding layer that model.embedding and model.name ask for; None for none."""
-    if model.embedding is None and model.name in FACE_NETWORKS:
-        return EMBEDDING
-    return model.embedding
-
-
 def network_title(model: Mapping[str, Any]) -> str:
     """'ResNet-50/8', 'IResNet-50', 'timm:convnext_tiny' of the settings under `model`.
 
@@ -44,15 +37,3 @@ def network_title(model: Mapping[str, Any]) -> str:
         name = _TITLES.get(name, name)
     divide = model.get("divide", 1)
     return name + (f"/{divide}" if divide > 1 else "")
-
-
-def describe(model: Any) -> str:
-    """The settings that decide which weights a network has, for messages."""
-    if model.name == "resnet":
-        text = (
-            f"depth {model.depth}, width {model.width}, divide {model.divide}, stem {model.stem!r}"
-        )
-    else:
-        text = f"{model.name}, divide {model.divide}"
-    width = embedding_width(model)
-    return text + (f", embedding {width}" if width is not None else "")

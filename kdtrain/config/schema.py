@@ -12,9 +12,9 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
-from kdtrain.config.checks import ConfigError, require
+from kdtrain.config.fields import ConfigError, require, setting, settings_of
 from kdtrain.config.head import HeadConfig
-from kdtrain.config.networks import NAMES, TIMM, is_known
+from kdtrain.config.networks import EMBEDDING, FACE_NETWORKS, NAMES, TIMM, is_known
 from kdtrain.config.target import (
     TEACHER_WEIGHTS,
     TargetConfig,
@@ -22,17 +22,6 @@ from kdtrain.config.target import (
     check_sizes,
     check_teachers,
 )
-
-RUN_SETTINGS: Mapping[str, str] = {
-    "init_from": "init_from",
-    "teacher": "teacher.run",
-    "teacher_more": "teacher.more",
-    "head": "head.run",
-    "gallery": "eval.gallery",
-}
-"""Settings whose value is a run folder, or @NAME for the run beside, or a list of them: by the
-input's name.
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +32,7 @@ class DataConfig:
     """synthetic draws faces; celeba reads CelebA's layout; folder reads one folder per class
     (ImageFolder).
     """
-    root: str | None = None
+    root: str | None = setting(None, counted=False)
     "Folder of the pictures (celeba, folder)."
     split: str = "random"
     """random by picture | identity (disjoint people) | identity:random (by picture, among the
@@ -60,17 +49,17 @@ class DataConfig:
     "Seed of the split alone, so that runs with other seeds are tested on the same pictures."
     on_error: Literal["raise", "skip"] = "raise"
     "A missing or damaged picture stops the run, or is left out, counted and reported."
-    store_size: int = 36
+    store_size: int = setting(36, cost="value")
     "Pictures are resized to this square once, pixels."
-    crop_size: int | None = None
+    crop_size: int | None = setting(None, cost="value")
     """Side of the crop in stored pixels (with augment.crop jitter: in pixels that the window is
     sampled at), taken anywhere in training, from the centre in evaluation; null takes input_size.
     """
-    input_size: int = 32
+    input_size: int = setting(32, cost="value")
     "Side of the network's input: the crop, averaged down to it where it is larger."
-    cache: Literal["auto", "memory", "none"] = "auto"
+    cache: Literal["auto", "memory", "none"] = setting("auto", counted=False)
     "Keep resized pictures in memory; auto does so up to 2 GiB."
-    workers: int = 0
+    workers: int = setting(0, counted=False)
     "Threads that decode pictures ahead when they are not kept in memory."
     identities: int = 350
     "Number of identities (synthetic only)."
@@ -132,13 +121,13 @@ class DataConfig:
 class AugmentConfig:
     """How a training picture is cropped: a pure function of (seed, phase, epoch, picture)."""
 
-    flip: bool = True
+    flip: bool = setting(True, cost="none")
     "Mirror half of the training pictures; left and right landmarks change places."
     crop: Literal["random", "jitter"] = "random"
     "random: a shifted crop of data.crop_size; jitter: also scaled, always inside the picture."
-    scale_min: float = 0.85
+    scale_min: float = setting(0.85, cost="none")
     "Smallest crop side as a fraction of the picture's (jitter)."
-    scale_max: float = 0.95
+    scale_max: float = setting(0.95, cost="none")
     "Largest crop side as a fraction of the picture's (jitter)."
 
     def __post_init__(self) -> None:
@@ -170,7 +159,7 @@ class ModelConfig:
     "Bottleneck blocks (3, 4, 6, 3), or (1, 1, 1, 1) for small pictures and demos (resnet)."
     width: int = 64
     "Kernels of the first stage before division; 64 is ResNet-50's own (resnet)."
-    divide: Literal[1, 2, 4, 8] = 1
+    divide: Literal[1, 2, 4, 8] = setting(1, own=True)
     "The papers' /2, /4, /8 students; timm's networks cannot be divided."
     stem: Literal["imagenet", "small"] = "imagenet"
     "imagenet: 7x7 stride 2 and 3x3 stride 2 max pooling; small: 3x3 stride 2 alone (resnet)."
@@ -198,16 +187,32 @@ class ModelConfig:
             self.width,
         )
 
+    @property
+    def embedding_width(self) -> int | None:
+        """Width of the embedding layer that embedding and name ask for; None for none."""
+        if self.embedding is None and self.name in FACE_NETWORKS:
+            return EMBEDDING
+        return self.embedding
+
+    def describe(self) -> str:
+        """The settings that decide which weights a network has, for messages."""
+        text = f"{self.name}, divide {self.divide}"
+        if self.name == "resnet":
+            text = f"depth {self.depth}, width {self.width}, divide {self.divide}"
+            text += f", stem {self.stem!r}"
+        width = self.embedding_width
+        return text + (f", embedding {width}" if width is not None else "")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TripletConfig:
     """The triplet loss of verification and its identity-balanced batches."""
 
-    weight: float = 1.0
+    weight: float = setting(1.0, cost="switch")
     """Weight of the triplet loss. 0 leaves verification to the softmax loss (target.gamma) and its
     margin, in ordinary batches: how face recognition is mostly trained.
     """
-    margin: float = 0.4
+    margin: float = setting(0.4, cost="none")
     "lambda of eq. 8."
     mining: Literal["hard", "semihard", "all"] = "semihard"
     "Which triplets of the batch count."
@@ -253,33 +258,33 @@ class Phase:
 class OptimConfig:
     """Nesterov SGD and its schedule, in steps of the optimiser."""
 
-    phases: list[Phase] = field(default_factory=lambda: [Phase(epochs=30, lr=0.1)])
+    phases: list[Phase] = setting(factory=lambda: [Phase(epochs=30, lr=0.1)], cost="none", own=True)
     "Schedule, one {epochs, lr} after another: the papers' 0.1 from scratch, 0.01 when initialised."
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine"] = setting("constant", cost="none")
     """Learning rate within a phase: its lr throughout, or half a cosine from it down to
     final_lr_fraction of it.
     """
-    final_lr_fraction: float = 0.0
+    final_lr_fraction: float = setting(0.0, cost="none")
     "Share of the phase's lr at which its cosine ends."
-    warmup_epochs: float = 0.0
+    warmup_epochs: float = setting(0.0, cost="none")
     "Epochs at the start of the run over which the learning rate rises linearly from 0."
     batch_size: int = 256
     """Images of a batch; verification takes triplet.identities x triplet.images_per_identity
     instead.
     """
-    accumulate: int = 1
+    accumulate: int = setting(1, cost="none")
     """Batches of a step, whose mean gradient it takes. Batch normalisation and the mining of
     triplets see one batch at a time.
     """
-    momentum: float = 0.9
+    momentum: float = setting(0.9, cost="none")
     "Nesterov momentum."
-    weight_decay: float = 5e-4
+    weight_decay: float = setting(5e-4, cost="none")
     "L2 penalty on every parameter that no_decay does not exempt."
     no_decay: Literal["none", "norm_and_bias"] = "none"
     "Parameters without the penalty: none, or those of the normalisations and all biases."
-    clip_norm: float | None = None
+    clip_norm: float | None = setting(None, cost="switch")
     "Scale the gradient down to at most this norm; null leaves it."
-    ema: float | None = None
+    ema: float | None = setting(None, cost="switch")
     """Decay of the running average of the weights, which is then what is evaluated and kept (last/
     has the trained weights too, to resume from); null keeps the trained weights.
     """
@@ -309,23 +314,23 @@ class OptimConfig:
 class TrainConfig:
     """Where and how a run computes, and when it stops; none of it changes what is optimised."""
 
-    threads: int = 0
+    threads: int = setting(0, counted=False, cost="none")
     "Processor threads; 0 leaves torch's own choice."
     device: str = "cpu"
     "torch device, as cpu or cuda:0."
     deterministic: bool = True
     "Deterministic algorithms only; exact resume needs it."
-    log_every: int = 10
+    log_every: int = setting(10, counted=False, cost="none")
     "Steps between two lines of metrics.jsonl; terms are read from the device only then."
-    eval_every: int = 1
+    eval_every: int = setting(1, cost="none")
     "Epochs between two evaluations; the end of each phase is always evaluated."
-    early_stop: int | None = None
+    early_stop: int | None = setting(None, cost="none")
     """Stop after this many evaluations in a row without a better metric on the pictures that
     data.validation_fraction holds out; null trains every epoch.
     """
-    save_every: int = 200
+    save_every: int = setting(200, counted=False, cost="none")
     "Steps between two checkpoints; the end of each epoch always saves one."
-    drop_last: bool = True
+    drop_last: bool = setting(True, cost="none")
     "Leave out the last batch of an epoch when it is not full."
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the networks' training passes by torch.autocast; float16 scales the loss and
@@ -335,7 +340,7 @@ class TrainConfig:
     "Keep the channels of a pixel side by side in memory; false keeps planes, torch's default."
     compile: bool = False
     "torch.compile student and teacher for training."
-    tensorboard: bool = False
+    tensorboard: bool = setting(False, counted=False, cost="none")
     "Also write the journal's numbers for TensorBoard, in RUN/tensorboard (extra tensorboard)."
 
     def __post_init__(self) -> None:
@@ -352,7 +357,7 @@ class EvalConfig:
 
     normalizer: Literal["interocular", "diagonal", "side"] = "interocular"
     "What landmark errors are divided by: eye distance, or diagonal or side of the picture."
-    gallery: str | None = None
+    gallery: str | None = setting(None, run="gallery")
     """Run folder of another network, such as the teacher, whose features are searched by this one's
     (verification; RUN/best: its best weights); @NAME is the run beside this one. Adds the metrics
     asym_...; changes nothing that is trained.
@@ -363,18 +368,20 @@ class EvalConfig:
 class Config:
     """One run."""
 
-    task: Literal["classification", "alignment", "verification"] = "classification"
+    task: Literal["classification", "alignment", "verification"] = setting(
+        "classification", own=True
+    )
     "What is trained: eq. 2-4, eq. 6-7 or eq. 8-9 of arXiv 1709.02929."
-    seed: int = 0
+    seed: int = setting(0, cost="none", own=True)
     "Seed of the weights, the order of pictures and their crops."
     fused: bool = True
     "false runs every kdkernels op on backend eager."
-    init_from: str | None = None
+    init_from: str | None = setting(None, run="init_from", cost="none", own=True)
     """Run folder whose last weights start the network (RUN/best: its best); @NAME is the run
     beside this one.
     """
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    teacher: TeacherConfig = setting(factory=TeacherConfig, cost="none")
+    data: DataConfig = setting(factory=DataConfig, cost="none")
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
@@ -382,7 +389,7 @@ class Config:
     triplet: TripletConfig = field(default_factory=TripletConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
+    eval: EvalConfig = setting(factory=EvalConfig, cost="none")
 
     def __post_init__(self) -> None:
         known = f"target.{', '.join(TEACHER_WEIGHTS[:-1])} and {TEACHER_WEIGHTS[-1]}"
@@ -461,11 +468,11 @@ class Config:
     def _check_relations(self) -> None:
         """RKD compares three pictures at least: two are always one mean distance apart."""
         batch, key = self.optim.batch_size, "optim.batch_size"
-        for name in ("rkd_distance", "rkd_angle"):
-            if getattr(self.target, name) and not self.balanced and batch < 3:
+        for target in self.target.weighed:
+            if not self.balanced and batch < target.least:
                 raise ConfigError(
-                    f"target.{name} compares at least 3 pictures of a batch, and {key} is {batch}: "
-                    f"raise it, or set target.{name} to 0"
+                    f"target.{target.key} compares at least {target.least} pictures of a batch, "
+                    f"and {key} is {batch}: raise it, or set target.{target.key} to 0"
                 )
 
     @property
@@ -473,6 +480,14 @@ class Config:
         """Side of the pictures that the teacher is asked on."""
         own = self.teacher.input_size
         return self.data.input_size if own is None else own
+
+
+SETTINGS = tuple(settings_of(Config))
+"""Every setting of a run."""
+RUN_SETTINGS: Mapping[str, str] = {s.run: s.key for s in SETTINGS if s.run is not None}
+"""Settings whose value is a run directory, or @NAME for the run beside, or a list of them: by the
+input's name.
+"""
 
 
 def named_runs(get: Callable[[str], Any]) -> dict[str, str]:

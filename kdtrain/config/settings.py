@@ -7,13 +7,11 @@ it starts from. The command line overrides single keys (`--optim.batch_size 32`)
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
 import inspect
-import textwrap
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,8 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from kdtrain.config.schema import Config, ConfigError
+from kdtrain.config.fields import ConfigError
+from kdtrain.config.schema import SETTINGS, Config
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 # keys that may be written shorter
@@ -37,50 +36,25 @@ MANY = 16  # known words, above which an error lists the FEW nearest of them
 FEW = 3
 
 
-def _field_docs(kind: type) -> dict[str, str]:
-    """The string literal under each field of a dataclass."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    docs = {}
-    for here, below in zip(body.body, body.body[1:], strict=False):
-        if (
-            isinstance(here, ast.AnnAssign)
-            and isinstance(here.target, ast.Name)
-            and isinstance(below, ast.Expr)
-            and isinstance(below.value, ast.Constant)
-        ):
-            docs[here.target.id] = " ".join(str(below.value.value).split())
-    return docs
-
-
-def _leaves(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
-    """(dotted key, type, default, help) of every setting."""
-    types, docs = typing.get_type_hints(kind), _field_docs(kind)
-    for item in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(types[item.name]):
-            yield from _leaves(types[item.name], f"{prefix}{item.name}.")
-        else:
-            factory = item.default_factory
-            default = item.default if factory is dataclasses.MISSING else factory()
-            yield prefix + item.name, types[item.name], default, docs[item.name]
-
-
 @cache
 def keys() -> tuple[str, ...]:
     """Every dotted key of the schema, in its order."""
-    return tuple(key for key, *_ in _leaves())
+    return tuple(setting.key for setting in SETTINGS)
 
 
 def add_keys(parser: ArgumentParser) -> None:
     """Add one option per key of the schema, with its default and help, grouped by section."""
     sections = {item.name: item for item in dataclasses.fields(Config)}
     groups = {}
-    for key, kind, default, text in _leaves():
+    for setting in SETTINGS:
+        key = setting.key
         section = key.partition(".")[0] if "." in key else "run"
         if section not in groups:
             owner = typing.get_type_hints(Config)[section] if section in sections else Config
             groups[section] = parser.add_argument_group(section, inspect.getdoc(owner))
-        groups[section].add_argument(f"--{key}", type=kind, default=default, help=text)
+        groups[section].add_argument(
+            f"--{key}", type=setting.kind, default=setting.default, help=setting.text
+        )
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

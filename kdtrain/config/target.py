@@ -5,61 +5,106 @@ config.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
-from kdtrain.config.checks import ConfigError, require
+from kdtrain.config.fields import ConfigError, require, setting
 
-TEACHER_WEIGHTS = (
-    *("alpha", "beta", "logits", "embedding_l2", "embedding_cosine"),
-    *("rkd_distance", "rkd_angle", "attention", "teacher_head", "hint"),
-)
-"""Fields of TargetConfig that weigh a term which the teacher yields."""
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What there is to know of a target beside its mathematics (objectives/targets.py): the row of
+    a field of TargetConfig that weighs a term which the teacher yields.
+    """
+
+    key: str
+    """The field of TargetConfig."""
+    name: str
+    """Of its term in the journal, and of the target in select-targets."""
+    words: str
+    """In a report; {fields} of TargetConfig are filled in."""
+    reads: Literal["prediction", "logits", "feature", "attention", "maps"]
+    """What of the teacher: its softened prediction (logits, or feature and classifier), its logits,
+    its pooled feature, the attention maps of its stages, or a stage's output.
+    """
+    published: float = 1.0
+    """Weight that its authors use, beside a softmax loss (docs/training.md)."""
+    form: str = ""
+    """Field of TargetConfig that a report puts in brackets."""
+    least: int = 1
+    """Images that the term compares."""
+
+    @property
+    def by_class(self) -> bool:
+        """True where student and teacher are compared class by class."""
+        return self.reads in ("prediction", "logits")
+
+    @property
+    def alone(self) -> bool:
+        """True for a stage of its own, which stands beside no other term."""
+        return self.reads == "maps"
+
+
+def _weight(name: str, words: str, reads: str, **more: Any) -> float:
+    """The field that weighs a target, with the target's row but for its key."""
+    row = {"name": name, "words": words, "reads": reads, **more}
+    return field(default=0.0, metadata={"target": row, "cost": "switch", "own": True})
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetConfig:
     """Weights and form of every term beside the task's own loss."""
 
-    alpha: float = 0.0
+    alpha: float = _weight("soft", "soft", "prediction", form="temperature")
     "Weight of the soft target: cross-entropy with the teacher's softened prediction."
-    beta: float = 0.0
+    beta: float = _weight("hidden", "hidden", "feature", form="hidden_reduction")
     "Weight of the hidden target: squared distance of the pooled features."
-    gamma: float = 1.0
+    gamma: float = setting(1.0, cost="switch", own=True)
     """Weight of the softmax loss with the labels: the task loss of classification, the joint
     softmax elsewhere. 0 leaves classification to its targets (to the hidden one alone: the
     classifier stays untrained, and top1 says so).
     """
-    logits: float = 0.0
+    logits: float = _weight("logits", "logits", "logits", form="logits_reduction")
     "Weight of the logits target: squared distance of the logits."
-    embedding_l2: float = 0.0
+    embedding_l2: float = _weight("embedding_l2", "embedding L2", "feature")
     """Weight of the embedding target: squared distance of the pooled features scaled to unit
     length, 2 (1 - cos), mean over pictures.
     """
-    embedding_cosine: float = 0.0
+    embedding_cosine: float = _weight(
+        "embedding_cosine", "embedding cosine", "feature", published=128.0
+    )
     "Weight of the same as 1 - cos, half of embedding_l2; published weights are 64 and 128."
-    rkd_distance: float = 0.0
+    rkd_distance: float = _weight(
+        "rkd_distance", "RKD distance", "feature", published=25.0, least=3
+    )
     """Weight of RKD's distances between the pictures of a batch (Park et al. 2019); published
     weights are 25 beside a softmax loss and 1 in metric learning.
     """
-    rkd_angle: float = 0.0
+    rkd_angle: float = _weight("rkd_angle", "RKD angle", "feature", published=50.0, least=3)
     "Weight of RKD's angles between three pictures of a batch; published weights are 50 and 2."
-    attention: float = 0.0
+    attention: float = _weight("attention", "attention transfer", "attention", published=1000.0)
     """Weight of attention transfer: squared distance of the residual stages' unit-length maps of
     summed squared activations (Zagoruyko and Komodakis 2017); the published weight is 1000.
     """
-    teacher_head: float = 0.0
+    teacher_head: float = _weight(
+        "teacher_head",
+        "soft through the teacher's classifier",
+        "prediction",
+        published=0.02,
+        form="teacher_head_temperature",
+    )
     """Weight of the soft target through the teacher's own classifier, which stands frozen beside
     the student's and is never kept (TH-KD); the published weight is 0.02, of CIFAR-100.
     """
-    hint: float = 0.0
+    hint: float = _weight("hint", "hint of stage {hint_stage}", "maps", form="hint_reduction")
     """Weight of a FitNet hint: squared distance of a middle stage's output, through a learnt
     regressor. A stage of its own, without any other term; the student's layers above keep their
     values.
     """
-    temperature: float = 3.0
+    temperature: float = setting(3.0, cost="none")
     "Temperature of the soft target."
-    tau_squared: bool = False
+    tau_squared: bool = setting(False, cost="none", own=True)
     """Multiply the soft targets by temperature^2 (Hinton et al. 2015); teacher_head's by its
     own temperature's.
     """
@@ -119,19 +164,29 @@ class TargetConfig:
         require(0 <= smooth < 1, "target.label_smoothing", "0 <= x < 1", smooth)
 
     @property
+    def weighed(self) -> list[Target]:
+        """The targets that have a weight."""
+        return [target for target in TARGETS.values() if getattr(self, target.key) > 0]
+
+    @property
     def needs_teacher(self) -> bool:
         """True when a term that the teacher yields has a weight."""
-        return any(getattr(self, name) > 0 for name in TEACHER_WEIGHTS)
+        return bool(self.weighed)
 
     @property
-    def needs_hidden(self) -> bool:
+    def needs_feature(self) -> bool:
         """True when a term that reads the teacher's pooled feature has a weight."""
-        return self.beta > 0 or self.needs_embedding or self.rkd_distance > 0 or self.rkd_angle > 0
+        return any(target.reads == "feature" for target in self.weighed)
 
-    @property
-    def needs_embedding(self) -> bool:
-        """True when an embedding target has a weight."""
-        return self.embedding_l2 > 0 or self.embedding_cosine > 0
+
+TARGETS: Mapping[str, Target] = {
+    item.name: Target(key=item.name, **item.metadata["target"])
+    for item in fields(TargetConfig)
+    if "target" in item.metadata
+}
+"""Every target by its key, in the order of its terms in the loss."""
+TEACHER_WEIGHTS = tuple(TARGETS)
+"""Fields of TargetConfig that weigh a term which the teacher yields."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,15 +195,15 @@ class TeacherConfig:
     teacher.run.
     """
 
-    run: str | None = None
+    run: str | None = setting(None, run="teacher", own=True)
     "Run folder of the teacher (RUN/best: its best weights); @NAME is the run beside this one."
-    more: list[str] = field(default_factory=list)
+    more: list[str] = setting(factory=list, run="teacher_more")
     """Runs of further teachers of the same people. The predictions of all are averaged in the soft
     target, target.alpha; no other target reads more than one teacher.
     """
     weights: list[float] | None = None
     "Shares of teacher.run and each of teacher.more in that mean, of any sum; null: equal."
-    input_size: int | None = None
+    input_size: int | None = setting(None, cost="value")
     """Side of the pictures that the teacher sees, the student's crops and flips at another
     resolution; null shows it the student's own.
     """
@@ -162,7 +217,7 @@ class TeacherConfig:
     no other views than itself and its mirror image (data.store_size is the crop's size), features
     are kept once for each of them, for every epoch and seed.
     """
-    cache_dir: str | None = None
+    cache_dir: str | None = setting(None, counted=False)
     "Folder of the kept answers; null is teacher_cache beside the run folder."
 
     def __post_init__(self) -> None:
@@ -201,8 +256,7 @@ def check_teachers(target: TargetConfig, teacher: TeacherConfig, head_asks: bool
         return
     if teacher.run is None:
         raise ConfigError("teacher.more: the first teacher is missing; name it by teacher.run")
-    weighed = [n for n in TEACHER_WEIGHTS if n != "alpha" and getattr(target, n)]
-    others = [f"target.{name} has a weight" for name in weighed]
+    others = [f"target.{row.key} has a weight" for row in target.weighed if row.key != "alpha"]
     others += ["head.margin or head.update reads the teacher's features"] if head_asks else []
     if others or not target.alpha:
         raise ConfigError(

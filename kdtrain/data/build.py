@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from kdtrain.config import DataConfig
 from kdtrain.data.celeba import read_celeba
 from kdtrain.data.folder import read_folder
 from kdtrain.data.source import FaceSource
 from kdtrain.data.synthetic.source import synthetic_faces
 
 
-def build_source(config: Any) -> FaceSource:
+def build_source(config: DataConfig) -> FaceSource:
     """Returns the FaceSource that a config's data section describes (its attributes as in
     DataConfig).
 

@@ -2,11 +2,10 @@
 sets.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from kdtrain.config import DataConfig
 from kdtrain.data.counter import counter_hash, counter_permutation, counter_uniform
 from kdtrain.data.source import DataError, FaceSource
 
@@ -15,7 +14,7 @@ _STREAM_VALIDATION = 15
 _TRAIN, _TEST, _NEITHER = {"train", "0"}, {"test", "2"}, {"val", "valid", "validation", "1"}
 
 
-def split_indices(source: FaceSource, config: Any) -> tuple[Tensor, Tensor]:
+def split_indices(source: FaceSource, config: DataConfig) -> tuple[Tensor, Tensor]:
     """Returns (train, test) picture numbers, ascending int64, by config.split; a function of
     split_seed and the labels.
 
@@ -44,7 +43,7 @@ def split_indices(source: FaceSource, config: Any) -> tuple[Tensor, Tensor]:
     return _checked(~is_test, is_test, config.split)
 
 
-def hold_out(source: FaceSource, train: Tensor, config: Any) -> tuple[Tensor, Tensor]:
+def hold_out(source: FaceSource, train: Tensor, config: DataConfig) -> tuple[Tensor, Tensor]:
     """Returns (train, validation): `train` (N,) ascending int64 without validation_fraction of it,
     and that part; a function of split_seed, the labels and `train`.
 
@@ -74,7 +73,7 @@ def hold_out(source: FaceSource, train: Tensor, config: Any) -> tuple[Tensor, Te
     return train[~held_out], train[held_out]
 
 
-def training_labels(source: FaceSource, train: Tensor, config: Any) -> Tensor:
+def training_labels(source: FaceSource, train: Tensor, config: DataConfig) -> Tensor:
     """Returns the labels to train with, (N,) int64: source.labels, with label noise on synthetic
     training pictures.
 

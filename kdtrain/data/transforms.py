@@ -6,11 +6,11 @@ and a resumed run see the same crops, and a teacher's answers to them can be kep
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from kdtrain.config import AugmentConfig
 from kdtrain.data.counter import counter_uniform
 
 _STREAM_AUGMENT = 21
@@ -40,7 +40,7 @@ def augment(
     seed: int,
     phase: int,
     epoch: int,
-    config: Any,
+    config: AugmentConfig,
     input_size: int,
 ) -> tuple[Tensor, Tensor | None, Frame]:
     """Returns (crops float32 (B, 3, s, s) in [0, 255], landmarks (B, 5, 2) in crop pixels or None,
@@ -76,7 +76,7 @@ def augment(
 
 
 def center(
-    pictures: Tensor, landmarks: Tensor | None, input_size: int, config: Any
+    pictures: Tensor, landmarks: Tensor | None, input_size: int, config: AugmentConfig
 ) -> tuple[Tensor, Tensor | None, Frame]:
     """Returns what augment returns, for evaluation: the centre crop, never flipped.
 
@@ -100,7 +100,7 @@ def center(
     return _crop(pictures, landmarks, frame, config.crop == "random")
 
 
-def fixed_views(config: Any, store_size: int, crop_size: int) -> int | None:
+def fixed_views(config: AugmentConfig, store_size: int, crop_size: int) -> int | None:
     """Returns in how many views training sees a picture at all: 1, or 2 with config.flip, where the
     crop is the whole stored picture; None where it differs from epoch to epoch, keyed to (seed,
     phase, epoch, picture). Raises ValueError for crops of which neither is known.
@@ -116,7 +116,9 @@ def fixed_views(config: Any, store_size: int, crop_size: int) -> int | None:
     return (1 + bool(config.flip)) if whole else None
 
 
-def whole_view(pictures: Tensor, mirrored: bool, *, input_size: int, config: Any) -> Tensor:
+def whole_view(
+    pictures: Tensor, mirrored: bool, *, input_size: int, config: AugmentConfig
+) -> Tensor:
     """Returns the crops (B, 3, s, s) of augment where fixed_views is not None, all of them mirrored
     or none. Raises ValueError as augment does.
     """
@@ -151,7 +153,7 @@ def to_original(points: Tensor, frame: Frame, sizes: Tensor, store_size: int) ->
 
 
 def _check(
-    pictures: Tensor, landmarks: Tensor | None, config: Any, input_size: int, who: str
+    pictures: Tensor, landmarks: Tensor | None, config: AugmentConfig, input_size: int, who: str
 ) -> None:
     if pictures.dim() != 4 or pictures.shape[1] != 3 or pictures.shape[2] != pictures.shape[3]:
         raise ValueError(f"{who}: pictures must be (B, 3, S, S), got {tuple(pictures.shape)}")

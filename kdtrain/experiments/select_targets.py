@@ -34,8 +34,7 @@ from kdtrain.config.program import INTERRUPTED
 from kdtrain.experiments import pipeline
 from kdtrain.experiments.scheduler import Outcome
 from kdtrain.experiments.selection import (
-    PUBLISHED,
-    TARGETS,
+    CANDIDATES,
     WIDTH,
     Arm,
     Selection,
@@ -110,7 +109,7 @@ def plan(
     """What a recipe and a command line ask for.
 
     targets: candidates with commas; by default those with a weight in the recipe, else soft and
-    hidden. A candidate without weight gets its PUBLISHED weight, else 1; a target that is no
+    hidden. A candidate without weight gets its published weight; a target that is no
     candidate keeps the recipe's weight in every arm. Raises ConfigError for a recipe without
     teacher, an unknown target, an input run that is missing, and settings that do not fit together.
     """
@@ -125,15 +124,18 @@ def plan(
             f"{recipe.stem}: no teacher, so there is no target to choose: set --teacher to the "
             "teacher's run folder (@NAME is the run beside --run-dir)"
         )
-    given = {name: _number(flat.get(key, 0.0), key) for name, key in TARGETS.items()}
+    keys_of = {name: f"target.{row.key}" for name, row in CANDIDATES.items()}
+    given = {name: _number(flat.get(key, 0.0), key) for name, key in keys_of.items()}
     if targets is not None:
         names = [name.strip() for name in targets.split(",")]
         for name in names:
-            if name not in TARGETS:
-                raise ConfigError(f"--targets: no {name!r}; {settings.nearest(name, TARGETS)}")
+            if name not in CANDIDATES:
+                raise ConfigError(f"--targets: no {name!r}; {settings.nearest(name, CANDIDATES)}")
     else:
         names = [name for name, weight in given.items() if weight > 0] or ["soft", "hidden"]
-    weights = {name: given[name] or PUBLISHED.get(name, 1.0) for name in TARGETS if name in names}
+    weights = {
+        name: given[name] or CANDIDATES[name].published for name in CANDIDATES if name in names
+    }
     key = "data.validation_fraction"
     final = settings.build({**flat, **_keys(weights)}).data.validation_fraction
     held_out = final if key in overrides or final > 0 else VALIDATION
@@ -364,11 +366,11 @@ def _with_folders(config: Config, root: Path) -> Config:
 
 
 def _field(name: str) -> str:
-    return TARGETS[name].removeprefix("target.")
+    return CANDIDATES[name].key
 
 
 def _keys(weights: Mapping[str, float]) -> dict[str, float]:
-    return {TARGETS[name]: weight for name, weight in weights.items()}
+    return {f"target.{_field(name)}": weight for name, weight in weights.items()}
 
 
 def _number(value: Any, key: str) -> float:

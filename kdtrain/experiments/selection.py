@@ -20,24 +20,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kdtrain.config import Config, settings
+from kdtrain.config import TARGETS, Config, settings
 from kdtrain.experiments.verdicts import Scores, compare
 from kdtrain.reports.tables.data import Verdict
 from kdtrain.training import checkpoint
 
-TARGETS = {
-    "soft": "target.alpha",
-    "hidden": "target.beta",
-    "logits": "target.logits",
-    "embedding_l2": "target.embedding_l2",
-    "embedding_cosine": "target.embedding_cosine",
-    "rkd_distance": "target.rkd_distance",
-    "rkd_angle": "target.rkd_angle",
-    "attention": "target.attention",
-}
-"""The teacher's targets and the settings that weigh them."""
-PUBLISHED = {"embedding_cosine": 128.0, "rkd_distance": 25.0, "rkd_angle": 50.0, "attention": 1e3}
-"""Weights of those whose authors use another than 1, beside a softmax loss (docs/training.md)."""
+CANDIDATES = {row.name: row for row in TARGETS.values() if not row.alone}
+"""The targets by name; a hint is a stage of its own."""
 RULE = (
     "Rule: a target is judged by the paired bootstrap of its arm against none over seeds and "
     "pictures (95 %). held: its weight stays; reversed (it hurts): 0; inconclusive: 0 too, as a "
@@ -158,7 +147,7 @@ class Selection:
 
     def remarks(self) -> list[str]:
         """Sentences below the table: the outcome, the check, notes, the rule."""
-        chosen = (f"{TARGETS[one.arm.name]} {one.weight:g}" for one in self.judged)
+        chosen = (f"target.{CANDIDATES[one.arm.name].key} {one.weight:g}" for one in self.judged)
         lines = [f"Chosen: {', '.join(chosen)}."]
         if self.check is not None:
             arm, best, against = self.check.judged.arm, self.check.best, self.check.against

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from kdtrain.config import Config, ModelConfig, settings
+from kdtrain.config import SETTINGS, Config, ModelConfig, settings
 from kdtrain.config.head import HeadConfig
-from kdtrain.config.target import TEACHER_WEIGHTS
 from kdtrain.data import center, shrink
 from kdtrain.data.run_data import EvalBatch, training_views
 from kdtrain.models.mixture import TeacherMixture
@@ -43,29 +42,6 @@ TIMED_BYTES = 2 << 30
 "Most that the activations of a timed batch may take, bytes; weights come on top."
 LEAST = 4  # pictures of the smallest batch that every task can step on (2 people x 2 pictures)
 EVAL_PICTURES = 256  # the engine's own evaluation batch
-
-# Settings that change neither the arithmetic of a batch nor its memory: whole sections, then keys.
-_FREE_SECTIONS = ("data.", "teacher", "eval.")
-_FREE = (
-    *("head.run", "head.m", "head.m_cosine", "head.m_min", "head.h", "head.scale"),
-    *("seed", "init_from", "optim.phases", "optim.schedule", "optim.final_lr_fraction"),
-    *("optim.warmup_epochs", "optim.accumulate", "optim.momentum", "optim.weight_decay"),
-    *("triplet.margin", "target.temperature", "target.tau_squared", "train.threads"),
-    *("train.log_every", "train.eval_every", "train.early_stop", "train.save_every"),
-    *(
-        "train.tensorboard",
-        "train.drop_last",
-        "augment.flip",
-        "augment.scale_min",
-        "augment.scale_max",
-    ),
-)
-# Settings of which only it counts whether they are set.
-_SWITCHES = (
-    *("triplet.weight", "target.gamma", *(f"target.{name}" for name in TEACHER_WEIGHTS)),
-    *("optim.clip_norm", "optim.ema"),
-)
-_PICTURES = ("data.store_size", "data.crop_size", "data.input_size", "teacher.input_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,10 +110,11 @@ def timing(
     config: Config, classes: int, teachers: Sequence[ModelConfig], kept: bool, threads: int
 ) -> Timing:
     """The timing of the config's shape, from this process' earlier ones where there is one."""
+    flat = settings.to_flat(config)
     shape = {
-        key: bool(value) if key in _SWITCHES else value
-        for key, value in settings.to_flat(config).items()
-        if key in _PICTURES or not (key in _FREE or key.startswith(_FREE_SECTIONS))
+        setting.key: bool(flat[setting.key]) if setting.cost == "switch" else flat[setting.key]
+        for setting in SETTINGS
+        if setting.cost != "none"
     }
     asked = [repr(list(teachers)), kept] if teachers else []
     record = [shape, classes, asked, threads or torch.get_num_threads()]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdtrain.config.networks import describe
+from kdtrain.config import HeadConfig, ModelConfig
 from kdtrain.models.backbones.base import Backbone
 from kdtrain.models.backbones.build import build_backbone
 
@@ -80,15 +80,15 @@ class FaceNetwork(nn.Module):
 
     def __init__(
         self,
-        model: Any,
+        model: ModelConfig,
         num_classes: int,
         landmarks: bool = False,
         *,
-        head: Any = None,
+        head: HeadConfig | None = None,
         input_size: int = INPUT_SIZE,
     ) -> None:
         super().__init__()
-        cosine = getattr(head, "kind", "linear") == "cosine"
+        cosine = head is not None and head.kind == "cosine"
         if num_classes < (0 if cosine else 1):
             raise ValueError(
                 "FaceNetwork: num_classes must be at least 1 (0 with a cosine head, for a network "
@@ -98,7 +98,7 @@ class FaceNetwork(nn.Module):
         self.width = self.backbone.width
         self.num_classes = num_classes
         self.classifier: nn.Linear | CosineClassifier
-        if cosine:
+        if head is not None and cosine:
             self.classifier = CosineClassifier(self.width, num_classes, head.scale)
         else:
             self.classifier = nn.Linear(self.width, num_classes)
@@ -181,10 +181,10 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def network_from_state(
-    model: Any,
+    model: ModelConfig,
     state: Mapping[str, Tensor],
     *,
-    head: Any = None,
+    head: HeadConfig | None = None,
     input_size: int = INPUT_SIZE,
 ) -> FaceNetwork:
     """A network with exactly the weights in `state`; classes and landmark head are read off the
@@ -208,8 +208,8 @@ def network_from_state(
     refused = _differences(network.state_dict(), state)
     if refused:
         raise ValueError(
-            f"network_from_state: {len(refused)} weights do not fit {describe(model)} for pictures "
-            f"of {input_size} pixels; the first: {refused[0]}"
+            f"network_from_state: {len(refused)} weights do not fit {model.describe()} for "
+            f"pictures of {input_size} pixels; the first: {refused[0]}"
         )
     network.load_state_dict(dict(state))
     return network

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from kdtrain.models.network import Outputs
-from kdtrain.objectives.targets import Guide, Objective, Pair, halved, width_map
+from kdtrain.objectives.targets import Pair, halved, width_map
 
 SHORTEST = 1e-12  # length below which a vector has no direction
 # Squared distance, in units of the two squared lengths, below which two features are the same: they
@@ -113,39 +112,6 @@ def attention_pairs(
         rows = [unit(maps.flatten(1)) for maps in sides]
         pairs.append(Pair("attention", rows[0], rows[1], weight, "mean"))
     return pairs
-
-
-def baseline_pairs(
-    student: Outputs, teacher: Guide | None, embedded: tuple[Tensor, Tensor] | None, target: Any
-) -> list[Pair]:
-    """The squared distances among these targets that `target` (a TargetConfig) gives a weight.
-
-    embedded: what EmbeddingTarget makes of the two features. None for a teacher gives no pair.
-    """
-    pairs = []
-    if embedded is not None and target.embedding_l2:
-        pairs.append(Pair("embedding_l2", *embedded, target.embedding_l2, "batchmean"))
-    if teacher is not None and target.attention:
-        pairs += attention_pairs(student.attention, teacher.attention, target.attention)
-    return pairs
-
-
-def relation_objective(
-    student: Tensor, teacher: Tensor | None, embedded: tuple[Tensor, Tensor] | None, target: Any
-) -> Objective | None:
-    """The cosine and RKD terms that `target` gives a weight, of features (N, K_S) and (N, K_T)."""
-    terms: list[tuple[str, float, Tensor]] = []
-    if embedded is not None and target.embedding_cosine:
-        loss = cosine_loss(*embedded)
-        terms.append(("embedding_cosine", target.embedding_cosine, loss))
-    if teacher is not None and target.rkd_distance:
-        terms.append(("rkd_distance", target.rkd_distance, rkd_distance(student, teacher)))
-    if teacher is not None and target.rkd_angle:
-        terms.append(("rkd_angle", target.rkd_angle, rkd_angle(student, teacher)))
-    if not terms:
-        return None
-    weighted = torch.stack([weight * loss for _, weight, loss in terms]).sum()
-    return Objective(weighted, {name: loss for name, _, loss in terms})
 
 
 def squared_distances(features: Tensor) -> Tensor:

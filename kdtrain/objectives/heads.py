@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from kdkernels import (
     linear_kd_cross_entropy,
     sample_classes,
 )
+from kdtrain.config import HeadConfig, TargetConfig
 from kdtrain.models.network import CosineClassifier, FaceNetwork
 from kdtrain.objectives.targets import Guide, Objective, weighed_softmax, width_map
 
@@ -83,7 +83,7 @@ def streamed_objective(
     labels: Tensor,
     margin: Margin | None,
     *,
-    target: Any,
+    target: TargetConfig,
     margin_grad: str = "exact",
     sample: float = 1.0,
     backend: str | None = None,
@@ -130,7 +130,11 @@ def streamed_objective(
 
 
 def teacher_head_objective(
-    mapped: Tensor, teacher: FaceNetwork, guide: Guide, target: Any, backend: str | None = None
+    mapped: Tensor,
+    teacher: FaceNetwork,
+    guide: Guide,
+    target: TargetConfig,
+    backend: str | None = None,
 ) -> Objective:
     """target.teacher_head [tau^2] H(softmax(h / tau), softmax(t / tau)), h the teacher's frozen
     classifier on the student's feature: TH-KD (arXiv 2201.06945).
@@ -175,7 +179,7 @@ def soft_source(
 
 
 def margin_of(
-    head: Any,
+    head: HeadConfig,
     hidden: Tensor,
     labels: Tensor,
     teacher: FaceNetwork | None,

@@ -242,25 +242,6 @@ def halved(maps: Tensor, other: Tensor) -> Tensor:
     return maps
 
 
-def distillation_pairs(
-    student: Any, teacher: Any, hidden: HiddenTarget | None, target: Any
-) -> list[Pair]:
-    """The hidden and logit pairs of a step that `target` gives a weight.
-
-    student: outputs of the network (`hidden`, `logits`). teacher: a Guide; None gives no pair.
-    target: a TargetConfig.
-    """
-    pairs = []
-    if teacher is not None and hidden is not None:
-        ours, theirs = hidden(student.hidden, teacher.hidden)
-        pairs.append(Pair("hidden", ours, theirs, target.beta, target.hidden_reduction))
-    if teacher is not None and target.logits:
-        pairs.append(
-            Pair("logits", student.logits, teacher.logits, target.logits, target.logits_reduction)
-        )
-    return pairs
-
-
 def total(parts: Sequence[Objective | None]) -> Objective:
     """The sum of the parts that are there. ValueError when none is."""
     present = [part for part in parts if part is not None]

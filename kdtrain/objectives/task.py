@@ -1,7 +1,7 @@
 """What the tasks share: a network, its teacher, one step's loss, and how it is measured.
 
 One objective covers them: Phi(task) + alpha soft + beta hidden + logits + gamma softmax (eq. 5 of
-arXiv 1709.02929), and the targets of baselines.py. Teachers answer in eval mode and
+arXiv 1709.02929), and the targets of registry.py. Teachers answer in eval mode and
 without gradient: online, or their kept answers are handed in (teacher_cache.py).
 """
 
@@ -9,33 +9,30 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdtrain.config import ConfigError
+from kdtrain.config import TARGETS, Config, ConfigError
 from kdtrain.data.run_data import EvalBatch
 from kdtrain.models.mixture import TeacherMixture
 from kdtrain.models.network import FaceNetwork, Outputs, seeded
 from kdtrain.models.passes import Passes
-from kdtrain.objectives.baselines import EmbeddingTarget, baseline_pairs, relation_objective
 from kdtrain.objectives.heads import (
     AdaFaceNorms,
-    TeacherHead,
     margin_of,
     move_centres,
     streamed_objective,
     teacher_head_objective,
 )
 from kdtrain.objectives.observe import Seen, look
+from kdtrain.objectives.registry import MODULES, compared, losses_of, pairs_of
 from kdtrain.objectives.targets import (
     Guide,
-    HiddenTarget,
     Objective,
     Pair,
-    distillation_pairs,
     softmax_objective,
     squared_objective,
     total,
@@ -64,22 +61,25 @@ class Task(ABC):
     """Name of the metric that judges a run, and +1 where more is better, -1 where less is."""
     needs_landmarks = False
 
-    def __init__(self, config: Any, num_classes: int, teacher: FaceNetwork | None = None) -> None:
+    def __init__(
+        self, config: Config, num_classes: int, teacher: FaceNetwork | None = None
+    ) -> None:
         target = config.target
         if config.needs_teacher and teacher is None:
             raise ValueError(
                 "build_task: a target of the teacher has a weight, or the head asks it: that needs "
                 "a teacher network"
             )
-        asked = target.alpha or target.logits or target.teacher_head
+        asked = any(row.by_class for row in target.weighed)
         asked = asked or config.head.margin == "distillation"
         if teacher is not None and asked and teacher.num_classes != num_classes:
             known = f"tells {teacher.num_classes} people apart"
             raise ValueError(
                 f"build_task: the teacher {known if teacher.num_classes else 'has no classifier'} "
                 f"and the data has {num_classes} people; train the teacher on these (or import it "
-                "with the --head that was), or set target.alpha, target.logits, "
-                "target.teacher_head to 0 and head.margin to none or one without a teacher"
+                "with the --head that was), or set target."
+                f"{', target.'.join(row.key for row in TARGETS.values() if row.by_class)} to 0 "
+                "and head.margin to none or one without a teacher"
             )
         self.config = config
         self.target = target
@@ -91,32 +91,12 @@ class Task(ABC):
         self._run = Passes(config.train)
         for network in filter(None, (self.network, self.teacher)):
             network.arrange(channels_last=config.train.channels_last)
-        self._hidden: HiddenTarget | None = None
-        self._embedding_target: EmbeddingTarget | None = None
         self.extra = nn.ModuleDict()
-        if self.teacher is not None and target.beta:
-            with seeded(config.seed + 1):
-                self._hidden = HiddenTarget(
-                    self.network.width,
-                    self.teacher.width,
-                    projection=target.hidden_proj,
-                    normalize=target.hidden_normalize,
-                )
-            self.extra["hidden"] = self._hidden
-        if self.teacher is not None and target.needs_embedding:
-            with seeded(config.seed + 1):
-                self._embedding_target = EmbeddingTarget(
-                    self.network.width, self.teacher.width, projection=target.embedding_proj
-                )
-            self.extra["embedding"] = self._embedding_target
+        for name, (keys, build) in MODULES.items():
+            if self.teacher is not None and any(getattr(target, key) for key in keys):
+                with seeded(config.seed + 1):
+                    self.extra[name] = build(self.network.width, self.teacher.width, target)
         self.gallery: Callable[[Tensor], Tensor] | None = None
-        self._teacher_head: TeacherHead | None = None
-        if self.teacher is not None and target.teacher_head:
-            with seeded(config.seed + 1):
-                self._teacher_head = TeacherHead(
-                    self.network.width, self.teacher.width, projection=target.teacher_head_proj
-                )
-            self.extra["teacher_head"] = self._teacher_head
         self._norms = AdaFaceNorms() if config.head.margin == "adaface" else None
         if self._norms is not None:
             self.extra["adaface"] = self._norms
@@ -174,7 +154,7 @@ class Task(ABC):
     def _needs_teacher_feature(self) -> bool:
         from_feature = self.target.alpha or self.target.teacher_head
         return bool(
-            self.target.needs_hidden
+            self.target.needs_feature
             or self.config.head.needs_teacher
             or (from_feature and not self._needs_teacher_logits)
         )
@@ -211,21 +191,15 @@ class Task(ABC):
         guide = self._scored(guide)
         softmax = self._softmax(outputs, labels, guide)
         second = None
-        if self._teacher_head is not None and guide is not None:
+        if guide is not None and "teacher_head" in self.extra:
             assert self.teacher is not None
-            mapped = self._teacher_head(outputs.hidden)
+            mapped = self.extra["teacher_head"](outputs.hidden)
             second = teacher_head_objective(mapped, self.teacher, guide, self.target, self.backend)
-        pairs = distillation_pairs(outputs, guide, self._hidden, self.target)
-        theirs = None if guide is None else guide.hidden
-        embedded = None
-        if self._embedding_target is not None and theirs is not None:
-            embedded = self._embedding_target(outputs.hidden, theirs)
-        pairs += baseline_pairs(outputs, guide, embedded, self.target)
-        pairs += self._regression(outputs, pictures, points)
-        squared = squared_objective(pairs, self.backend)
-        relations = relation_objective(outputs.hidden, theirs, embedded, self.target)
+        step = None if guide is None else compared(outputs, guide, self.extra, self.target)
+        pairs = [*pairs_of(step), *self._regression(outputs, pictures, points)]
+        squared, losses = squared_objective(pairs, self.backend), losses_of(step)
         metric = self._metric_loss(outputs, labels)
-        return StepResult(*total([metric, softmax, second, squared, relations]))
+        return StepResult(*total([metric, softmax, second, squared, losses]))
 
     def _scored(self, guide: Guide | None) -> Guide | None:
         """The teacher's answer with the logits of its feature, where they are needed and were not

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from kdkernels import batch_triplet_loss
+from kdtrain.config import Config
 from kdtrain.data.run_data import EvalBatch
 from kdtrain.models.network import FaceNetwork, Outputs, seeded
 from kdtrain.objectives import evaluate, observe
@@ -64,7 +64,9 @@ class Hint(Classification):
 
     metric = ("hint", -1)
 
-    def __init__(self, config: Any, num_classes: int, teacher: FaceNetwork | None = None) -> None:
+    def __init__(
+        self, config: Config, num_classes: int, teacher: FaceNetwork | None = None
+    ) -> None:
         super().__init__(config, num_classes, teacher)
         assert self.teacher is not None
         place = self.target.hint_stage - 1
@@ -278,7 +280,7 @@ TASKS: dict[str, type[Task]] = {
 }
 
 
-def build_task(config: Any, num_classes: int, teacher: FaceNetwork | None = None) -> Task:
+def build_task(config: Config, num_classes: int, teacher: FaceNetwork | None = None) -> Task:
     """The task that `config.task` names, its network freshly initialised from `config.seed`; its
     hint stage where target.hint has a weight.
 

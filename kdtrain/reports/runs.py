@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from kdtrain.config import settings
+from kdtrain.config import TARGETS, settings
 from kdtrain.config.networks import network_title
 from kdtrain.reports.chain_table import CHAIN, COLUMNS, ROWS, floor, untrained
 from kdtrain.training.checkpoint import read_json
@@ -182,23 +182,23 @@ def loss_text(stage: Stage) -> str:
         named = f"triplet ({triplet.get('mining')}, margin {triplet.get('margin')})"
         if weight:
             parts.append(named if weight == 1 else f"{weight:g} {named}")
-    tau = f"tau {target.get('temperature'):g}" if target.get("temperature") else ""
-    tau += ", tau\N{SUPERSCRIPT TWO}" if target.get("tau_squared") else ""
-    for key, name, note in (
-        ("gamma", "softmax", ""),
-        ("alpha", "soft", tau),
-        ("beta", "hidden", target.get("hidden_reduction")),
-        ("logits", "logits", target.get("logits_reduction")),
-        ("embedding_l2", "embedding L2", ""),
-        ("embedding_cosine", "embedding cosine", ""),
-        ("rkd_distance", "RKD distance", ""),
-        ("rkd_angle", "RKD angle", ""),
-        ("attention", "attention transfer", ""),
-        ("hint", f"hint of stage {target.get('hint_stage')}", target.get("hint_reduction")),
-    ):
+
+    def tau(form: str) -> str:
+        value = target.get(form) or target.get("temperature")
+        squared = ", tau\N{SUPERSCRIPT TWO}" if target.get("tau_squared") else ""
+        return (f"tau {value:g}" if value else "") + squared
+
+    words = [("gamma", "softmax", "")]
+    words += [
+        (row.key, row.words.format_map(target), row.form)
+        for row in TARGETS.values()
+        if target.get(row.key)
+    ]
+    for key, name, form in words:
         weight = target.get(key)
         if weight:
             prefix = "" if weight == 1 else f"{weight:g} "
+            note = tau(form) if form.endswith("temperature") else target.get(form)
             parts.append(f"{prefix}{name}" + (f" ({note})" if note else ""))
     return "; ".join([" + ".join(parts), *_teacher_text(stage)])
 

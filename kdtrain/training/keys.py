@@ -8,27 +8,13 @@ import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from kdtrain.config import RUN_SETTINGS, Config, run_folder
+from kdtrain.config import SETTINGS, AugmentConfig, Config, run_folder
 from kdtrain.config.settings import to_flat
 from kdtrain.data import fixed_views
 from kdtrain.training.checkpoint import WEIGHTS, CheckpointError, read_json, run_weights
 
-# How and where a run computes, shows and finds things; the pictures themselves are in the data's
-# fingerprint.
-NOT_IN_KEY = (
-    *RUN_SETTINGS.values(),
-    "teacher.cache_dir",
-    "data.root",
-    "data.cache",
-    "data.workers",
-    "train.threads",
-    "train.log_every",
-    "train.save_every",
-    "train.tensorboard",
-)
 HASHED_ROOMS = ("config", "data", "models", "objectives", "training")
 """Packages of kdtrain whose sources can change a trained number."""
 NOT_HASHED = ("models/published", "training/journal")
@@ -89,7 +75,8 @@ def _counted(flat: Mapping[str, Any]) -> dict[str, Any]:
     by itself); so does any cache of a run without a teacher. Sizes that are left to another
     setting count as it does, and the teacher's not at all without one; equal weights count as none.
     """
-    counted = {key: value for key, value in flat.items() if key not in NOT_IN_KEY}
+    uncounted = [setting.key for setting in SETTINGS if not setting.counted]
+    counted = {key: value for key, value in flat.items() if key not in uncounted}
     cache = "none" if flat.get("teacher.run") is None else flat.get("teacher.cache", "none")
     what = flat.get("teacher.cache_what", "outputs")
     exact = what == "outputs" or not (flat.get("train.compile") or _has_fixed_views(flat))
@@ -108,7 +95,7 @@ def _counted(flat: Mapping[str, Any]) -> dict[str, Any]:
 def _has_fixed_views(flat: Mapping[str, Any]) -> bool:
     section = {k.partition(".")[2]: v for k, v in flat.items() if k.startswith("augment.")}
     crop = flat["data.crop_size"] or flat["data.input_size"]
-    return fixed_views(SimpleNamespace(**section), flat["data.store_size"], crop) is not None
+    return fixed_views(AugmentConfig(**section), flat["data.store_size"], crop) is not None
 
 
 @cache

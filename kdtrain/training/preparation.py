@@ -63,14 +63,11 @@ def check_lineage(
     """Raises ConfigError where classes are compared with those of a run on other people; tells
     people of runs that were trained on test pictures of this one.
     """
-    target = config.target
-    by_class = (
-        *(target.alpha, target.logits, target.teacher_head),
-        config.head.margin == "distillation",
-    )
+    by_class = any(row.by_class for row in config.target.weighed)
+    by_class |= config.head.margin == "distillation"
     for name, run in folders.items():
         setting = RUN_SETTINGS.get(name) or RUN_SETTINGS[name.rpartition("_")[0]]
-        if name == "head" or (name.startswith("teacher") and any(by_class)):
+        if name == "head" or (name.startswith("teacher") and by_class):
             check_people(setting, run, data)
         known = known_pictures(run, data)
         if known:

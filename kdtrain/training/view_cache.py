@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdtrain.config import Config
 from kdtrain.data import fixed_views
 from kdtrain.objectives.targets import Guide
 from kdtrain.training.teacher_cache import FORMAT, HEADER_BYTES, STORED, CacheError, KeptFile, room
@@ -51,7 +52,7 @@ class ViewCache:
         say: Callable[[str], None],
         *,
         train: Tensor,
-        config: Any,
+        config: Config,
         ask: Ask,
     ) -> None:
         """folder, dtype, device, say: as TeacherCache has them. owner: what

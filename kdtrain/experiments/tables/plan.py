@@ -9,19 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kdtrain.config import ConfigError
+from kdtrain.config import SETTINGS, ConfigError
 from kdtrain.config.settings import nearest
-from kdtrain.config.target import TEACHER_WEIGHTS
 from kdtrain.experiments.campaign import Campaign, make_campaign
 from kdtrain.experiments.tables.paper import NARROWEST, WIDTHS, TableSpec, table_specs
 from kdtrain.experiments.tables.stages import Request, RunOf, groups, schedules, stages
 
 TABLES = tuple(table_specs())
-# What makes the cells of a table what they are.
-OWN = (
-    *("task", "seed", "init_from", "teacher.run", "model.divide", "optim.phases", "target.gamma"),
-    *("target.tau_squared", *(f"target.{name}" for name in TEACHER_WEIGHTS)),
-)
+OWN = tuple(setting.key for setting in SETTINGS if setting.own)
+"""What makes the cells of a table what they are."""
 
 
 def request_from(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from kdtrain.config.networks import FACE_NETWORKS, MOBILE, NAMES, TIMM, embedding_width, is_known
+from kdtrain.config import ModelConfig
+from kdtrain.config.networks import FACE_NETWORKS, MOBILE, NAMES, TIMM, is_known
 from kdtrain.models.backbones.base import Backbone
 from kdtrain.models.backbones.iresnet import IResNet
 from kdtrain.models.backbones.mobilefacenet import MobileFaceNet
@@ -12,15 +13,14 @@ from kdtrain.models.backbones.resnet import BLOCKS, ResNet
 from kdtrain.models.backbones.timm_network import TimmNetwork
 
 
-def build_backbone(model: Any, input_size: int) -> Backbone:
+def build_backbone(model: ModelConfig, input_size: int) -> Backbone:
     """The network of `model` with weights drawn from torch's random state.
 
-    model: an object with name, embedding, color, divide and, for resnet, depth, width and stem; see
-    config.ModelConfig. input_size: side of its pictures; resnet takes any others too. Raises
+    input_size: side of its pictures; resnet takes any others too. Raises
     ValueError for a network that cannot be built.
     """
     _check(model)
-    width = embedding_width(model)
+    width = model.embedding_width
     common: dict[str, Any] = {"embedding": width, "color": model.color}
     if model.name.startswith(TIMM):
         name = model.name.removeprefix(TIMM)
@@ -31,7 +31,7 @@ def build_backbone(model: Any, input_size: int) -> Backbone:
     return ResNet(model.depth, model.width // model.divide, model.stem, **common)
 
 
-def _check(model: Any) -> None:
+def _check(model: ModelConfig) -> None:
     if not is_known(model.name):
         raise ValueError(
             f"FaceNetwork: model.name must be one of {', '.join(NAMES)} or timm:NAME, got "

@@ -9,7 +9,7 @@ import yaml
 
 from kdtrain.cli import main
 from kdtrain.cli.arguments import UsageError, take_stage_keys
-from kdtrain.config import Config, ConfigError, TeacherConfig, run_folder, settings
+from kdtrain.config import SETTINGS, Config, ConfigError, TeacherConfig, run_folder, settings
 from kdtrain.config.settings import build, nearest, read_recipe, recipe_path, to_flat, to_yaml
 
 CHAINS = sorted(set(settings.preset_names()) - {"images"})
@@ -83,9 +83,21 @@ def test_the_control_differs_from_the_distilled_student_by_the_teacher_alone(pre
 
 
 def test_every_setting_has_a_help_text():
-    leaves = list(settings._leaves())
-    assert len(leaves) > 50
-    assert [key for key, _, _, text in leaves if len(text) < 10] == []
+    assert len(SETTINGS) > 50
+    assert [setting.key for setting in SETTINGS if len(setting.text) < 10] == []
+
+
+def test_settings_that_cannot_change_a_number_or_a_step_say_so():
+    assert {setting.key for setting in SETTINGS if not setting.counted} == {
+        *("init_from", "teacher.run", "teacher.more", "head.run", "eval.gallery"),
+        *("teacher.cache_dir", "data.root", "data.cache", "data.workers"),
+        *("train.threads", "train.log_every", "train.save_every", "train.tensorboard"),
+    }
+    costs = {setting.key: setting.cost for setting in SETTINGS}
+    sizes = {key for key in costs if key.startswith(("data.", "teacher.")) and costs[key] != "none"}
+    assert sizes == {"data.store_size", "data.crop_size", "data.input_size", "teacher.input_size"}
+    assert (costs["model.width"], costs["seed"], costs["optim.ema"]) == ("value", "none", "switch")
+    assert costs["target.alpha"] == "switch"
 
 
 def test_a_resolved_config_is_a_recipe(tmp_path):

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch.nn import functional as F
 
-from kdtrain.config import TargetConfig
 from kdtrain.objectives.targets import (
     HiddenTarget,
     Objective,
     Pair,
-    distillation_pairs,
     softmax_objective,
     squared_objective,
     total,
@@ -153,21 +149,6 @@ def test_normalized_hidden_targets_have_unit_length():
     target = HiddenTarget(8, 12, projection="linear", normalize=True)
     for side in target(random(3, 8), random(3, 12)):
         torch.testing.assert_close(side.norm(dim=1), torch.ones(3))
-
-
-def test_hidden_and_logit_pairs_carry_their_weights():
-    outputs = SimpleNamespace(hidden=random(3, 8), logits=random(3, 5))
-    guide = SimpleNamespace(hidden=random(3, 8, seed=1), logits=random(3, 5, seed=1))
-    hidden = HiddenTarget(8, 8, projection="linear", normalize=False)
-    target = TargetConfig(beta=2.0, logits=0.5, hidden_reduction="mean", logits_reduction="sum")
-    pairs = distillation_pairs(outputs, guide, hidden, target)
-    assert [(p.name, p.weight, p.reduction) for p in pairs] == [
-        ("hidden", 2.0, "mean"),
-        ("logits", 0.5, "sum"),
-    ]
-    assert pairs[0].student is outputs.hidden
-    assert pairs[1].teacher is guide.logits
-    assert distillation_pairs(outputs, None, None, target) == []
 
 
 def test_the_total_adds_the_parts_and_detaches_float32_terms():

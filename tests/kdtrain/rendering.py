@@ -1,0 +1,389 @@
+"""Renders every table, report and page from the committed run directories: a function per kind.
+
+Each function writes the files of its kind into a folder. make_fixtures.py renders into
+fixtures/rendered, test_fixtures.py into a temporary folder. Images inside an HTML page are replaced
+by their size and a hash of their pixels; large ones are also written as files of their own.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import copy
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+
+from kdtrain import (
+    campaign,
+    checkpoint,
+    cli,
+    dryrun,
+    inspection,
+    pipeline,
+    select_targets,
+    settings,
+)
+from kdtrain.comparison import collect as comparison_collect
+from kdtrain.comparison import compare, cost, picture
+from kdtrain.comparison import request as comparison_request
+from kdtrain.config import Config
+from kdtrain.estimate import Estimate
+from kdtrain.report import report
+from kdtrain.scheduler import Outcome
+from kdtrain.selection import Selection, check, judge, table, write
+from kdtrain.settings import build, read_recipe
+from kdtrain.tables import collect, files, reproduce
+from kdtrain.tables import text as table_text
+from kdtrain.tables.paper import table_specs
+from kdtrain.tables.stages import Request, RunOf, groups
+from kdtrain.timing import network_size
+
+FIXTURES = Path(__file__).resolve().parent / "fixtures"
+RUNS = FIXTURES / "run_directories"
+RECIPES = FIXTURES / "recipes"
+RENDERED = FIXTURES / "rendered"
+
+KEY = "0123456789abcdef"
+"""The key in every results.json, diverged.json and run.json of the fixtures."""
+STEP = 32
+"""Difference of two values of a colour in the reduced images."""
+LARGE = 100
+"""An image of an HTML page that is wider than this is written as a file, pixels."""
+DRAWN = ("table1", "table3")
+"""Tables of which the picture is drawn, which takes seconds."""
+TABLES_REQUEST = Request(
+    ("table1", "table2", "table3", "table4", "table5"), seeds=(1, 2), widths=(8,), second={}
+)
+FAILED = "b_cls_scratch_8_s2"
+METHODS = ("student", "soft", "hidden", "sh_kd")
+COMPARE_OPTIONS: Mapping[str, Any] = {
+    "methods": list(METHODS),
+    "folder": "tiny",
+    "seeds": 2,
+    "resolutions": "16,8",
+}
+SMALL = {
+    "data.people": 20,
+    "data.pictures": 5,
+    "data.store_size": 20,
+    "data.input_size": 16,
+    "model.width": 8,
+}
+"""Keys of the dry runs of packaged recipes, for seconds of time."""
+TARGETS = {"soft": 0.5, "hidden": 1.0, "logits": 0.01, "attention": 10.0, "rkd_angle": 50.0}
+SELECTION_SEEDS = (1, 2)
+
+
+def report_of_chain(out: Path) -> None:
+    """report.html of a chain: every role of the three tasks, a stage under way, one that diverged,
+    one that is planned, and others outside the chain.
+    """
+    _report(RUNS / "chain", out, "python -m kdtrain pipeline --preset tiny")
+
+
+def report_of_run(out: Path) -> None:
+    """report.html of a single run directory."""
+    _report(RUNS / "chain" / "ver_distilled", out, "python -m kdtrain train ver_distilled")
+
+
+def result_table(out: Path) -> None:
+    """The result table of a chain on the console, and the line of each finished stage."""
+    outcomes = {}
+    folders = {path.parent.name for path in (RUNS / "chain").glob("*/config.yaml")}
+    planned = {path.stem for path in (RUNS / "chain" / "recipes").glob("*.yaml")}
+    for name in sorted(folders | planned):
+        folder = RUNS / "chain" / name
+        state = "skipped" if name not in folders else "stopped"
+        state = "diverged" if (folder / "diverged.json").exists() else state
+        state = "done" if (folder / "results.json").exists() else state
+        outcomes[name] = Outcome(state, "", 0.0)
+    console, text = _console(100)
+    for name, outcome in outcomes.items():
+        if outcome.state == "done":
+            results = checkpoint.read_json(RUNS / "chain" / name / "results.json") or {}
+            console.print(f"{name}: {outcome.state}, {pipeline.headline(results)}")
+    console.print(pipeline.result_table(RUNS / "chain", outcomes))
+    _write(out / "console.txt", text())
+
+
+def tables(out: Path) -> None:
+    """Tables 1 to 5 as `reproduce` writes them, and on the console; some cells have no number. Only
+    the tables of DRAWN have an image and are on the page of all tables.
+    """
+    results = {run: _result(RUNS / "tables" / run.name) for run in runs_of_tables()}
+    collection = collect.Collection(TABLES_REQUEST, results)
+    setting = [("command", "python -m kdtrain reproduce all"), ("scale", "two-cores")]
+    setting += collect.about(collection.done, 2)
+    made = [collect.table(spec, collection, setting) for spec in table_specs(True).values()]
+    files.write_all([one for one in made if one.name in DRAWN], out)
+    for one in made:
+        if one.name not in DRAWN:
+            files.write(one, out, png=b"")
+    console, text = _console(120)
+    for one in made:
+        table_text.show(one, console)
+    _write(out / "console.txt", text())
+
+
+def comparison(out: Path) -> None:
+    """The comparison of methods at two resolutions as `compare` writes it."""
+    request = _comparison_request()
+    stages = comparison_request.stages(request)
+    results = {run: _result(RUNS / "comparison" / stage.name) for run, stage in stages.items()}
+    configs = {run: stage.config for run, stage in stages.items()}
+    lengths = {False: cost.lengths(request, configs, False)}
+    networks = dict.fromkeys(cost.network_key(config) for config in configs.values())
+    sizes, speeds = {}, {}
+    for number, key in enumerate(networks, 1):
+        model, side = json.loads(key)
+        sizes[key] = cost.Size(f"ResNet-14/{model['divide']}", side, 9000 * number, 700, 10**6 // 4)
+        speeds[key] = {
+            batch: cost.Quartiles(low=90.5 * batch / number, median=100.5 * batch / number,
+                                  high=120.5 * batch / number)
+            for batch in cost.BATCHES
+        }  # fmt: skip
+    found = comparison_collect.Comparison(request, results, configs, lengths, sizes, speeds)
+    setting = [("command", "python -m kdtrain compare"), ("recipes", request.folder)]
+    setting += collect.about(found.done, 2)
+    made = comparison_collect.table(found, setting, compare.NAME)
+    drawn = picture.picture(found, made)
+    files.write(made, out, png=drawn, subject="Methods", width=compare.WIDTH)
+    console, text = _console(120)
+    console.print(compare._lengths_grid(request, lengths[False], False))
+    _write(out / "lengths.txt", text())
+
+
+def selection(out: Path) -> None:
+    """The evidence and the recipe that `select-targets` writes, and its table on the console."""
+    root = RUNS / "selection" / "arms"
+    config = build(read_recipe(RECIPES / "selection.yaml"))
+    study = select_targets.Study(root, config, TARGETS, SELECTION_SEEDS, 0.0)
+    arms = {name: select_targets.read_arm(study, name, _outcomes(study, name))
+            for name in ((), *((target,) for target in TARGETS))}  # fmt: skip
+    none = arms.pop(())
+    judged = [judge(arm, none, True) for arm in arms.values()]
+    kept = tuple(one.arm.name for one in judged if one.kept)
+    together = select_targets.read_arm(study, kept, _outcomes(study, kept))
+    found = Selection(
+        study.split,
+        "top1",
+        True,
+        none,
+        judged,
+        check(together, none, judged, True),
+        select_targets.leaks(study),
+        "python -m kdtrain select-targets selection.yaml",
+    )
+    write(found, study.weighed(kept), out, out / "selected.yaml")
+    console, text = _console(200)
+    console.print(table(found))
+    for line in found.remarks():
+        console.print(line, markup=False)
+    _write(out / "console.txt", text())
+
+
+def data(out: Path) -> None:
+    """The text and the grid of the `data` command."""
+    config = build(read_recipe(RECIPES / "data.yaml"))
+    with contextlib.chdir(out), _printed(out / "data.txt"):
+        inspection.show(config, Path("grid.png"))
+
+
+def dry_runs(out: Path) -> None:
+    """`--dry-run` of train, pipeline, reproduce and compare; steps are not timed."""
+    with _untimed():
+        with _printed(out / "train.txt"):
+            config = build(read_recipe(RECIPES / "tiny" / "soft.yaml"))
+            dryrun.show_run(config, Path("runs/soft"), RECIPES / "tiny", {})
+        with _printed(out / "train_published_size.txt"):
+            options = {"classes": 10_575, "pictures": 494_414}
+            dryrun.show_run(config, Path("runs/soft"), RECIPES / "tiny", options)
+        with _printed(out / "pipeline.txt"):
+            stages = pipeline.plan("demo", SMALL, {})
+            dryrun.show_stages(stages, Path("runs/demo"), 2, {})
+        options = {"jobs": 2, "budget_min": 2.0, "command": "", "dry_run": True}
+        with _printed(out / "reproduce.txt"):
+            request = Request(("table3",), seeds=(1,), widths=(8,), common=SMALL)
+            reproduce.main(request, Path("runs/tables"), **options)
+        with _printed(out / "compare.txt"):
+            compare.main(_comparison_request(), Path("runs/comparison"), **options)
+
+
+def recipes(out: Path) -> None:
+    """The list of the packaged recipes."""
+    with _printed(out / "recipes.txt"):
+        cli.main(["recipes"])
+
+
+KINDS: dict[str, Callable[[Path], None]] = {
+    "report_of_chain": report_of_chain,
+    "report_of_run": report_of_run,
+    "result_table": result_table,
+    "tables": tables,
+    "comparison": comparison,
+    "selection": selection,
+    "data": data,
+    "dry_runs": dry_runs,
+    "recipes": recipes,
+}
+
+
+def render(kind: str, out: Path) -> None:
+    """Write the files of a kind into an empty folder, with the images of its pages taken out and
+    every image reduced.
+    """
+    out.mkdir(parents=True)
+    with mock.patch.object(settings, "build", _build):
+        KINDS[kind](out)
+    for page in sorted(out.glob("*.html")):
+        text = page.read_text(encoding="utf-8")
+        _write(page, without_images(text, page.with_suffix("")))
+    for image in sorted(out.glob("*.png")):
+        if image.stat().st_size:
+            image.write_bytes(reduced(image.read_bytes()))
+        else:
+            image.unlink()
+
+
+def without_images(page: str, place: Path) -> str:
+    """The page with 'image WIDTHxHEIGHT HASH' for each embedded image. Large ones are written to
+    PLACE_1.png, PLACE_2.png, ... unless a file beside it has the same bytes, and have no hash.
+    """
+    beside = {path.read_bytes(): path.name for path in sorted(place.parent.glob("*.png"))}
+    count = 0
+
+    def replaced(match: re.Match[str]) -> str:
+        nonlocal count
+        content = base64.b64decode(match[1])
+        with Image.open(io.BytesIO(content)) as image:
+            size = f"{image.width}x{image.height}"
+            if image.width <= LARGE:
+                pixels = hashlib.sha256(np.asarray(image.convert("RGB")).tobytes()).hexdigest()
+                return f"image {size} {pixels[:8]}"
+        if content not in beside:
+            count += 1
+            beside[content] = f"{place.name}_{count}.png"
+            (place.parent / beside[content]).write_bytes(content)
+        return f"image {beside[content]}"
+
+    return re.sub(r"data:image/png;base64,([\w+/=]+)", replaced, page)
+
+
+def reduced(content: bytes) -> bytes:
+    """A PNG file of half the width and height, in steps of STEP per colour: a few times smaller."""
+    with Image.open(io.BytesIO(content)) as image:
+        pixels = np.asarray(image.convert("RGB").reduce(2)) // STEP * STEP
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _build(flat: Mapping[str, Any]) -> Config:
+    """settings.build, which takes 50 ms, once per config."""
+    key = json.dumps(dict(flat), sort_keys=True)
+    if key not in _built:
+        _built[key] = build(copy.deepcopy(dict(flat)))  # build changes the lists that it is given
+    return _built[key]
+
+
+_built: dict[str, Config] = {}
+
+
+def _report(runs: Path, out: Path, command: str) -> None:
+    copy = out / runs.name
+    shutil.copytree(runs, copy)
+    page = report(copy, command=command).read_text(encoding="utf-8")
+    shutil.rmtree(copy)
+    _write(out / "report.html", re.sub("(<dt>written</dt><dd>)[^<]*", r"\1DATE", page))
+
+
+def _result(folder: Path) -> collect.Result:
+    return collect.Result.read(folder, KEY, "no space left" if folder.name == FAILED else "")
+
+
+def _comparison_request() -> comparison_request.Request:
+    with contextlib.chdir(RECIPES):
+        return comparison_request.request_from(COMPARE_OPTIONS, {}, None)
+
+
+def _outcomes(study: select_targets.Study, arm: tuple[str, ...]) -> dict[str, Outcome]:
+    names = [select_targets.stage_name(arm, seed) for seed in study.seeds]
+    found = {}
+    for name in names:
+        diverged = (study.root / name / "diverged.json").exists()
+        found[name] = Outcome("diverged" if diverged else "done", "", 0.0)
+    return found
+
+
+@contextlib.contextmanager
+def _untimed() -> Iterator[None]:
+    """Estimates from the sizes alone, on a machine with two processors."""
+    about = {"device": "a processor"}
+    with (
+        mock.patch.object(dryrun, "estimate", _estimate),
+        mock.patch.object(campaign, "estimate", _estimate),
+        mock.patch.object(dryrun, "cores", return_value=2),
+        mock.patch.object(pipeline, "cores", return_value=2),
+        mock.patch.object(dryrun, "environment", return_value=about),
+        mock.patch.object(dryrun.torch, "get_num_threads", return_value=2),
+    ):
+        yield
+
+
+def _estimate(config: Config, *, classes: int, pictures: int, **_: Any) -> Estimate:
+    size = network_size(config, config.model, classes)
+    steps = sum(p.epochs for p in config.optim.phases) * (pictures // config.optim.batch_size)
+    return Estimate(
+        parameters=size.parameters,
+        multiply_adds=size.multiply_adds,
+        memory_bytes=16 * size.parameters,
+        batch=config.optim.batch_size,
+        timed_batch=config.optim.batch_size,
+        steps=steps,
+        training_s=0.125 * steps,
+        evaluations=2,
+        evaluation_s=1.5,
+    )
+
+
+def _console(width: int) -> tuple[Console, Callable[[], str]]:
+    """A console that is no terminal, and a function that returns its text."""
+    stream = io.StringIO()
+    console = Console(file=stream, highlight=False, soft_wrap=True, width=width)
+    return console, lambda: "".join(f"{line.rstrip()}\n" for line in stream.getvalue().splitlines())
+
+
+@contextlib.contextmanager
+def _printed(path: Path) -> Iterator[None]:
+    """Write standard output to a file, without blanks at the ends of lines."""
+    stream = io.StringIO()
+    width = mock.patch.dict(os.environ, {"COLUMNS": "100"})
+    with width, contextlib.redirect_stdout(stream):
+        yield
+    _write(path, "".join(f"{line.rstrip()}\n" for line in stream.getvalue().splitlines()))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def runs_of_tables() -> list[RunOf]:
+    """The runs of tables 1 to 5 that the fixtures hold."""
+    return [run for group in groups(table_specs(True), TABLES_REQUEST) for run in group.runs]
+
+
+def runs_of_comparison() -> list[comparison_request.RunOf]:
+    """The runs of the comparison, inputs first."""
+    return list(comparison_request.stages(_comparison_request()))

@@ -222,7 +222,7 @@ def csv_text(selection: Selection) -> str:
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     seeds = [f"seed_{seed}" for seed in selection.none.seeds]
-    judged_heads = ("points", "low", "high", "agreeing", "seeds", "pictures", "verdict", "weight")
+    judged_heads = ("points", "low", "high", "agreeing", "seeds", "images", "verdict", "weight")
     writer.writerow(["arm", "split", "metric", *seeds, *judged_heads])
     check = None if selection.check is None else selection.check.judged
     lines: list[tuple[Arm, Judged | None]] = [(selection.none, None)]

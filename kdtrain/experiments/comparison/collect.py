@@ -234,8 +234,8 @@ def _cost(comparison: Comparison, place: Place, title: str) -> Block:
     if teacher is not None:
         base = comparison.speeds.get(comparison.network(teacher, *place))
     columns = (
-        *("network", "backbone", "head, dropped", "multiply-adds", "pictures/s, 1"),
-        *("pictures/s, 64", "speed-up, 1", "speed-up, 64", "epochs", "pictures", "start epochs"),
+        *("network", "backbone", "head, dropped", "multiply-adds", "images/s, 1"),
+        *("images/s, 64", "speed-up, 1", "speed-up, 64", "epochs", "images", "start epochs"),
     )
     rows = []
     for method in comparison.methods:

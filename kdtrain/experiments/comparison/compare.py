@@ -82,7 +82,7 @@ def _lengths_grid(
     """How long each method is trained, and what it needs."""
     title = f"training of each run{', second data source' if second else ''}"
     grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
-    for name in ("method", "epochs", "pictures", "epochs of its start", "needs"):
+    for name in ("method", "epochs", "images", "epochs of its start", "needs"):
         grid.add_column(name, justify="left" if name in ("method", "needs") else "right")
     students = {run.method: one for run, one in lengths.items() if run.method in request.students}
     notes = cost.other_lengths(students)

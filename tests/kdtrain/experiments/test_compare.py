@@ -243,7 +243,7 @@ def test_the_table_has_every_method_with_what_it_reaches_and_costs(folder, fake,
     head = sum(p.numel() for p in network.classifier.parameters())
     assert float(table["cost", "soft", "backbone"]["mean"]) == backbone
     assert float(table["cost", "soft", "head, dropped"]["mean"]) == head
-    assert float(table["cost", "soft", "pictures/s, 64"]["mean"]) > 0
+    assert float(table["cost", "soft", "images/s, 64"]["mean"]) > 0
     assert float(table["cost", "teacher", "speed-up, 64"]["mean"]) == 1
     assert float(table["cost", "hidden", "epochs"]["mean"]) == 2
     assert float(table["cost", "sh_kd", "start epochs"]["mean"]) == 1

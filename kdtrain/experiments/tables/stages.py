@@ -14,8 +14,7 @@ import yaml
 from kdtrain.config import ConfigError, settings
 from kdtrain.experiments import pipeline
 from kdtrain.experiments.campaign import Group
-from kdtrain.experiments.tables.paper import FULL, At, TableSpec
-from kdtrain.experiments.tables.parts import PARTS, Part
+from kdtrain.experiments.tables.paper import FULL, PARTS, At, Part, TableSpec
 
 SCHEDULES = "_tables.yaml"
 # In this order a budget is spent: alignment is the cheapest table, the second table the dearest.

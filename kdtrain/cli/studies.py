@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentParser
 
@@ -57,11 +58,7 @@ def reproduce(argv: Sequence[str]) -> int:
 
     request = request_from(options, common, special)
     root = Path(options.get("run_dir") or f"runs/tables-{Path(request.scale).name}")
-    status = tables.main(
-        request, root, jobs=jobs_of(options), budget_min=options.get("budget"), command=command,
-        dry_run=bool(options.get("dry_run")),
-    )  # fmt: skip
-    return ended(status, command)
+    return ended(tables.main(request, root, **_campaign(options), command=command), command)
 
 
 def _add_campaign(parser: ArgumentParser, root: str) -> None:
@@ -71,6 +68,15 @@ def _add_campaign(parser: ArgumentParser, root: str) -> None:
     add_jobs(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan and train nothing")
     add_keys(parser)
+
+
+def _campaign(options: dict[str, Any]) -> dict[str, Any]:
+    """What `_add_campaign` added, as the commands' main functions take it. Raises UsageError."""
+    budget = options.get("budget")
+    if budget is not None and budget <= 0:
+        raise UsageError(f"--budget: expected minutes, more than 0, got {budget}")
+    dry_run = bool(options.get("dry_run"))
+    return {"jobs": jobs_of(options), "budget_min": budget, "dry_run": dry_run}
 
 
 def compare(argv: Sequence[str]) -> int:
@@ -99,18 +105,13 @@ def compare(argv: Sequence[str]) -> int:
     argv = list(argv)
     special = take_stage_keys(argv, ["second"])
     options, common = parse(parser, argv, ["second"])
-    jobs = jobs_of(options)
 
     from kdtrain.experiments.comparison import compare as comparison
     from kdtrain.experiments.comparison.request import request_from
 
     request = request_from(options, common, special.get("second"))
     root = Path(options.get("run_dir") or f"runs/compare-{Path(request.folder).name}")
-    status = comparison.main(
-        request, root, jobs=jobs, budget_min=options.get("budget"), command=command,
-        dry_run=bool(options.get("dry_run")),
-    )  # fmt: skip
-    return ended(status, command)
+    return ended(comparison.main(request, root, **_campaign(options), command=command), command)
 
 
 def select_targets(argv: Sequence[str]) -> int:

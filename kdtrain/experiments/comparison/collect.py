@@ -12,7 +12,7 @@ from kdtrain.config import Config
 from kdtrain.experiments import verdicts
 from kdtrain.experiments.comparison.cost import Length, Size, Speeds, network_key, other_lengths
 from kdtrain.experiments.comparison.request import Request, RunOf
-from kdtrain.experiments.tables.collect import Result, cell_of
+from kdtrain.experiments.tables.collect import Result, cell_of, floor_rows, mean_floor
 from kdtrain.reports.runs import count_text
 from kdtrain.reports.tables.data import Block, Cell, Row, RowKind, Table, Trend, Verdict
 
@@ -157,23 +157,27 @@ def _own_lengths(comparison: Comparison, second: bool) -> dict[str, Length]:
 
 def _accuracy(comparison: Comparison, place: Place, title: str) -> Block:
     metrics = comparison.metrics(place.second)
-    rows = [
-        Row(
-            method,
-            comparison.kind(method),
-            tuple(_cell(comparison, method, metric, place) for metric in metrics),
-        )
-        for method in comparison.methods
-    ]
-    rows += _floors(comparison, metrics, [place] * len(metrics))
-    columns = tuple(METRICS[metric] for metric in metrics)
-    return Block(title, columns, tuple(rows), "test split")
+    cells = [(place, metric) for metric in metrics]
+    return _block(comparison, cells, [METRICS[metric] for metric in metrics], title)
 
 
 def _side_by_side(comparison: Comparison, second: bool, where: str) -> Block:
     """A column block for each resolution."""
     known = [m for m in HEADLINE if m in comparison.metrics(second)]
     cells = [(Place(side, second), m) for side in comparison.request.sides for m in known]
+    columns = [f"{place.side} pixels: {METRICS[metric]}" for place, metric in cells]
+    return _block(comparison, cells, columns, f"resolutions side by side{where}")
+
+
+def _block(
+    comparison: Comparison,
+    cells: Sequence[tuple[Place, str]],
+    columns: Sequence[str],
+    title: str,
+) -> Block:
+    """A row a method with these metrics at these places; below it raw pixels, and the methods'
+    networks before their first step.
+    """
     rows = [
         Row(
             method,
@@ -182,9 +186,11 @@ def _side_by_side(comparison: Comparison, second: bool, where: str) -> Block:
         )
         for method in comparison.methods
     ]
-    rows += _floors(comparison, [m for _, m in cells], [place for place, _ in cells])
-    columns = tuple(f"{place.side} pixels: {METRICS[metric]}" for place, metric in cells)
-    return Block(f"resolutions side by side{where}", columns, tuple(rows), "test split")
+    rows += floor_rows(
+        (name, [floor(comparison, kind, metric, place) for place, metric in cells])
+        for name, kind in (("raw pixels", "floors"), ("untrained network", "untrained"))
+    )
+    return Block(title, tuple(columns), tuple(rows), "test split")
 
 
 def _cell(comparison: Comparison, method: str, metric: str, place: Place) -> Cell:
@@ -193,25 +199,10 @@ def _cell(comparison: Comparison, method: str, metric: str, place: Place) -> Cel
     return Cell(state="none") if cell.state == "not measured" else cell
 
 
-def _floors(comparison: Comparison, metrics: Sequence[str], places: Sequence[Place]) -> list[Row]:
-    """Raw pixels, and the methods' networks before their first step."""
-    rows = []
-    for name, kind in (("raw pixels", "floors"), ("untrained network", "untrained")):
-        cells = []
-        for metric, place in zip(metrics, places, strict=True):
-            value = floor(comparison, kind, metric, place)
-            cells.append(Cell(state="none") if value is None else Cell(value, state="done"))
-        if any(cell.value is not None for cell in cells):
-            rows.append(Row(name, "floor", tuple(cells)))
-    return rows
-
-
 def floor(comparison: Comparison, kind: str, metric: str, place: Place) -> float | None:
     """The mean of a floor over the finished runs of the methods, in percent; None without any."""
-    found = [r for m in comparison.request.students for r in comparison.of(m, *place)]
-    values = [r.results.get(kind, {}).get(metric) for r in found if r.state == "done"]
-    known = [value for value in values if value is not None]
-    return 100 * float(np.mean(known)) if known else None
+    found = (r for m in comparison.request.students for r in comparison.of(m, *place))
+    return mean_floor(found, kind, metric)
 
 
 def _uninformative(block: Block) -> list[str]:

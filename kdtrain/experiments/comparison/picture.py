@@ -156,13 +156,11 @@ def _draw_costs(
 ) -> None:
     """Accuracy against the backbone's parameters, and against pictures a second."""
     metric = next((m for m in ACCURACY if m in comparison.metrics(second)), ACCURACY[-1])
-    left, right = part.subplots(1, 2)
-    _draw_dots(left, _dots(comparison, second, metric, colours, speed=False))
-    left.set_xlabel("parameters of the backbone", fontsize=8, color=LABEL)
-    title_axis(left, f"{METRICS[metric]}, %, against size{_where(second)}")
-    _draw_dots(right, _dots(comparison, second, metric, colours, speed=True))
-    right.set_xlabel("pictures a second, 64 at a time", fontsize=8, color=LABEL)
-    title_axis(right, f"{METRICS[metric]}, %, against speed{_where(second)}")
+    titles = ("size", "parameters of the backbone"), ("speed", "pictures a second, 64 at a time")
+    for axis, (word, label) in zip(part.subplots(1, 2), titles, strict=True):
+        _draw_dots(axis, _dots(comparison, second, metric, colours, speed=word == "speed"))
+        axis.set_xlabel(label, fontsize=8, color=LABEL)
+        title_axis(axis, f"{METRICS[metric]}, %, against {word}{_where(second)}")
 
 
 def _dots(

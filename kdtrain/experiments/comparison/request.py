@@ -142,9 +142,6 @@ def request_from(
     seeds = 3 if options.get("seeds") is None else options["seeds"]
     if seeds < 1:
         raise ConfigError(f"--seeds: at least 1, got {seeds}")
-    budget = options.get("budget")
-    if budget is not None and budget <= 0:
-        raise ConfigError(f"--budget: expected minutes, more than 0, got {budget}")
     folder = method_folder(options.get("scale") or "two-cores", options.get("folder") or "systems")
     files = method_files(options["methods"], folder)
     request = Request(

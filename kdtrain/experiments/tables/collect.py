@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -100,6 +100,28 @@ def cell_of(
     if all(r.state == "done" for r in found):
         state, note = "not measured", "these pictures have not what it needs"
     return Cell(paper=paper, state=state, note=note, per_seed=tuple(percent))
+
+
+def mean_floor(found: Iterable[Result], kind: str, metric: str) -> float | None:
+    """The mean of a metric's floor over the finished runs, in percent; None without any. kind:
+    floors or untrained.
+    """
+    values = [r.results.get(kind, {}).get(metric) for r in found if r.state == "done"]
+    known = [v for v in values if v is not None]
+    return 100 * float(np.mean(known)) if known else None
+
+
+def floor_rows(values: Iterable[tuple[str, Sequence[float | None]]]) -> list[Row]:
+    """The rows, by name, that have any floor."""
+    return [
+        Row(
+            name,
+            "floor",
+            tuple(Cell(state="none") if v is None else Cell(v, state="done") for v in row),
+        )
+        for name, row in values
+        if any(v is not None for v in row)
+    ]
 
 
 def about(done: Sequence[Result], jobs: int) -> list[tuple[str, str]]:
@@ -224,26 +246,16 @@ def _floors(spec: BlockSpec, collection: Collection) -> list[Row]:
         students = [[at for column in students for at in column]]
     raw = "mean shape" if spec.metric == "nrmse" else "raw pixels"
     rows = []
-    for name, place, groups in (
+    for name, kind, groups in (
         (raw, "floors", [every]),
         ("untrained network", "untrained", students),
     ):
-        values = [_mean_floor(collection, group, spec, place) for group in groups]
-        values += [None] * (len(columns) - len(values))
-        if any(value is not None for value in values):
-            cells = (Cell(state="none") if v is None else Cell(v, state="done") for v in values)
-            rows.append(Row(name, "floor", tuple(cells)))
-    return rows
-
-
-def _mean_floor(
-    collection: Collection, places: Sequence[At], spec: BlockSpec, kind: str
-) -> float | None:
-    """The mean, in percent, over the finished runs of these places; None without any."""
-    found = {r.folder.name: r for at in places for r in collection.of(at, spec.second)}
-    values = [r.results.get(kind, {}).get(spec.metric) for r in found.values() if r.state == "done"]
-    known = [v for v in values if v is not None]
-    return 100 * float(np.mean(known)) if known else None
+        values = []
+        for group in groups:
+            found = {r.folder.name: r for at in group for r in collection.of(at, spec.second)}
+            values.append(mean_floor(found.values(), kind, spec.metric))
+        rows.append((name, values + [None] * (len(columns) - len(values))))
+    return floor_rows(rows)
 
 
 def _uninformative(block: Block) -> list[str]:

@@ -61,9 +61,6 @@ def request_from(
         raise ConfigError(f"--teachers: expected each or one, got {teachers!r}")
     scale = options.get("scale") or "two-cores"
     schedules(scale)  # known, before anything is timed
-    budget = options.get("budget")
-    if budget is not None and budget <= 0:
-        raise ConfigError(f"--budget: expected minutes, more than 0, got {budget}")
     return Request(
         tables=tuple(names),
         scale=scale,

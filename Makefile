@@ -1,11 +1,13 @@
 # make venv   the pinned environment and the package, in .venv
 # make demo   the whole distillation chain on synthetic faces; ends in a table and runs/demo/report.html
-# make test   every check: ruff, pyright, pytest, once more without the extension, and the Triton
+# make test   every kind of check: ruff, pyright, pytest, once more without the extension, and the Triton
 #             kernels in Triton's interpreter; two of them side by side
+# make prove  the same at full width: every kernel variant compiled for every GPU, every sample in every
+#             dtype in the interpreter, the contract with KDKERNELS_ISA lowered
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv demo test test-suite test-gpu-code test-types test-without-native interpret-triplets interpret-rows bench format clean
+.PHONY: venv demo test prove test-suite test-gpu-code test-types test-without-native interpret-triplets interpret-rows bench format clean
 
 venv: .venv/installed
 
@@ -26,6 +28,12 @@ test: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(MAKE) --jobs 2 --output-sync=target test-gpu-code test-suite interpret-rows interpret-triplets test-without-native test-types
+
+prove: venv
+	PROVE=1 $(MAKE) test
+	for level in v3 baseline; do \
+		KDKERNELS_ISA=$$level OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels || exit 1; \
+	done
 
 # Two of these run side by side, each on one core, the longest first. `pytest` alone is the first two.
 test-suite:

@@ -14,7 +14,7 @@ from bench.case import OWN, Case
 from bench.cases import cases_on, find_cases
 from bench.devices import DEVICES
 from bench.targets import targets_of
-from kdkernels import library
+from kdkernels.backends import LEVELS, OPS, backends, isa_levels, native_missing, triton_missing
 
 QUICK_ROUNDS = 3
 # What makes torch, MKL, oneDNN and Inductor run at the level that kdkernels is lowered to.
@@ -72,7 +72,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--quick", action="store_true", help="tiny sizes, a few rounds: does it work; no rows kept"
     )
     parser.add_argument(
-        "--isa", default="", choices=library.LEVELS, help="lower kdkernels and torch to this level"
+        "--isa", default="", choices=LEVELS, help="lower kdkernels and torch to this level"
     )
     parser.add_argument(
         "--results", type=Path, default=rows.RESULTS, help="folder for <date>-<processor>.csv"
@@ -208,14 +208,14 @@ def check_without(cases: list[Case], names: list[str]) -> None:
 
 def cannot_run(case: Case, options: argparse.Namespace) -> str:
     """Why a case cannot run here; empty where it can."""
-    if case.op not in library.OPS:
+    if case.op not in OPS:
         return f"kdkernels has no {case.op} yet"
     backend = OWN[case.device]
-    if backend not in library.backends(case.op, case.device)[:1]:
-        missing = library.native_missing if backend == "native" else library.triton_missing
+    if backend not in backends(case.op, case.device)[:1]:
+        missing = native_missing if backend == "native" else triton_missing
         return f"no {backend} kernel here: {missing() or 'see python -m kdkernels'}"
     level = case.isa or options.isa
-    if level and level not in library.isa_levels():
+    if level and level not in isa_levels():
         return f"this processor or build lacks the level {level}"
     if case.isa and options.isa and case.isa != options.isa:
         return f"the case is for {case.isa}"

@@ -35,8 +35,10 @@ failed=() left=()
 # The sources that an op's results depend on, as a short hash.
 fingerprint() {
   local folders=("kdkernels/$1")
-  if [[ $1 == *triplet_loss ]]; then folders=(kdkernels/triplet); fi
-  if [ "$1" = linear_kd_cross_entropy ]; then folders+=(kdkernels/kd_cross_entropy); fi
+  case $1 in  # an op that builds on another
+    linear_kd_cross_entropy) folders+=(kdkernels/kd_cross_entropy) ;;
+    batch_triplet_loss) folders+=(kdkernels/triplet_loss) ;;
+  esac
   find kdkernels/*.py "${folders[@]}" -name '*.py' ! -name _build_info.py -print0 |
     sort -z | xargs -0 cat | sha256sum | cut -c1-12
 }

@@ -13,12 +13,4 @@ struct GiveGradientArgs {
   int64_t per_row_stride;
 };
 
-namespace v4 {
-void give_gradient_rows(const GiveGradientArgs& args, int64_t begin, int64_t end);
-}
-namespace v3 {
-void give_gradient_rows(const GiveGradientArgs& args, int64_t begin, int64_t end);
-}
-namespace base {
-void give_gradient_rows(const GiveGradientArgs& args, int64_t begin, int64_t end);
-}
+KDK_AT_EVERY_LEVEL(void give_gradient_rows(const GiveGradientArgs& args, int64_t begin, int64_t end);)

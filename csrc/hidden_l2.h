@@ -33,15 +33,7 @@ struct HiddenL2Partial {
   float largest;  // largest finite |s - t|, for float16 gradients only
 };
 
-namespace v4 {
-HiddenL2Partial hidden_l2_chunk(const HiddenL2Pair& pair, int64_t begin, int64_t end);
-}
-namespace v3 {
-HiddenL2Partial hidden_l2_chunk(const HiddenL2Pair& pair, int64_t begin, int64_t end);
-}
-namespace base {
-HiddenL2Partial hidden_l2_chunk(const HiddenL2Pair& pair, int64_t begin, int64_t end);
-}
+KDK_AT_EVERY_LEVEL(HiddenL2Partial hidden_l2_chunk(const HiddenL2Pair& pair, int64_t begin, int64_t end);)
 
 // A pair as the launcher takes it, before dimensions are ordered and merged.
 struct HiddenL2Input {

@@ -3,19 +3,6 @@
 
 #include "types.h"
 
-// One row's statistics, 8 floats: what blocks, row chunks and class shards need to be merged (architecture, decision
-// 5).
-struct RowStatistics {
-  float student_max;   // m_S
-  float student_sum;   // sum_c exp(s_c - m_S)
-  float softened_sum;  // sum_c exp((s_c - m_S) / tau)
-  float teacher_max;   // m_T
-  float teacher_sum;   // sum_c exp((t_c - m_T) / tau)
-  float cross;         // sum_c exp((t_c - m_T) / tau) (s_c - m_S)
-  float label_logit;   // s_y - m_S, -inf where the label is elsewhere
-  float logit_sum;     // sum_c (s_c - m_S), for label smoothing; 0 where none is asked
-};
-
 // Per-row values that return_terms reports.
 struct RowTerms {
   float hard, soft, entropy, hit;
@@ -37,26 +24,18 @@ struct KdCrossEntropyArgs {
   float temperature, alpha;  // alpha already holds tau^2 where that is asked
   float label_smoothing;
   int64_t ignore_index;
-  float gradient_scale;       // 1/n of a mean, or the power of two that float16 is stored with
-  float* loss;                // (rows,)
-  RowTerms* terms;            // (rows,)
-  RowStatistics* statistics;  // (rows,) or null; of rows without a margin
-  bool stream;                // store a float32 gradient past the caches
-  void* gradient;             // (rows, classes) in the student's dtype, null: loss alone. May be the student itself: a
-                              // row is read to its end before its gradient is written
-  int64_t gradient_stride;    // from row to row, in elements
-  const RowMargin* margin;    // (rows,) or null
+  float gradient_scale;     // 1/n of a mean, or the power of two that float16 is stored with
+  float* loss;              // (rows,)
+  RowTerms* terms;          // (rows,)
+  bool stream;              // store a float32 gradient past the caches
+  void* gradient;           // (rows, classes) in the student's dtype, null: loss alone. May be the student itself: a
+                            // row is read to its end before its gradient is written
+  int64_t gradient_stride;  // from row to row, in elements
+  const RowMargin* margin;  // (rows,) or null
 };
 
-namespace v4 {
-void kd_cross_entropy_rows(const KdCrossEntropyArgs& args, int64_t begin, int64_t end, float* scratch);
-}
-namespace v3 {
-void kd_cross_entropy_rows(const KdCrossEntropyArgs& args, int64_t begin, int64_t end, float* scratch);
-}
-namespace base {
-void kd_cross_entropy_rows(const KdCrossEntropyArgs& args, int64_t begin, int64_t end, float* scratch);
-}
+KDK_AT_EVERY_LEVEL(void kd_cross_entropy_rows(const KdCrossEntropyArgs& args, int64_t begin, int64_t end,
+                                              float* scratch);)
 
 constexpr int64_t kBlock = 2048;  // 8 KB of each network's logits: a block pair stays in L1 between its two readings
 

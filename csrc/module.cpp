@@ -1,9 +1,11 @@
-// kdkernels._native: the launchers as Python functions over addresses. Sizes, strides and dtypes are checked by the
-// caller (kdkernels/<op>/op.py) before any address crosses over. Every kernel runs without the GIL.
+// kdkernels._native: the launchers as Python functions over addresses. Each takes one dict, its arguments by name.
+// Sizes, strides and dtypes are checked by the caller (kdkernels/<op>/op.py) before any address crosses over. Every
+// kernel runs without the GIL.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "dlpack.h"
@@ -15,88 +17,130 @@ namespace py = pybind11;
 
 namespace {
 
-template <typename T>
-T* address(uintptr_t value) {
-  return reinterpret_cast<T*>(value);
+// (address, dtype code, row stride, column stride), strides in elements
+Matrix matrix(const py::handle& value) {
+  const auto t = value.cast<py::tuple>();
+  return Matrix{reinterpret_cast<const void*>(t[0].cast<uintptr_t>()), static_cast<DType>(t[1].cast<int>()),
+                t[2].cast<int64_t>(), t[3].cast<int64_t>()};
 }
 
-// (address, dtype code, row stride, column stride), strides in elements
-Matrix matrix(const py::tuple& t) {
-  return Matrix{address<const void>(t[0].cast<uintptr_t>()), static_cast<DType>(t[1].cast<int>()), t[2].cast<int64_t>(),
-                t[3].cast<int64_t>()};
+// The arguments of one call by name: each is read once, and at the cost of one comparison where Python gives them in
+// the order of the reads. 18 names cost 0.8 us more than positions; as py::arg or py::kwargs 2.3 us more.
+class Arguments {
+ public:
+  Arguments(const char* function, const py::dict& given) : function_(function), given_(given) {}
+
+  template <typename T>
+  T value(const char* name) {
+    return find(name).cast<T>();
+  }
+
+  template <typename T>
+  T* address(const char* name) {
+    return reinterpret_cast<T*>(value<uintptr_t>(name));
+  }
+
+  Matrix matrix(const char* name) { return ::matrix(find(name)); }
+
+  // (matrix, first row, rows, columns)
+  RowRange row_range(const char* name) {
+    const auto t = find(name).cast<py::tuple>();
+    return RowRange{::matrix(t[0]), t[1].cast<int64_t>(), t[2].cast<int64_t>(), t[3].cast<int64_t>()};
+  }
+
+  // The last argument of every launcher; none may be left over.
+  int threads() {
+    const int count = value<int>("threads");
+    finish();
+    return count;
+  }
+
+  void finish() const {
+    if (read_ != py::len(given_)) throw py::type_error(std::string(function_) + ": unknown argument");
+  }
+
+ private:
+  py::handle find(const char* name) {
+    ++read_;
+    PyObject *key = nullptr, *found = nullptr;
+    if (PyDict_Next(given_.ptr(), &position_, &key, &found) && PyUnicode_CompareWithASCIIString(key, name) == 0)
+      return found;
+    found = PyDict_GetItemString(given_.ptr(), name);
+    if (found == nullptr) throw py::type_error(std::string(function_) + ": argument " + name + " is missing");
+    return found;
+  }
+
+  const char* function_;
+  const py::dict& given_;
+  Py_ssize_t position_ = 0;
+  size_t read_ = 0;
+};
+
+// What both calls of the fused rows have in common.
+KdCrossEntropyArgs kd_cross_entropy_args(Arguments& given) {
+  KdCrossEntropyArgs args{};
+  args.student = given.matrix("student");
+  args.teacher = given.matrix("teacher");
+  args.target = given.address<const void>("target");
+  args.target_is_int64 = given.value<bool>("target_is_int64");
+  args.target_stride = given.value<int64_t>("target_stride");
+  args.rows = given.value<int64_t>("rows");
+  args.classes = given.value<int64_t>("classes");
+  args.temperature = given.value<float>("temperature");
+  args.alpha = given.value<float>("alpha");
+  args.label_smoothing = given.value<float>("label_smoothing");
+  args.ignore_index = given.value<int64_t>("ignore_index");
+  args.loss = given.address<float>("loss");
+  args.terms = given.address<RowTerms>("terms");
+  args.gradient = given.address<void>("gradient");
+  return args;
 }
 
 void bind_kd_cross_entropy(py::module_& m) {
   m.def(
       "kd_cross_entropy",
-      [](const py::tuple& student, const py::tuple& teacher, uintptr_t target, bool target_is_int64,
-         int64_t target_stride, int64_t rows, int64_t classes, float temperature, float alpha, float label_smoothing,
-         int64_t ignore_index, bool mean, uintptr_t loss, uintptr_t terms, uintptr_t statistics, uintptr_t gradient,
-         uintptr_t reduced, uintptr_t post_scale, int threads) {
-        KdCrossEntropyArgs args{};
-        args.student = matrix(student);
-        args.teacher = matrix(teacher);
-        args.target = address<const void>(target);
-        args.target_is_int64 = target_is_int64;
-        args.target_stride = target_stride;
-        args.rows = rows;
-        args.classes = classes;
-        args.temperature = temperature;
-        args.alpha = alpha;
-        args.label_smoothing = label_smoothing;
-        args.ignore_index = ignore_index;
-        args.loss = address<float>(loss);
-        args.terms = address<RowTerms>(terms);
-        args.statistics = address<RowStatistics>(statistics);
-        args.gradient = address<void>(gradient);
+      [](const py::dict& arguments) {
+        Arguments given("kd_cross_entropy", arguments);
+        const KdCrossEntropyArgs args = kd_cross_entropy_args(given);
+        const bool mean = given.value<bool>("mean");
+        float* const reduced = given.address<float>("reduced");
+        float* const post_scale = given.address<float>("post_scale");
+        const int threads = given.threads();
         const py::gil_scoped_release release;
-        return kd_cross_entropy(args, mean, address<float>(reduced), address<float>(post_scale), threads);
+        return kd_cross_entropy(args, mean, reduced, post_scale, threads);
       },
       "Loss, terms and gradient of every row; returns the first row with a bad label, -1 if none.");
   m.def(
       "kd_cross_entropy_chunk",
-      [](const py::tuple& student, const py::tuple& teacher, uintptr_t target, bool target_is_int64,
-         int64_t target_stride, int64_t rows, int64_t classes, float temperature, float alpha, float label_smoothing,
-         int64_t ignore_index, float gradient_scale, uintptr_t margin, uintptr_t loss, uintptr_t terms,
-         uintptr_t gradient, int64_t gradient_stride, int threads) {
-        KdCrossEntropyArgs args{};
-        args.student = matrix(student);
-        args.teacher = matrix(teacher);
-        args.target = address<const void>(target);
-        args.target_is_int64 = target_is_int64;
-        args.target_stride = target_stride;
-        args.rows = rows;
-        args.classes = classes;
-        args.temperature = temperature;
-        args.alpha = alpha;
-        args.label_smoothing = label_smoothing;
-        args.ignore_index = ignore_index;
-        args.gradient_scale = gradient_scale;
-        args.margin = address<const RowMargin>(margin);
-        args.loss = address<float>(loss);
-        args.terms = address<RowTerms>(terms);
-        args.gradient = address<void>(gradient);
-        args.gradient_stride = gradient_stride;
+      [](const py::dict& arguments) {
+        Arguments given("kd_cross_entropy_chunk", arguments);
+        KdCrossEntropyArgs args = kd_cross_entropy_args(given);
+        args.gradient_stride = given.value<int64_t>("gradient_stride");
+        args.gradient_scale = given.value<float>("gradient_scale");
+        args.margin = given.address<const RowMargin>("margin");
+        const int threads = given.threads();
         const py::gil_scoped_release release;
         kd_cross_entropy_chunk(args, threads);
       },
       "Loss, terms and gradient of the rows of a chunk; the gradient may take the place of the logits.");
 }
 
-void bind_kd_tail(py::module_& m) {
+void bind_sparse_teacher(py::module_& m) {
   m.def(
-      "kd_tail",
-      [](uintptr_t logits, int64_t stride, int64_t rows, int64_t classes, float temperature, uintptr_t statistics,
-         uintptr_t factors, int threads) {
-        const KdTailArgs args{address<float>(logits),
-                              stride,
-                              rows,
-                              classes,
-                              temperature,
-                              address<TailStatistics>(statistics),
-                              address<const TailFactors>(factors)};
+      "sparse_teacher_tail",
+      [](const py::dict& arguments) {
+        Arguments given("sparse_teacher_tail", arguments);
+        SparseTeacherArgs args{};
+        args.logits = given.address<float>("logits");
+        args.stride = given.value<int64_t>("stride");
+        args.rows = given.value<int64_t>("rows");
+        args.classes = given.value<int64_t>("classes");
+        args.temperature = given.value<float>("temperature");
+        args.statistics = given.address<TailStatistics>("statistics");
+        args.factors = given.address<const TailFactors>("factors");
+        const int threads = given.threads();
         const py::gil_scoped_release release;
-        kd_tail(args, threads);
+        sparse_teacher_tail(args, threads);
       },
       "Sums of the rows of a chunk, or their gradient in the place of the logits.");
 }
@@ -104,11 +148,17 @@ void bind_kd_tail(py::module_& m) {
 void bind_give_gradient(py::module_& m) {
   m.def(
       "give_gradient",
-      [](uintptr_t data, int dtype, int64_t rows, int64_t columns, float factor, uintptr_t per_row,
-         int64_t per_row_stride, int threads) {
-        const GiveGradientArgs args{
-            address<void>(data), static_cast<DType>(dtype), rows, columns, factor, address<const float>(per_row),
-            per_row_stride};
+      [](const py::dict& arguments) {
+        Arguments given("give_gradient", arguments);
+        GiveGradientArgs args{};
+        args.data = given.address<void>("data");
+        args.dtype = static_cast<DType>(given.value<int>("dtype"));
+        args.rows = given.value<int64_t>("rows");
+        args.columns = given.value<int64_t>("columns");
+        args.factor = given.value<float>("factor");
+        args.per_row = given.address<const float>("per_row");
+        args.per_row_stride = given.value<int64_t>("per_row_stride");
+        const int threads = given.threads();
         const py::gil_scoped_release release;
         give_gradient(args, threads);
       },
@@ -118,89 +168,98 @@ void bind_give_gradient(py::module_& m) {
 void bind_triplet_loss(py::module_& m) {
   m.def(
       "triplet_loss",
-      [](const py::tuple& anchor, const py::tuple& positive, const py::tuple& negative, int64_t rows, int64_t features,
-         double margin, float eps, bool squared, bool active_at_zero, bool mean, uintptr_t loss,
-         uintptr_t gradient_anchor, uintptr_t gradient_positive, uintptr_t gradient_negative, uintptr_t reduced,
-         uintptr_t post_scale, int threads) {
+      [](const py::dict& arguments) {
+        Arguments given("triplet_loss", arguments);
         TripletArgs args{};
-        args.anchor = matrix(anchor);
-        args.positive = matrix(positive);
-        args.negative = matrix(negative);
-        args.rows = rows;
-        args.features = features;
-        args.margin = margin;
-        args.eps = eps;
-        args.squared = squared;
-        args.active_at_zero = active_at_zero;
-        args.loss = address<float>(loss);
-        args.gradient_anchor = address<void>(gradient_anchor);
-        args.gradient_positive = address<void>(gradient_positive);
-        args.gradient_negative = address<void>(gradient_negative);
+        args.anchor = given.matrix("anchor");
+        args.positive = given.matrix("positive");
+        args.negative = given.matrix("negative");
+        args.rows = given.value<int64_t>("rows");
+        args.features = given.value<int64_t>("features");
+        args.margin = given.value<double>("margin");
+        args.eps = given.value<float>("eps");
+        args.squared = given.value<bool>("squared");
+        args.active_at_zero = given.value<bool>("active_at_zero");
+        const bool mean = given.value<bool>("mean");
+        args.loss = given.address<float>("loss");
+        args.gradient_anchor = given.address<void>("gradient_anchor");
+        args.gradient_positive = given.address<void>("gradient_positive");
+        args.gradient_negative = given.address<void>("gradient_negative");
+        float* const reduced = given.address<float>("reduced");
+        float* const post_scale = given.address<float>("post_scale");
+        const int threads = given.threads();
         const py::gil_scoped_release release;
-        triplet_loss(args, mean, address<float>(reduced), address<float>(post_scale), threads);
+        triplet_loss(args, mean, reduced, post_scale, threads);
       },
       "Loss of every row and the wanted gradients.");
 }
 
-void bind_batch_triplet(py::module_& m) {
+void bind_batch_triplet_loss(py::module_& m) {
   m.def(
       "batch_triplet_centre",
-      [](const py::tuple& embeddings, int64_t rows, int64_t features, uintptr_t staged, uintptr_t shift,
-         uintptr_t centred, uintptr_t norms, int threads) {
-        const CentreArgs args{matrix(embeddings),
-                              rows,
-                              features,
-                              address<float>(staged),
-                              address<float>(shift),
-                              address<float>(centred),
-                              address<float>(norms)};
+      [](const py::dict& arguments) {
+        Arguments given("batch_triplet_centre", arguments);
+        CentreArgs args{};
+        args.embeddings = given.matrix("embeddings");
+        args.rows = given.value<int64_t>("rows");
+        args.features = given.value<int64_t>("features");
+        args.staged = given.address<float>("staged");
+        args.shift = given.address<float>("shift");
+        args.centred = given.address<float>("centred");
+        args.norms = given.address<float>("norms");
+        const int threads = given.threads();
         const py::gil_scoped_release release;
         return batch_triplet_centre(args, threads);
       },
       "Embeddings minus their mean, padded, and squared norms; returns whether these are finite.");
   m.def(
       "batch_triplet_mine",
-      [](uintptr_t embeddings, int64_t stride, int64_t rows, int64_t features, uintptr_t norms, uintptr_t gram,
-         uintptr_t close, uintptr_t labels, bool labels_are_int64, int64_t label_stride, int mining, bool squared,
-         bool want_gradient, double margin, uintptr_t loss, int threads) {
+      [](const py::dict& arguments) {
+        Arguments given("batch_triplet_mine", arguments);
         MineArgs args{};
-        args.embeddings = address<const float>(embeddings);
-        args.stride = stride;
-        args.rows = rows;
-        args.features = features;
-        args.norms = address<const float>(norms);
-        args.matrix = address<float>(gram);
-        args.close = address<uint64_t>(close);
-        args.mining = static_cast<Mining>(mining);
-        args.squared = squared;
-        args.want_gradient = want_gradient;
-        args.margin = margin;
-        const Labels people{address<const void>(labels), labels_are_int64, label_stride};
+        args.embeddings = given.address<const float>("embeddings");
+        args.stride = given.value<int64_t>("stride");
+        args.rows = given.value<int64_t>("rows");
+        args.features = given.value<int64_t>("features");
+        args.norms = given.address<const float>("norms");
+        args.matrix = given.address<float>("gram");
+        args.close = given.address<uint64_t>("close");
+        Labels labels{};
+        labels.data = given.address<const void>("labels");
+        labels.is_int64 = given.value<bool>("labels_are_int64");
+        labels.stride = given.value<int64_t>("label_stride");
+        args.mining = static_cast<Mining>(given.value<int>("mining"));
+        args.squared = given.value<bool>("squared");
+        args.want_gradient = given.value<bool>("want_gradient");
+        args.margin = given.value<double>("margin");
+        float* const loss = given.address<float>("loss");
+        const int threads = given.threads();
         AnchorTotals totals{};
         {
           const py::gil_scoped_release release;
-          totals = batch_triplet_mine(args, people, address<float>(loss), threads);
+          totals = batch_triplet_mine(args, labels, loss, threads);
         }
         return py::make_tuple(totals.loss, totals.triplets, totals.active);
       },
       "Loss of every anchor; the Gram matrix becomes the coefficients. Returns total loss, triplets, active triplets.");
   m.def(
       "batch_triplet_spread",
-      [](uintptr_t embeddings, int64_t stride, int64_t rows, int64_t features, uintptr_t centred,
-         uintptr_t coefficients, uintptr_t sums, uintptr_t close, uintptr_t weights, float factor, bool finite,
-         uintptr_t gradient, int threads) {
+      [](const py::dict& arguments) {
+        Arguments given("batch_triplet_spread", arguments);
         SpreadArgs args{};
-        args.embeddings = address<const float>(embeddings);
-        args.stride = stride;
-        args.rows = rows;
-        args.features = features;
-        args.centred = address<const float>(centred);
-        args.coefficients = address<const float>(coefficients);
-        args.sums = address<float>(sums);
-        args.close = address<const uint64_t>(close);
-        args.weights = address<const float>(weights);
-        args.factor = factor;
-        args.gradient = address<float>(gradient);
+        args.embeddings = given.address<const float>("embeddings");
+        args.stride = given.value<int64_t>("stride");
+        args.rows = given.value<int64_t>("rows");
+        args.features = given.value<int64_t>("features");
+        args.centred = given.address<const float>("centred");
+        args.coefficients = given.address<const float>("coefficients");
+        args.sums = given.address<float>("sums");
+        args.close = given.address<const uint64_t>("close");
+        args.weights = given.address<const float>("weights");
+        args.factor = given.value<float>("factor");
+        const bool finite = given.value<bool>("finite");
+        args.gradient = given.address<float>("gradient");
+        const int threads = given.threads();
         const py::gil_scoped_release release;
         return batch_triplet_spread(args, finite, threads);
       },
@@ -211,7 +270,7 @@ void bind_batch_triplet(py::module_& m) {
 // (address, dtype code, strides in elements), address 0 where there is no tensor
 Strided strided(const py::handle& t) {
   const auto fields = t.cast<py::tuple>();
-  Strided value{address<void>(fields[0].cast<uintptr_t>()), static_cast<DType>(fields[1].cast<int>()), {}};
+  Strided value{reinterpret_cast<void*>(fields[0].cast<uintptr_t>()), static_cast<DType>(fields[1].cast<int>()), {}};
   int dims = 0;
   for (const py::handle stride : fields[2].cast<py::tuple>()) value.strides[dims++] = stride.cast<int64_t>();
   return value;
@@ -220,9 +279,10 @@ Strided strided(const py::handle& t) {
 void bind_hidden_l2(py::module_& m) {
   m.def(
       "hidden_l2",
-      [](const py::list& pairs, uintptr_t loss, uintptr_t terms, uintptr_t post_scale, int threads) {
+      [](const py::dict& arguments) {
+        Arguments given("hidden_l2", arguments);
         std::vector<HiddenL2Input> inputs;
-        for (const py::handle pair : pairs) {
+        for (const py::handle pair : given.value<py::list>("pairs")) {
           const auto fields = pair.cast<py::tuple>();
           HiddenL2Input input{};
           input.student = strided(fields[0]);
@@ -233,85 +293,114 @@ void bind_hidden_l2(py::module_& m) {
           input.scale = fields[5].cast<double>();
           inputs.push_back(input);
         }
+        float* const loss = given.address<float>("loss");
+        float* const terms = given.address<float>("terms");
+        float* const post_scale = given.address<float>("post_scale");
+        const int threads = given.threads();
         const py::gil_scoped_release release;
-        hidden_l2(inputs, address<float>(loss), address<float>(terms), address<float>(post_scale), threads);
+        hidden_l2(inputs, loss, terms, post_scale, threads);
       },
       "Weighted squared distances and gradients of all pairs: (student, teacher, gradient, sizes, weight, scale) "
       "each.");
   m.def(
       "hidden_l2_give",
-      [](const py::list& gradients, int threads) {
-        std::vector<HiddenL2Given> given;
-        for (const py::handle gradient : gradients) {
+      [](const py::dict& arguments) {
+        Arguments given("hidden_l2_give", arguments);
+        std::vector<HiddenL2Given> gradients;
+        for (const py::handle gradient : given.value<py::list>("gradients")) {
           const auto fields = gradient.cast<py::tuple>();
-          given.push_back({address<void>(fields[0].cast<uintptr_t>()), static_cast<DType>(fields[1].cast<int>()),
-                           fields[2].cast<int64_t>(), fields[3].cast<float>()});
+          gradients.push_back({reinterpret_cast<void*>(fields[0].cast<uintptr_t>()),
+                               static_cast<DType>(fields[1].cast<int>()), fields[2].cast<int64_t>(),
+                               fields[3].cast<float>()});
         }
+        const int threads = given.threads();
         const py::gil_scoped_release release;
-        hidden_l2_give(given, threads);
+        hidden_l2_give(gradients, threads);
       },
       "Scales stored gradients in place: (address, dtype code, elements, factor) each.");
 }
 
-// (matrix, first row, rows, columns)
-RowRange row_range(const py::tuple& t) {
-  return RowRange{matrix(t[0].cast<py::tuple>()), t[1].cast<int64_t>(), t[2].cast<int64_t>(), t[3].cast<int64_t>()};
-}
-
 void bind_nearest_neighbor(py::module_& m) {
   m.def(
-      "nearest_begin", [](uintptr_t nearest, int64_t rows) { nearest_begin(address<Nearest>(nearest), rows); },
+      "nearest_begin",
+      [](const py::dict& arguments) {
+        Arguments given("nearest_begin", arguments);
+        auto* const nearest = given.address<Nearest>("nearest");
+        const auto rows = given.value<int64_t>("rows");
+        given.finish();
+        nearest_begin(nearest, rows);
+      },
       "Nothing found yet, for (rows,) records of 16 bytes.");
   m.def(
       "nearest_centre",
-      [](const py::tuple& gallery, uintptr_t centre, int threads) {
-        const RowRange range = row_range(gallery);
+      [](const py::dict& arguments) {
+        Arguments given("nearest_centre", arguments);
+        const RowRange gallery = given.row_range("gallery");
+        float* const centre = given.address<float>("centre");
+        const int threads = given.threads();
         const py::gil_scoped_release release;
-        nearest_centre(range, address<float>(centre), threads);
+        nearest_centre(gallery, centre, threads);
       },
       "The point that is taken off every row.");
   m.def(
       "nearest_norms",
-      [](const py::tuple& rows, uintptr_t centre, uintptr_t norms, int threads) {
-        const RowRange range = row_range(rows);
+      [](const py::dict& arguments) {
+        Arguments given("nearest_norms", arguments);
+        const RowRange rows = given.row_range("rows");
+        const float* const centre = given.address<const float>("centre");
+        float* const norms = given.address<float>("norms");
+        const int threads = given.threads();
         const py::gil_scoped_release release;
-        nearest_norms(range, address<const float>(centre), address<float>(norms), threads);
+        nearest_norms(rows, centre, norms, threads);
       },
       "Squared norms of centred rows.");
   m.def(
       "nearest_stage",
-      [](const py::tuple& rows, int64_t column, int64_t width, uintptr_t centre, uintptr_t norms, float factor,
-         uintptr_t out, int threads) {
-        const StageArgs args{
-            row_range(rows),    column, width, address<const float>(centre), address<const float>(norms), factor,
-            address<float>(out)};
+      [](const py::dict& arguments) {
+        Arguments given("nearest_stage", arguments);
+        const StageArgs args{given.row_range("rows"),
+                             given.value<int64_t>("column"),
+                             given.value<int64_t>("width"),
+                             given.address<const float>("centre"),
+                             given.address<const float>("norms"),
+                             given.value<float>("factor"),
+                             given.address<float>("out")};
+        const int threads = given.threads();
         const py::gil_scoped_release release;
         nearest_stage(args, threads);
       },
       "Some columns of centred rows as contiguous floats.");
   m.def(
       "nearest_scan",
-      [](const py::tuple& queries, const py::tuple& gallery, uintptr_t products, uintptr_t query_norms,
-         uintptr_t gallery_norms, double relative_error, double absolute_error, bool leave_one_out, uintptr_t nearest,
-         int threads) {
+      [](const py::dict& arguments) {
+        Arguments given("nearest_scan", arguments);
         ScanArgs args{};
-        args.queries = row_range(queries);
-        args.gallery = row_range(gallery);
-        args.products = address<float>(products);
-        args.query_norms = address<const float>(query_norms);
-        args.relative_error = relative_error;
-        args.absolute_error = absolute_error;
-        args.leave_one_out = leave_one_out;
-        args.nearest = address<Nearest>(nearest);
+        args.queries = given.row_range("queries");
+        args.gallery = given.row_range("gallery");
+        args.products = given.address<float>("products");
+        args.query_norms = given.address<const float>("query_norms");
+        const float* const gallery_norms = given.address<const float>("gallery_norms");
+        args.relative_error = given.value<double>("relative_error");
+        args.absolute_error = given.value<double>("absolute_error");
+        args.leave_one_out = given.value<bool>("leave_one_out");
+        args.nearest = given.address<Nearest>("nearest");
+        const int threads = given.threads();
         const py::gil_scoped_release release;
-        nearest_scan(args, address<const float>(gallery_norms), threads);
+        nearest_scan(args, gallery_norms, threads);
       },
       "Brings the nearest rows up to date with one tile of products.");
   m.def(
       "nearest_finish",
-      [](uintptr_t nearest, int64_t first, int64_t rows, bool leave_one_out, uintptr_t distance, uintptr_t index) {
-        nearest_finish(address<const Nearest>(nearest), first, rows, leave_one_out, address<float>(distance),
-                       address<int64_t>(index));
+      [](const py::dict& arguments) {
+        Arguments given("nearest_finish", arguments);
+        const auto* const nearest = given.address<const Nearest>("nearest");
+        const auto first = given.value<int64_t>("first");
+        const auto rows = given.value<int64_t>("rows");
+        const bool leave_one_out = given.value<bool>("leave_one_out");
+        auto* const distance = given.address<float>("distance");
+        auto* const index = given.address<int64_t>("index");
+        given.finish();
+        nearest_finish(nearest, first, rows, leave_one_out, distance, index);
       },
       "Distances and indices from the records.");
 }
@@ -358,16 +447,15 @@ py::capsule pooled(const std::vector<int64_t>& shape, const std::vector<int64_t>
 
 PYBIND11_MODULE(_native, m) {
   bind_kd_cross_entropy(m);
-  bind_kd_tail(m);
+  bind_sparse_teacher(m);
   bind_give_gradient(m);
   bind_triplet_loss(m);
-  bind_batch_triplet(m);
+  bind_batch_triplet_loss(m);
   bind_hidden_l2(m);
   bind_nearest_neighbor(m);
   m.def("pooled", &pooled, "A DLPack capsule of uninitialised memory from the pool.");
   m.def("empty_pool", &pool::empty);
   m.def("idle_pool", &pool::idle);
   m.def("level", [] { return static_cast<int>(current_level()); });
-  m.def("highest_level", [] { return static_cast<int>(highest_level()); });
   m.def("set_level", [](int level) { return level >= 0 && set_level(static_cast<Level>(level)); });
 }

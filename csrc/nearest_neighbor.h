@@ -53,13 +53,5 @@ struct ScanArgs {
   void nearest_stage_rows(const StageArgs& args, int64_t begin, int64_t end);                                   \
   void nearest_scan_rows(const ScanArgs& args, int64_t begin, int64_t end);
 
-namespace v4 {
-KDK_NEAREST_NEIGHBOR_KERNELS
-}
-namespace v3 {
-KDK_NEAREST_NEIGHBOR_KERNELS
-}
-namespace base {
-KDK_NEAREST_NEIGHBOR_KERNELS
-}
+KDK_AT_EVERY_LEVEL(KDK_NEAREST_NEIGHBOR_KERNELS)
 #undef KDK_NEAREST_NEIGHBOR_KERNELS

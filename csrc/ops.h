@@ -3,17 +3,17 @@
 
 #include <vector>
 
-#include "batch_triplet.h"
+#include "batch_triplet_loss.h"
 #include "give_gradient.h"
 #include "hidden_l2.h"
 #include "kd_cross_entropy.h"
-#include "kd_tail.h"
 #include "nearest_neighbor.h"
-#include "triplet.h"
+#include "sparse_teacher.h"
+#include "triplet_loss.h"
 
 int64_t kd_cross_entropy(KdCrossEntropyArgs args, bool mean, float* reduced, float* post_scale, int threads);
 void kd_cross_entropy_chunk(const KdCrossEntropyArgs& args, int threads);
-void kd_tail(const KdTailArgs& args, int threads);
+void sparse_teacher_tail(const SparseTeacherArgs& args, int threads);
 void give_gradient(const GiveGradientArgs& args, int threads);
 void triplet_loss(TripletArgs args, bool mean, float* reduced, float* post_scale, int threads);
 bool batch_triplet_centre(const CentreArgs& args, int threads);

@@ -16,7 +16,19 @@ struct Matrix {
   int64_t stride_col;
 };
 
-// Names of one kernel at every level: LEVELS(kd_cross_entropy_rows) declares v4::, v3:: and base:: of it.
+// Declares row kernels, which are compiled once per instruction-set level, in the namespace of each level.
+#define KDK_AT_EVERY_LEVEL(...) \
+  namespace v4 {                \
+  __VA_ARGS__                   \
+  }                             \
+  namespace v3 {                \
+  __VA_ARGS__                   \
+  }                             \
+  namespace base {              \
+  __VA_ARGS__                   \
+  }
+
+// What is compiled only where the level is: KDK_HAVE_* come from setup.py.
 #if defined(KDK_HAVE_V4)
 #define KDK_IF_V4(x) x
 #else

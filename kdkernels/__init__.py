@@ -3,6 +3,9 @@
 `python -m kdkernels` prints which backend each op has here, and why the rest is missing.
 """
 
+from kdkernels.backends import backends, isa, isa_levels, set_isa
+from kdkernels.batch_triplet_loss.op import BatchTripletLoss, batch_triplet_loss
+from kdkernels.checks import validate
 from kdkernels.hidden_l2.op import HiddenL2Loss, hidden_l2
 from kdkernels.kd_cross_entropy.eager import KDTerms
 from kdkernels.kd_cross_entropy.op import (
@@ -10,7 +13,6 @@ from kdkernels.kd_cross_entropy.op import (
     KDCrossEntropyLoss,
     kd_cross_entropy,
 )
-from kdkernels.library import backends, empty_cache, isa, isa_levels, set_isa, validate
 from kdkernels.linear_kd_cross_entropy.arguments import SparseTeacher
 from kdkernels.linear_kd_cross_entropy.margins import (
     ArcFace,
@@ -23,10 +25,10 @@ from kdkernels.linear_kd_cross_entropy.op import (
     linear_kd_cross_entropy,
 )
 from kdkernels.linear_kd_cross_entropy.sampling import sample_classes
+from kdkernels.native import empty_cache
 from kdkernels.nearest_neighbor.eager import Nearest
 from kdkernels.nearest_neighbor.op import nearest_neighbor
-from kdkernels.triplet.batch_op import BatchTripletLoss, batch_triplet_loss
-from kdkernels.triplet.op import TripletLoss, TripletMarginLoss, triplet_loss
+from kdkernels.triplet_loss.op import TripletLoss, TripletMarginLoss, triplet_loss
 
 __version__ = "0.1.0"
 

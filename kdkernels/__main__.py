@@ -6,7 +6,15 @@ import platform
 import torch
 
 import kdkernels
-from kdkernels import library
+from kdkernels.backends import (
+    OPS,
+    backends,
+    is_interpreted,
+    isa,
+    isa_levels,
+    native_missing,
+    triton_missing,
+)
 
 
 def table() -> str:
@@ -17,22 +25,20 @@ def table() -> str:
         "",
         f"{'op':<24} {'device':<8} {'backends (the first is the default)'}",
     ]
-    for op in library.OPS:
+    for op in OPS:
         for device in ("cpu", "cuda"):
-            lines.append(f"{op:<24} {device:<8} {', '.join(library.backends(op, device))}")
+            lines.append(f"{op:<24} {device:<8} {', '.join(backends(op, device))}")
     lines.append("")
-    if library.native is not None:
-        levels = ", ".join(library.isa_levels())
-        lines.append(
-            f"native on cpu: {library.isa()} (available: {levels}; KDKERNELS_ISA lowers it)"
-        )
+    if not native_missing():
+        levels = ", ".join(isa_levels())
+        lines.append(f"native on cpu: {isa()} (available: {levels}; KDKERNELS_ISA lowers it)")
     else:
-        lines.append(f"native on cpu: missing, {library.native_missing()}")
+        lines.append(f"native on cpu: missing, {native_missing()}")
     lines.append("native on cuda: missing, this version has no CUDA kernels yet")
-    missing = library.triton_missing()
+    missing = triton_missing()
     if missing:
         lines.append(f"triton: missing, {missing}")
-    elif library.is_interpreted():
+    elif is_interpreted():
         lines.append("triton on cpu: in Triton's interpreter (TRITON_INTERPRET=1), for tests")
     else:
         version = importlib.metadata.version("triton")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import kdkernels
-from kdkernels import library
+from kdkernels.backends import is_interpreted
 
 ROOT = Path(__file__).resolve().parent.parent
 # bench is no installed package; and tests/bench or tests/kdtrain must not be found in its place.
@@ -21,7 +21,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # NumPy, which the interpreter computes with, warns of the infinities and NaNs that samples hold
     # on purpose; a GPU does not.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
-    if library.is_interpreted():
+    if is_interpreted():
         interpreted.prepare()
 
 

@@ -8,7 +8,7 @@ import torch
 from bench.case import OWN, Case, Contender, Floor, Inputs, as_list, op_call
 from bench.cases import baselines, libraries
 from bench.cases.inputs import feature_maps, logits, persons, search, triplets
-from kdkernels.nearest_neighbor.op import TILE_GALLERY, TILE_QUERIES
+from kdkernels.nearest_neighbor.native import TILE_GALLERY, TILE_QUERIES
 
 
 def own(op: str, name: str = OWN["cpu"], inputs: Callable[..., Inputs] | None = None) -> Contender:

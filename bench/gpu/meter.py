@@ -99,14 +99,14 @@ class Meter:
     def __enter__(self) -> "Meter":
         from triton.runtime.interpreter import InterpreterBuilder
 
-        from kdkernels import triton_rows
+        from kdkernels import triton_common
 
         builder: Any = InterpreterBuilder
         load, store, dot = (
             getattr(builder, f"create_{n}") for n in ("masked_load", "masked_store", "dot")
         )
         rmw, cas = builder.create_atomic_rmw, builder.create_atomic_cas
-        launch = triton_rows.launch
+        launch = triton_common.launch
 
         def counted_load(own, ptrs, mask, *rest, **named):
             self.access(ptrs, mask, READ)
@@ -152,8 +152,8 @@ class Meter:
             (builder, "create_atomic_rmw", counted_rmw),
             (builder, "create_atomic_cas", counted_cas),
             (builder, "create_dot", counted_dot),
-            (triton_rows, "launch", counted_launch),
-            (triton_rows, "multiprocessors", planned),
+            (triton_common, "launch", counted_launch),
+            (triton_common, "multiprocessors", planned),
         ):
             self.patches.enter_context(patched(owner, name, new))
         self.patches.enter_context(_Operations(self))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import kdkernels
-from kdkernels import library
+from kdkernels.backends import backends
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 Call = tuple[str, dict[str, Any], tuple[str, ...], dict[str, Any]]  # name, inputs, wanted, options
@@ -209,7 +209,7 @@ def main(arguments: list[str]) -> int:
         return 2
     torch.manual_seed(0)
     for op in options.ops or CALLS:
-        backend = library.backends(op, options.device)[0]
+        backend = backends(op, options.device)[0]
         if backend == "eager":
             print(f"bench.gpu.sanitize: {op} has no kernel on {options.device}", file=sys.stderr)
             return 2

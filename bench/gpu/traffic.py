@@ -13,7 +13,7 @@ import torch
 
 from bench.cases.inputs import RESNET50_TAPS
 from bench.gpu.meter import MULTIPROCESSORS, Case, Inputs, Make, Result, count
-from kdkernels import library
+from kdkernels.backends import OPS, is_interpreted
 
 
 def kd(rows: int, classes: int, dtype: torch.dtype) -> Case:
@@ -58,7 +58,7 @@ def batch(rows: int, instances: tuple[int, int, int], features: int = 512) -> Ca
     def make(n: int, new: Make) -> Inputs:
         return {"embeddings": new(n, features), "labels": torch.arange(n) // 4}
 
-    tiled = "kdkernels.triplet.triton_batch"
+    tiled = "kdkernels.batch_triplet_loss.triton_kernel"
     return Case(
         "batch_triplet_loss",
         f"hard {rows}x{features} float32",
@@ -134,13 +134,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("ops", nargs="*", metavar="op", help="ops to count; all without one")
     parser.add_argument("--detail", action="store_true", help="the bytes of every kernel argument")
     options = parser.parse_args(arguments)
-    if not library.is_interpreted():
+    if not is_interpreted():
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
         command = [sys.executable, "-m", "bench.gpu.traffic", *arguments]
         return subprocess.run(command, env=environment, check=False).returncode
     chosen = [c for c in cases() if not options.ops or c.op in options.ops]
     if not chosen:
-        parser.error(f"no op {' '.join(options.ops)}; there are {', '.join(library.OPS)}")
+        parser.error(f"no op {' '.join(options.ops)}; there are {', '.join(OPS)}")
     show([count(case) for case in chosen], options.detail)
     return 0
 

@@ -6,8 +6,10 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
-from kdkernels import library as lib
-from kdkernels.hidden_l2 import eager
+from kdkernels.backends import choose_backend
+from kdkernels.checks import check_choice, check_like, check_number, check_tensor, reject
+from kdkernels.hidden_l2 import eager, native
+from kdkernels.registration import claim_gradients, define, raw, wants_gradient
 
 NAME = "hidden_l2"
 
@@ -27,84 +29,26 @@ def _fake(students, teachers, weights, weight_tensor, reduction, want_gradient):
     )
 
 
-def _cpu(
-    students: list[Tensor],
-    teachers: list[Tensor],
-    weights: list[float],
-    weight_tensor: Tensor | None,
-    reduction: str,
-    want_gradient: list[bool],
-) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
-    assert lib.native is not None
-    if weight_tensor is not None:
-        weights = weight_tensor.tolist()
-    gradients = [  # empty_like keeps the strides of a student without gaps
-        lib.new_gradient(s.shape, s.dtype, torch.empty_like(s, device="meta").stride())
-        if wanted
-        else s.new_empty(0)
-        for s, wanted in zip(students, want_gradient, strict=True)
-    ]
-    no_tensor = (0, 0, ())
-    pairs = []
-    for student, teacher, weight, gradient, wanted in zip(
-        students, teachers, weights, gradients, want_gradient, strict=True
-    ):
-        pairs.append(
-            (
-                _strided(student),
-                _strided(teacher),
-                _strided(gradient) if wanted and gradient.numel() else no_tensor,
-                tuple(student.shape),
-                weight,
-                eager.scale_of(student.shape, reduction),
-            )
-        )
-    loss = torch.empty((), dtype=torch.float32)
-    terms = torch.empty(len(pairs), dtype=torch.float32)
-    post_scale = torch.empty(len(pairs), dtype=torch.float32)
-    lib.native.hidden_l2(
-        pairs, loss.data_ptr(), terms.data_ptr(), post_scale.data_ptr(), torch.get_num_threads()
-    )
-    return loss, terms, gradients, post_scale
-
-
-def _strided(t: Tensor) -> tuple[int, int, tuple[int, ...]]:
-    """A tensor as csrc's Strided: address, dtype code, strides."""
-    return (t.data_ptr(), lib.DTYPE_CODES[t.dtype], t.stride())
-
-
 def _give_fake(gradients, incoming, post_scale):
     return None
-
-
-def _give_cpu(gradients: list[Tensor], incoming: Tensor, post_scale: Tensor) -> None:
-    assert lib.native is not None
-    arrives = float(incoming)
-    given = [
-        (gradient.data_ptr(), lib.DTYPE_CODES[gradient.dtype], gradient.numel(), arrives * factor)
-        for gradient, factor in zip(gradients, post_scale.tolist(), strict=True)
-    ]
-    # scaled in the order of their memory: without gaps, whatever the memory format
-    assert all(torch.ops.aten.is_non_overlapping_and_dense(g) for g in gradients)
-    lib.native.hidden_l2_give(given, torch.get_num_threads())
 
 
 # P pairs. loss is 0-d, terms and post_scale are (P,) float32; gradients holds a tensor without gaps
 # in each student's dtype, shape and memory format, an empty one where none is wanted.
 # weight_tensor, where given, replaces weights.
-lib.define(
+define(
     NAME,
     "(Tensor[] students, Tensor[] teachers, float[] weights, Tensor? weight_tensor, str reduction, "
     "bool[] want_gradient) -> (Tensor, Tensor, Tensor[], Tensor)",
     _fake,
-    native=_cpu,
+    native=native.hidden_l2,
     triton="kdkernels.hidden_l2.triton_kernel:hidden_l2",
 )
-lib.define(
+define(
     "hidden_l2_give_",
     "(Tensor(a!)[] gradients, Tensor incoming, Tensor post_scale) -> ()",
     _give_fake,
-    native=_give_cpu,
+    native=native.hidden_l2_give_,
     triton="kdkernels.hidden_l2.triton_kernel:hidden_l2_give_",
 )
 
@@ -113,7 +57,7 @@ class _HiddenL2(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, weights, weight_tensor, reduction, want_gradient, *tensors):
         pairs = len(tensors) // 2
-        loss, terms, gradients, post_scale = lib.raw(NAME, backend)(
+        loss, terms, gradients, post_scale = raw(NAME, backend)(
             tensors[:pairs], tensors[pairs:], weights, weight_tensor, reduction, want_gradient
         )
         ctx.backend = backend
@@ -124,9 +68,9 @@ class _HiddenL2(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, incoming, _):  # pyright: ignore[reportIncompatibleMethodOverride]
-        lib.claim_gradients(ctx, NAME)
+        claim_gradients(ctx, NAME)
         post_scale, *gradients = ctx.saved_tensors
-        lib.raw("hidden_l2_give_", ctx.backend)(gradients, incoming, post_scale)
+        raw("hidden_l2_give_", ctx.backend)(gradients, incoming, post_scale)
         given = [g if w else None for g, w in zip(gradients, ctx.want_gradient, strict=True)]
         return None, None, None, None, None, *given, *(None,) * len(given)
 
@@ -188,36 +132,36 @@ def hidden_l2(
     """
     students, teachers = _listed("students", students), _listed("teachers", teachers)
     if not students:
-        raise lib.reject(NAME, "students is empty: there must be at least one pair")
+        raise reject(NAME, "students is empty: there must be at least one pair")
     if len(students) != len(teachers):
-        raise lib.reject(
+        raise reject(
             NAME, f"teachers must have {len(students)} tensors like students, got {len(teachers)}"
         )
     for i, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
-        lib.check_tensor(NAME, f"students[{i}]", student)
-        lib.check_like(NAME, f"teachers[{i}]", teacher, student, f"students[{i}]")
+        check_tensor(NAME, f"students[{i}]", student)
+        check_like(NAME, f"teachers[{i}]", teacher, student, f"students[{i}]")
         if student.device != students[0].device:
-            raise lib.reject(
+            raise reject(
                 NAME,
                 f"students[{i}] must be on {students[0].device} like students[0], "
                 f"got {student.device}",
             )
-    lib.check_choice(NAME, "reduction", reduction, eager.REDUCTIONS)
+    check_choice(NAME, "reduction", reduction, eager.REDUCTIONS)
     numbers, weight_tensor = _check_weights(weights, len(students), students[0].device)
-    backend = lib.choose_backend(NAME, backend, [*students, *teachers])
+    backend = choose_backend(NAME, backend, [*students, *teachers])
     if backend == "eager":
         each = numbers if weight_tensor is None else weight_tensor
         loss, terms = eager.hidden_l2(students, teachers, each, reduction)
         return (loss, terms) if return_terms else loss
 
     teachers = [t.detach() for t in teachers]
-    want_gradient = [lib.wants_gradient(s) for s in students]
+    want_gradient = [wants_gradient(s) for s in students]
     if any(want_gradient):
         loss, terms = _HiddenL2.apply(
             backend, numbers, weight_tensor, reduction, want_gradient, *students, *teachers
         )
     else:
-        loss, terms, _, _ = lib.raw(NAME, backend)(
+        loss, terms, _, _ = raw(NAME, backend)(
             students, teachers, numbers, weight_tensor, reduction, want_gradient
         )
     return (loss, terms) if return_terms else loss
@@ -228,7 +172,7 @@ def _listed(name: str, value: Sequence[Tensor] | Tensor) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     if not isinstance(value, (list, tuple)):
-        raise lib.reject(
+        raise reject(
             NAME, f"{name} must be a list of tensors or a tensor, got {type(value).__name__}"
         )
     return list(value)
@@ -242,21 +186,21 @@ def _check_weights(
         return [1.0] * pairs, None
     if isinstance(weights, Tensor):
         if weights.dtype != torch.float32 or weights.shape != (pairs,) or weights.device != device:
-            raise lib.reject(
+            raise reject(
                 NAME,
                 f"weights must be a float32 tensor of shape ({pairs},) on {device}, "
                 f"got {weights.dtype} of shape {tuple(weights.shape)} on {weights.device}",
             )
         return [1.0] * pairs, weights.detach()
     if not isinstance(weights, (list, tuple)):
-        raise lib.reject(
+        raise reject(
             NAME,
             f"weights must be a list of {pairs} numbers or a float32 tensor, "
             f"got {type(weights).__name__}",
         )
     if len(weights) != pairs:
-        raise lib.reject(NAME, f"weights must have {pairs} numbers, one a pair, got {len(weights)}")
-    return [lib.check_number(NAME, f"weights[{i}]", w) for i, w in enumerate(weights)], None
+        raise reject(NAME, f"weights must have {pairs} numbers, one a pair, got {len(weights)}")
+    return [check_number(NAME, f"weights[{i}]", w) for i, w in enumerate(weights)], None
 
 
 class HiddenL2Loss(nn.Module):
@@ -286,7 +230,7 @@ class HiddenL2Loss(nn.Module):
             self.register_buffer("weights", weights.detach())
         else:
             self.weights = weights
-        self.reduction = lib.check_choice(NAME, "reduction", reduction, eager.REDUCTIONS)
+        self.reduction = check_choice(NAME, "reduction", reduction, eager.REDUCTIONS)
         self.return_terms = return_terms
         self.backend = backend
 

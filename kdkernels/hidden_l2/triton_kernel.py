@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdkernels import triton_rows as rows
+from kdkernels import triton_common as common
 from kdkernels.hidden_l2 import triton_table as tables
 from kdkernels.hidden_l2.triton_chunk import (
     CHUNK,
@@ -316,10 +316,10 @@ def hidden_l2(
     again = torch.empty((), **floats)
     weight_stride = 0 if weight_tensor is None else weight_tensor.stride(0)
 
-    with rows.on(students[0], "hidden_l2"):
+    with common.on(students[0], "hidden_l2"):
         table = plan.table(weights, students, teachers, gradients)
         for sweep in plan.sweeps:
-            rows.launch(
+            common.launch(
                 _sweep,
                 (sweep.chunks,),
                 table,
@@ -335,7 +335,7 @@ def hidden_l2(
                 HALF=sweep.half,
                 **_options(plan, sweep),
             )
-        rows.launch(
+        common.launch(
             _finish,
             (pairs,),
             table,
@@ -357,9 +357,9 @@ def hidden_l2(
         for sweep in plan.sweeps:
             if not sweep.half:
                 continue
-            rows.launch(
+            common.launch(
                 _again,
-                (min(sweep.chunks, 4 * rows.multiprocessors(students[0].device)),),
+                (min(sweep.chunks, 4 * common.multiprocessors(students[0].device)),),
                 table,
                 weight_tensor,
                 parts_of_loss,
@@ -387,15 +387,15 @@ def hidden_l2_give_(gradients: list[Tensor], incoming: Tensor, post_scale: Tenso
     elements = [gradients[i].numel() for i in given]
     addresses = [gradients[i].data_ptr() for i in given]
     device = gradients[given[0]].device
-    with rows.on(gradients[given[0]], "hidden_l2"):
+    with common.on(gradients[given[0]], "hidden_l2"):
         table = tables.fill([*first, *elements, *given, *addresses], gradients[given[0]])
         begin = 0
         for dtype in dict.fromkeys(gradients[i].dtype for i in given):
             pairs = sum(gradients[i].dtype == dtype for i in given)
             count = sum(chunks[begin : begin + pairs])
-            rows.launch(
+            common.launch(
                 _give,
-                (min(count, 8 * rows.multiprocessors(device)),),
+                (min(count, 8 * common.multiprocessors(device)),),
                 table,
                 incoming,
                 post_scale,

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdkernels import triton_rows as rows
+from kdkernels import triton_common as common
 
 CHUNK = 16384  # elements of one program, and of the fixed summation order
 # Columns of the table, each with a number a pair. Then, if some pair is strided, sizes, the
@@ -56,7 +56,7 @@ def fill(values: Sequence[int], like: Tensor) -> Tensor:
     first = 0
     for size in parts:
         numbers = tuple(encoded[first : first + size])
-        rows.launch(_fill, (1,), table, first, numbers, COUNT=size, num_warps=1)
+        common.launch(_fill, (1,), table, first, numbers, COUNT=size, num_warps=1)
         first += size
     return table
 

@@ -5,9 +5,21 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
-from kdkernels import library as lib
-from kdkernels.kd_cross_entropy import eager
+from kdkernels import checks
+from kdkernels.backends import backends, choose_backend
+from kdkernels.checks import (
+    REDUCTIONS,
+    check_choice,
+    check_labels,
+    check_like,
+    check_number,
+    check_tensor,
+    reject,
+)
+from kdkernels.kd_cross_entropy import eager, native
 from kdkernels.kd_cross_entropy.eager import KDTerms
+from kdkernels.native import DTYPE_CODES
+from kdkernels.registration import claim_gradients, define, give_gradient, raw, wants_gradient
 
 NAME = "kd_cross_entropy"
 LARGEST = 1e6  # of alpha, the temperature and its inverse: beyond, float32 statistics overflow
@@ -33,67 +45,15 @@ def _fake(
     return loss, torch.empty(5 if want_terms else 0, **floats), gradient, torch.empty((), **floats)
 
 
-def _cpu(
-    student: Tensor,
-    teacher: Tensor | None,
-    target: Tensor | None,
-    temperature: float,
-    alpha: float,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: str,
-    want_gradient: bool,
-    want_terms: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    assert lib.native is not None
-    rows, classes = student.shape
-    per_row = torch.empty(rows, dtype=torch.float32)  # whatever the default dtype is
-    row_terms = torch.empty(rows, 4, dtype=torch.float32)
-    reduced = torch.empty(6, dtype=torch.float32)
-    post_scale = torch.empty((), dtype=torch.float32)
-    gradient = lib.new_gradient((rows, classes) if want_gradient else (0,), student.dtype)
-    bad_row = lib.native.kd_cross_entropy(
-        lib.matrix(student),
-        lib.matrix(teacher),
-        0 if target is None or rows == 0 else target.data_ptr(),
-        target is not None and target.dtype == torch.int64,
-        0 if target is None else target.stride(0),
-        rows,
-        classes,
-        temperature,
-        alpha,
-        label_smoothing,
-        ignore_index,
-        reduction == "mean",
-        per_row.data_ptr(),
-        row_terms.data_ptr(),
-        0,
-        gradient.data_ptr() if want_gradient and rows else 0,
-        reduced.data_ptr(),
-        post_scale.data_ptr(),
-        torch.get_num_threads(),
-    )
-    if bad_row >= 0:
-        assert target is not None
-        raise lib.reject(
-            NAME,
-            f"target must lie in [0, {classes}) or be ignore_index ({ignore_index}), "
-            f"got {int(target[bad_row])} in row {bad_row}",
-        )
-    loss = per_row if reduction == "none" else reduced[0].clone()
-    terms = reduced[1:].clone() if want_terms else torch.empty(0, dtype=torch.float32)
-    return loss, terms, gradient, post_scale
-
-
 # loss is (N,) for "none" and 0-d else; terms is (5,) float32, (0,) where not wanted; gradient is
 # (N, C) in the student's dtype, (0,) where not wanted; post_scale is what backward multiplies by.
-lib.define(
+define(
     NAME,
     "(Tensor student, Tensor? teacher, Tensor? target, float temperature, float alpha, "
     "int ignore_index, float label_smoothing, str reduction, bool want_gradient, bool want_terms) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
-    native=_cpu,
+    native=native.kd_cross_entropy,
     triton="kdkernels.kd_cross_entropy.triton_kernel:kd_cross_entropy",
 )
 
@@ -101,9 +61,7 @@ lib.define(
 class _KDCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, student, teacher, target, *options):
-        loss, terms, gradient, post_scale = lib.raw(NAME, backend)(
-            student, teacher, target, *options
-        )
+        loss, terms, gradient, post_scale = raw(NAME, backend)(student, teacher, target, *options)
         ctx.backend = backend
         ctx.save_for_backward(gradient, post_scale)
         ctx.mark_non_differentiable(terms)
@@ -111,9 +69,9 @@ class _KDCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, incoming, _):  # pyright: ignore[reportIncompatibleMethodOverride]
-        lib.claim_gradients(ctx, NAME)
+        claim_gradients(ctx, NAME)
         gradient, post_scale = ctx.saved_tensors
-        given = lib.give_gradient(gradient, incoming, post_scale, ctx.backend)
+        given = give_gradient(gradient, incoming, post_scale, ctx.backend)
         return None, given, *(None,) * 9
 
 
@@ -193,20 +151,20 @@ def kd_cross_entropy(
     Raises ValueError where shapes, dtypes, devices, options or (on the CPU) the label range are
     wrong.
     """
-    lib.check_tensor(NAME, "student", student, dims=2)
+    check_tensor(NAME, "student", student, dims=2)
     if student.shape[1] == 0:
-        raise lib.reject(NAME, f"student must have at least one class, got {tuple(student.shape)}")
+        raise reject(NAME, f"student must have at least one class, got {tuple(student.shape)}")
     if teacher is None and target is None:
-        raise lib.reject(NAME, "teacher and target are both None: there is nothing to compare with")
+        raise reject(NAME, "teacher and target are both None: there is nothing to compare with")
     if teacher is not None:
-        lib.check_like(NAME, "teacher", teacher, student, "student")
+        check_like(NAME, "teacher", teacher, student, "student")
     if target is not None:
-        lib.check_labels(NAME, "target", target, student.shape[0], student.device)
+        check_labels(NAME, "target", target, student.shape[0], student.device)
     temperature, alpha, label_smoothing = check_row_options(
         temperature, alpha, label_smoothing, ignore_index, reduction
     )
     tensors = [student] if teacher is None else [student, teacher]
-    backend = lib.choose_backend(NAME, backend, tensors)
+    backend = choose_backend(NAME, backend, tensors)
     if target is not None and backend != "native":  # which finds it in the same sweep
         check_label_range(target, student.shape[1], ignore_index)
     if alpha == 0.0:  # a term whose factor is 0 is not computed
@@ -228,12 +186,12 @@ def kd_cross_entropy(
     weight = alpha * temperature**2 if tau_squared else alpha
     options = (temperature, weight, ignore_index, label_smoothing, reduction)
     teacher = None if teacher is None else teacher.detach()
-    if lib.wants_gradient(student):
+    if wants_gradient(student):
         loss, terms = _KDCrossEntropy.apply(
             backend, student, teacher, target, *options, True, return_terms
         )
     else:
-        loss, terms, _, _ = lib.raw(NAME, backend)(
+        loss, terms, _, _ = raw(NAME, backend)(
             student, teacher, target, *options, False, return_terms
         )
     return (loss, KDTerms(*terms.unbind())) if return_terms else loss
@@ -241,8 +199,8 @@ def kd_cross_entropy(
 
 def check_temperature(temperature: object, op: str = NAME) -> float:
     """A temperature whose square and inverse float32 can hold."""
-    value = lib.check_number(op, "temperature", temperature, above=0.0)
-    return lib.check_number(op, "temperature", value, at_least=1 / LARGEST, at_most=LARGEST)
+    value = check_number(op, "temperature", temperature, above=0.0)
+    return check_number(op, "temperature", value, at_least=1 / LARGEST, at_most=LARGEST)
 
 
 def check_row_options(
@@ -255,12 +213,12 @@ def check_row_options(
 ) -> tuple[float, float, float]:
     """Temperature, alpha and label smoothing as floats, where all options of a row are right."""
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise lib.reject(op, f"ignore_index must be an int, got {ignore_index!r}")
-    lib.check_choice(op, "reduction", reduction, lib.REDUCTIONS)
+        raise reject(op, f"ignore_index must be an int, got {ignore_index!r}")
+    check_choice(op, "reduction", reduction, REDUCTIONS)
     return (
         check_temperature(temperature, op),
-        lib.check_number(op, "alpha", alpha, at_least=-LARGEST, at_most=LARGEST),
-        lib.check_number(op, "label_smoothing", label_smoothing, at_least=0.0, at_most=1.0),
+        check_number(op, "alpha", alpha, at_least=-LARGEST, at_most=LARGEST),
+        check_number(op, "label_smoothing", label_smoothing, at_least=0.0, at_most=1.0),
     )
 
 
@@ -269,12 +227,12 @@ def check_label_range(target: Tensor, classes: int, ignore_index: int, op: str =
 
     On the CPU; elsewhere it would wait for the device, so only under kdkernels.validate(True).
     """
-    if not lib.looks_at_values(target.device):
+    if not checks.looks_at_values(target.device):
         return
     bad = (target != ignore_index) & ((target < 0) | (target >= classes))
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
-        raise lib.reject(
+        raise reject(
             op,
             f"target must lie in [0, {classes}) or be ignore_index ({ignore_index}), "
             f"got {int(target[row])} in row {row}",
@@ -369,9 +327,9 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             self.weight is None
             and input.dim() == 2
             and input.shape[1] > 0
-            and input.dtype in lib.DTYPE_CODES
+            and input.dtype in DTYPE_CODES
             and target.dtype in (torch.int32, torch.int64)
             and target.shape == input.shape[:1]
             and target.device == input.device
-            and lib.backends(NAME, input.device.type)[0] != "eager"
+            and backends(NAME, input.device.type)[0] != "eager"
         )

@@ -120,14 +120,14 @@ def _extreme(device: str) -> list[Sample]:
         student[:, :2048] = -INF
         teacher[:, :2048] = -INF
 
-    def impossible_target(student, teacher, label):
+    def impossible_target(student, _teacher, _label):
         student[1, 7] = -INF  # the teacher gives it probability: the loss is +inf
 
-    def ties(student, teacher, label):
+    def ties(student, teacher, _label):
         student[:] = 1.0
         teacher[:] = -3.0
 
-    def teacher_masked(student, teacher, label):
+    def teacher_masked(_student, teacher, _label):
         teacher[:, 10:] = -INF
 
     return [

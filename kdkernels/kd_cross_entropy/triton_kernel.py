@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdkernels import triton_rows as rows
+from kdkernels import triton_common as common
 from kdkernels.kd_cross_entropy.triton_row import (
     add_exponentials,
     coefficients,
@@ -108,7 +108,7 @@ def _row_in_registers(
     )
     sums, count = row_sums(sums, count, PLAN)
     found, totals, slope = merge_label(
-        s_max, refs, is_hit, sums, s_label, t_label, margin, valid, classes, numbers, PLAN
+        refs, is_hit, sums, s_label, t_label, margin, valid, classes, numbers, PLAN
     )
     store_row(loss_ptr, terms_ptr, row, found, PLAN)
 
@@ -224,14 +224,14 @@ def make_plan(
         warps = next(
             w
             for w in (1, 2, 4, 8, 16, 32)
-            if triton.cdiv(student.shape[1], rows.warp_size() * w * vec) * vec * arrays <= most
+            if triton.cdiv(student.shape[1], common.warp_size() * w * vec) * vec * arrays <= most
         )
-        lanes = rows.warp_size() * warps
+        lanes = common.warp_size() * warps
         tiles = triton.cdiv(student.shape[1], lanes * vec)
         full = max(0, student.shape[1] - 2 * (vec - 1)) // (lanes * vec)
     else:
         # 16 classes a thread and network are 32 KB in flight a program: two hide the latency.
-        lanes, tiles, full = rows.warp_size() * 8, 16 // vec, 0
+        lanes, tiles, full = common.warp_size() * 8, 16 // vec, 0
     return Plan(
         vec=vec,
         lanes=lanes,
@@ -269,7 +269,7 @@ def with_unit_columns(tensor: Tensor) -> Tensor:
 def parts_of(student: Tensor) -> int:
     """Programs that share a row: 0 where one keeps it in registers, 1 where one sweeps it twice."""
     rows_here, classes = student.shape
-    side_by_side = rows.multiprocessors(student.device)
+    side_by_side = common.multiprocessors(student.device)
     if classes <= ONE_TILE_CLASSES:
         return 0
     if rows_here >= side_by_side:
@@ -322,12 +322,12 @@ def launch_rows(
     strides = (student.stride(0), teacher_or_any.stride(0), target_stride)
     scale = math.log2(math.e) / temperature
     numbers = (scale, 1.0 / temperature, alpha, label_smoothing, gradient_scale)
-    warps = plan.lanes // rows.warp_size()
+    warps = plan.lanes // common.warp_size()
     # 128 registers leave room for two programs of 8 warps: one loads while the other computes.
     # Without a limit the compiler spills a few in places, to make room for one program more.
     # Accesses of single classes need more for their addresses.
     is_wide = plan.wide_student and plan.wide_gradient and plan.wide_teacher == plan.has_teacher
-    limit = rows.register_limit(128 if is_wide or gradient is None else 168)
+    limit = common.register_limit(128 if is_wide or gradient is None else 168)
     outputs_or_any = (
         loss,
         loss if terms is None else terms,
@@ -346,12 +346,12 @@ def launch_rows(
             ignore_index,
             *numbers,
         )
-        rows.launch(kernel, (n,), *everything, PLAN=plan, num_warps=warps, **limit)
+        common.launch(kernel, (n,), *everything, PLAN=plan, num_warps=warps, **limit)
     else:
         statistics = torch.empty(
             (n, STATISTICS.value, parts), dtype=torch.float32, device=student.device
         )
-        rows.launch(
+        common.launch(
             split_statistics,
             (n * parts,),
             *tensors,
@@ -365,7 +365,7 @@ def launch_rows(
             num_warps=warps,
             **limit,
         )
-        rows.launch(
+        common.launch(
             split_gradient,
             (n if gradient is None else n * parts,),
             *tensors,
@@ -432,10 +432,10 @@ def kd_cross_entropy(
     count, post_scale = torch.empty((), **floats), torch.empty((), **floats)
     target_or_any = per_row if target is None else target
     target_stride = 0 if target is None else target.stride(0)
-    with rows.on(student, "kd_cross_entropy"):
+    with common.on(student, "kd_cross_entropy"):
         if divisor == "given":
             labels = (target_or_any, count, target_stride, n, ignore_index)
-            rows.launch(_count_rows, (1,), *labels, BLOCK=1024, num_warps=4)
+            common.launch(_count_rows, (1,), *labels, BLOCK=1024, num_warps=4)
         launch_rows(
             student,
             teacher,
@@ -450,7 +450,7 @@ def kd_cross_entropy(
             divisor=divisor,
             gradient_scale=gradient_scale,
         )
-        rows.launch(
+        common.launch(
             _finish,
             (1,),
             target_or_any,

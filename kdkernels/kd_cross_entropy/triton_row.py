@@ -209,7 +209,7 @@ def merge(s_max, t_max, before, sums, more, scale, PLAN: tl.constexpr):
 
 
 @triton.jit
-def losses(s_max, refs, is_hit, sums, s_label, valid, classes, numbers, PLAN: tl.constexpr):
+def losses(refs, is_hit, sums, s_label, valid, classes, numbers, PLAN: tl.constexpr):
     """(loss, hard, soft, entropy, hit) of a row; and P, U, V, NaN where the row is no
     distribution."""
     P, U, V, VA, VB, S = sums
@@ -241,9 +241,8 @@ def top_logit(s_max, s_label, PLAN: tl.constexpr):
 
 @triton.jit
 def merge_label(
-    s_max, refs, is_hit, sums, s_label, t_label, margin, valid, classes, numbers,
-    PLAN: tl.constexpr,
-):  # fmt: skip
+    refs, is_hit, sums, s_label, t_label, margin, valid, classes, numbers, PLAN: tl.constexpr
+):
     """What losses() gives; and the derivative of the loss by the label's logit, with a margin.
 
     There the label is a part of its own, with one logit in the hard term and another in the soft
@@ -266,7 +265,7 @@ def merge_label(
             rest + mine, U_top, V_top, VA_top + weighted(v, a), VB_top + weighted(v, b), S + s_hard
         )  # fmt: skip
         found, totals = losses(
-            s_max, (hard_top, top[1]), is_hit, merged, s_hard, valid, classes, numbers, PLAN
+            (hard_top, top[1]), is_hit, merged, s_hard, valid, classes, numbers, PLAN
         )
         slope = margin[1] * valid * (smoothing - smoothing / classes - rest / (rest + mine))
         if PLAN.has_teacher:
@@ -276,7 +275,7 @@ def merge_label(
         V = tl.where(totals[2] == totals[2], V + tl.exp2((t_label - refs[1]) * scale), float("nan"))
         return found, (P, U, V), slope
     else:
-        found, totals = losses(s_max, refs, is_hit, sums, s_label, valid, classes, numbers, PLAN)
+        found, totals = losses(refs, is_hit, sums, s_label, valid, classes, numbers, PLAN)
         return found, totals, 0.0
 
 

@@ -193,7 +193,7 @@ def two_sweeps(
         most = top_logit(s_max, s_label, PLAN)
         is_hit = (s_label == most) & (before < most)
         found, totals, slope = merge_label(
-            s_max, refs, is_hit, sums, s_label, t_label, margin, valid, classes, numbers, PLAN
+            refs, is_hit, sums, s_label, t_label, margin, valid, classes, numbers, PLAN
         )
         store_row(loss_ptr, terms_ptr, row, found, PLAN)
         if PLAN.gradient:
@@ -264,7 +264,7 @@ def split_gradient(
         most = top_logit(s_max, s_label, PLAN)
         is_hit = (s_label == most) & (before < most)
         found, totals, slope = merge_label(
-            s_max, refs, is_hit, sums, s_label, t_label, margin, valid, classes, numbers, PLAN
+            refs, is_hit, sums, s_label, t_label, margin, valid, classes, numbers, PLAN
         )
         if part == 0:
             store_row(loss_ptr, terms_ptr, row, found, PLAN)

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from kdkernels import library as lib
-from kdkernels.linear_kd_cross_entropy.chunks import Call, Chunk, run
-from kdkernels.linear_kd_cross_entropy.head import Arithmetic
-from kdkernels.linear_kd_cross_entropy.tail import take_rows
+from kdkernels.linear_kd_cross_entropy.driver import Call, Chunk, run
+from kdkernels.linear_kd_cross_entropy.products import Arithmetic
+from kdkernels.linear_kd_cross_entropy.sparse_teacher import take_rows
+from kdkernels.native import extension, matrix, new_gradient
 
 CHUNK_BYTES = 32 << 20  # of both networks' logits: about the last-level cache of a processor
 # Every chunk moves the weight, its gradient and what BLAS copies of them, so chunks of 128 rows are
@@ -16,15 +16,18 @@ LEAST_ROWS, MOST_LEAST_ROWS = 64, 128
 
 
 def _tail(x: Tensor, temperature: float, statistics: Tensor | None, factors: Tensor | None) -> None:
-    assert lib.native is not None
-    lib.native.kd_tail(
-        x.data_ptr(),
-        x.stride(0),
-        *x.shape,
-        temperature,
-        0 if statistics is None else statistics.data_ptr(),
-        0 if factors is None else factors.data_ptr(),
-        torch.get_num_threads(),
+    assert extension is not None
+    extension.sparse_teacher_tail(
+        {
+            "logits": x.data_ptr(),
+            "stride": x.stride(0),
+            "rows": len(x),
+            "classes": x.shape[1],
+            "temperature": temperature,
+            "statistics": 0 if statistics is None else statistics.data_ptr(),
+            "factors": 0 if factors is None else factors.data_ptr(),
+            "threads": torch.get_num_threads(),
+        }
     )
 
 
@@ -36,7 +39,7 @@ def _tail_statistics(x: Tensor, temperature: float) -> tuple[Tensor, Tensor, Ten
 
 
 def _tail_gradient(x: Tensor, factors: Tensor, temperature: float, out: Tensor) -> None:
-    """In place: no product on the CPU is narrow, so the gradient has no memory of its own."""
+    """In place: products on the CPU are float32, so the gradient has no memory of its own."""
     assert out is x
     _tail(x, temperature, None, factors)
 
@@ -45,35 +48,37 @@ def _rows(chunk: Chunk) -> None:
     if chunk.indices is not None:
         take_rows(chunk, _tail_statistics, _tail_gradient)
         return
-    assert lib.native is not None
+    assert extension is not None
     call, target, gradient = chunk.call, chunk.target, chunk.gradient
     rows, classes = chunk.student.shape
     terms = torch.empty((rows, 4), dtype=torch.float32) if chunk.terms is None else chunk.terms
     assert gradient is None or gradient.stride(1) == 1
-    lib.native.kd_cross_entropy_chunk(
-        lib.matrix(chunk.student),
-        lib.matrix(chunk.teacher),
-        0 if target is None else target.data_ptr(),
-        target is not None and target.dtype == torch.int64,
-        0 if target is None else target.stride(0),
-        rows,
-        classes,
-        call.temperature,
-        call.alpha,
-        call.label_smoothing,
-        call.ignore_index,
-        1.0 if chunk.count is None else 1.0 / float(chunk.count),
-        0 if chunk.margin is None else chunk.margin.data_ptr(),
-        chunk.loss.data_ptr(),
-        terms.data_ptr(),
-        0 if gradient is None else gradient.data_ptr(),
-        0 if gradient is None else gradient.stride(0),
-        torch.get_num_threads(),
+    extension.kd_cross_entropy_chunk(
+        {
+            "student": matrix(chunk.student),
+            "teacher": matrix(chunk.teacher),
+            "target": 0 if target is None else target.data_ptr(),
+            "target_is_int64": target is not None and target.dtype == torch.int64,
+            "target_stride": 0 if target is None else target.stride(0),
+            "rows": rows,
+            "classes": classes,
+            "temperature": call.temperature,
+            "alpha": call.alpha,
+            "label_smoothing": call.label_smoothing,
+            "ignore_index": call.ignore_index,
+            "loss": chunk.loss.data_ptr(),
+            "terms": terms.data_ptr(),
+            "gradient": 0 if gradient is None else gradient.data_ptr(),
+            "gradient_stride": 0 if gradient is None else gradient.stride(0),
+            "gradient_scale": 1.0 if chunk.count is None else 1.0 / float(chunk.count),
+            "margin": 0 if chunk.margin is None else chunk.margin.data_ptr(),
+            "threads": torch.get_num_threads(),
+        }
     )
 
 
 def _scale(x: Tensor, row: Tensor | None, column: Tensor | None, out: Tensor) -> None:
-    """In place on the CPU: no product there is narrow."""
+    """In place on the CPU: products there are float32."""
     assert out is x
     if column is not None:
         x.mul_(column)
@@ -87,11 +92,11 @@ def arithmetic(rows: int) -> Arithmetic:
         block=16,
         chunk_bytes=CHUNK_BYTES,
         least_rows=max(LEAST_ROWS, min(rows // 4, MOST_LEAST_ROWS)),
-        empty=lib.new_gradient,
+        empty=new_gradient,
         rows=_rows,
         scale=_scale,
-        narrow=False,
-        turned=True,
+        multiplies_bf16=False,
+        transposes_logits=True,
     )
 
 

@@ -5,7 +5,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
-from kdkernels import library as lib
+from kdkernels.backends import choose_backend
+from kdkernels.checks import check_labels, check_tensor, reject
 from kdkernels.kd_cross_entropy.op import check_label_range, check_row_options
 from kdkernels.linear_kd_cross_entropy import eager, native
 from kdkernels.linear_kd_cross_entropy.arguments import (
@@ -24,6 +25,7 @@ from kdkernels.linear_kd_cross_entropy.arguments import (
 from kdkernels.linear_kd_cross_entropy.eager import KDTerms
 from kdkernels.linear_kd_cross_entropy.margins import Margin
 from kdkernels.linear_kd_cross_entropy.sampling import NO_CLASS, check_classes, renumber
+from kdkernels.registration import claim_gradients, define, give_gradient, raw, wants_gradient
 
 
 def _shapes(features: Tensor, weight: Tensor, want: tuple[bool, ...]) -> list[Tensor]:
@@ -58,14 +60,14 @@ _CALL = (
     "float label_smoothing, str reduction, bool want_features, bool want_weight, bool want_bias"
 )
 TENSORS = 12  # of the call, which come first
-lib.define(
+define(
     NAME,
     f"({_CALL}, bool want_terms) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
     native=native.forward,
     triton="kdkernels.linear_kd_cross_entropy.triton_kernel:forward",
 )
-lib.define(
+define(
     f"{NAME}_gradient",
     f"({_CALL}, Tensor incoming) -> (Tensor, Tensor, Tensor)",
     _gradient_fake,
@@ -80,7 +82,7 @@ class _LinearKDCrossEntropy(torch.autograd.Function):
         is_none = call[-1] == "none"
         # with a weight a row still to come, no gradient can be formed yet
         wanted = (False,) * 3 if is_none else want
-        loss, terms, *gradients = lib.raw(NAME, backend)(*call, *wanted, want_terms)
+        loss, terms, *gradients = raw(NAME, backend)(*call, *wanted, want_terms)
         ctx.backend, ctx.want, ctx.is_none = backend, want, is_none
         ctx.dtypes = [None if t is None else t.dtype for t in call[:3]]
         if is_none:
@@ -93,14 +95,14 @@ class _LinearKDCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, incoming, _):  # pyright: ignore[reportIncompatibleMethodOverride]
-        lib.claim_gradients(ctx, NAME)
+        claim_gradients(ctx, NAME)
         if ctx.is_none:
-            form = lib.raw(f"{NAME}_gradient", ctx.backend)
+            form = raw(f"{NAME}_gradient", ctx.backend)
             given = form(*ctx.saved_tensors, *ctx.options, *ctx.want, incoming)
         else:
             one = torch.ones((), dtype=torch.float32, device=incoming.device)
             given = [
-                lib.give_gradient(gradient, incoming, one, ctx.backend) if wanted else gradient
+                give_gradient(gradient, incoming, one, ctx.backend) if wanted else gradient
                 for gradient, wanted in zip(ctx.saved_tensors, ctx.want, strict=True)
             ]
         found = (
@@ -271,22 +273,22 @@ def linear_kd_cross_entropy(
     head: tuple[Tensor | None, ...] = (None, None, None)
     sparse: SparseTeacher | None = None
     if isinstance(teacher, Tensor):
-        logits = lib.check_tensor(NAME, "teacher", teacher).detach()
+        logits = check_tensor(NAME, "teacher", teacher).detach()
         if logits.shape != (rows, every) or logits.device != features.device:
-            raise lib.reject(
+            raise reject(
                 NAME,
                 f"teacher must be logits of shape ({rows}, {every}) on {features.device}, "
                 f"got {tuple(logits.shape)} on {logits.device}",
             )
         tensors.append(logits)
         if teacher_scale is not None:
-            raise lib.reject(
+            raise reject(
                 NAME, "teacher_scale is for a teacher (features, weight): logits are taken as given"
             )
     elif is_sparse(teacher):
         sparse = check_sparse(teacher, features, every, tensors)
         if teacher_scale is not None or classes is not None:
-            raise lib.reject(
+            raise reject(
                 NAME,
                 "teacher_scale and classes are not for a sparse teacher: its probabilities are "
                 "taken as given, and are of all classes",
@@ -294,19 +296,19 @@ def linear_kd_cross_entropy(
     elif teacher is not None:
         head = check_teacher(teacher, features, weight, tensors)
     elif target is None:
-        raise lib.reject(NAME, "teacher and target are both None: there is nothing to compare with")
+        raise reject(NAME, "teacher and target are both None: there is nothing to compare with")
     if normalize and (bias is not None or head[2] is not None):
-        raise lib.reject(NAME, "bias and normalize=True do not go together: cosines have no offset")
+        raise reject(NAME, "bias and normalize=True do not go together: cosines have no offset")
     if teacher_scale is None:
         teacher_scale = scale
     teacher_scale = check_scale("teacher_scale", teacher_scale, normalize)
     if target is not None:
-        lib.check_labels(NAME, "target", target, rows, features.device)
+        check_labels(NAME, "target", target, rows, features.device)
     m2, m3 = check_margin(margin, features, normalize and target is not None)
     temperature, alpha, label_smoothing = check_row_options(
         temperature, alpha, label_smoothing, ignore_index, reduction, NAME
     )
-    backend = lib.choose_backend(NAME, backend, tensors)
+    backend = choose_backend(NAME, backend, tensors)
     if target is not None:
         check_label_range(target, every, ignore_index, NAME)
     if alpha == 0.0:  # a term whose factor is 0 is not computed
@@ -352,11 +354,11 @@ def linear_kd_cross_entropy(
         *(normalize, scale, teacher_scale),
         *(straight_through, temperature, factor, ignore_index, label_smoothing, reduction),
     )
-    want = tuple(t is not None and lib.wants_gradient(t) for t in (features, weight, bias))
+    want = tuple(t is not None and wants_gradient(t) for t in (features, weight, bias))
     if any(want):
         loss, terms = _LinearKDCrossEntropy.apply(backend, want, return_terms, *call)
     else:
-        loss, terms, *_ = lib.raw(NAME, backend)(*call, *want, return_terms)
+        loss, terms, *_ = raw(NAME, backend)(*call, *want, return_terms)
     return (loss, KDTerms(*terms.unbind())) if return_terms else loss
 
 

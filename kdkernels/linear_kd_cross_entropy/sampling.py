@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from kdkernels import library as lib
+from kdkernels import checks
+from kdkernels.checks import check_labels, check_number, reject
 from kdkernels.kd_cross_entropy.op import check_label_range
 from kdkernels.linear_kd_cross_entropy.arguments import NAME
 
@@ -36,11 +37,11 @@ def sample_classes(
     """
     op = "sample_classes"
     if not isinstance(target, Tensor) or target.dim() != 1:
-        raise lib.reject(op, "target must be a tensor of shape (N,)")
-    lib.check_labels(op, "target", target, len(target), target.device)
+        raise reject(op, "target must be a tensor of shape (N,)")
+    check_labels(op, "target", target, len(target), target.device)
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-        raise lib.reject(op, f"num_classes must be an int above 0, got {num_classes!r}")
-    fraction = lib.check_number(op, "fraction", fraction, above=0.0, at_most=1.0)
+        raise reject(op, f"num_classes must be an int above 0, got {num_classes!r}")
+    fraction = check_number(op, "fraction", fraction, above=0.0, at_most=1.0)
     check_label_range(target, num_classes, ignore_index, op)
     size = math.ceil(round(fraction * num_classes, 6))  # 0.07 * 100 is a little above 7
     score = torch.rand(
@@ -59,18 +60,18 @@ def check_classes(classes: object, num_classes: int, device: torch.device) -> Te
     under validate(True)) also where they are out of range or not in rising order."""
     if not isinstance(classes, Tensor) or classes.dtype not in (torch.int32, torch.int64):
         got = classes.dtype if isinstance(classes, Tensor) else type(classes).__name__
-        raise lib.reject(NAME, f"classes must be an int32 or int64 tensor, got {got}")
+        raise reject(NAME, f"classes must be an int32 or int64 tensor, got {got}")
     if classes.dim() != 1 or len(classes) == 0 or classes.device != device:
-        raise lib.reject(
+        raise reject(
             NAME,
             f"classes must have shape (S,) with S above 0 on {device}, got {tuple(classes.shape)} "
             f"on {classes.device}",
         )
     classes = classes.long().contiguous()
-    if lib.looks_at_values(device):
+    if checks.looks_at_values(device):
         inside = (classes >= 0) & (classes < num_classes)
         if not bool(inside.all() & (classes[1:] > classes[:-1]).all()):
-            raise lib.reject(
+            raise reject(
                 NAME, f"classes must rise, each once, within [0, {num_classes}): sort them"
             )
     return classes
@@ -83,9 +84,9 @@ def renumber(target: Tensor, classes: Tensor, ignore_index: int) -> Tensor:
     place = torch.searchsorted(classes, label)
     found = classes[place.clamp(max=len(classes) - 1)] == label
     counts = label != ignore_index
-    if lib.looks_at_values(target.device) and bool((counts & ~found).any()):
+    if checks.looks_at_values(target.device) and bool((counts & ~found).any()):
         row = int((counts & ~found).nonzero()[0])
-        raise lib.reject(
+        raise reject(
             NAME,
             f"target {int(label[row])} of row {row} is not among classes: "
             f"sample_classes puts every label of a batch there",

@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdkernels import triton_rows as rows
+from kdkernels import triton_common as common
 from kdkernels.kd_cross_entropy.triton_kernel import launch_rows, parts_of, with_unit_columns
-from kdkernels.linear_kd_cross_entropy.chunks import Call, Chunk, run
-from kdkernels.linear_kd_cross_entropy.head import Arithmetic
-from kdkernels.linear_kd_cross_entropy.tail import take_rows
-from kdkernels.linear_kd_cross_entropy.triton_tail import gradient as tail_gradient
-from kdkernels.linear_kd_cross_entropy.triton_tail import statistics as tail_statistics
+from kdkernels.linear_kd_cross_entropy.driver import Call, Chunk, run
+from kdkernels.linear_kd_cross_entropy.products import Arithmetic
+from kdkernels.linear_kd_cross_entropy.sparse_teacher import take_rows
+from kdkernels.linear_kd_cross_entropy.triton_sparse_teacher import gradient as tail_gradient
+from kdkernels.linear_kd_cross_entropy.triton_sparse_teacher import statistics as tail_statistics
 
 # Each chunk reads and writes the float32 gradient of the weight: as much time as the products of
 # some 700 rows in bfloat16 on an H200, so chunks are as large as memory is cheap. Counted, not
@@ -58,7 +58,7 @@ def scale_rows_and_columns(
     if x.numel() == 0:
         return
     n, columns = x.shape
-    rows.launch(
+    common.launch(
         _scale,
         (n, triton.cdiv(columns, BLOCK)),
         x,
@@ -106,7 +106,7 @@ def _rows(chunk: Chunk) -> None:
         gradient.copy_(given)
 
 
-def multiplies_narrow(like: Tensor) -> bool:
+def multiplies_bf16(like: Tensor) -> bool:
     """Whether torch multiplies bfloat16 matrices into float32 there."""
     return like.is_cuda
 
@@ -122,8 +122,8 @@ def _arithmetic(like: Tensor) -> Arithmetic:
         empty=empty,
         rows=_rows,
         scale=scale_rows_and_columns,
-        narrow=multiplies_narrow(like),
-        turned=False,
+        multiplies_bf16=multiplies_bf16(like),
+        transposes_logits=False,
     )
 
 
@@ -131,7 +131,7 @@ def forward(features: Tensor, *arguments) -> tuple[Tensor, ...]:
     """The raw op: its schema is in op.py."""
     *call, want_features, want_weight, want_bias, want_terms = arguments
     want = (want_features, want_weight, want_bias)
-    with rows.on(features, "linear_kd_cross_entropy"):
+    with common.on(features, "linear_kd_cross_entropy"):
         return run(Call(features, *call), want, None, want_terms, _arithmetic(features))
 
 
@@ -140,5 +140,5 @@ def backward(features: Tensor, *arguments) -> tuple[Tensor, ...]:
     *call, want_features, want_weight, want_bias, incoming = arguments
     want = (want_features, want_weight, want_bias)
     weights = incoming.to(torch.float32).contiguous()
-    with rows.on(features, "linear_kd_cross_entropy"):
+    with common.on(features, "linear_kd_cross_entropy"):
         return run(Call(features, *call), want, weights, False, _arithmetic(features))[2:]

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kdkernels import triton_rows as rows
+from kdkernels import triton_common as common
 from kdkernels.nearest_neighbor import triton_measure, triton_scan
 
 SAMPLE_ROWS = 256  # of the gallery: enough to take the distance to the origin away
@@ -115,7 +115,7 @@ def nearest_neighbor(queries: Tensor, gallery: Tensor | None) -> tuple[Tensor, T
     tile = tiles(architecture, descriptors, centred)
     query_tiles = triton.cdiv(count, tile.queries)
     gallery_tiles = triton.cdiv(gallery_count, tile.gallery)
-    processors = rows.multiprocessors(device)
+    processors = common.multiprocessors(device)
     splits, per_split = splits_of(query_tiles, gallery_tiles, processors)
     padded = (gallery_tiles + 2) * tile.gallery
     error, absolute = error_of_scores(columns)
@@ -143,10 +143,10 @@ def nearest_neighbor(queries: Tensor, gallery: Tensor | None) -> tuple[Tensor, T
     strides = (queries.stride(0), gallery.stride(0))
     found = (counters, ambiguous, best, distance, index)
 
-    with rows.on(queries, "nearest_neighbor"):
+    with common.on(queries, "nearest_neighbor"):
         if centred:
             step = triton.cdiv(gallery_count, SAMPLE_ROWS)
-            rows.launch(
+            common.launch(
                 triton_scan.centre,
                 (triton.cdiv(columns, 64),),
                 *(gallery, centre, strides[1], gallery_count, step, columns),
@@ -157,7 +157,7 @@ def nearest_neighbor(queries: Tensor, gallery: Tensor | None) -> tuple[Tensor, T
             (gallery, leave_one_out, True),
             (queries, True, False),
         )[: 1 if leave_one_out else 2]:
-            rows.launch(
+            common.launch(
                 triton_scan.norms,
                 (triton.cdiv(padded if is_gallery else count, NORM_ROWS),),
                 *(matrix, centre, norms, halves, unsafe, counters),
@@ -169,7 +169,7 @@ def nearest_neighbor(queries: Tensor, gallery: Tensor | None) -> tuple[Tensor, T
                 BLOCK=COLUMNS,
                 **limits,
             )
-        rows.launch(
+        common.launch(
             triton_scan.scan,
             (query_tiles, splits),
             *(*operands, centre, halves, scores, places, rests, *strides),
@@ -187,7 +187,7 @@ def nearest_neighbor(queries: Tensor, gallery: Tensor | None) -> tuple[Tensor, T
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-        rows.launch(
+        common.launch(
             triton_measure.resolve,
             (triton.cdiv(count, tile.resolved),),
             *(queries, gallery, norms, scores, places, rests, unsafe, *found, *strides),
@@ -199,7 +199,7 @@ def nearest_neighbor(queries: Tensor, gallery: Tensor | None) -> tuple[Tensor, T
             BLOCK=COLUMNS,
             **limits,
         )
-        rows.launch(
+        common.launch(
             triton_measure.rescan,
             (min(count * splits, 8 * processors),),
             *(queries, gallery, norms, rests, *found, part_distance, part_index, *strides),
@@ -209,7 +209,7 @@ def nearest_neighbor(queries: Tensor, gallery: Tensor | None) -> tuple[Tensor, T
             BLOCK=COLUMNS,
             **limits,
         )
-        rows.launch(
+        common.launch(
             triton_measure.merge,
             (min(count, 8 * processors),),
             *(counters, ambiguous, part_distance, part_index, distance, index, splits),

@@ -168,6 +168,14 @@ class ModelConfig:
         require(
             is_known(self.name), "model.name", f"one of {', '.join(NAMES)}, timm:NAME", self.name
         )
+        for name, known in (
+            ("color", ("rgb", "bgr")),
+            ("depth", (50, 14)),
+            ("divide", (1, 2, 4, 8)),
+            ("stem", ("imagenet", "small")),
+        ):
+            value = getattr(self, name)
+            require(value in known, f"model.{name}", f"one of {', '.join(map(str, known))}", value)
         require(
             self.embedding is None or self.embedding >= 1,
             "model.embedding",

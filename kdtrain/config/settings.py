@@ -196,7 +196,7 @@ def build(flat: Mapping[str, Any]) -> Config:
         (tree.setdefault(section, {}) if section else tree)[name] = value
     parser = _key_parser()
     try:
-        values = parser.instantiate(parser.parse_object(tree)).as_dict()
+        values = parser.instantiate(parser.parse_object(tree, defaults=False)).as_dict()
     except ArgumentError as error:
         raise ConfigError(" ".join(str(error).split())) from None
     types = typing.get_type_hints(Config)

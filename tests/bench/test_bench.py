@@ -20,7 +20,7 @@ from bench.targets import (
     Target,
     targets_of,
 )
-from kdkernels import library
+from kdkernels.backends import isa_levels
 
 SHARED = {
     "date": "2026-01-31",
@@ -210,7 +210,7 @@ def in_process(monkeypatch):
 SPREAD = ["kd_cross_entropy", "--case", "256x10575-spread64", "--quick", "--rounds", "2"]
 
 
-@pytest.mark.skipif(not library.isa_levels(), reason="needs the native kernels")
+@pytest.mark.skipif(not isa_levels(), reason="needs the native kernels")
 def test_a_quick_run_writes_rows_of_every_contender(in_process, tmp_path, capsys):
     out = tmp_path / "rows.csv"
     assert command.main([*SPREAD, "--out", str(out)]) == 0
@@ -226,7 +226,7 @@ def test_a_quick_run_writes_rows_of_every_contender(in_process, tmp_path, capsys
     assert "native is faster by" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(not library.isa_levels(), reason="needs the native kernels")
+@pytest.mark.skipif(not isa_levels(), reason="needs the native kernels")
 def test_a_wrong_contender_is_not_timed_and_fails_the_run(in_process, tmp_path, capsys):
     in_process.add("torch")
     out = tmp_path / "rows.csv"
@@ -239,7 +239,7 @@ def test_a_wrong_contender_is_not_timed_and_fails_the_run(in_process, tmp_path, 
     assert not out.exists()
 
 
-@pytest.mark.skipif(not library.isa_levels(), reason="needs the native kernels")
+@pytest.mark.skipif(not isa_levels(), reason="needs the native kernels")
 def test_a_contender_can_be_left_out(in_process, tmp_path, capsys):
     out = tmp_path / "rows.csv"
     assert command.main([*SPREAD, "--without", "torch", "--out", str(out)]) == 0
@@ -252,7 +252,7 @@ def test_a_contender_can_be_left_out(in_process, tmp_path, capsys):
 
 
 def test_an_op_that_is_not_there_is_skipped_by_name(monkeypatch, capsys):
-    monkeypatch.setattr(library, "OPS", ())
+    monkeypatch.setattr(command, "OPS", ())
     assert command.main(["triplet_loss", "--quick"]) == 0
     printed = capsys.readouterr().out
     assert "triplet_loss 1024x512: skipped, kdkernels has no triplet_loss yet" in printed

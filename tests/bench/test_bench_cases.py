@@ -12,7 +12,7 @@ from bench.case import Case, Contender
 from bench.cases import CASES, baselines, cases_on, find_cases, head
 from bench.devices import CpuDevice
 from bench.targets import FASTER, SLOWER, TARGETS, targets_of
-from kdkernels import library
+from kdkernels.backends import OPS, isa_levels, native_missing
 
 KD = CASES[0]
 # Compiling takes half a minute: what is compiled has a test of its own, the rest is checked by
@@ -42,7 +42,7 @@ def test_every_case_has_a_target_and_our_own_kernel_comes_first():
 def test_every_op_has_a_case():
     for device in ("cpu", "cuda"):
         covered = {case.op for case in cases_on(device)}
-        for op in library.OPS:
+        for op in OPS:
             assert op in covered, f"bench has no case of {op} on {device}"
 
 
@@ -77,12 +77,12 @@ def errors_of(case: Case, contender: Contender) -> dict[str, float]:
     ("case", "contender"), PAIRS, ids=[f"{c.op}-{c.name}-{x.name}" for c, x in PAIRS]
 )
 def test_every_contender_agrees_with_eager_in_float64(case, contender):
-    assert case.op in library.OPS
-    if contender.name.startswith("native") and not library.isa_levels():
-        pytest.skip(f"needs the native kernels: {library.native_missing()}")
+    assert case.op in OPS
+    if contender.name.startswith("native") and not isa_levels():
+        pytest.skip(f"needs the native kernels: {native_missing()}")
     if contender.missing():
         pytest.skip(contender.missing())
-    if case.isa in library.isa_levels():
+    if case.isa in isa_levels():
         kdkernels.set_isa(case.isa)
     errors = errors_of(case, contender)
     inputs = worker.make_inputs(case, contender, 0, case.quick)

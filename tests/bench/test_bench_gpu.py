@@ -16,6 +16,7 @@ from bench.gpu import sanitize
 from bench.targets import (
     GPU_TARGETS,
 )
+from kdkernels.backends import OPS, native_missing
 
 (KD,) = find_cases([], ["1024x10575-fp32"], "cuda")
 (HARD,) = find_cases([], ["hard-1024"], "cuda")
@@ -344,8 +345,8 @@ def test_the_drivers_version_comes_from_its_tool(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("op", sanitize.CALLS)
 def test_the_sanitizers_calls_are_valid(op, capsys):
-    assert set(sanitize.CALLS) == set(kdkernels.library.OPS)
+    assert set(sanitize.CALLS) == set(OPS)
     if kdkernels.backends(op, "cpu")[0] == "eager":
-        pytest.skip(f"needs the native kernels: {kdkernels.library.native_missing()}")
+        pytest.skip(f"needs the native kernels: {native_missing()}")
     assert sanitize.main([op, "--device", "cpu"]) == 0
     assert f"{op}: " in capsys.readouterr().out.splitlines()[-1]

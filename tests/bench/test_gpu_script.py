@@ -32,7 +32,6 @@ def script(tmp_path):
     for folder in (
         "bench",
         "kdkernels",
-        "kdkernels/triplet",
         *(f"kdkernels/{op}" for op in sanitize.CALLS),
     ):
         (root / folder).mkdir(parents=True, exist_ok=True)
@@ -100,10 +99,10 @@ def test_a_finished_part_is_not_run_again_until_its_sources_change(script, tmp_p
     ):
         assert sum(word in call for call in first.asked) == times, word
     assert len(script().asked) == 2  # pip and the table
-    (first.root / "kdkernels" / "triplet" / "some.py").write_text("changed")
+    (first.root / "kdkernels" / "triplet_loss" / "some.py").write_text("changed")
     again = script()
     assert again.status == 0
-    assert sum("-m pytest" in call for call in again.asked) == 2  # both triplet losses
+    assert sum("-m pytest" in call for call in again.asked) == 2  # batch_triplet_loss builds on it
     (first.root / "kdkernels" / "kd_cross_entropy" / "some.py").write_text("changed")
     # and the head, which builds on it; an op's name must not run the tests of another
     tests = [call for call in script().asked if "-m pytest" in call]

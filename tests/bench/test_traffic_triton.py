@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kdkernels import library
+from kdkernels.backends import is_interpreted
 
-if not library.is_interpreted():
+if not is_interpreted():
     pytest.skip("runs under TRITON_INTERPRET=1, as in make test", allow_module_level=True)
 
 import triton
@@ -18,7 +18,7 @@ import triton.language as tl
 
 from bench.gpu import traffic
 from bench.gpu.meter import READ, WRITTEN, Case, Meter, count, extrapolate, measure
-from kdkernels import triton_rows
+from kdkernels import triton_common
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -81,7 +81,7 @@ def test_products_of_matrices_are_counted():
 
 def test_small_instances_of_another_path_are_refused():
     # the small instances mine by a Gram matrix, the full size by tiles
-    threshold = ("kdkernels.triplet.triton_batch", "TILED_ROWS", 2048)
+    threshold = ("kdkernels.batch_triplet_loss.triton_kernel", "TILED_ROWS", 2048)
     case = replace(traffic.batch(4096, (8, 12, 16), 64), constants=(threshold,))
     with pytest.raises((AssertionError, ValueError)):
         count(case)
@@ -98,7 +98,7 @@ def _read_twice(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
 def test_accesses_behind_masks_and_of_one_address_are_counted_once():
     x, y = torch.arange(100.0), torch.empty(100)
     with Meter(4) as meter:
-        triton_rows.launch(_read_twice, (2,), x, y, 100, BLOCK=64)
+        triton_common.launch(_read_twice, (2,), x, y, 100, BLOCK=64)
         y.add_(x)
     assert torch.equal(y, 3 * torch.arange(100.0))
     assert meter.count.moved["_read_twice", "x_ptr", READ] == 2 * 400 + 2 * 4

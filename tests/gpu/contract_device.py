@@ -25,10 +25,10 @@ from contract import (
 from torch import Tensor
 
 import kdkernels
-from kdkernels import library
+from kdkernels.batch_triplet_loss.samples import make as make_batch
 from kdkernels.kd_cross_entropy.samples import make as make_kd
+from kdkernels.registration import raw
 from kdkernels.sample import Argument, Sample, keep_strides
-from kdkernels.triplet.samples import make_batch
 
 GB = 2**30
 
@@ -96,7 +96,7 @@ def bad_labels_are_caught(op: Op, backend: str) -> None:
             (gradient,) = torch.autograd.grad(loss.sum(), student)
         elif backend == "triton":  # the kernel itself, as a GPU runs it
             with torch.no_grad():
-                loss, _, gradient, _ = library.raw(op.name, backend)(
+                loss, _, gradient, _ = raw(op.name, backend)(
                     student, teacher, bad, 3.0, 1.0, -100, 0.0, "none", True, False
                 )
         else:
@@ -235,7 +235,7 @@ LARGE: dict[str, Callable[[Op, str, int], None]] = {
 
 def _classes_by_every_path(op: Op) -> list[Sample]:
     """Rows in two sweeps, rows split over programs, and more rows than a program counts itself."""
-    rows_of = importlib.import_module("kdkernels.triton_rows")
+    rows_of = importlib.import_module("kdkernels.triton_common")
     kernel = importlib.import_module("kdkernels.kd_cross_entropy.triton_kernel")
     many = rows_of.multiprocessors(torch.empty(0, device=op.device).device) + 1
     wide = kernel.ONE_TILE_CLASSES + 27
@@ -251,7 +251,7 @@ def _classes_by_every_path(op: Op) -> list[Sample]:
 
 def _batches_by_every_path(op: Op) -> list[Sample]:
     """More rows than lie in one chunk of anchors, so tiles for "hard"."""
-    batch = importlib.import_module("kdkernels.triplet.triton_batch")
+    batch = importlib.import_module("kdkernels.batch_triplet_loss.triton_kernel")
     people = int(batch.CHUNK_ELEMENTS**0.5) // 4 + 2
     found = []
     for mining in ("hard", "semihard", "all"):

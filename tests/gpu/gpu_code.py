@@ -39,7 +39,8 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import kdkernels
-from kdkernels import library, triton_rows
+from kdkernels import triton_common
+from kdkernels.backends import AVAILABLE, is_interpreted
 from kdkernels.linear_kd_cross_entropy import triton_kernel as head
 from kdkernels.nearest_neighbor import triton_kernel as nearest
 from kdkernels.sample import Sample
@@ -47,6 +48,10 @@ from kdkernels.sample import Sample
 KB = 1024
 MULTIPROCESSORS = 132  # of the GPU that the launchers are asked to plan for, an H200
 JOBS = int(os.environ.get("GPU_CODE_JOBS", "2"))  # processes that compile
+# Whether every variant is compiled for every target (`make prove`); else the targets other than
+# COUNTED have each kernel in each dtype, and options are compiled for COUNTED alone (`make test`).
+IS_FULL = os.environ.get("PROVE") == "1"
+COUNTED = "sm_90"  # the target whose instructions are counted
 ROW_KERNELS = ("_one_tile", "two_sweeps", "split_statistics", "split_gradient")
 DISASSEMBLED = (*ROW_KERNELS, "_give_rows", "scan")  # whose instructions are judged, on sm_90
 
@@ -167,7 +172,7 @@ class _NoProducts(TorchDispatchMode):
 def recording(target: str) -> Iterator[list[Launch]]:
     """Collects the launches of everything that runs on CPU tensors inside, as on a GPU of that
     kind; none is executed."""
-    assert not library.is_interpreted(), "unset TRITON_INTERPRET: it leaves nothing to compile"
+    assert not is_interpreted(), "unset TRITON_INTERPRET: it leaves nothing to compile"
     launches: list[Launch] = []
 
     def record(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
@@ -175,14 +180,15 @@ def recording(target: str) -> Iterator[list[Launch]]:
         variant = specialise(kernel, target, arguments, options)
         launches.append(Launch(kernel.fn.__name__, tuple(grid), variant))
 
+    table = importlib.import_module("kdkernels.backends")  # kdkernels.backends is the function
     chosen = TARGETS[target]
     changes: list[tuple[Any, str, Any]] = [
-        (triton_rows, "launch", record),
-        (triton_rows, "multiprocessors", lambda _: MULTIPROCESSORS),
-        (head, "multiplies_narrow", lambda _: True),
+        (triton_common, "launch", record),
+        (triton_common, "multiprocessors", lambda _: MULTIPROCESSORS),
+        (head, "multiplies_bf16", lambda _: True),
         (nearest, "architecture_of", lambda _: chosen.architecture),
         (torch.version, "hip", "6.4" if chosen.gpu.backend == "hip" else None),
-        (library, "AVAILABLE", {key: (*v, "triton") for key, v in library.AVAILABLE.items()}),
+        (table, "AVAILABLE", {key: (*v, "triton") for key, v in AVAILABLE.items()}),
     ]
     with ExitStack() as stack:
         for owner, name, value in changes:
@@ -197,7 +203,7 @@ def variant_of(
 ) -> Variant:
     """What a launch of `kernel` would compile."""
     with recording(target) as launches:
-        triton_rows.launch(kernel, (1,), *arguments, **options)
+        triton_common.launch(kernel, (1,), *arguments, **options)
     return launches[0].variant
 
 
@@ -243,7 +249,7 @@ def compile_all(variants: Iterable[Variant], disassemble: bool = False) -> dict[
     """The code of every distinct variant, compiled in a few processes. Instructions, which take as
     long again, come with the kernels that are judged by them, or with all."""
     distinct = list(dict.fromkeys(variants))
-    judged = [disassemble or (v.target == "sm_90" and v.kernel in DISASSEMBLED) for v in distinct]
+    judged = [disassemble or (v.target == COUNTED and v.kernel in DISASSEMBLED) for v in distinct]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(JOBS, os.cpu_count() or 1), mp_context=context) as pool:
         return dict(zip(distinct, pool.map(compile_variant, distinct, judged), strict=True))
@@ -297,15 +303,36 @@ class Found:
         return self.launch.variant
 
 
+def dtype_of(variant: Variant) -> tuple[str, str]:
+    """The kernel and the dtype of its first pointer."""
+    kinds = (str(kind) for _, kind in variant.signature if str(kind).startswith("*"))
+    return variant.kernel, next(kinds, "")
+
+
+def first_of_each_dtype(variants: Iterable[Variant]) -> set[Variant]:
+    """The first variant of each kernel and dtype: cases begin with the shapes of the speed targets,
+    which take most registers and shared memory."""
+    first: dict[tuple[str, str], Variant] = {}
+    for variant in variants:
+        first.setdefault(dtype_of(variant), variant)
+    return set(first.values())
+
+
 @functools.cache
 def found_for(op: str, targets: tuple[str, ...] = tuple(TARGETS)) -> tuple[Found, ...]:
-    """Every launch of every case of an op on those targets, compiled."""
-    launches = [
-        (case, target, launch)
-        for case in cases(op)
-        for target in targets
-        for launch in launches_of(op, case.sample, case.incoming, target)
-    ]
+    """Every launch of every case of an op on those targets, compiled; where not IS_FULL, on other
+    targets than COUNTED those of first_of_each_dtype alone."""
+    launches = []
+    for target in targets:
+        all_launches = [
+            (case, target, launch)
+            for case in cases(op)
+            for launch in launches_of(op, case.sample, case.incoming, target)
+        ]
+        if not (IS_FULL or target == COUNTED):
+            chosen = first_of_each_dtype(launch.variant for _, _, launch in all_launches)
+            all_launches = [found for found in all_launches if found[2].variant in chosen]
+        launches += all_launches
     codes = compile_all(launch.variant for _, _, launch in launches)
     return tuple(Found(*found, codes[found[2].variant]) for found in launches)
 

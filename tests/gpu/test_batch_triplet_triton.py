@@ -14,17 +14,17 @@ from contract_device import paths_of_large_problems
 from test_triplet import MININGS, REDUCTIONS, all_triples, loss_and_gradient
 
 from kdkernels import backends, batch_triplet_loss
+from kdkernels.batch_triplet_loss.samples import make as make_batch
 from kdkernels.sample import Sample
-from kdkernels.triplet.samples import make_batch
 
 pytest.importorskip("triton")
-from kdkernels import triton_rows
-from kdkernels.triplet import (
-    triton_batch,
-    triton_batch_gradient,
-    triton_batch_mine,
-    triton_batch_sort,
-    triton_batch_tiled,
+from kdkernels import product_error, triton_common
+from kdkernels.batch_triplet_loss import (
+    triton_gradient,
+    triton_kernel,
+    triton_mining,
+    triton_sort,
+    triton_tiled_mining,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,13 +37,13 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 def _large(monkeypatch):
     """Small batches take the path of large ones: tiles, shares, chunks of anchors, blocks."""
-    monkeypatch.setattr(triton_batch, "TILED_ROWS", 0)
-    monkeypatch.setattr(triton_batch, "CHUNK_ELEMENTS", 400)
-    monkeypatch.setattr(triton_batch_mine, "MOST_BLOCK", 32)
-    monkeypatch.setattr(triton_batch_gradient, "SPREAD_BLOCK", 16)
-    monkeypatch.setattr(triton_batch_sort, "SHIFT_ROWS", 4)
+    monkeypatch.setattr(triton_kernel, "TILED_ROWS", 0)
+    monkeypatch.setattr(triton_kernel, "CHUNK_ELEMENTS", 400)
+    monkeypatch.setattr(triton_mining, "MOST_BLOCK", 32)
+    monkeypatch.setattr(triton_gradient, "SPREAD_BLOCK", 16)
+    monkeypatch.setattr(triton_sort, "SHIFT_ROWS", 4)
     for name, value in {"TILE": 16, "WIDTH": 16, "NARROW": 16, "COLUMNS": 16, "SHARES": 2}.items():
-        monkeypatch.setattr(triton_batch_tiled, name, value)
+        monkeypatch.setattr(triton_tiled_mining, name, value)
 
 
 def small(limit: int, **options: object) -> list[Sample]:
@@ -78,14 +78,14 @@ def test_form_by_the_paths_of_large_batches(promise):
 @pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU test_contract.py runs it, at full size")
 def test_the_devices_own_check_takes_the_paths_of_large_batches(monkeypatch):
     rows = []
-    chunks = triton_batch._chunks
+    chunks = triton_kernel._chunks
 
     def see(count):
         found = list(chunks(count))
         rows.append(len(found))
         return iter(found)
 
-    monkeypatch.setattr(triton_batch, "_chunks", see)
+    monkeypatch.setattr(triton_kernel, "_chunks", see)
     paths_of_large_problems(find_op("batch_triplet_loss"), "triton")
     assert rows
     assert min(rows) > 1
@@ -103,8 +103,8 @@ def test_large_batches_hold_no_square_matrix(monkeypatch):
 
     x, labels = make_batch([2] * 60, 4, seed=1, device=DEVICE).tensors.values()
     monkeypatch.setattr(torch, "empty", seen)
-    monkeypatch.setattr(triton_batch, "TILED_ROWS", 0)
-    monkeypatch.setattr(triton_batch, "CHUNK_ELEMENTS", 3000)
+    monkeypatch.setattr(triton_kernel, "TILED_ROWS", 0)
+    monkeypatch.setattr(triton_kernel, "CHUNK_ELEMENTS", 3000)
     for mining in MININGS:
         largest.clear()
         loss_and_gradient(batch_triplet_loss, x, labels, mining=mining, backend="triton")
@@ -213,7 +213,7 @@ def test_coarse_products_change_no_choice(monkeypatch):
     def coarse(a, b, **options):
         return product_of(a.bfloat16().float(), b.bfloat16().float(), **options)
 
-    monkeypatch.setattr(triton_batch_mine, "products_are_float32", lambda device_type: False)
+    monkeypatch.setattr(product_error, "products_are_float32", lambda device_type: False)
     for mining in ("hard", "semihard"):
         options = {"mining": mining, "margin": 9.0, "reduction": "none"}
         want = batch_triplet_loss(x, labels, **options, backend="eager")
@@ -227,26 +227,26 @@ def test_coarse_products_change_no_choice(monkeypatch):
 def test_few_shares_of_random_points_are_measured_whole(monkeypatch):
     # what tiles leave to _settle: lower bounds of all distances, tight enough to decide alone
     settled = []
-    launch = triton_rows.launch
+    launch = triton_common.launch
 
     def see(kernel, grid, *arguments, **options):
         launch(kernel, grid, *arguments, **options)
-        if kernel is triton_batch_tiled._settle:
+        if kernel is triton_tiled_mining._settle:
             settled.append(arguments)
 
-    monkeypatch.setattr(triton_rows, "launch", see)
+    monkeypatch.setattr(triton_common, "launch", see)
     x, labels = make_batch([2] * 48, 32, seed=2, device=DEVICE).tensors.values()
     batch_triplet_loss(x, labels, backend="triton")
     _, norms, order, first, last, best, second = settled[0][:7]
     rows = len(x)
-    relative, absolute = triton_batch_tiled.error_of_planes(32)
+    relative, absolute = triton_tiled_mining.error_of_planes(32)
     own = norms[:rows].double() * (1 - relative) - absolute
     sorted_x = x[order[:rows].long()].double()
     distance = (sorted_x[:, None] - sorted_x[None]).square().sum(dim=2)
     place = torch.arange(rows, device=DEVICE)
     same = (place >= first[:rows, None]) & (place < last[:rows, None])
     nearest = distance.masked_fill(same, torch.inf).amin(dim=1)
-    shares = triton_batch_tiled.SHARES + 1  # the last is the diagonal
+    shares = triton_tiled_mining.SHARES + 1  # the last is the diagonal
     bounds = own - 2.0 * best[:shares, :rows].double()
     assert bool((bounds.amin(dim=0) <= nearest).all())
     assert bool((bounds.amin(dim=0) >= nearest * 0.999).all())

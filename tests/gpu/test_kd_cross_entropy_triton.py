@@ -17,7 +17,7 @@ from kdkernels import backends, kd_cross_entropy
 from kdkernels.kd_cross_entropy.samples import make
 
 pytest.importorskip("triton")
-from kdkernels import triton_rows
+from kdkernels import triton_common
 from kdkernels.kd_cross_entropy import triton_kernel
 from kdkernels.kd_cross_entropy.triton_kernel import make_plan
 
@@ -37,7 +37,7 @@ def take(path: str, monkeypatch) -> None:
     monkeypatch.setattr(triton_kernel, "PART_CLASSES", 1)
     monkeypatch.setattr(triton_kernel, "PROGRAMS_WANTED", 1)
     side_by_side = 1 if path == "two sweeps" else 10
-    monkeypatch.setattr(triton_rows, "multiprocessors", lambda device: side_by_side)
+    monkeypatch.setattr(triton_common, "multiprocessors", lambda device: side_by_side)
 
 
 @runs
@@ -117,13 +117,13 @@ def test_the_devices_own_check_takes_every_path(monkeypatch):
     for name, value in {"ONE_TILE_CLASSES": 32, "PART_CLASSES": 40, "COUNTED_HERE": 12}.items():
         monkeypatch.setattr(triton_kernel, name, value)
     launched = set()
-    launch = triton_rows.launch
+    launch = triton_common.launch
 
     def see(kernel, *arguments, **options):
         launched.add(kernel.__name__)
         launch(kernel, *arguments, **options)
 
-    monkeypatch.setattr(triton_rows, "launch", see)
+    monkeypatch.setattr(triton_common, "launch", see)
     paths_of_large_problems(find_op("kd_cross_entropy"), "triton")
     paths = {"two_sweeps", "split_statistics", "split_gradient", "_count_rows", "_give_rows"}
     assert paths <= launched

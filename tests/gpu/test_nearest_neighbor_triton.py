@@ -14,7 +14,7 @@ from torch import Tensor
 from kdkernels import backends, nearest_neighbor
 
 pytest.importorskip("triton")
-from kdkernels import triton_rows
+from kdkernels import triton_common
 from kdkernels.nearest_neighbor import triton_kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,13 +28,13 @@ runs = pytest.mark.skipif(
 def launched(monkeypatch):
     """The arguments by name of every kernel that ran, under the kernel's name."""
     found: dict[str, dict] = {}
-    launch = triton_rows.launch
+    launch = triton_common.launch
 
     def recorded(kernel, grid, *arguments, **options):
         launch(kernel, grid, *arguments, **options)
         found[kernel.fn.__name__] = dict(zip(kernel.arg_names, arguments, strict=False)) | options
 
-    monkeypatch.setattr(triton_rows, "launch", recorded)
+    monkeypatch.setattr(triton_common, "launch", recorded)
     return found
 
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import kdkernels
-from kdkernels import backends, library
+from kdkernels import backends
+from kdkernels.backends import OPS
 
 pytest.importorskip("triton")
-from kdkernels import triton_rows
-from kdkernels.triton_rows import give_gradient_
+from kdkernels import triton_common
+from kdkernels.triton_common import give_gradient_
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 runs = pytest.mark.skipif(
@@ -41,7 +42,7 @@ class FakeGpus:
 
 def on_fake(index: int, op: str = "kd_cross_entropy") -> object:
     tensor: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda", index))
-    return triton_rows.on(tensor, op)
+    return triton_common.on(tensor, op)
 
 
 @pytest.fixture
@@ -50,9 +51,9 @@ def gpus(monkeypatch):
     for name in ("get_device_capability", "get_device_name", "device"):
         monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
     monkeypatch.setattr(torch.version, "hip", None)
-    triton_rows.missing_on.cache_clear()
+    triton_common.missing_on.cache_clear()
     yield fake
-    triton_rows.missing_on.cache_clear()
+    triton_common.missing_on.cache_clear()
 
 
 def test_a_gpu_below_sm_80_is_refused_by_name(gpus):
@@ -78,7 +79,7 @@ def test_amds_numbers_are_not_taken_for_nvidias(gpus, monkeypatch):
     assert gpus.asked == 0
 
 
-@pytest.mark.parametrize("op", library.OPS)
+@pytest.mark.parametrize("op", OPS)
 def test_every_op_asks_before_its_first_launch(op, monkeypatch):
     def refuse(tensor, name):
         raise ValueError(f"{name}: no such GPU here")
@@ -86,9 +87,9 @@ def test_every_op_asks_before_its_first_launch(op, monkeypatch):
     def launch(*_, **__):
         raise AssertionError("launched")
 
-    monkeypatch.setattr(triton_rows, "on", refuse)
-    monkeypatch.setattr(triton_rows, "launch", launch)
-    monkeypatch.setattr(library, "AVAILABLE", {(op, "cpu"): ("triton", "eager")})
+    monkeypatch.setattr(triton_common, "on", refuse)
+    monkeypatch.setattr(triton_common, "launch", launch)
+    monkeypatch.setattr("kdkernels.backends.AVAILABLE", {(op, "cpu"): ("triton", "eager")})
     x, labels = torch.randn(4, 6), torch.tensor([0, 0, 1, 1])
     arguments = {
         "kd_cross_entropy": (x, x, labels),

@@ -13,18 +13,30 @@ import pytest
 import torch
 from conftest import ROOT
 
-from kdkernels import library
+from kdkernels.backends import OPS, is_interpreted
 
 pytest.importorskip("triton", reason="needs the package triton (Linux)")
-if library.is_interpreted():
+if is_interpreted():
     pytest.skip("compiles: runs without TRITON_INTERPRET", allow_module_level=True)
 
 import planted_gpu_kernels as planted
-from gpu_code import TARGETS, Found, compile_all, faults, found_for, row_costs, variant_of
+from gpu_cases import cases
+from gpu_code import (
+    COUNTED,
+    IS_FULL,
+    TARGETS,
+    Found,
+    compile_all,
+    dtype_of,
+    faults,
+    found_for,
+    row_costs,
+    variant_of,
+)
 from machine_code import Code, Instruction, cost_of_sweeps, parse_sass, wide_bytes
 from triton.runtime.jit import JITFunction
 
-each_op = pytest.mark.parametrize("op", library.OPS)
+each_op = pytest.mark.parametrize("op", OPS)
 
 
 @each_op
@@ -38,12 +50,25 @@ def test_no_variant_spills_registers_or_overflows_shared_memory(op):
 
 
 @each_op
-def test_every_case_is_compiled_for_every_target(op):
+def test_every_case_is_compiled_for_sm_90_and_every_kernel_for_every_target(op):
+    """With PROVE=1 (`make prove`) every case for every target."""
     compiled: dict[str, set[str]] = {}
+    kernels: dict[str, set[str]] = {}
     for found in found_for(op):
         compiled.setdefault(found.case.name, set()).add(found.target)
-    assert compiled
-    assert all(targets == set(TARGETS) for targets in compiled.values())
+        kernels.setdefault(found.launch.kernel, set()).add(found.target)
+    assert {case.name for case in cases(op)} == set(compiled)
+    wanted = set(TARGETS) if IS_FULL else {COUNTED}
+    assert all(wanted <= targets for targets in compiled.values())
+    assert all(targets == set(TARGETS) for targets in kernels.values())
+
+
+@each_op
+def test_the_other_targets_have_every_kernel_in_every_dtype(op):
+    found = found_for(op)
+    for target in TARGETS:
+        here = {dtype_of(f.variant) for f in found if f.target == target}
+        assert here == {dtype_of(f.variant) for f in found if f.target == COUNTED}, target
 
 
 def launched_by(module: ModuleType) -> set[tuple[str, str]]:
@@ -67,13 +92,13 @@ def launched_by(module: ModuleType) -> set[tuple[str, str]]:
 
 
 def test_every_kernel_and_both_values_of_every_flag_are_compiled():
-    paths = [*(ROOT / "kdkernels").glob("*/triton_*.py"), ROOT / "kdkernels" / "triton_rows.py"]
+    paths = [*(ROOT / "kdkernels").glob("*/triton_*.py"), ROOT / "kdkernels" / "triton_common.py"]
     launched = set()
     for path in paths:
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         launched |= launched_by(importlib.import_module(name))
     values: dict[tuple, set] = {}
-    for variant in {found.variant for op in library.OPS for found in found_for(op)}:
+    for variant in {found.variant for op in OPS for found in found_for(op)}:
         for name, value in variant.constexprs.items():
             values.setdefault((variant.module, variant.kernel, name), set()).add(value)
     missing = launched - {key[:2] for key in values}

@@ -13,10 +13,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-from kdkernels import library
+from kdkernels.backends import is_interpreted
 
 pytest.importorskip("triton", reason="needs the package triton (Linux)")
-if library.is_interpreted():
+if is_interpreted():
     pytest.skip("compiles: runs without TRITON_INTERPRET", allow_module_level=True)
 
 import planted_gpu_kernels as planted
@@ -24,10 +24,10 @@ from gpu_code import TARGETS, Variant, compile_all, found_for, variant_of
 from machine_code import Code, Instruction, parse_amd, parse_sass, without_barrier
 from triton.runtime.jit import JITFunction
 
+from kdkernels.batch_triplet_loss import triton_gradient as spreading
+from kdkernels.batch_triplet_loss import triton_mining as mining
 from kdkernels.hidden_l2 import triton_kernel as hidden
 from kdkernels.kd_cross_entropy import triton_row, triton_tiles
-from kdkernels.triplet import triton_batch_gradient as spreading
-from kdkernels.triplet import triton_batch_mine as mining
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Cases are written in the old spelling. A tree whose `train --help` lists the new name gets the new
 # one. Names that are not listed here are the same in both trees.
-KEYS: dict[str, str] = {}
+KEYS: dict[str, str] = {
+    "data.people": "data.identities",
+    "data.pictures": "data.images_per_identity",
+    "triplet.people": "triplet.identities",
+    "triplet.pictures": "triplet.images_per_identity",
+}
 """Recipe keys: {"data.people": "data.identities"}."""
-VALUES: dict[str, dict[str, str]] = {}
+VALUES: dict[str, dict[str, str]] = {"teacher.cache_what": {"answers": "outputs"}}
 """Values of a key, by the key's old name: {"teacher.cache_what": {"answers": "outputs"}}."""
 METRICS: dict[str, str] = {}
 """Names in metrics.jsonl, results.json and items/*.npz; renamed in both trees' files."""

@@ -37,9 +37,9 @@ from rendering import (
 )
 from tiny_runs import stop_after, tiny_config, train
 
-from kdtrain import settings
-from kdtrain.engine import Interrupted
-from kdtrain.preparation import TrainingError
+from kdtrain.config import settings
+from kdtrain.training.engine import Interrupted
+from kdtrain.training.preparation import TrainingError
 
 READ = ("config.yaml", "results.json", "diverged.json", "metrics.jsonl", "samples.npz")
 """The files of a run directory that a report reads."""
@@ -55,12 +55,12 @@ ENVIRONMENT = {
 }
 DATA = {
     "name": "synthetic",
-    "pictures": 400,
+    "images": 400,
     "classes": 8,
     "train": 360,
     "validation": 0,
     "test": 40,
-    "test_of_unseen_people": 0,
+    "test_of_unseen_identities": 0,
     "skipped": 0,
 }
 ITEMS = 40

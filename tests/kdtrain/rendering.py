@@ -25,30 +25,26 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
-from kdtrain import (
-    campaign,
-    checkpoint,
-    cli,
-    dryrun,
-    inspection,
-    pipeline,
-    select_targets,
-    settings,
-)
-from kdtrain.comparison import collect as comparison_collect
-from kdtrain.comparison import compare, cost, picture
-from kdtrain.comparison import request as comparison_request
-from kdtrain.config import Config
-from kdtrain.estimate import Estimate
-from kdtrain.report import report
-from kdtrain.scheduler import Outcome
-from kdtrain.selection import Selection, check, judge, table, write
-from kdtrain.settings import build, read_recipe
-from kdtrain.tables import collect, files, reproduce
-from kdtrain.tables import text as table_text
-from kdtrain.tables.paper import table_specs
-from kdtrain.tables.stages import Request, RunOf, groups
-from kdtrain.timing import network_size
+from kdtrain.cli import commands as cli
+from kdtrain.cli import inspection
+from kdtrain.config import Config, program, settings
+from kdtrain.config.settings import build, read_recipe
+from kdtrain.experiments import campaign, dryrun, pipeline, select_targets
+from kdtrain.experiments.comparison import collect as comparison_collect
+from kdtrain.experiments.comparison import compare, cost, picture
+from kdtrain.experiments.comparison import request as comparison_request
+from kdtrain.experiments.estimate import Counts, Estimate
+from kdtrain.experiments.scheduler import Outcome
+from kdtrain.experiments.selection import Selection, check, judge, table, write
+from kdtrain.experiments.tables import collect, reproduce
+from kdtrain.experiments.tables.paper import table_specs
+from kdtrain.experiments.tables.stages import Request, RunOf, groups
+from kdtrain.experiments.timing import network_size
+from kdtrain.reports import chain_table
+from kdtrain.reports.report import report
+from kdtrain.reports.tables import files
+from kdtrain.reports.tables import text as table_text
+from kdtrain.training import checkpoint
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 RUNS = FIXTURES / "run_directories"
@@ -75,8 +71,8 @@ COMPARE_OPTIONS: Mapping[str, Any] = {
     "resolutions": "16,8",
 }
 SMALL = {
-    "data.people": 20,
-    "data.pictures": 5,
+    "data.identities": 20,
+    "data.images_per_identity": 5,
     "data.store_size": 20,
     "data.input_size": 16,
     "model.width": 8,
@@ -100,7 +96,7 @@ def report_of_run(out: Path) -> None:
 
 def result_table(out: Path) -> None:
     """The result table of a chain on the console, and the line of each finished stage."""
-    outcomes = {}
+    states = {}
     folders = {path.parent.name for path in (RUNS / "chain").glob("*/config.yaml")}
     planned = {path.stem for path in (RUNS / "chain" / "recipes").glob("*.yaml")}
     for name in sorted(folders | planned):
@@ -108,13 +104,13 @@ def result_table(out: Path) -> None:
         state = "skipped" if name not in folders else "stopped"
         state = "diverged" if (folder / "diverged.json").exists() else state
         state = "done" if (folder / "results.json").exists() else state
-        outcomes[name] = Outcome(state, "", 0.0)
+        states[name] = state
     console, text = _console(100)
-    for name, outcome in outcomes.items():
-        if outcome.state == "done":
+    for name, state in states.items():
+        if state == "done":
             results = checkpoint.read_json(RUNS / "chain" / name / "results.json") or {}
-            console.print(f"{name}: {outcome.state}, {pipeline.headline(results)}")
-    console.print(pipeline.result_table(RUNS / "chain", outcomes))
+            console.print(f"{name}: {state}, {pipeline.headline(results)}")
+    console.print(chain_table.result_table(RUNS / "chain", states))
     _write(out / "console.txt", text())
 
 
@@ -334,17 +330,17 @@ def _untimed() -> Iterator[None]:
     with (
         mock.patch.object(dryrun, "estimate", _estimate),
         mock.patch.object(campaign, "estimate", _estimate),
-        mock.patch.object(dryrun, "cores", return_value=2),
-        mock.patch.object(pipeline, "cores", return_value=2),
+        mock.patch.object(program, "cores", return_value=2),
+        mock.patch.dict(os.environ, {"OMP_NUM_THREADS": ""}),
         mock.patch.object(dryrun, "environment", return_value=about),
         mock.patch.object(dryrun.torch, "get_num_threads", return_value=2),
     ):
         yield
 
 
-def _estimate(config: Config, *, classes: int, pictures: int, **_: Any) -> Estimate:
-    size = network_size(config, config.model, classes)
-    steps = sum(p.epochs for p in config.optim.phases) * (pictures // config.optim.batch_size)
+def _estimate(config: Config, counts: Counts, *_: Any, **__: Any) -> Estimate:
+    size = network_size(config, config.model, counts.classes)
+    steps = sum(p.epochs for p in config.optim.phases) * (counts.train // config.optim.batch_size)
     return Estimate(
         parameters=size.parameters,
         multiply_adds=size.multiply_adds,

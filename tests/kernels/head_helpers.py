@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdkernels
-from kdkernels.linear_kd_cross_entropy import head
+from kdkernels.linear_kd_cross_entropy import products
 
 NAME = "linear_kd_cross_entropy"
 BACKENDS = kdkernels.backends(NAME, "cpu")
@@ -29,8 +29,8 @@ def small_chunks(backend: str, monkeypatch, rows: int = 2) -> None:
     monkeypatch.setattr(where, "LEAST_ROWS", rows)
     if backend == "native":
         monkeypatch.setattr(where, "MOST_LEAST_ROWS", rows)
-        monkeypatch.setattr(head, "TURNED_LOGITS", 1)
-        monkeypatch.setattr(head, "TURNED_CLASSES", 16)
+        monkeypatch.setattr(products, "TRANSPOSED_LOGITS", 1)
+        monkeypatch.setattr(products, "TRANSPOSED_CLASSES", 16)
 
 
 class Largest(TorchDispatchMode):

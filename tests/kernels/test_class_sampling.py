@@ -9,8 +9,8 @@ from head_helpers import NAME, dtype_of, each, each_kernel
 from kdkernels import (
     ArcFace,
     LinearKDCrossEntropyLoss,
+    checks,
     kd_cross_entropy,
-    library,
     linear_kd_cross_entropy,
     sample_classes,
 )
@@ -104,7 +104,7 @@ def test_labels_without_a_place_are_named_on_the_cpu_and_make_their_row_nan_else
     for classes, message in wrong:
         with pytest.raises(ValueError, match=rf"^{NAME}: .*{message}"):
             linear_kd_cross_entropy(x, w, y, classes=classes, **options)
-    monkeypatch.setattr(library, "looks_at_values", lambda _: False)
+    monkeypatch.setattr(checks, "looks_at_values", lambda _: False)
     x.requires_grad_()
     loss = linear_kd_cross_entropy(x, w, y, classes=torch.tensor([2, 5, 8]), **options)
     assert loss.isnan().tolist() == [False, True, False]

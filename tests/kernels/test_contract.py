@@ -43,17 +43,17 @@ from contract_device import (
 from contract_values import PROMISES as OF_VALUES
 
 import kdkernels
-from kdkernels import library
+from kdkernels.backends import OPS, backends, is_interpreted
 
 KD = "kd_cross_entropy"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-GPUS = 0 if library.is_interpreted() else torch.cuda.device_count()
+GPUS = 0 if is_interpreted() else torch.cuda.device_count()
 DEVICES = ["cpu", "cuda"] if GPUS else ["cpu"]
 # eager is the specification itself; it is run too where the extension is hidden, and always once.
 BACKENDS = [
     (op, backend, device)
     for device in DEVICES
-    for op in library.OPS
+    for op in OPS
     for backend in available_backends(op, device)
 ]
 KERNELS = [case for case in BACKENDS if case[1] != "eager"]
@@ -193,7 +193,7 @@ if GPUS:
 
     @pytest.mark.parametrize(("op", "backend", "device"), ON_CUDA)
     def test_kernels_are_the_default_on_cuda(op, backend, device):
-        assert library.backends(op, device)[0] == backend
+        assert backends(op, device)[0] == backend
 
 
 if GPUS > 1:

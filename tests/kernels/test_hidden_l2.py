@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kdkernels import HiddenL2Loss, hidden_l2
+from kdkernels.backends import backends
 from kdkernels.hidden_l2.samples import make
-from kdkernels.library import backends
 
 BACKENDS = backends("hidden_l2", "cpu")
 both = pytest.mark.parametrize("backend", BACKENDS)
@@ -357,15 +357,15 @@ def test_compiled_whole_with_mixed_layouts():
 @pytest.fixture
 def launches(monkeypatch):
     """The names of the Triton kernels that were launched."""
-    from kdkernels import triton_rows
+    from kdkernels import triton_common
 
-    names, launch = [], triton_rows.launch
+    names, launch = [], triton_common.launch
 
     def record(kernel, *arguments, **options):
         names.append(kernel.fn.__name__)
         launch(kernel, *arguments, **options)
 
-    monkeypatch.setattr(triton_rows, "launch", record)
+    monkeypatch.setattr(triton_common, "launch", record)
     return names
 
 

@@ -8,8 +8,9 @@ import pytest
 from conftest import ROOT
 
 import kdkernels
-from kdkernels import library
 from kdkernels.__main__ import table
+from kdkernels.backends import OPS, native_missing
+from kdkernels.native import extension
 
 
 def python(code: str, **env: str) -> subprocess.CompletedProcess:
@@ -58,9 +59,9 @@ def test_a_broken_extension_is_not_mistaken_for_a_missing_one(tmp_path):
 
 def test_the_table_names_every_op_and_why_a_backend_is_missing():
     text = table()
-    assert all(op in text for op in library.OPS)
-    if library.native is None:
-        assert library.native_missing() in text
+    assert all(op in text for op in OPS)
+    if extension is None:
+        assert native_missing() in text
     else:
         assert kdkernels.isa() in text
 

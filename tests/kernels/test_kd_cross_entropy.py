@@ -12,10 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import kdkernels
-from kdkernels import CrossEntropyLoss, KDCrossEntropyLoss, kd_cross_entropy, library
+from kdkernels import CrossEntropyLoss, KDCrossEntropyLoss, kd_cross_entropy
+from kdkernels.backends import backends
+from kdkernels.checks import validates
 from kdkernels.kd_cross_entropy import eager
 from kdkernels.kd_cross_entropy.samples import make
-from kdkernels.library import backends, validates
 from kdkernels.sample import Sample
 
 BACKENDS = backends("kd_cross_entropy", "cpu")
@@ -364,24 +365,3 @@ class TestDropIn:
 
     def test_is_torchs_class(self):
         assert isinstance(CrossEntropyLoss(), torch.nn.CrossEntropyLoss)
-
-
-@pytest.mark.skipif("native" not in BACKENDS, reason="needs the native backend")
-@pytest.mark.parametrize("temperature", [2.5, 3.0])
-def test_row_statistics_are_those_of_the_derivation(temperature):
-    # What row chunks and class shards will be merged by: docs/ops.md.
-    s, t, y = make(3, 5000, temperature=temperature).tensors.values()
-    found = torch.empty(3, 8)
-    loss, terms, reduced, post_scale = (torch.empty(n) for n in (3, 12, 6, 1))
-    library.native.kd_cross_entropy(
-        *(library.matrix(s), library.matrix(t), y.data_ptr(), True, 1, 3, 5000),
-        *(temperature, 1.0, 0.1, -100, True, loss.data_ptr(), terms.data_ptr()),
-        *(found.data_ptr(), 0, reduced.data_ptr(), post_scale.data_ptr(), 1),
-    )
-    s, t = s.double(), t.double()
-    m_s, m_t = s.amax(1), t.amax(1)
-    s, t = s - m_s[:, None], t - m_t[:, None]
-    v = (t / temperature).exp()
-    want = [m_s, s.exp().sum(1), (s / temperature).exp().sum(1), m_t, v.sum(1), (v * s).sum(1)]
-    want += [s.gather(1, y[:, None])[:, 0], s.sum(1)]
-    torch.testing.assert_close(found.double(), torch.stack(want, 1), rtol=1e-5, atol=1e-6)

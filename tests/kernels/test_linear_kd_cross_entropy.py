@@ -18,8 +18,8 @@ from kdkernels import (
     kd_cross_entropy,
     linear_kd_cross_entropy,
 )
-from kdkernels.linear_kd_cross_entropy import head, native
-from kdkernels.linear_kd_cross_entropy.chunks import chunks
+from kdkernels.linear_kd_cross_entropy import native, products
+from kdkernels.linear_kd_cross_entropy.driver import chunks
 from kdkernels.linear_kd_cross_entropy.samples import make
 
 
@@ -274,8 +274,8 @@ def test_bfloat16_products_of_the_triton_backend_keep_the_accuracy(monkeypatch):
         product = left.float() @ right.float()
         out.copy_(out + product if add else product)
 
-    monkeypatch.setattr(kernel, "multiplies_narrow", lambda _: True)
-    monkeypatch.setattr(head, "narrow_product", narrow)
+    monkeypatch.setattr(kernel, "multiplies_bf16", lambda _: True)
+    monkeypatch.setattr(products, "bf16_product", narrow)
     small_chunks("triton", monkeypatch)
     cosine = {"normalize": True, "scale": 8.0}
     found = [
@@ -292,13 +292,13 @@ def test_bfloat16_products_of_the_triton_backend_keep_the_accuracy(monkeypatch):
 @each_kernel
 def test_products_that_nobody_asked_for_are_not_computed(backend, monkeypatch):
     counts = []
-    product = head.wide_product
+    product = products.float32_product
 
     def count(*arguments):
         counts[-1] += 1
         product(*arguments)
 
-    monkeypatch.setattr(head, "wide_product", count)
+    monkeypatch.setattr(products, "float32_product", count)
     sample = make(32, 48, 16, teacher=None)
     for wanted in (("features", "weight"), ("features",), ("weight",), ()):
         tensors = {

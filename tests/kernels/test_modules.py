@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import kdkernels
-from kdkernels.library import backends
+from kdkernels.backends import backends
 
 MODULES = {
     "KDCrossEntropyLoss": {"temperature": 2.0, "alpha": 0.5},

@@ -10,14 +10,14 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 from kdkernels import nearest_neighbor, set_isa
-from kdkernels.library import backends, isa_levels
+from kdkernels.backends import backends, isa_levels
 
 BACKENDS = backends("nearest_neighbor", "cpu")
 both = pytest.mark.parametrize("backend", BACKENDS)
 native = pytest.mark.skipif(
     "native" not in BACKENDS, reason="runs where kdkernels._native is built"
 )
-OP = importlib.import_module("kdkernels.nearest_neighbor.op")
+NATIVE = importlib.import_module("kdkernels.nearest_neighbor.native")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -223,7 +223,7 @@ def test_tiles_do_not_change_the_result(monkeypatch):
         ("TILE_COLUMNS", 10),
         ("BLOCK_QUERIES", 150),
     ):
-        monkeypatch.setattr(OP, name, size)
+        monkeypatch.setattr(NATIVE, name, size)
         for got, expected in zip(
             (*nearest_neighbor(queries, gallery, backend="native"), *nearest_neighbor(queries)),
             (*want, *alone),

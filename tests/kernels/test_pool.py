@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import kdkernels
-from kdkernels import library
 from kdkernels.kd_cross_entropy.samples import make
+from kdkernels.native import extension, new_gradient
 
-pytestmark = pytest.mark.skipif(library.native is None, reason="needs the native backend")
+pytestmark = pytest.mark.skipif(extension is None, reason="needs the native backend")
 MEGABYTE = 2**20
 
 
@@ -36,10 +36,10 @@ def test_a_large_gradient_reuses_the_memory_of_the_last_one(dtype):
     address = first.data_ptr()
     first.fill_(torch.nan)  # what a reused buffer holds must not matter
     del first
-    assert library.native.idle_pool() >= MEGABYTE
+    assert extension.idle_pool() >= MEGABYTE
     second = gradient_of(sample)
     assert second.data_ptr() == address
-    assert library.native.idle_pool() == 0
+    assert extension.idle_pool() == 0
     assert second.dtype == dtype
     assert second.is_contiguous()
     want = gradient_of(sample, "eager").float()
@@ -72,14 +72,14 @@ def test_empty_cache_frees_what_is_idle():
 
 def test_small_gradients_stay_out_of_the_pool():
     gradient_of(make(4, 100))
-    assert library.native.idle_pool() == 0
+    assert extension.idle_pool() == 0
 
 
 def test_a_capsule_that_nobody_takes_gives_its_buffer_back():
-    capsule = library.native.pooled([MEGABYTE], [1], 0)
+    capsule = extension.pooled([MEGABYTE], [1], 0)
     del capsule
     gc.collect()
-    assert library.native.idle_pool() >= MEGABYTE
+    assert extension.idle_pool() >= MEGABYTE
 
 
 def test_threads_may_take_and_give_back_at_once():
@@ -101,6 +101,6 @@ def test_threads_may_take_and_give_back_at_once():
 
 
 def test_strides_without_gaps_are_kept():
-    strided = library.new_gradient((4, 300, 40, 40), torch.float32, (480000, 1, 12000, 300))
+    strided = new_gradient((4, 300, 40, 40), torch.float32, (480000, 1, 12000, 300))
     assert strided.stride() == (480000, 1, 12000, 300)
     assert strided.is_contiguous(memory_format=torch.channels_last)

@@ -9,7 +9,7 @@ import torch
 from contract import accuracy, find_op
 from head_helpers import BACKENDS, NAME, Largest, dtype_of, each, each_kernel, small_chunks
 
-from kdkernels import CombinedMargin, SparseTeacher, library, linear_kd_cross_entropy
+from kdkernels import CombinedMargin, SparseTeacher, checks, linear_kd_cross_entropy
 from kdkernels.linear_kd_cross_entropy import native
 from kdkernels.linear_kd_cross_entropy.samples import make
 
@@ -231,7 +231,7 @@ def test_bad_indices_are_named_on_the_cpu_and_make_their_row_nan_elsewhere(backe
     for teacher, options, message in wrong:
         with pytest.raises(ValueError, match=rf"^{NAME}: .*{message}"):
             linear_kd_cross_entropy(x, w, y, teacher=teacher, **options, backend=backend)
-    monkeypatch.setattr(library, "looks_at_values", lambda _: False)
+    monkeypatch.setattr(checks, "looks_at_values", lambda _: False)
     for bad in (spoiled, far):
         leaf = x.clone().requires_grad_()
         options = {"reduction": "none", "backend": backend}

@@ -16,8 +16,10 @@ from kdkernels import (
     batch_triplet_loss,
     triplet_loss,
 )
-from kdkernels.library import backends
-from kdkernels.triplet.samples import make_batch, make_triplets
+from kdkernels.backends import backends
+from kdkernels.batch_triplet_loss import eager as batch_eager
+from kdkernels.batch_triplet_loss.samples import make as make_batch
+from kdkernels.triplet_loss.samples import make as make_triplets
 
 BACKENDS = backends("triplet_loss", "cpu")
 LEVELS = kdkernels.isa_levels()
@@ -411,7 +413,7 @@ class TestBatchTripletLoss:
         x, labels = make_batch([4] * 5, 12, seed=13).tensors.values()
         options = {"mining": "all", "margin": 9.0, "backend": "eager"}
         whole = loss_and_gradient(batch_triplet_loss, x, labels, **options)
-        monkeypatch.setattr("kdkernels.triplet.eager.BLOCK_ELEMENTS", 500)
+        monkeypatch.setattr(batch_eager, "BLOCK_ELEMENTS", 500)
         blocks = loss_and_gradient(batch_triplet_loss, x, labels, **options)
         torch.testing.assert_close(blocks, whole)
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from kdkernels import TripletMarginLoss, triplet_loss
-from kdkernels.library import backends
-from kdkernels.triplet.op import _kernel
-from kdkernels.triplet.samples import make_triplets
+from kdkernels.backends import backends
+from kdkernels.triplet_loss.op import _kernel
+from kdkernels.triplet_loss.samples import make
 
 BACKENDS = backends("triplet_loss", "cpu")
 triton = pytest.mark.skipif("triton" not in BACKENDS, reason="runs under TRITON_INTERPRET=1")
@@ -45,11 +45,11 @@ def compare(*members, incoming=0.37, rtol=1.3e-6, atol=1e-5, **options):
 )
 @pytest.mark.filterwarnings("ignore:size_average and reduce args:UserWarning")
 def test_equals_torch(options):
-    compare(*make_triplets(37, 21, seed=1).tensors.values(), **options)
+    compare(*make(37, 21, seed=1).tensors.values(), **options)
 
 
 def test_other_shapes_and_dtypes():
-    triplet = list(make_triplets(12, 20, seed=2).tensors.values())
+    triplet = list(make(12, 20, seed=2).tensors.values())
     compare(*(t.view(3, 4, 20) for t in triplet))
     compare(*(t[0] for t in triplet))
     compare(triplet[0], triplet[1], triplet[2][:1])  # torch broadcasts
@@ -73,7 +73,7 @@ def test_equal_members_without_eps():
 
 
 def test_dtype_under_autocast_is_torchs():
-    triplet = [t.bfloat16() for t in make_triplets(4, 20, seed=3).tensors.values()]
+    triplet = [t.bfloat16() for t in make(4, 20, seed=3).tensors.values()]
     with torch.autocast("cpu"):
         ours, theirs = (m()(*triplet) for m in (TripletMarginLoss, torch.nn.TripletMarginLoss))
     assert ours.dtype == theirs.dtype
@@ -117,7 +117,7 @@ def test_the_kernel_runs_where_it_covers_the_call():
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_kernel_with_eps_equals_torch(backend, features, reduction):
     # 130 leaves lanes idle, which eps must not count
-    leaves = [t.requires_grad_() for t in make_triplets(9, features, seed=4).tensors.values()]
+    leaves = [t.requires_grad_() for t in make(9, features, seed=4).tensors.values()]
     ours = _kernel(backend, *leaves, 1.0, False, 0.05, True, reduction)
     theirs = torch.nn.TripletMarginLoss(eps=0.05, reduction=reduction)(*leaves)
     torch.testing.assert_close(ours, theirs)
@@ -131,7 +131,7 @@ def test_a_kernel_with_eps_equals_torch(backend, features, reduction):
 @pytest.mark.parametrize("squared", [True, False])
 def test_float16_gradients_keep_their_digits_at_any_size(backend, size, squared):
     # at 300 a square's gradients outgrow the stored power of two and are formed again
-    triplet = [t.half() for t in make_triplets(40, 70, seed=5, spread=size).tensors.values()]
+    triplet = [t.half() for t in make(40, 70, seed=5, spread=size).tensors.values()]
     margin = 1e3 * size**2
     found = []
     for which, dtype in ((backend, torch.float16), ("eager", torch.float64)):
@@ -145,7 +145,7 @@ def test_float16_gradients_keep_their_digits_at_any_size(backend, size, squared)
 
 @each_kernel
 def test_infinite_float16_features_spoil_no_other_row(backend):
-    triplet = [t.half() for t in make_triplets(5, 12, seed=6).tensors.values()]
+    triplet = [t.half() for t in make(5, 12, seed=6).tensors.values()]
     triplet[1][2, 3] = torch.inf
     leaves = [t.requires_grad_() for t in triplet]
     loss = triplet_loss(*leaves, margin=100.0, reduction="none", backend=backend)
@@ -163,7 +163,7 @@ def test_infinite_float16_features_spoil_no_other_row(backend):
 @pytest.mark.parametrize("squared", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_long_rows_are_read_twice(squared, reduction):
-    leaves = [t.requires_grad_() for t in make_triplets(2, 9001, seed=7).tensors.values()]
+    leaves = [t.requires_grad_() for t in make(2, 9001, seed=7).tensors.values()]
     options = {"margin": 200.0, "squared": squared, "reduction": reduction}
     found = []
     for backend in ("triton", "eager"):
@@ -185,15 +185,15 @@ def test_long_rows_are_read_twice(squared, reduction):
     ids=["mean", "none", "float16 root", "float16 square"],
 )
 def test_launches(monkeypatch, dtype, options, want):
-    from kdkernels import triton_rows
+    from kdkernels import triton_common
 
-    names, launch = [], triton_rows.launch
+    names, launch = [], triton_common.launch
 
     def record(kernel, *arguments, **meta):
         names.append(kernel.fn.__name__)
         launch(kernel, *arguments, **meta)
 
-    monkeypatch.setattr(triton_rows, "launch", record)
-    leaves = [t.to(dtype).requires_grad_() for t in make_triplets(9, 33).tensors.values()]
+    monkeypatch.setattr(triton_common, "launch", record)
+    leaves = [t.to(dtype).requires_grad_() for t in make(9, 33).tensors.values()]
     triplet_loss(*leaves, **options, backend="triton").sum().backward()
     assert names == want

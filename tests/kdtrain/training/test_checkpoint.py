@@ -112,7 +112,7 @@ def test_a_death_in_the_first_save_leaves_no_checkpoint_and_no_obstacle(tmp_path
 SAVER = """
 import os, sys, torch
 from pathlib import Path
-from kdtrain import checkpoint
+from kdtrain.training import checkpoint
 folder = Path(sys.argv[1])
 print("ready", flush=True)
 for line in sys.stdin:
@@ -229,7 +229,7 @@ def test_a_folder_is_held_by_one_and_let_go_by_a_kill(tmp_path):
     holder = subprocess.Popen(
         [
             *(sys.executable, "-c"),
-            "import sys, time; from pathlib import Path; from kdtrain import checkpoint\n"
+            "import sys, time; from pathlib import Path; from kdtrain.training import checkpoint\n"
             "with checkpoint.lock(Path(sys.argv[1])):\n"
             "    print('held', flush=True); time.sleep(60)",
             str(tmp_path),

@@ -423,7 +423,7 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
     asked = False
     parent = os.environ.get(PARENT)
 
-    def on_signal(number: int, _: Any) -> None:
+    def on_signal(*_: Any) -> None:
         nonlocal asked
         if asked:
             raise KeyboardInterrupt

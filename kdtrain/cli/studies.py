@@ -47,14 +47,10 @@ def reproduce(argv: Sequence[str]) -> int:
     parser.add_argument("--teachers", type=str, help="each: one a seed (default) | one: for all")
     parser.add_argument("--cache", type=str, help="teacher.cache of the students (float32)")
     _add_campaign(parser, "runs/tables-SCALE")
-    command = shlex.join([*PROGRAM.split(), "reproduce", *argv])
-    argv = list(argv)
-    prefixes = ["second", *TASKS]
-    special = take_stage_keys(argv, prefixes)
-    options, common = parse(parser, argv, prefixes)
+    options, common, special, command = _given(parser, "reproduce", argv, ["second", *TASKS])
 
     from kdtrain.experiments.tables import reproduce as tables
-    from kdtrain.experiments.tables.plan import request_from
+    from kdtrain.experiments.tables.stages import request_from
 
     request = request_from(options, common, special)
     root = Path(options.get("run_dir") or f"runs/tables-{Path(request.scale).name}")
@@ -68,6 +64,16 @@ def _add_campaign(parser: ArgumentParser, root: str) -> None:
     add_jobs(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan and train nothing")
     add_keys(parser)
+
+
+def _given(
+    parser: ArgumentParser, name: str, argv: Sequence[str], prefixes: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, dict[str, Any]], str]:
+    """Options, keys of every run, those by prefix, and the command as it was given."""
+    rest = list(argv)
+    special = take_stage_keys(rest, prefixes)
+    options, common = parse(parser, rest, prefixes)
+    return options, common, special, shlex.join([*PROGRAM.split(), name, *argv])
 
 
 def _campaign(options: dict[str, Any]) -> dict[str, Any]:
@@ -101,10 +107,7 @@ def compare(argv: Sequence[str]) -> int:
         "--resolutions", type=str, help="sides of the methods' input (the recipes' own), as 24,16"
     )
     _add_campaign(parser, "runs/compare-FOLDER")
-    command = shlex.join([*PROGRAM.split(), "compare", *argv])
-    argv = list(argv)
-    special = take_stage_keys(argv, ["second"])
-    options, common = parse(parser, argv, ["second"])
+    options, common, special, command = _given(parser, "compare", argv, ["second"])
 
     from kdtrain.experiments.comparison import compare as comparison
     from kdtrain.experiments.comparison.request import request_from

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 from rich import box
 from rich.console import Console
@@ -22,7 +22,7 @@ from kdtrain.config import ConfigError, DataConfig
 from kdtrain.config.program import INTERRUPTED, threads_of
 from kdtrain.data import FaceSource
 from kdtrain.experiments import dryrun, pipeline
-from kdtrain.experiments.estimate import Counts, estimate
+from kdtrain.experiments.estimate import estimate
 from kdtrain.experiments.scheduler import Outcome, Overview, wall_time
 from kdtrain.training.journal.journal import duration
 
@@ -40,21 +40,8 @@ MARKS = {
 LEGEND = "■ done  ▶ running  · waiting  ✗ diverged or failed  - skipped  blank: not planned"
 
 
-class OneRun(Hashable, Protocol):
-    """What names a run of a campaign."""
-
-    @property
-    def name(self) -> str:
-        """Its stage and folder."""
-        ...
-
-    @property
-    def seed(self) -> int:
-        """Its seed."""
-        ...
-
-
-Run = TypeVar("Run", bound=OneRun)
+Run = TypeVar("Run", bound=Hashable)
+"""Names a run of a campaign."""
 
 
 class BudgetError(RuntimeError):
@@ -67,6 +54,18 @@ class Group(Generic[Run]):
 
     label: str
     runs: tuple[Run, ...]
+
+
+def grouped(found: Iterable[tuple[str, Iterable[Run]]]) -> list[Group[Run]]:
+    """Groups of labelled runs, each run in the first that has it; none that is empty."""
+    taken: set[Run] = set()
+    groups = []
+    for label, runs in found:
+        fresh = tuple(run for run in dict.fromkeys(runs) if run not in taken)
+        taken.update(fresh)
+        if fresh:
+            groups.append(Group(label, fresh))
+    return groups
 
 
 @dataclass(frozen=True)
@@ -161,21 +160,18 @@ def seconds_of(
     sources: dict[DataConfig, FaceSource],
 ) -> dict[str, float]:
     """Estimated seconds of each run; a teacher's answers cost once a seed, as they are kept."""
-    counts: dict[object, Counts] = {}
+    count = dryrun.counter(sources)
     configs = {stage.name: stage.config for stage in stages.values()}
     answered: set[tuple[str, int]] = set()
     found = {}
     for run in runs:
         config = stages[run].config
-        seen = (config.data, config.task, config.balanced)
-        if seen not in counts:
-            counts[seen] = dryrun.counted(config, sources)
-        name = config.teacher.run or ""
         planned = dryrun.planned(stages[run].name, config, Path(), configs)
-        kept = config.teacher.cache != "none" and (name, run.seed) in answered
-        answered.add((name, run.seed))
+        asked = (config.teacher.run or "", config.seed)
+        kept = config.teacher.cache != "none" and asked in answered
+        answered.add(asked)
         own = config.train.threads or threads
-        cost = estimate(config, counts[seen], planned.teachers, threads=own, answers_kept=kept)
+        cost = estimate(config, count(config), planned.teachers, threads=own, answers_kept=kept)
         found[planned.name] = START_S + cost.total_s
     return found
 

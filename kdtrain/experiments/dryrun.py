@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -199,6 +199,19 @@ def counted(config: Config, sources: dict[DataConfig, FaceSource]) -> Counts:
         people, pictures = config.triplet.identities, config.triplet.images_per_identity
         batches = len(balanced_batches(train, source.labels, people, pictures, config.seed, 0))
     return Counts(source.num_classes, len(train), len(test), len(validation), batches)
+
+
+def counter(sources: dict[DataConfig, FaceSource]) -> Callable[[Config], Counts]:
+    """`counted`, once for runs of the same pictures, task and kind of batches."""
+    known: dict[object, Counts] = {}
+
+    def count_once(config: Config) -> Counts:
+        what = (config.data, config.task, config.balanced)
+        if what not in known:
+            known[what] = counted(config, sources)
+        return known[what]
+
+    return count_once
 
 
 def _published(config: Config, size: Published, note: str) -> Counts:

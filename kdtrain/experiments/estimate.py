@@ -109,7 +109,7 @@ def estimate(
         )
     check_device(config)
     batch = batch_pictures(config)
-    per_epoch = counts.epoch_batches or batches_of_epoch(config, counts.train)
+    per_epoch = batches_of_epoch(config, counts)
     if per_epoch < 1:
         raise ConfigError(
             f"estimate: {counts.train} training pictures fill no batch of {batch}; lower the batch"
@@ -143,9 +143,11 @@ def estimate(
     )
 
 
-def batches_of_epoch(config: Config, pictures: int) -> int:
-    """Batches of one epoch over `pictures` training pictures."""
-    full, rest = divmod(pictures, batch_pictures(config))
+def batches_of_epoch(config: Config, counts: Counts) -> int:
+    """Batches of one epoch over the training pictures."""
+    if counts.epoch_batches:
+        return counts.epoch_batches
+    full, rest = divmod(counts.train, batch_pictures(config))
     drops = config.train.drop_last or config.balanced
     return full if drops else full + bool(rest)
 

@@ -34,24 +34,23 @@ NO_LANDMARKS = "the pictures have no landmarks (data.landmark_file names a list 
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of the chain: its name, config, and the stages whose networks it reads."""
+    """One run of the chain."""
 
     name: str
     config: Config
-    inputs: tuple[str, ...]
     seconds: float = 0.0
     """Estimated training time; 0 where it is not known."""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The stages beside it whose networks it reads."""
+        named = [run[1:] for run in self.config.runs().values() if run.startswith("@")]
+        return tuple(dict.fromkeys(named))
 
     @property
     def cost(self) -> float:
         """A weight for the order of stages and the time left."""
         return self.seconds or _cost(self.config)
-
-
-def inputs_of(config: Config) -> tuple[str, ...]:
-    """The stages beside it that a stage reads."""
-    named = [run[1:] for run in config.runs().values() if run.startswith("@")]
-    return tuple(dict.fromkeys(named))
 
 
 def plan(
@@ -87,14 +86,12 @@ def plan(
         if divide is not None and flat.get("model.divide", 1) != 1:
             flat["model.divide"] = divide
         try:
-            config = settings.build(flat)
+            stages[name] = Stage(name, settings.build(flat))
         except ConfigError as error:
             raise ConfigError(f"stage {name}: {error}") from None
-        inputs = inputs_of(config)
-        missing = [n for n in inputs if n not in recipes]
+        missing = [n for n in stages[name].inputs if n not in recipes]
         if missing:
             raise ConfigError(f"stage {name}: no stage {missing[0]!r} to take weights from")
-        stages[name] = Stage(name, config, inputs)
     return ordered(stages)
 
 

@@ -138,7 +138,7 @@ def run_all(
     view = _View(works, console, overview, waiting, running, outcomes)
     asked_to_stop = False
 
-    def on_signal(number: int, _: Any) -> None:
+    def on_signal(*_: Any) -> None:
         nonlocal asked_to_stop
         if asked_to_stop:
             raise KeyboardInterrupt

@@ -219,7 +219,7 @@ class _Trial:
         guide = self._answers(len(labels)) if self.kept else None
         self.task.network.train()
         self.task.extra.train()
-        started = self._now()
+        started = now(self.device)
         views = training_views(
             stored.to(self.device),
             None if points is None else points.to(self.device),
@@ -234,10 +234,10 @@ class _Trial:
             views.pictures, labels.to(self.device), views.points, guide, views.teacher_pictures
         ).loss
         self.optimisation.backward(loss)
-        between = self._now()
+        between = now(self.device)
         self.taken += 1
         self.optimisation.step(self.taken)
-        return between - started, self._now() - between
+        return between - started, now(self.device) - between
 
     def kept_bytes(self, most: int) -> tuple[int, int, tuple[float, float]]:
         """Pictures of a step on about `most`, bytes that they need beside the weights, and what
@@ -267,7 +267,7 @@ class _Trial:
     def evaluation(self, pictures: int) -> float:
         """Seconds of the forward pass over `pictures` centre crops."""
         stored, points = self._pictures(pictures)
-        started = self._now()
+        started = now(self.device)
         data = self.config.data
         crop = center(stored.to(self.device), None, data.crop_side, self.config.augment)
         crops, _, _ = shrink(*crop, data.input_size)
@@ -280,7 +280,7 @@ class _Trial:
             to_original=lambda found: found,
         )
         look(self.task.network, [batch], self.device)
-        return self._now() - started
+        return now(self.device) - started
 
     def _labels(self, most: int) -> Tensor:
         """Labels of at most a full step's pictures and about `most`; people x pictures where the
@@ -314,10 +314,12 @@ class _Trial:
         }
         return Guide(logits=drawn.get("logits"), hidden=drawn.get("hidden"))
 
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+
+def now(device: torch.device) -> float:
+    """Seconds of a clock after everything that was started on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _fitting(config: Config, classes: int, teachers: Sequence[ModelConfig]) -> int:

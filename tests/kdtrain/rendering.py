@@ -121,7 +121,7 @@ def tables(out: Path) -> None:
     results = {run: _result(RUNS / "tables" / run.name) for run in runs_of_tables()}
     collection = collect.Collection(TABLES_REQUEST, results)
     setting = [("command", "python -m kdtrain reproduce all"), ("scale", "two-cores")]
-    setting += collect.about(collection.done, 2)
+    setting += collect.about(results.values(), 2)
     made = [collect.table(spec, collection, setting) for spec in table_specs(True).values()]
     files.write_all([one for one in made if one.name in DRAWN], out)
     for one in made:
@@ -152,7 +152,7 @@ def comparison(out: Path) -> None:
         }  # fmt: skip
     found = comparison_collect.Comparison(request, results, configs, lengths, sizes, speeds)
     setting = [("command", "python -m kdtrain compare"), ("recipes", request.folder)]
-    setting += collect.about(found.done, 2)
+    setting += collect.about(results.values(), 2)
     made = comparison_collect.table(found, setting, compare.NAME)
     drawn = picture.picture(found, made)
     files.write(made, out, png=drawn, subject="Methods", width=compare.WIDTH)

@@ -99,11 +99,6 @@ class Comparison:
         """The rows: the students' methods, then whom they learn from."""
         return (*self.request.students, *self.request.teachers)
 
-    @property
-    def done(self) -> list[Result]:
-        """The finished runs."""
-        return [result for result in self.results.values() if result.state == "done"]
-
     def metrics(self, second: bool) -> list[str]:
         """The metrics that a finished run of a data source has."""
         found = [r for run, r in self.results.items() if run.second == second]

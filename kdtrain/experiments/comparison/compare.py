@@ -119,7 +119,7 @@ def write(
     comparison = replace(comparison, sizes=sizes, speeds=speeds)
     seeds = ", ".join(map(str, request.seeds))
     setting = [("command", command), ("recipes", request.folder), ("seeds", seeds)]
-    setting += about(comparison.done, plan.jobs)
+    setting += about(results.values(), plan.jobs)
     if how:
         setting.append(("speed", how))
     for key, by_batch in speeds.items():

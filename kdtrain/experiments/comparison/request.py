@@ -10,7 +10,7 @@ from typing import Any
 
 from kdtrain.config import RUN_SETTINGS, Config, ConfigError, settings
 from kdtrain.experiments import pipeline
-from kdtrain.experiments.campaign import Group
+from kdtrain.experiments.campaign import Group, grouped
 
 AT_PHASE_ENDS = 10_000  # epochs between evaluations; the end of a phase is always evaluated
 CACHE = "float32"  # teacher.cache of the students: the bits of online training
@@ -239,8 +239,7 @@ def groups(request: Request) -> list[Group[RunOf]]:
     compared with it.
     """
     students = sorted(request.students, key=lambda method: not request.is_control(method))
-    taken: set[RunOf] = set()
-    ordered = []
+    found = []
     for second in request.sources:
         for method in (*students, *request.teachers):
             for side in request.sides if method in request.students else (None,):
@@ -249,13 +248,9 @@ def groups(request: Request) -> list[Group[RunOf]]:
                     for seed in request.seeds
                     for run in chain(request, request.run_of(method, seed, side, second))
                 ]
-                fresh = tuple(run for run in dict.fromkeys(runs) if run not in taken)
-                taken.update(fresh)
                 size = "" if side is None else f", {side} pixels"
-                label = f"{method}{size}{', second data source' if second else ''}"
-                if fresh:
-                    ordered.append(Group(label, fresh))
-    return ordered
+                found.append((f"{method}{size}{', second data source' if second else ''}", runs))
+    return grouped(found)
 
 
 def chain(request: Request, run: RunOf, above: tuple[str, ...] = ()) -> Iterator[RunOf]:
@@ -269,12 +264,8 @@ def chain(request: Request, run: RunOf, above: tuple[str, ...] = ()) -> Iterator
 
 def stages(request: Request) -> dict[RunOf, pipeline.Stage]:
     """Every run as a stage, inputs first."""
-    found = {}
-    for group in groups(request):
-        for run in group.runs:
-            config = request.config(run)
-            found[run] = pipeline.Stage(run.name, config, pipeline.inputs_of(config))
-    return found
+    runs = [run for group in groups(request) for run in group.runs]
+    return {run: pipeline.Stage(run.name, request.config(run)) for run in runs}
 
 
 def _beside(value: Any, run: RunOf) -> Any:

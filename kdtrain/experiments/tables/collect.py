@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -124,9 +123,10 @@ def floor_rows(values: Iterable[tuple[str, Sequence[float | None]]]) -> list[Row
     ]
 
 
-def about(done: Sequence[Result], jobs: int) -> list[tuple[str, str]]:
-    """Pictures, machine and training time of finished runs, as lines below a table."""
+def about(found: Iterable[Result], jobs: int) -> list[tuple[str, str]]:
+    """Pictures, machine and training time of the finished runs, as lines below a table."""
     lines = []
+    done = [result for result in found if result.state == "done"]
     for data in {tuple(r.results["data"].items()): r.results["data"] for r in done}.values():
         text = f"{data['name']}: {data['images']:,} pictures of {data['classes']:,} people"
         lines.append(("data", f"{text}, {data['train']:,} to train and {data['test']:,} to test"))
@@ -191,11 +191,6 @@ class Collection:
         if claim.neutral:
             return verdicts.neutral(better, worse, margin_points=NEUTRAL_POINTS)
         return verdicts.compare(better, worse, higher_is_better=higher)
-
-    @cached_property
-    def done(self) -> list[Result]:
-        """The finished runs."""
-        return [result for result in self.results.values() if result.state == "done"]
 
 
 def table(spec: TableSpec, collection: Collection, setting: Sequence[tuple[str, str]]) -> Table:

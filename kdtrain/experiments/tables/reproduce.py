@@ -6,7 +6,7 @@ after a kill. The plan and its cost, from timed steps, are printed before anythi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,12 +17,11 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from kdtrain.experiments import campaign
-from kdtrain.experiments.campaign import LEGEND, MARKS, Campaign
+from kdtrain.experiments.campaign import LEGEND, MARKS, Campaign, make_campaign
 from kdtrain.experiments.scheduler import Outcome
 from kdtrain.experiments.tables.collect import Collection, about, read_all, table
-from kdtrain.experiments.tables.paper import table_specs
-from kdtrain.experiments.tables.plan import TABLES, make_plan
-from kdtrain.experiments.tables.stages import Request, RunOf, groups, stages
+from kdtrain.experiments.tables.paper import WIDTHS, TableSpec, table_specs
+from kdtrain.experiments.tables.stages import TABLES, Request, RunOf, groups, stages
 from kdtrain.reports.tables import files
 from kdtrain.reports.tables.text import show
 from kdtrain.training.journal import journal
@@ -61,6 +60,35 @@ def main(
     )
 
 
+def make_plan(
+    request: Request, root: Path, *, jobs: int, budget_min: float | None, say: Callable[[str], None]
+) -> Campaign[RunOf]:
+    """Times a few steps of each distinct kind of run and takes groups, in order, while they fit
+    the budget (minutes on the clock; None: all).
+    """
+    specs = table_specs(request.second is not None)
+    asked = groups(specs, request)
+    runs = _known([run for group in asked for run in group.runs], specs, request, root)
+    planned = dict(zip(runs, stages(runs, request), strict=True))
+    return make_campaign(asked, planned, root, jobs=jobs, budget_min=budget_min, say=say)
+
+
+def _known(
+    asked: Sequence[RunOf], specs: Mapping[str, TableSpec], request: Request, root: Path
+) -> list[RunOf]:
+    """The runs that were asked for, and those of any table whose folders are there, with their
+    inputs, in an order that can be run: what is finished is shown whatever was asked.
+    """
+    everything = replace(request, tables=TABLES, widths=WIDTHS)
+    ordered = [run for group in groups(specs, everything) for run in group.runs]
+    ordered = list(dict.fromkeys([*asked, *ordered]))
+    kept = set(asked) | {run for run in ordered if (root / run.name).is_dir()}
+    by_name = {run.name: run for run in ordered}
+    for stage in reversed(stages([run for run in ordered if run in kept], request)):
+        kept |= {by_name[name] for name in stage.inputs}
+    return [run for run in ordered if run in kept]
+
+
 def write_tables(
     request: Request,
     plan: Campaign[RunOf],
@@ -75,7 +103,7 @@ def write_tables(
     seeds = ", ".join(map(str, request.seeds))
     teachers = " (teachers: the first alone)" if request.shared_teachers else ""
     setting = [("command", command), ("scale", request.scale), ("seeds", seeds + teachers)]
-    setting += about(collection.done, plan.jobs)
+    setting += about(results.values(), plan.jobs)
     folder = root / "tables"
     earlier = [n for n in TABLES if n not in request.tables and (folder / f"{n}.csv").exists()]
     specs = table_specs(request.second is not None)

@@ -402,7 +402,7 @@ def test_threads_are_the_users_or_an_equal_share(given, jobs, threads, tmp_path,
     monkeypatch.setattr(pipeline, "run_all", lambda given, *_: (works.extend(given), (0, {}))[1])
     config = tiny_config(train__threads=0)
     with contextlib.suppress(KeyError):  # as nothing has run
-        pipeline.run([pipeline.Stage("a", config, ())], tmp_path / "root", jobs=jobs)
+        pipeline.run([pipeline.Stage("a", config)], tmp_path / "root", jobs=jobs)
     assert [work.threads for work in works] == [threads]
     recipe = settings.read_recipe(tmp_path / "root" / "recipes" / "a.yaml")
     assert recipe["train.threads"] == threads
@@ -461,7 +461,7 @@ def test_runs_of_tables_and_methods_that_need_landmarks_are_refused(photographs,
     group = campaign.Group("table3", ("a",))
     with pytest.raises(ConfigError, match="ali_s1: the pictures have no landmarks"):
         campaign.make_campaign(
-            [group], {"a": pipeline.Stage("ali_s1", config, ())}, tmp_path,
+            [group], {"a": pipeline.Stage("ali_s1", config)}, tmp_path,
             jobs=1, budget_min=None, say=print,
         )  # fmt: skip
 

@@ -24,8 +24,7 @@ from kdtrain.cli import main
 from kdtrain.experiments import campaign
 from kdtrain.experiments.campaign import Campaign, Group
 from kdtrain.experiments.tables import reproduce
-from kdtrain.experiments.tables.plan import make_plan
-from kdtrain.experiments.tables.reproduce import _overview
+from kdtrain.experiments.tables.reproduce import _overview, make_plan
 from kdtrain.experiments.tables.stages import Request, RunOf
 
 ONE = [{"epochs": 1, "lr": 0.05}]

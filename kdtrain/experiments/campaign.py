@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table as Grid
 
 from kdtrain.config import ConfigError, DataConfig
@@ -207,16 +207,20 @@ def show_campaign(campaign: Campaign[Run], console: Console) -> None:
 def run_study(
     first: Sequence[pipeline.Stage],
     plan: Callable[[], Campaign[Run]],
-    train: Callable[[Campaign[Run]], int],
+    overview: Callable[[Campaign[Run], Mapping[str, str]], RenderableType],
+    write: Callable[[Campaign[Run], Mapping[str, Outcome], bool], None],
     root: Path,
     *,
     jobs: int,
     console: Console,
     dry_run: bool,
 ) -> int:
-    """A command of many runs: plan, print it, train; the exit status. dry_run: print the runs of
-    the first seed, `first`, as YAML with their cost, and the plan where the pictures are there;
-    write nothing.
+    """A command of many runs: plan, print it, train what was taken, write tables; exit status 0, 1
+    (a run failed) or 130 (interrupted). A run that diverged is a result.
+
+    overview: draws the states of the runs in a terminal. write: reads the outcomes into tables,
+    told whether all is done. dry_run: print the runs of the first seed, `first`, as YAML with their
+    cost, and the plan where the pictures are there; write nothing.
     """
     status = 0
     if dry_run:
@@ -224,29 +228,18 @@ def run_study(
     else:
         root.mkdir(parents=True, exist_ok=True)
     try:
-        found = plan()
+        campaign = plan()
     except ValueError as error:
         if not dry_run or all(pipeline.is_there(stage.config.data) for stage in first):
             raise
         console.print(f"# no plan of all seeds without the pictures: {error}", markup=False)
         return status
-    show_campaign(found, console)
-    return status if dry_run else train(found)
-
-
-def train_and_write(
-    campaign: Campaign[Run],
-    root: Path,
-    console: Console,
-    overview: Overview,
-    write: Callable[[Mapping[str, Outcome], bool], None],
-) -> int:
-    """Train what was taken, then let `write` read the outcomes (and whether all is done) into
-    tables; exit status 0, 1 (a run failed) or 130 (interrupted). A run that diverged is a result.
-    """
+    show_campaign(campaign, console)
+    if dry_run:
+        return status
     started = time.monotonic()
-    status, outcomes = carry_out(campaign, root, overview)
-    write(outcomes, status != INTERRUPTED)
+    status, outcomes = carry_out(campaign, root, lambda states: overview(campaign, states))
+    write(campaign, outcomes, status != INTERRUPTED)
     console.print(f"{duration(time.monotonic() - started)} on the clock")
     failed = [name for name, outcome in outcomes.items() if outcome.state == "failed"]
     for name in failed:

@@ -47,14 +47,9 @@ def main(
     return campaign.run_study(
         list(stages(first).values()) if dry_run else [],
         lambda: _plan(request, root, jobs, budget_min, console),
-        lambda plan: campaign.train_and_write(
-            plan,
-            root,
-            console,
-            lambda states: _overview(plan, states),
-            lambda outcomes, done: write(
-                request, plan, root, outcomes, command, console, timed=done
-            ),
+        _overview,
+        lambda plan, outcomes, done: write(
+            request, plan, root, outcomes, command, console, timed=done
         ),
         root,
         jobs=jobs,

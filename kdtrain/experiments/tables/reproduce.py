@@ -46,13 +46,8 @@ def main(
     return campaign.run_study(
         stages((run for group in asked for run in group.runs), seed) if dry_run else [],
         lambda: make_plan(request, root, jobs=jobs, budget_min=budget_min, say=say),
-        lambda plan: campaign.train_and_write(
-            plan,
-            root,
-            console,
-            lambda states: _overview(plan, states),
-            lambda outcomes, _: write_tables(request, plan, root, outcomes, command, console),
-        ),
+        _overview,
+        lambda plan, outcomes, _: write_tables(request, plan, root, outcomes, command, console),
         root,
         jobs=jobs,
         console=console,

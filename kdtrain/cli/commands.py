@@ -15,7 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdtrain.cli import studies
 from kdtrain.cli.arguments import (
@@ -31,9 +31,12 @@ from kdtrain.cli.arguments import (
     take_stage_keys,
     value_of,
 )
-from kdtrain.config import ConfigError, settings
+from kdtrain.config import ConfigError, DataConfig, settings
 from kdtrain.config.program import INTERRUPTED, PROGRAM, printable, signals_heard, told_to_stop
 from kdtrain.config.settings import add_keys, nearest
+
+if TYPE_CHECKING:
+    from kdtrain.data import FaceSource
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,8 +119,7 @@ def train(argv: Sequence[str]) -> int:
         run_dir = Path(options.get("run_dir") or default_run_dir(options["recipe"], path))
         from kdtrain.experiments import dryrun
 
-        dryrun.show_run(config, run_dir, path.parent, options)
-        return 0
+        return dryrun.show_run(config, run_dir, path.parent, options)
     if options.get("resume") and options.get("overwrite"):
         raise UsageError("--resume and --overwrite exclude each other")
     run_dir = Path(options.get("run_dir") or default_run_dir(options["recipe"], path))
@@ -287,7 +289,6 @@ def report(argv: Sequence[str]) -> int:
     parser.add_argument("root", help="folder of run folders, as runs/demo")
     options, _ = parse(parser, argv)
     from kdtrain.reports.report import report as write_report
-    from kdtrain.reports.writing import printable
 
     print(printable(str(write_report(Path(options["root"])))))
     return 0
@@ -339,13 +340,19 @@ def _pipeline(command: str, argv: Sequence[str], preset: str) -> int:
     check_dry_run(options)
     stages = chain.plan(preset, common, special, options.get("divide"))
     root = Path(options.get("run_dir") or f"runs/{Path(preset).name}")
+    sources: dict[DataConfig, FaceSource] = {}
+    if lost := chain.without_landmarks(stages, sources):
+        stages = [stage for stage in stages if stage.name not in lost]
+        line = f"left out, as {chain.NO_LANDMARKS}: {', '.join(lost)}"
+        if not stages:
+            raise ConfigError(f"every stage is {line}")
+        print(f"# {line}" if options.get("dry_run") else line, flush=True)
     if options.get("dry_run"):
         from kdtrain.experiments import dryrun
 
-        dryrun.show_stages(stages, root, jobs, options)
-        return 0
+        return dryrun.show_stages(stages, root, jobs, options)
     overwrite = bool(options.get("overwrite"))
-    status, outcomes = chain.run(stages, root, jobs=jobs, overwrite=overwrite)
+    status, outcomes = chain.run(stages, root, jobs=jobs, overwrite=overwrite, sources=sources)
     if status == INTERRUPTED:
         return ended(status, again)
     chain.finish(root, outcomes)

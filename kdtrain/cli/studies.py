@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentParser
 
@@ -46,22 +47,14 @@ def reproduce(argv: Sequence[str]) -> int:
     parser.add_argument("--teachers", type=str, help="each: one a seed (default) | one: for all")
     parser.add_argument("--cache", type=str, help="teacher.cache of the students (float32)")
     _add_campaign(parser, "runs/tables-SCALE")
-    command = shlex.join([*PROGRAM.split(), "reproduce", *argv])
-    argv = list(argv)
-    prefixes = ["second", *TASKS]
-    special = take_stage_keys(argv, prefixes)
-    options, common = parse(parser, argv, prefixes)
+    options, common, special, command = _given(parser, "reproduce", argv, ["second", *TASKS])
 
     from kdtrain.experiments.tables import reproduce as tables
-    from kdtrain.experiments.tables.plan import request_from
+    from kdtrain.experiments.tables.stages import request_from
 
     request = request_from(options, common, special)
     root = Path(options.get("run_dir") or f"runs/tables-{Path(request.scale).name}")
-    status = tables.main(
-        request, root, jobs=jobs_of(options), budget_min=options.get("budget"), command=command,
-        dry_run=bool(options.get("dry_run")),
-    )  # fmt: skip
-    return ended(status, command)
+    return ended(tables.main(request, root, **_campaign(options), command=command), command)
 
 
 def _add_campaign(parser: ArgumentParser, root: str) -> None:
@@ -71,6 +64,25 @@ def _add_campaign(parser: ArgumentParser, root: str) -> None:
     add_jobs(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan and train nothing")
     add_keys(parser)
+
+
+def _given(
+    parser: ArgumentParser, name: str, argv: Sequence[str], prefixes: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, dict[str, Any]], str]:
+    """Options, keys of every run, those by prefix, and the command as it was given."""
+    rest = list(argv)
+    special = take_stage_keys(rest, prefixes)
+    options, common = parse(parser, rest, prefixes)
+    return options, common, special, shlex.join([*PROGRAM.split(), name, *argv])
+
+
+def _campaign(options: dict[str, Any]) -> dict[str, Any]:
+    """What `_add_campaign` added, as the commands' main functions take it. Raises UsageError."""
+    budget = options.get("budget")
+    if budget is not None and budget <= 0:
+        raise UsageError(f"--budget: expected minutes, more than 0, got {budget}")
+    dry_run = bool(options.get("dry_run"))
+    return {"jobs": jobs_of(options), "budget_min": budget, "dry_run": dry_run}
 
 
 def compare(argv: Sequence[str]) -> int:
@@ -95,22 +107,14 @@ def compare(argv: Sequence[str]) -> int:
         "--resolutions", type=str, help="sides of the methods' input (the recipes' own), as 24,16"
     )
     _add_campaign(parser, "runs/compare-FOLDER")
-    command = shlex.join([*PROGRAM.split(), "compare", *argv])
-    argv = list(argv)
-    special = take_stage_keys(argv, ["second"])
-    options, common = parse(parser, argv, ["second"])
-    jobs = jobs_of(options)
+    options, common, special, command = _given(parser, "compare", argv, ["second"])
 
     from kdtrain.experiments.comparison import compare as comparison
     from kdtrain.experiments.comparison.request import request_from
 
     request = request_from(options, common, special.get("second"))
     root = Path(options.get("run_dir") or f"runs/compare-{Path(request.folder).name}")
-    status = comparison.main(
-        request, root, jobs=jobs, budget_min=options.get("budget"), command=command,
-        dry_run=bool(options.get("dry_run")),
-    )  # fmt: skip
-    return ended(status, command)
+    return ended(comparison.main(request, root, **_campaign(options), command=command), command)
 
 
 def select_targets(argv: Sequence[str]) -> int:

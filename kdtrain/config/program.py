@@ -24,6 +24,14 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def threads_of(jobs: int) -> int:
+    """Threads of each of `jobs` runs side by side: OMP_NUM_THREADS where it is set, else an equal
+    share of the processors.
+    """
+    given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(given) if given.isdecimal() and int(given) else max(1, cores() // jobs)
+
+
 def regular(path: Path) -> Path:
     """`path`, where it is a file or a link to one. Raises OSError otherwise, before anything is
     opened: a FIFO or a device may block or act when it is.
@@ -33,15 +41,16 @@ def regular(path: Path) -> Path:
     return path
 
 
-def printable(text: str) -> str:
-    """`text` as one line for people: a character that does not print, as control characters and the
-    bytes of a name that are not UTF-8, is written as its Python escape.
+def printable(text: str, *, lines: bool = False) -> str:
+    """`text` as one line (lines: as several): a character that does not print, as control
+    characters and the bytes of a name that are not UTF-8, is written as its Python escape.
 
     A name is text as os.fsdecode gives it, where such a byte XX is the surrogate U+DCXX. It is
     hashed as the bytes that it has on disk (`name_bytes`), written to JSON and YAML as the escape
     \\udcXX, which reads back as the same name, and shown as \\udcXX everywhere else.
     """
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    kept = "\n" if lines else ""
+    return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in text)
 
 
 def name_bytes(text: str) -> bytes:

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import difflib
 import inspect
+import math
 import os
 import reprlib
 import typing
@@ -319,13 +320,14 @@ def _typed(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_numbers(key: str, value: Any) -> None:
-    """Raises ConfigError for a number that is not finite or has more than 63 bits."""
+    """Raises ConfigError for a number that is not finite, or a whole one of more than 63 bits."""
     if isinstance(value, (list, dict)):
         for place, item in value.items() if isinstance(value, dict) else enumerate(value):
             _check_numbers(f"{key}.{place}", item)
-    elif isinstance(value, (int, float)) and not abs(value) < 2**63:
-        got = reprlib.repr(value)
-        raise ConfigError(f"{key}: expected a finite number of at most 63 bits, got {got}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key}: expected a finite number, got {value}")
+    elif isinstance(value, int) and abs(value) >= 2**63:
+        raise ConfigError(f"{key}: expected at most 63 bits, got {reprlib.repr(value)}")
 
 
 @cache

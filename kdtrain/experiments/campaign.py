@@ -7,22 +7,23 @@ continued.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table as Grid
 
-from kdtrain.config import DataConfig
-from kdtrain.config.program import INTERRUPTED
+from kdtrain.config import ConfigError, DataConfig
+from kdtrain.config.program import INTERRUPTED, threads_of
 from kdtrain.data import FaceSource
 from kdtrain.experiments import dryrun, pipeline
 from kdtrain.experiments.estimate import estimate
-from kdtrain.experiments.order import wall_time
-from kdtrain.experiments.scheduler import Outcome, Overview
+from kdtrain.experiments.scheduler import Outcome, Overview, wall_time
 from kdtrain.training.journal.journal import duration
 
 START_S = 4.0  # of a run's process: start, imports, pictures; counted beside the timed steps
@@ -39,21 +40,12 @@ MARKS = {
 LEGEND = "■ done  ▶ running  · waiting  ✗ diverged or failed  - skipped  blank: not planned"
 
 
-class OneRun(Hashable, Protocol):
-    """What names a run of a campaign."""
-
-    @property
-    def name(self) -> str:
-        """Its stage and folder."""
-        ...
-
-    @property
-    def seed(self) -> int:
-        """Its seed."""
-        ...
+Run = TypeVar("Run", bound=Hashable)
+"""Names a run of a campaign."""
 
 
-Run = TypeVar("Run", bound=OneRun)
+class BudgetError(RuntimeError):
+    """A budget in which nothing can be done; the message says how much is needed."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +54,18 @@ class Group(Generic[Run]):
 
     label: str
     runs: tuple[Run, ...]
+
+
+def grouped(found: Iterable[tuple[str, Iterable[Run]]]) -> list[Group[Run]]:
+    """Groups of labelled runs, each run in the first that has it; none that is empty."""
+    taken: set[Run] = set()
+    groups = []
+    for label, runs in found:
+        fresh = tuple(run for run in dict.fromkeys(runs) if run not in taken)
+        taken.update(fresh)
+        if fresh:
+            groups.append(Group(label, fresh))
+    return groups
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,13 @@ class Campaign(Generic[Run]):
     clock_s: float
     """Estimated time of what is taken."""
     jobs: int
+    least: tuple[str, float] | None = None
+    """Of the groups that the budget leaves the one that needs least: label, seconds on the clock
+    with what is taken."""
+
+    def finished(self, group: Group[Run]) -> int:
+        """How many of a group's runs have ended before."""
+        return sum(self.states[run] in ("reused", "diverged") for run in group.runs)
 
 
 def make_campaign(
@@ -94,21 +105,25 @@ def make_campaign(
     """Times a few steps of each distinct kind of run and takes groups, in order, while they fit
     the budget (minutes on the clock; None: all).
 
-    stages: of the groups' runs and of whatever else is shown, inputs first.
+    stages: of the groups' runs and of whatever else is shown, inputs first. Raises ConfigError for
+    runs that need landmarks of pictures that have none.
     """
     sources: dict[DataConfig, FaceSource] = {}
+    ours = [run for group in groups for run in group.runs]
+    if lost := pipeline.without_landmarks([stages[run] for run in ours], sources):
+        raise ConfigError(f"{', '.join(lost)}: {pipeline.NO_LANDMARKS}; leave these out")
     keys = pipeline.stage_keys(list(stages.values()), root, sources)
     states = {
         run: pipeline.stage_state(root / stage.name, keys[stage.name])
         for run, stage in stages.items()
     }
-    ours = [run for group in groups for run in group.runs]
     open_runs = [run for run in ours if states[run] not in ("reused", "diverged")]
     say(f"{len(ours)} runs in all, {len(ours) - len(open_runs)} finished before; timing steps")
-    seconds = seconds_of(open_runs, stages, max(1, pipeline.cores() // jobs), sources)
+    seconds = seconds_of(open_runs, stages, threads_of(jobs), sources)
     by_name = {stage.name: run for run, stage in stages.items()}
     have = {run for run, state in states.items() if state == "reused"}
     taken: list[Group[Run]] = []
+    left: list[tuple[str, float]] = []
     clock = 0.0
     for group in groups:
         inputs = {by_name[name] for run in group.runs for name in stages[run].inputs}
@@ -119,7 +134,10 @@ def make_campaign(
             taken.append(group)
             have |= set(group.runs)
             clock = needed
-    return Campaign(tuple(groups), stages, keys, states, seconds, tuple(taken), clock, jobs)
+        else:
+            left.append((group.label, needed))
+    least = min(left, key=lambda one: one[1], default=None)
+    return Campaign(tuple(groups), stages, keys, states, seconds, tuple(taken), clock, jobs, least)
 
 
 def _clock(
@@ -142,44 +160,31 @@ def seconds_of(
     sources: dict[DataConfig, FaceSource],
 ) -> dict[str, float]:
     """Estimated seconds of each run; a teacher's answers cost once a seed, as they are kept."""
-    counts: dict[object, dryrun.Counts] = {}
+    count = dryrun.counter(sources)
     configs = {stage.name: stage.config for stage in stages.values()}
     answered: set[tuple[str, int]] = set()
     found = {}
     for run in runs:
         config = stages[run].config
-        seen = (config.data, config.task, config.balanced)
-        if seen not in counts:
-            counts[seen] = dryrun.counted(config, sources)
-        name = config.teacher.run or ""
         planned = dryrun.planned(stages[run].name, config, Path(), configs)
-        kept = config.teacher.cache != "none" and (name, run.seed) in answered
-        answered.add((name, run.seed))
-        found[stages[run].name] = (
-            START_S
-            + estimate(
-                config,
-                classes=counts[seen].classes,
-                pictures=counts[seen].train,
-                test_pictures=counts[seen].test,
-                validation_pictures=counts[seen].validation,
-                teacher=planned.teacher,
-                more_teachers=planned.more_teachers,
-                answers_kept=kept,
-                threads=config.train.threads or threads,
-                epoch_batches=counts[seen].epoch_batches,
-            ).total_s
-        )
+        asked = (config.teacher.run or "", config.seed)
+        kept = config.teacher.cache != "none" and asked in answered
+        answered.add(asked)
+        own = config.train.threads or threads
+        cost = estimate(config, count(config), planned.teachers, threads=own, answers_kept=kept)
+        found[planned.name] = START_S + cost.total_s
     return found
 
 
 def show_campaign(campaign: Campaign[Run], console: Console) -> None:
-    """The groups in their order: runs, how many are finished, seconds of work, taken or not."""
+    """Print the groups in their order: runs, how many are finished, seconds of work, taken or not.
+    Raises BudgetError where the budget takes none that is not finished.
+    """
     grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("group", "runs", "finished", "work", ""):
         grid.add_column(title, justify="left" if title in ("group", "") else "right")
     for group in campaign.groups:
-        finished = sum(campaign.states[run] in ("reused", "diverged") for run in group.runs)
+        finished = campaign.finished(group)
         work = sum(campaign.seconds.get(campaign.stages[run].name, 0.0) for run in group.runs)
         mark = "taken" if group in campaign.taken else "not run: over the budget, or its inputs are"
         mark = "finished" if finished == len(group.runs) else mark
@@ -190,6 +195,56 @@ def show_campaign(campaign: Campaign[Run], console: Console) -> None:
         f"about {duration(campaign.clock_s)} on the clock with {campaign.jobs} jobs side by side "
         f"(from timed steps, with {START_S:g} s a run to start)"
     )
+    fresh = [g for g in campaign.taken if campaign.finished(g) < len(g.runs)]
+    if campaign.least is not None and not fresh:
+        label, needed_s = campaign.least
+        raise BudgetError(
+            f"--budget takes none of the groups: the smallest, {label}, needs about "
+            f"{math.ceil(needed_s / 6) / 10:g} minutes"
+        )
+
+
+def run_study(
+    first: Sequence[pipeline.Stage],
+    plan: Callable[[], Campaign[Run]],
+    overview: Callable[[Campaign[Run], Mapping[str, str]], RenderableType],
+    write: Callable[[Campaign[Run], Mapping[str, Outcome], bool], None],
+    root: Path,
+    *,
+    jobs: int,
+    console: Console,
+    dry_run: bool,
+) -> int:
+    """A command of many runs: plan, print it, train what was taken, write tables; exit status 0, 1
+    (a run failed) or 130 (interrupted). A run that diverged is a result.
+
+    overview: draws the states of the runs in a terminal. write: reads the outcomes into tables,
+    told whether all is done. dry_run: print the runs of the first seed, `first`, as YAML with their
+    cost, and the plan where the pictures are there; write nothing.
+    """
+    status = 0
+    if dry_run:
+        status = dryrun.show_stages(first, root, jobs, {})
+    else:
+        root.mkdir(parents=True, exist_ok=True)
+    try:
+        campaign = plan()
+    except ValueError as error:
+        if not dry_run or all(pipeline.is_there(stage.config.data) for stage in first):
+            raise
+        console.print(f"# no plan of all seeds without the pictures: {error}", markup=False)
+        return status
+    show_campaign(campaign, console)
+    if dry_run:
+        return status
+    started = time.monotonic()
+    status, outcomes = carry_out(campaign, root, lambda states: overview(campaign, states))
+    write(campaign, outcomes, status != INTERRUPTED)
+    console.print(f"{duration(time.monotonic() - started)} on the clock")
+    failed = [name for name, outcome in outcomes.items() if outcome.state == "failed"]
+    for name in failed:
+        console.print(f"error: {name} failed: {outcomes[name].note}", markup=False)
+    return status if status == INTERRUPTED else int(bool(failed))
 
 
 def carry_out(
@@ -205,13 +260,3 @@ def carry_out(
         if run in runs or campaign.states[run] == "reused"
     }
     return pipeline.run(pipeline.ordered(wanted), root, jobs=campaign.jobs, overview=overview)
-
-
-def exit_status(status: int, outcomes: Mapping[str, Outcome], console: Console) -> int:
-    """Name the runs that failed: 0, 1 (one did) or 130 (interrupted). A run that diverged is a
-    result.
-    """
-    failed = [name for name, outcome in outcomes.items() if outcome.state == "failed"]
-    for name in failed:
-        console.print(f"error: {name} failed: {outcomes[name].note}", markup=False)
-    return status if status == INTERRUPTED else int(bool(failed))

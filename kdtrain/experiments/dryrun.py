@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,14 +17,16 @@ import torch
 
 from kdtrain.config import Config, ConfigError, DataConfig, ModelConfig, run_folder, settings
 from kdtrain.config.networks import network_title
+from kdtrain.config.program import threads_of
 from kdtrain.data import DataError, FaceSource, balanced_batches
 from kdtrain.data.run_data import parts, shared_source
-from kdtrain.experiments.estimate import Estimate, estimate
-from kdtrain.experiments.order import wall_time
-from kdtrain.experiments.pipeline import Stage, cores
+from kdtrain.experiments.estimate import Counts, Estimate, estimate
+from kdtrain.experiments.pipeline import Stage, is_there, lacks_landmarks
+from kdtrain.experiments.scheduler import wall_time
 from kdtrain.experiments.timing import batch_pictures, network_size
+from kdtrain.reports import writing
 from kdtrain.training import checkpoint
-from kdtrain.training.environment import environment
+from kdtrain.training.environment import check_device, environment
 from kdtrain.training.journal.journal import duration
 
 DAY_S = 86400.0
@@ -49,29 +51,16 @@ PUBLISHED = {
 }
 
 
-class Counts(NamedTuple):
-    """How many pictures a run would see."""
-
-    classes: int
-    train: int
-    validation: int
-    test: int
-    epoch_batches: int | None
-    """Batches of an epoch where they are known."""
-    note: str
-    """Where the counts come from, if not from the pictures themselves."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """A run to be estimated: its teacher's network is None where it has no teacher."""
+    """A run to be estimated."""
 
     name: str
     config: Config
     inputs: tuple[str, ...] = ()
-    teacher: ModelConfig | None = None
+    teachers: tuple[ModelConfig, ...] = ()
+    """Networks of the runs that it learns from."""
     note: str = ""
-    more_teachers: tuple[ModelConfig, ...] = ()
 
 
 class Row(NamedTuple):
@@ -80,20 +69,25 @@ class Row(NamedTuple):
     run: Planned
     cost: Estimate | None
     notes: list[str]
+    fails: bool = False
+    """The run would end in the error that notes say."""
 
 
-def show_run(config: Config, run_dir: Path, recipes: Path, options: Mapping[str, Any]) -> None:
-    """What `train --dry-run` prints: the config as YAML, its cost as comments below.
+def show_run(config: Config, run_dir: Path, recipes: Path, options: Mapping[str, Any]) -> int:
+    """What `train --dry-run` prints: the config as YAML, its cost as comments below. Returns the
+    exit status: 1 where the run would fail.
 
     recipes: folder of the recipe. options: of the command line (classes, pictures).
     """
     print(settings.to_yaml(config), end="", flush=True)
     run = planned(run_dir.name, config, run_dir, recipes)
-    print(comment([run], threads=torch.get_num_threads(), given=_stated(options)))
+    return _show([run], options, torch.get_num_threads(), 1)
 
 
-def show_stages(stages: Sequence[Stage], root: Path, jobs: int, options: Mapping[str, Any]) -> None:
-    """What `pipeline --dry-run` prints: a YAML document a stage, their costs as comments below."""
+def show_stages(stages: Sequence[Stage], root: Path, jobs: int, options: Mapping[str, Any]) -> int:
+    """What `pipeline --dry-run` prints: a YAML document a stage, their costs as comments below.
+    Returns the exit status: 1 where a stage would fail.
+    """
     configs = {stage.name: stage.config for stage in stages}
     runs = []
     for stage in stages:
@@ -101,24 +95,19 @@ def show_stages(stages: Sequence[Stage], root: Path, jobs: int, options: Mapping
         print(f"---\n# {stage.name}{needs}\n{settings.to_yaml(stage.config)}", end="", flush=True)
         run = planned(stage.name, stage.config, root / stage.name, configs)
         runs.append(replace(run, inputs=stage.inputs))
-    threads = max(1, cores() // jobs)
-    print(comment(runs, threads=threads, jobs=jobs, given=_stated(options)))
+    return _show(runs, options, threads_of(jobs), jobs)
 
 
-def _stated(options: Mapping[str, Any]) -> Published | None:
-    if options.get("classes") is None:
-        return None
-    return Published("given", options["classes"], options["pictures"])
+def _show(runs: Sequence[Planned], options: Mapping[str, Any], threads: int, jobs: int) -> int:
+    """Print the table of `runs` as YAML comments, so that it can stand below a recipe; 1 where one
+    would fail.
 
-
-def comment(
-    runs: Sequence[Planned], *, threads: int, jobs: int = 1, given: Published | None = None
-) -> str:
-    """The table of `runs` as YAML comments, so that it can stand below a recipe.
-
-    threads: of each run that does not set its own. jobs: runs side by side. given: size of the
-    whole data set, for every run, where the user states it.
+    options: the size of the whole data set, for every run, where the user states it. threads: of
+    each run that does not set its own. jobs: runs side by side.
     """
+    given = None
+    if options.get("classes") is not None:
+        given = Published("given", options["classes"], options["pictures"])
     sources: dict[DataConfig, FaceSource] = {}
     rows = [_row(run, threads, given, sources) for run in runs]
     lines = _table(rows)
@@ -128,41 +117,32 @@ def comment(
         for note in row.notes:
             notes.setdefault(note, []).append(row.run.name)
     lines += [f"{', '.join(names)}: {note}" for note, names in notes.items()]
-    return "\n".join(f"# {line}".rstrip() for line in lines)
+    print("\n".join(f"# {line}".rstrip() for line in lines), flush=True)
+    lost = [row.run.name for row in rows if row.fails]
+    if lost:
+        text = f"{len(lost)} of {len(rows)} runs would fail, as said above: {', '.join(lost)}"
+        print(f"error: {text}", file=sys.stderr)
+    return int(bool(lost))
 
 
 def planned(
     name: str, config: Config, run_dir: Path, recipes: Mapping[str, Config] | Path
 ) -> Planned:
-    """A run with the networks of its teachers; see teacher_of."""
-    teacher, note = teacher_of(config, run_dir, recipes)
-    notes, more = [note] if note else [], []
-    for run in config.teacher.more:
-        alone = replace(config.teacher, run=run, more=[], weights=None)
-        model, note = teacher_of(replace(config, teacher=alone), run_dir, recipes)
-        assert model is not None
-        more.append(model)
-        notes += [note] if note else []
-    return Planned(
-        name=name,
-        config=config,
-        teacher=teacher,
-        note="; ".join(notes),
-        more_teachers=tuple(more),
-    )
+    """A run with the networks of its teachers; see network_of."""
+    named = [run for run in (config.teacher.run, *config.teacher.more) if run is not None]
+    found = [network_of(run, config, run_dir, recipes) for run in named]
+    note = "; ".join(note for _, note in found if note)
+    return Planned(name=name, config=config, teachers=tuple(m for m, _ in found), note=note)
 
 
-def teacher_of(
-    config: Config, run_dir: Path, recipes: Mapping[str, Config] | Path
-) -> tuple[ModelConfig | None, str]:
-    """The network of the run that the config names, and a note where it had to be guessed.
+def network_of(
+    named: str, config: Config, run_dir: Path, recipes: Mapping[str, Config] | Path
+) -> tuple[ModelConfig, str]:
+    """The network of a run that the config names, and a note where it had to be guessed.
 
     It is looked for among `recipes` where these are the configs of a chain's stages; else in the
-    run folder, then in the folder `recipes` under @NAME. None for a run without teacher.
+    run folder, then in the folder `recipes` under @NAME.
     """
-    named = config.teacher.run
-    if named is None:
-        return None, ""
     name = named.removeprefix("@").removesuffix("/best")
     chained = named.startswith("@")
     if chained and not isinstance(recipes, Path) and name in recipes:
@@ -186,16 +166,14 @@ def count(
 ) -> Counts | str:
     """Classes and pictures that the run would see, or what is missing to know them.
 
-    given: counts that the user states. sources: those read before, by their data section.
+    given: counts that the user states. sources: those read before, by their data section. Raises
+    DataError or ValueError where the pictures are there and cannot serve.
     """
     data = config.data
     if given is not None:
         return _published(config, given, "")
-    if data.kind == "synthetic" or Path(data.root or "").is_dir():
-        try:
-            return counted(config, {} if sources is None else sources)
-        except (DataError, ValueError) as error:
-            return str(error)
+    if is_there(data):
+        return counted(config, {} if sources is None else sources)
     known = PUBLISHED.get(re.sub("[^a-z0-9]", "", Path(data.root or "").name.lower()))
     if known is None and data.kind == "celeba":
         known = PUBLISHED["celeba"]
@@ -209,14 +187,31 @@ def count(
 
 
 def counted(config: Config, sources: dict[DataConfig, FaceSource]) -> Counts:
-    """The same from the pictures themselves; raises DataError or ValueError where they are not."""
+    """The same from the pictures themselves; raises DataError or ValueError where they are not, or
+    cannot serve the task.
+    """
     source = shared_source(config.data, sources)
+    if lacks_landmarks(config, source):
+        raise DataError(f"{source.name}: task {config.task} needs landmarks, which are not there")
     train, validation, test = parts(source, config)
     batches = None
     if config.balanced:
         people, pictures = config.triplet.identities, config.triplet.images_per_identity
         batches = len(balanced_batches(train, source.labels, people, pictures, config.seed, 0))
-    return Counts(source.num_classes, len(train), len(validation), len(test), batches, "")
+    return Counts(source.num_classes, len(train), len(test), len(validation), batches)
+
+
+def counter(sources: dict[DataConfig, FaceSource]) -> Callable[[Config], Counts]:
+    """`counted`, once for runs of the same pictures, task and kind of batches."""
+    known: dict[object, Counts] = {}
+
+    def count_once(config: Config) -> Counts:
+        what = (config.data, config.task, config.balanced)
+        if what not in known:
+            known[what] = counted(config, sources)
+        return known[what]
+
+    return count_once
 
 
 def _published(config: Config, size: Published, note: str) -> Counts:
@@ -227,7 +222,7 @@ def _published(config: Config, size: Published, note: str) -> Counts:
     if data.split == "identity:random":
         train, test = (round((1 - data.test_fraction) * part) for part in (train, test))
     validation = round(data.validation_fraction * train)
-    return Counts(size.people, train - validation, validation, test, None, note)
+    return Counts(size.people, train - validation, test, validation, note=note)
 
 
 def _row(
@@ -237,47 +232,39 @@ def _row(
     sources: dict[DataConfig, FaceSource],
 ) -> Row:
     notes = [run.note] if run.note else []
-    counts = count(run.config, given, sources)
+    try:
+        counts = count(run.config, given, sources)
+    except ValueError as error:
+        return Row(run, None, [*notes, str(error)], fails=True)
     if isinstance(counts, str):
         return Row(run, None, [*notes, counts])
     if counts.note:
         notes.append(counts.note)
     if sys.stderr.isatty():
         print(f"timing {run.name}", file=sys.stderr)
-    own = run.config.train.threads or threads
+    elsewhere = True  # what this machine lacks another one may have
     try:
-        cost = estimate(
-            run.config,
-            classes=counts.classes,
-            pictures=counts.train,
-            test_pictures=counts.test,
-            validation_pictures=counts.validation,
-            teacher=run.teacher,
-            more_teachers=run.more_teachers,
-            threads=own,
-            epoch_batches=counts.epoch_batches,
-        )
+        check_device(run.config)
+        elsewhere = False
+        own = run.config.train.threads or threads
+        cost = estimate(run.config, counts, run.teachers, threads=own)
     except ConfigError as error:
-        cost, text = None, str(error)
-        notes.append(f"{text}; {_sizes(run, counts.classes)}")
-    else:
-        if run.config.teacher.cache != "none":
-            notes.append(
-                "counted as if the teacher were asked at every step; a run that finds its answers "
-                "in teacher.cache takes less"
-            )
-        if cost.scaled:
-            notes.append(
-                f"timed on {cost.timed_batch} of {cost.batch} pictures a batch and scaled, as a "
-                "whole batch takes too long or too much memory here"
-            )
+        # what can be said of a run that cannot be timed here
+        size = network_size(run.config, run.config.model, counts.classes)
+        words = f"{writing.count(size.parameters)} parameters"
+        words += f", {writing.count(size.multiply_adds)} multiply-adds"
+        return Row(run, None, [*notes, f"{error}; {words}"], fails=not elsewhere)
+    if run.config.teacher.cache != "none":
+        notes.append(
+            "counted as if the teacher were asked at every step; a run that finds its answers "
+            "in teacher.cache takes less"
+        )
+    if cost.scaled:
+        notes.append(
+            f"timed on {cost.timed_batch} of {cost.batch} pictures a batch and scaled, as a "
+            "whole batch takes too long or too much memory here"
+        )
     return Row(run, cost, notes)
-
-
-def _sizes(run: Planned, classes: int) -> str:
-    """What can be said of a run that cannot be timed here."""
-    size = network_size(run.config, run.config.model, classes)
-    return f"{_short(size.parameters)} parameters, {_short(size.multiply_adds)} multiply-adds"
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
@@ -296,8 +283,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
 
 def _cells(row: Row) -> tuple[str, ...]:
     config, cost = row.run.config, row.cost
-    teachers = [] if row.run.teacher is None else [row.run.teacher, *row.run.more_teachers]
-    teacher = " + ".join(map(network_name, teachers))
+    teacher = " + ".join(map(network_name, row.run.teachers))
     if teacher and config.teacher_side != config.data.input_size:
         teacher += f" at {config.teacher_side}"
     head = (row.run.name, ", ".join(row.run.inputs), network_name(config.model))
@@ -309,8 +295,8 @@ def _cells(row: Row) -> tuple[str, ...]:
         return (*head, "-", "-", teacher, batch, "-", "-", "-", "-")
     return (
         *head,
-        _short(cost.parameters),
-        _short(cost.multiply_adds),
+        writing.count(cost.parameters),
+        writing.count(cost.multiply_adds),
         teacher,
         batch,
         f"{cost.steps:,}",
@@ -332,17 +318,13 @@ def _summary(rows: Sequence[Row], threads: int, jobs: int) -> list[str]:
         "pictures; not counted: decoding,",
         "neighbour search and floors, and what jobs side by side cost each other",
     ]
-    total = sum(costs.values())
-    assert isinstance(total, Estimate)
     if len(rows) > 1:
-        wall_s = wall_time(
-            {name: cost.total_s for name, cost in costs.items()},
-            {row.run.name: row.run.inputs for row in rows},
-            jobs,
-        )
+        seconds = {name: cost.total_s for name, cost in costs.items()}
+        wall_s = wall_time(seconds, {row.run.name: row.run.inputs for row in rows}, jobs)
+        steps = sum(cost.steps for cost in costs.values())
         missing = f" ({len(rows) - len(costs)} unknown)" if len(costs) < len(rows) else ""
         lines.append(
-            f"in all: {total.steps:,} steps, {long_duration(total.total_s)} of training in "
+            f"in all: {steps:,} steps, {long_duration(sum(seconds.values()))} of training in "
             f"{len(costs)} runs{missing}, {long_duration(wall_s)} on the clock with --jobs {jobs}"
         )
     return lines
@@ -358,14 +340,6 @@ def network_name(model: ModelConfig) -> str:
 def long_duration(seconds: float) -> str:
     """'1:06:40', or '226 days' from two days on."""
     return duration(seconds) if seconds < 2 * DAY_S else f"{seconds / DAY_S:,.1f} days"
-
-
-def _short(number: float) -> str:
-    """25_557_032 -> '25.6 M'."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return str(int(number))
 
 
 def _bytes(number: float) -> str:

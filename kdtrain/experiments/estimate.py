@@ -10,19 +10,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kdtrain.config import Config, ConfigError, ModelConfig
 from kdtrain.experiments.timing import batch_pictures, network_size, timing
 from kdtrain.training.environment import check_device
 
 
+class Counts(NamedTuple):
+    """How many pictures a run would see."""
+
+    classes: int
+    """People that the classifier tells apart."""
+    train: int
+    test: int
+    validation: int = 0
+    epoch_batches: int | None = None
+    """Batches of an epoch where they are known (else train // batch; identity-balanced batches are
+    a few more)."""
+    note: str = ""
+    """Where the counts come from, if not from the pictures themselves."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Size, memory and time of one run, or of several added up (`a + b`, `sum(estimates)`).
-
-    A sum adds steps, evaluations and seconds, and takes the largest of everything else: what a
-    machine must hold that trains the runs one after another.
-    """
+    """Size, memory and time of one run."""
 
     parameters: int
     """Of the trained network, heads included."""
@@ -67,92 +79,54 @@ class Estimate:
         """Seconds of training and evaluations."""
         return self.training_s + self.evaluation_s
 
-    def __add__(self, other: Estimate) -> Estimate:
-        larger = {
-            name: max(getattr(self, name), getattr(other, name))
-            for name in (
-                *("parameters", "multiply_adds", "teacher_parameters", "teacher_multiply_adds"),
-                "memory_bytes",
-            )
-        }
-        shown = self if self.batch / self.timed_batch >= other.batch / other.timed_batch else other
-        return Estimate(
-            **larger,
-            batch=shown.batch,
-            timed_batch=shown.timed_batch,
-            steps=self.steps + other.steps,
-            training_s=self.training_s + other.training_s,
-            evaluations=self.evaluations + other.evaluations,
-            evaluation_s=self.evaluation_s + other.evaluation_s,
-        )
-
-    def __radd__(self, other: int) -> Estimate:
-        """sum() begins with 0."""
-        return self if other == 0 else NotImplemented
-
 
 def estimate(
     config: Config,
+    counts: Counts,
+    teachers: Sequence[ModelConfig] = (),
     *,
-    classes: int,
-    pictures: int,
-    test_pictures: int,
-    validation_pictures: int = 0,
-    teacher: ModelConfig | None,
-    teacher_classes: int | None = None,
-    more_teachers: Sequence[ModelConfig] = (),
-    answers_kept: bool = False,
     threads: int,
-    steps: int = 4,
-    epoch_batches: int | None = None,
+    answers_kept: bool = False,
 ) -> Estimate:
     """Size, memory and time of the run that `config` describes, on this machine.
 
-    classes: people that the classifier tells apart. pictures, test_pictures, validation_pictures:
-    in the training, test and validation part. teacher: network of the run that the config's teacher
-    names, with a classifier for teacher_classes (default: classes); more_teachers: of teacher.more,
-    in its order. answers_kept: an earlier run
-    with teacher.cache met the same batches, so the teacher is not asked (reading is not counted).
-    threads: processor threads that the run will have (0: as torch has now). steps: how many are
-    timed; their median counts. epoch_batches: batches of an epoch where they are known (default:
-    pictures // batch; identity-balanced batches are a few more).
+    teachers: networks of the runs that teacher.run and teacher.more name, in this order, each with
+    a classifier for counts.classes. answers_kept: an earlier run with teacher.cache met the same
+    batches, so the teacher is not asked (reading is not counted). threads: processor threads that
+    the run will have (0: as torch has now). Several steps and evaluations are timed and the usual
+    one counts, so that a single one that other work delays does not (timing.usual).
 
     What is timed once is not timed again in this process (timing.py). Threads, random state and
     torch's settings are afterwards as before; on CUDA torch's peak memory counter is reset. Raises
     ConfigError for a device that is not there, a teacher that is missing or too much, or too few
     pictures for one batch.
     """
-    if config.needs_teacher != (teacher is not None):
+    wanted = 1 + len(config.teacher.more) if config.needs_teacher else 0
+    if len(teachers) != wanted:
         raise ConfigError(
-            "estimate: teacher must be the ModelConfig of the run that the config's teacher names, "
-            f"and None where no target needs one; got {teacher}"
+            f"estimate: teachers must be the ModelConfigs of the {wanted} runs that the targets "
+            f"need, got {len(teachers)}"
         )
     check_device(config)
     batch = batch_pictures(config)
-    per_epoch = epoch_batches or batches_of_epoch(config, pictures)
+    per_epoch = batches_of_epoch(config, counts)
     if per_epoch < 1:
         raise ConfigError(
-            f"estimate: {pictures} training pictures fill no batch of {batch}; lower the batch"
+            f"estimate: {counts.train} training pictures fill no batch of {batch}; lower the batch"
         )
     epochs = sum(phase.epochs for phase in config.optim.phases)
     count = epochs * -(-per_epoch // config.optim.accumulate)
-    own = network_size(config, config.model, classes)
-    if len(more_teachers) != len(config.teacher.more):
-        raise ConfigError(
-            f"estimate: more_teachers must be the ModelConfigs of the {len(config.teacher.more)} "
-            f"runs of teacher.more, got {len(more_teachers)}"
-        )
-    teachers = [] if teacher is None else [teacher, *more_teachers]
-    side, known = config.teacher_side, teacher_classes or classes
-    guides = [network_size(config, model, known, side) for model in teachers]
+    own = network_size(config, config.model, counts.classes)
+    side = config.teacher_side
+    guides = [network_size(config, model, counts.classes, side) for model in teachers]
     kept = answers_kept and config.teacher.cache != "none"
-    timed = timing(config, classes, teachers, known, kept, threads, steps)
+    timed = timing(config, counts.classes, teachers, kept, threads)
     share = batch / timed.pictures
     rounds = _evaluations(config)
-    seen = rounds * test_pictures
-    if validation_pictures:
+    seen = rounds * counts.test
+    if counts.validation:
         ends = len(config.optim.phases)  # at which the test split is measured too
-        seen = rounds * validation_pictures + ends * test_pictures
+        seen = rounds * counts.validation + ends * counts.test
         rounds += ends
     return Estimate(
         parameters=own.parameters,
@@ -169,9 +143,11 @@ def estimate(
     )
 
 
-def batches_of_epoch(config: Config, pictures: int) -> int:
-    """Batches of one epoch over `pictures` training pictures."""
-    full, rest = divmod(pictures, batch_pictures(config))
+def batches_of_epoch(config: Config, counts: Counts) -> int:
+    """Batches of one epoch over the training pictures."""
+    if counts.epoch_batches:
+        return counts.epoch_batches
+    full, rest = divmod(counts.train, batch_pictures(config))
     drops = config.train.drop_last or config.balanced
     return full if drops else full + bool(rest)
 

@@ -8,47 +8,49 @@ own (scheduler.py), each in its own run folder below the root.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
 from kdtrain.config import RUN_SETTINGS, Config, ConfigError, DataConfig, settings
-from kdtrain.config.program import cores
-from kdtrain.experiments.order import longest_chain_first
-from kdtrain.experiments.scheduler import Outcome, Overview, Work, run_all
+from kdtrain.config.program import threads_of
+from kdtrain.data import FaceSource
+from kdtrain.data.run_data import data_key, parts, shared_source
+from kdtrain.experiments.scheduler import Outcome, Overview, Work, longest_chain_first, run_all
+from kdtrain.objectives.tasks import TASKS
 from kdtrain.reports.chain_table import result_table
 from kdtrain.training import checkpoint, keys
 from kdtrain.training.journal import journal
 from kdtrain.training.journal.journal import duration, number
 
-if TYPE_CHECKING:
-    from kdtrain.data import FaceSource
+NO_LANDMARKS = "the pictures have no landmarks (data.landmark_file names a list of them)"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of the chain: its name, config, and the stages whose networks it reads."""
+    """One run of the chain."""
 
     name: str
     config: Config
-    inputs: tuple[str, ...]
     seconds: float = 0.0
     """Estimated training time; 0 where it is not known."""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The stages beside it whose networks it reads."""
+        named = [run[1:] for run in self.config.runs().values() if run.startswith("@")]
+        return tuple(dict.fromkeys(named))
 
     @property
     def cost(self) -> float:
         """A weight for the order of stages and the time left."""
         return self.seconds or _cost(self.config)
-
-
-def inputs_of(config: Config) -> tuple[str, ...]:
-    """The stages beside it that a stage reads."""
-    named = [run[1:] for run in config.runs().values() if run.startswith("@")]
-    return tuple(dict.fromkeys(named))
 
 
 def plan(
@@ -84,14 +86,12 @@ def plan(
         if divide is not None and flat.get("model.divide", 1) != 1:
             flat["model.divide"] = divide
         try:
-            config = settings.build(flat)
+            stages[name] = Stage(name, settings.build(flat))
         except ConfigError as error:
             raise ConfigError(f"stage {name}: {error}") from None
-        inputs = inputs_of(config)
-        missing = [n for n in inputs if n not in recipes]
+        missing = [n for n in stages[name].inputs if n not in recipes]
         if missing:
             raise ConfigError(f"stage {name}: no stage {missing[0]!r} to take weights from")
-        stages[name] = Stage(name, config, inputs)
     return ordered(stages)
 
 
@@ -107,6 +107,35 @@ def stage_files(preset: str) -> list[Path]:
     return files
 
 
+def is_there(data: DataConfig) -> bool:
+    """Whether the pictures can be read on this machine, or are drawn."""
+    return data.kind == "synthetic" or Path(data.root or "").is_dir()
+
+
+def lacks_landmarks(config: Config, source: FaceSource) -> bool:
+    """Whether the task of a run needs landmarks that its pictures do not have."""
+    return TASKS[config.task].needs_landmarks and source.landmarks is None
+
+
+def without_landmarks(
+    stages: Sequence[Stage], sources: dict[DataConfig, FaceSource]
+) -> tuple[str, ...]:
+    """The stages that cannot be trained as their pictures have no landmarks, and those that read
+    such a stage. Pictures that cannot be read here are taken to have what is needed.
+
+    stages: inputs first. sources: as in stage_keys.
+    """
+    lost: list[str] = []
+    for stage in stages:
+        lacking = False
+        if TASKS[stage.config.task].needs_landmarks and is_there(stage.config.data):
+            with contextlib.suppress(ValueError):  # which reading them for training says better
+                lacking = lacks_landmarks(stage.config, shared_source(stage.config.data, sources))
+        if lacking or set(stage.inputs) & set(lost):
+            lost.append(stage.name)
+    return tuple(lost)
+
+
 def stage_keys(
     stages: Sequence[Stage],
     root: Path,
@@ -115,8 +144,6 @@ def stage_keys(
     """The key that each stage's run will have, worked out from the configs, the pictures and the
     inputs' keys. sources: those read before, and afterwards those read here (batches.py).
     """
-    from kdtrain.data.run_data import data_key, parts, shared_source
-
     sources = {} if sources is None else sources
     found: dict[str, str] = {}
     for stage in stages:
@@ -138,6 +165,7 @@ def run(
     jobs: int = 1,
     overwrite: bool = False,
     overview: Overview | None = None,
+    sources: dict[DataConfig, FaceSource] | None = None,
 ) -> tuple[int, dict[str, Outcome]]:
     """Bring every stage below `root` to its end; exit status (0, 1 a stage failed or diverged, 130
     interrupted) and what happened.
@@ -145,15 +173,16 @@ def run(
     A finished stage whose key stands is reused, one that diverged under it stays so and those that
     need it are skipped, an unfinished one continues, one whose key changed is moved to
     root/previous and trained anew. overwrite: all are trained anew. jobs: stages side by side, each
-    with its share of the processors. overview: draws what a terminal shows of many stages; with it,
-    reused stages are counted, not listed.
+    with its share of the processors, or OMP_NUM_THREADS where it is set. overview: draws what a
+    terminal shows of many stages; with it, reused stages are counted, not listed. sources: as in
+    stage_keys.
     """
     console = journal.console()
-    threads = max(1, cores() // jobs)
+    threads = threads_of(jobs)
     with checkpoint.lock(root, wait_s=2.0):
         recipes = root / "recipes"
         recipes.mkdir(exist_ok=True)
-        wanted = stage_keys(stages, root)
+        wanted = stage_keys(stages, root, sources)
         works, reused, lost = [], {}, {}
         for stage in stages:
             folder, key = root / stage.name, wanted[stage.name]
@@ -204,8 +233,6 @@ def set_aside(folder: Path, place: Path, console: Console) -> None:
     """Move a run folder that is to be trained anew out of the way, replacing an earlier one
     there.
     """
-    import shutil
-
     if not folder.exists() or all(f.name.startswith(".") for f in folder.iterdir()):
         return
     with checkpoint.lock(folder):  # a run that was begun by itself may be under way there

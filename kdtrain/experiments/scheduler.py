@@ -1,5 +1,5 @@
 """Runs stages as child processes, several side by side, shows one progress, and stops them
-cleanly.
+cleanly; in which order stages that wait for each other run, and how long that takes.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 import kdtrain
@@ -59,8 +61,59 @@ class _Child:
     work: Work
     process: subprocess.Popen[bytes]
     log: IO[bytes]
+    begin: int
+    """Bytes of the log that earlier sessions wrote."""
     started: float
     shown: int = 0
+
+
+def longest_chain_first(
+    seconds: Mapping[str, float], inputs: Mapping[str, Iterable[str]]
+) -> list[str]:
+    """Stages by the time from their start to the end of the longest chain that follows, longest
+    first; inputs come before what reads them, and several jobs end together.
+
+    seconds: of each stage, more than 0. Raises ValueError for stages that wait for each other.
+    """
+    needs = {name: [n for n in inputs.get(name, ()) if n in seconds] for name in seconds}
+    try:
+        order = list(TopologicalSorter(needs).static_order())
+    except CycleError as error:
+        names = ", ".join(sorted(set(error.args[1])))
+        raise ValueError(f"stages wait for each other: {names}") from None
+    chains = dict(seconds)
+    for name in reversed(order):  # what reads a stage comes before it here
+        for needed in needs[name]:
+            chains[needed] = max(chains[needed], seconds[needed] + chains[name])
+    return sorted(seconds, key=lambda name: (-chains[name], name))
+
+
+def wall_time(
+    seconds: Mapping[str, float], inputs: Mapping[str, Sequence[str]], jobs: int
+) -> float:
+    """Seconds on the clock until every stage is done, `jobs` of them side by side.
+
+    As run_all runs them: the stage with the longest chain of followers first, as soon as its
+    inputs are done; an input that is no stage here is done already. seconds: of each stage while
+    others run beside it (two jobs that share caches and memory are each slower than alone). Raises
+    ValueError for jobs below 1 or stages that wait for each other.
+    """
+    if jobs < 1:
+        raise ValueError(f"wall_time: jobs must be at least 1, got {jobs}")
+    waiting = longest_chain_first(seconds, inputs)
+    ends: dict[str, float] = {}
+    running: dict[str, float] = {}
+    now = 0.0
+    while waiting or running:
+        for name in list(waiting):
+            needs = [n for n in inputs.get(name, ()) if n in seconds]
+            if len(running) < jobs and all(ends.get(n, now + 1) <= now for n in needs):
+                waiting.remove(name)
+                running[name] = now + seconds[name]
+        now = min(running.values())
+        for name in [n for n, end in running.items() if end == now]:
+            ends[name] = running.pop(name)
+    return now
 
 
 def run_all(
@@ -82,10 +135,10 @@ def run_all(
     running: dict[str, _Child] = {}
     outcomes: dict[str, Outcome] = dict(before or {})
     (root / "logs").mkdir(exist_ok=True)
-    view = _View(works, console, overview)
+    view = _View(works, console, overview, waiting, running, outcomes)
     asked_to_stop = False
 
-    def on_signal(number: int, _: Any) -> None:
+    def on_signal(*_: Any) -> None:
         nonlocal asked_to_stop
         if asked_to_stop:
             raise KeyboardInterrupt
@@ -103,7 +156,7 @@ def run_all(
                     child.log.close()
                     outcomes[name] = _outcome(child, code)
                     del running[name]
-                    view.ended(child.work, outcomes[name])
+                    view.ended(child.work)
             _skip(waiting, outcomes)
             for work in list(waiting.values()):
                 if asked_to_stop or len(running) >= jobs:
@@ -113,7 +166,7 @@ def run_all(
                     running[work.name] = _start(work, root)
             if asked_to_stop and not running:
                 break
-            view.update(running, waiting, outcomes, jobs)
+            view.update()
             if running:
                 time.sleep(POLL_S)
     finally:
@@ -137,14 +190,14 @@ def _start(work: Work, root: Path) -> _Child:
     if work.resume:
         command.append("--resume")
     package = str(Path(kdtrain.__file__).resolve().parent.parent)
-    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH", ""), package]))
     environment = {
         **os.environ,
-        "PYTHONPATH": path,
+        "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH", ""), package])),
         "OMP_NUM_THREADS": str(work.threads),
         PARENT: str(os.getpid()),
     }
     log = open(root / "logs" / f"{work.name}.txt", "ab")  # noqa: SIM115 - closed with the child
+    begin = log.tell()
     # a session of its own: Ctrl-C in the terminal reaches the parent alone, which passes it on once
     process = subprocess.Popen(
         command,
@@ -154,7 +207,7 @@ def _start(work: Work, root: Path) -> _Child:
         env=environment,
         start_new_session=True,
     )
-    return _Child(work, process, log, time.monotonic())
+    return _Child(work, process, log, begin, time.monotonic())
 
 
 def _outcome(child: _Child, code: int) -> Outcome:
@@ -165,7 +218,8 @@ def _outcome(child: _Child, code: int) -> Outcome:
         return Outcome("stopped", "checkpoint saved", 0.0)
     if diverged := read_json(child.work.folder / "diverged.json"):
         return Outcome("diverged", diverged["message"], diverged["seconds"])
-    lines = Path(child.log.name).read_text(encoding="utf-8", errors="replace").splitlines()
+    said = Path(child.log.name).read_bytes()[child.begin :]
+    lines = said.decode(errors="replace").splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
     if code < 0:
         note = f"ended by signal {-code} ({signal.Signals(-code).name})"
@@ -188,17 +242,24 @@ def _skip(waiting: dict[str, Work], outcomes: dict[str, Outcome]) -> None:
 
 
 class _View:
-    """One live table in a terminal, else a line per event."""
+    """One live table in a terminal, else a line per event, of works that run_all moves from
+    waiting to running to outcomes.
+    """
 
     def __init__(
         self,
         works: Sequence[Work],
         console: Console,
         overview: Overview | None,
+        waiting: Mapping[str, Work],
+        running: Mapping[str, _Child],
+        outcomes: Mapping[str, Outcome],
     ) -> None:
         self._works, self._console, self._overview = works, console, overview
+        self._waiting, self._running, self._outcomes = waiting, running, outcomes
+        self._progress: dict[str, Mapping[str, Any]] = {}
         self._ended = 0
-        self._left = 0.0
+        self._left = ""
         self._started = time.monotonic()
         self._live: Live | None = None
         if console.is_terminal and works:
@@ -208,83 +269,68 @@ class _View:
     def say(self, text: str) -> None:
         self._console.print(printable(text), markup=False)
 
-    def ended(self, work: Work, outcome: Outcome) -> None:
+    def ended(self, work: Work) -> None:
+        outcome = self._outcomes[work.name]
         note = f": {outcome.note}" if outcome.note else ""
-        results = read_json(work.folder / "results.json") or {}
         if outcome.state == "done":
+            results = read_json(work.folder / "results.json") or {}
             name = results.get("metric", {}).get("name", "")
             shown = number(name, results.get("metrics", {}).get(name), 1)
             note = f": {name} {shown} in {duration(outcome.seconds)}"
         self._ended += 1
         if self._overview is not None:
-            left = f", about {duration(self._left)} left" if self._left else ""
-            note += f" ({self._ended} of {len(self._works)}{left})"
+            note += f" ({self._ended} of {len(self._works)}{self._left})"
         self.say(f"{work.name}: {outcome.state}{note}")
 
-    def update(
-        self,
-        running: Mapping[str, _Child],
-        waiting: Mapping[str, Work],
-        outcomes: Mapping[str, Outcome],
-        jobs: int,
-    ) -> None:
-        progress = {n: read_json(c.work.folder / "progress.json") or {} for n, c in running.items()}
-        self._left = self._left_s(waiting, outcomes, progress, jobs)
+    def update(self) -> None:
+        self._progress = {
+            name: read_json(child.work.folder / "progress.json") or {}
+            for name, child in self._running.items()
+        }
+        left_s = self._left_s()
+        self._left = f", about {duration(left_s)} left" if left_s else ""
         if self._live is not None:
-            self._live.update(self._drawn(running, waiting, outcomes, progress))
+            self._live.update(self._drawn())
             return
-        for name, child in running.items():
-            epoch = progress[name].get("epoch", 0)
+        for name, child in self._running.items():
+            epoch = self._progress[name].get("epoch", 0)
             if epoch > child.shown:
                 child.shown = epoch
-                self.say(f"{name}: {_note(progress[name])}")
+                self.say(f"{name}: {_note(self._progress[name])}")
 
     def close(self) -> None:
         if self._live is not None:
             self._live.stop()
 
-    def _drawn(
-        self,
-        running: Mapping[str, _Child],
-        waiting: Mapping[str, Work],
-        outcomes: Mapping[str, Outcome],
-        progress: Mapping[str, Mapping[str, Any]],
-    ) -> RenderableType:
+    def _drawn(self) -> RenderableType:
         table = Table.grid(padding=(0, 2))
         for work in self._works:
-            if work.name in running:
-                share = progress[work.name].get("share", 0.0)
-                bar = ("█" * round(share * 20)).ljust(20, "░")
-                table.add_row(work.name, bar, _note(progress[work.name]))
+            if work.name in self._running:
+                progress = self._progress[work.name]
+                bar = ProgressBar(1.0, progress.get("share", 0.0), width=20)
+                table.add_row(work.name, bar, _note(progress))
             elif self._overview is None:
-                state = "waiting" if work.name in waiting else outcomes[work.name].state
-                table.add_row(work.name, "", state)
-        gone = duration(time.monotonic() - self._started)
-        total = f"{gone} gone" + (f", about {duration(self._left)} left" if self._left else "")
-        table.add_row("", "", total)
+                ended = self._outcomes.get(work.name)
+                table.add_row(work.name, "", "waiting" if ended is None else ended.state)
+        table.add_row("", "", f"{duration(time.monotonic() - self._started)} gone{self._left}")
         if self._overview is None:
             return table
-        states = {name: outcome.state for name, outcome in outcomes.items()}
-        states |= dict.fromkeys(running, "running") | dict.fromkeys(waiting, "waiting")
+        states = {name: outcome.state for name, outcome in self._outcomes.items()}
+        states |= dict.fromkeys(self._running, "running") | dict.fromkeys(self._waiting, "waiting")
         return Group(self._overview(states), table)
 
-    def _left_s(
-        self,
-        waiting: Mapping[str, Work],
-        outcomes: Mapping[str, Outcome],
-        progress: Mapping[str, Mapping[str, Any]],
-        jobs: int,
-    ) -> float:
+    def _left_s(self) -> float:
         """Time left from the cost of what is done and the time it took; 0 while nothing is
         known.
         """
         costs = {work.name: work.cost for work in self._works}
-        done = sum(costs[n] for n, o in outcomes.items() if o.state == "done")
-        done += sum(costs[n] * p.get("share", 0.0) for n, p in progress.items())
+        shares = {name: p.get("share", 0.0) for name, p in self._progress.items()}
+        done = sum(costs[n] for n, o in self._outcomes.items() if o.state == "done")
+        done += sum(costs[n] * share for n, share in shares.items())
         if done <= 0:
             return 0.0
-        rest = sum(work.cost for work in waiting.values())
-        rest += sum(costs[n] * (1 - p.get("share", 0.0)) for n, p in progress.items())
+        rest = sum(work.cost for work in self._waiting.values())
+        rest += sum(costs[n] * (1 - share) for n, share in shares.items())
         return rest * (time.monotonic() - self._started) / done
 
 

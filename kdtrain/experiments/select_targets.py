@@ -73,7 +73,8 @@ class Study:
         """The config with the weights of `chosen` and 0 for the other candidates; without teacher
         where neither a target nor the head needs it any more.
         """
-        fields = {_field(n): self.weights[n] if n in chosen else 0.0 for n in self.weights}
+        weights = {name: w if name in chosen else 0.0 for name, w in self.weights.items()}
+        fields = {CANDIDATES[name].key: weight for name, weight in weights.items()}
         target = dataclasses.replace(self.config.target, **fields)
         is_asked = target.needs_teacher or self.config.head.needs_teacher
         teacher = self.config.teacher if is_asked else TeacherConfig()
@@ -82,7 +83,7 @@ class Study:
     def stages(self, arms: Sequence[Sequence[str]]) -> list[pipeline.Stage]:
         """A stage for each arm (a tuple of targets) and seed, seeds first."""
         return [
-            pipeline.Stage(stage_name(arm, seed), dataclasses.replace(config, seed=seed), ())
+            pipeline.Stage(stage_name(arm, seed), dataclasses.replace(config, seed=seed))
             for seed in self.seeds
             for arm, config in ((arm, self.weighed(arm)) for arm in arms)
         ]
@@ -351,25 +352,17 @@ def _problem(folder: Path) -> str | None:
 def _with_folders(config: Config, root: Path) -> Config:
     """The config with folders for @NAME, as the arms lie one folder deeper than `root`."""
 
-    def folder(run: str) -> str:
-        return str(run_folder(run, root))
+    def folders(named: Any) -> Any:
+        if isinstance(named, list):
+            return [folders(run) for run in named]
+        return None if named is None else str(run_folder(named, root))
 
     flat = settings.to_flat(config)
-    for key in RUN_SETTINGS.values():
-        named = flat[key]
-        if isinstance(named, list):
-            flat[key] = [folder(run) for run in named]
-        elif named is not None:
-            flat[key] = folder(named)
-    return settings.build(flat)
-
-
-def _field(name: str) -> str:
-    return CANDIDATES[name].key
+    return settings.build(flat | {key: folders(flat[key]) for key in RUN_SETTINGS.values()})
 
 
 def _keys(weights: Mapping[str, float]) -> dict[str, float]:
-    return {f"target.{_field(name)}": weight for name, weight in weights.items()}
+    return {f"target.{CANDIDATES[name].key}": weight for name, weight in weights.items()}
 
 
 def _number(value: Any, key: str) -> float:

@@ -145,6 +145,15 @@ class Selection:
         """The targets that stay, with their weights."""
         return {one.arm.name: one.weight for one in self.judged if one.kept}
 
+    @property
+    def lines(self) -> list[tuple[Arm, Judged | None, str]]:
+        """Each arm, its verdict and the weight that it gets: none, each target alone, all that are
+        kept together.
+        """
+        alone = [(one.arm, one, f"{one.weight:g}") for one in self.judged]
+        together = [self.check.judged] if self.check is not None else []
+        return [(self.none, None, ""), *alone, *((one.arm, one, "") for one in together)]
+
     def remarks(self) -> list[str]:
         """Sentences below the table: the outcome, the check, notes, the rule."""
         chosen = (f"target.{CANDIDATES[one.arm.name].key} {one.weight:g}" for one in self.judged)
@@ -171,11 +180,9 @@ HEADS = ("target", "weight", "per seed", "mean", "points", "95 %", "agree", "ver
 
 def rows(selection: Selection) -> list[tuple[str, ...]]:
     """The evidence as text: a row for none, each target, and all that are kept together."""
-    found = [_row(selection.none, None)]
-    found += [_row(j.arm, j, f"{j.weight:g}") for j in selection.judged]
+    found = [_row(*line) for line in selection.lines]
     if selection.check is not None:
-        _, _, *numbers = _row(selection.check.judged.arm, selection.check.judged)
-        found.append(("together", "", *numbers))
+        found[-1] = ("together", "", *found[-1][2:])
     return found
 
 
@@ -222,22 +229,21 @@ def csv_text(selection: Selection) -> str:
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     seeds = [f"seed_{seed}" for seed in selection.none.seeds]
-    judged_heads = ("points", "low", "high", "agreeing", "seeds", "images", "verdict", "weight")
-    writer.writerow(["arm", "split", "metric", *seeds, *judged_heads])
-    check = None if selection.check is None else selection.check.judged
-    lines: list[tuple[Arm, Judged | None]] = [(selection.none, None)]
-    lines += [(judged.arm, judged) for judged in selection.judged]
-    lines += [(check.arm, check)] if check is not None else []
-    for arm, judged in lines:
-        values = ["" if v is None else f"{v:.6f}" for v in arm.per_seed]
-        tail = [""] * len(judged_heads)
+    heads = ("points", "low", "high", "agreeing", "seeds", "images", "verdict", "weight")
+    writer.writerow(["arm", "split", "metric", *seeds, *heads])
+    for arm, judged, weight in selection.lines:
+        tail: Sequence[object] = [""] * len(heads)
         if judged is not None:
             v = judged.verdict
-            numbers = ["" if x is None else f"{x:.6f}" for x in (v.difference, v.low, v.high)]
-            weight = "" if judged is check else f"{judged.weight:g}"
-            tail = [*numbers, str(v.agreeing), str(v.seeds), str(v.items), judged.state, weight]
+            numbers = map(_unrounded, (v.difference, v.low, v.high))
+            tail = [*numbers, v.agreeing, v.seeds, v.items, judged.state, weight]
+        values = map(_unrounded, arm.per_seed)
         writer.writerow([arm.name, selection.split, selection.metric, *values, *tail])
     return stream.getvalue()
+
+
+def _unrounded(value: float | None) -> str:
+    return "" if value is None else f"{value:.6f}"
 
 
 def recipe_text(selection: Selection, config: Config) -> str:
@@ -254,7 +260,7 @@ def write(selection: Selection, config: Config, root: Path, out: Path) -> None:
     checkpoint.write_text(out, recipe_text(selection, config))
 
 
-def _row(arm: Arm, judged: Judged | None, then: str = "") -> tuple[str, ...]:
+def _row(arm: Arm, judged: Judged | None, then: str) -> tuple[str, ...]:
     per_seed = " ".join("diverged" if v is None else f"{v:.1f}" for v in arm.per_seed)
     weight = " + ".join(f"{w:g}" for w in arm.weights.values())
     if judged is None:

@@ -11,11 +11,11 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ from kdtrain.training.optimization import Optimisation
 
 TIMED_S = 8.0
 "About the longest that one shape is timed, seconds."
+STEPS = 4
+"Steps that are timed, where they do not take too long; two at least."
 TIMED_BYTES = 2 << 30
 "Most that the activations of a timed batch may take, bytes; weights come on top."
 LEAST = 4  # pictures of the smallest batch that every task can step on (2 people x 2 pictures)
@@ -71,6 +73,7 @@ class Timing:
 
 
 _timings: dict[str, Timing] = {}
+T = TypeVar("T")
 
 
 def batch_pictures(config: Config) -> int:
@@ -93,33 +96,18 @@ def network_size(config: Config, model: ModelConfig, classes: int, side: int | N
 def _size(model: ModelConfig, classes: int, landmarks: bool, side: int, head: HeadConfig) -> Size:
     with seeded(0), torch.device("meta"):
         network = FaceNetwork(model, classes, landmarks, head=head, input_size=side)
-    own = {t.untyped_storage()._cdata for t in _tensors(network)}  # meta has no addresses
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
+        pictures = torch.empty(LEAST, 3, side, side)
     network.train()
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        outputs = network(torch.empty(LEAST, 3, side, side, device="meta"))
-    saved = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
-    del outputs
+    _, saved = _saved_bytes(lambda: network(pictures), [network])
     return Size(
         parameters=count_parameters(network),
         multiply_adds=multiply_adds(network, side),
-        activations=saved // LEAST,
+        activations=sum(saved) // LEAST,
     )
 
 
 def timing(
-    config: Config,
-    classes: int,
-    teachers: Sequence[ModelConfig],
-    teacher_classes: int,
-    kept: bool,
-    threads: int,
-    steps: int,
+    config: Config, classes: int, teachers: Sequence[ModelConfig], kept: bool, threads: int
 ) -> Timing:
     """The timing of the config's shape, from this process' earlier ones where there is one."""
     flat = settings.to_flat(config)
@@ -128,73 +116,81 @@ def timing(
         for setting in SETTINGS
         if setting.cost != "none"
     }
-    where = [threads or torch.get_num_threads(), steps]
-    asked = [repr(list(teachers)), teacher_classes, kept] if teachers else []
-    record = [shape, classes, asked, *where]
+    asked = [repr(list(teachers)), kept] if teachers else []
+    record = [shape, classes, asked, threads or torch.get_num_threads()]
     key = json.dumps(record, sort_keys=True)
     if key not in _timings:
-        _timings[key] = _measure(config, classes, teachers, teacher_classes, kept, threads, steps)
+        _timings[key] = _measure(config, classes, teachers, kept, threads)
+        gc.collect()  # a task is a circle
     return _timings[key]
 
 
 def _measure(
-    config: Config,
-    classes: int,
-    teachers: Sequence[ModelConfig],
-    teacher_classes: int,
-    kept: bool,
-    threads: int,
-    steps: int,
+    config: Config, classes: int, teachers: Sequence[ModelConfig], kept: bool, threads: int
 ) -> Timing:
     device = torch.device(config.train.device)
     computed = replace(config, train=replace(config.train, threads=threads))
     with computing(computed), _same_random(device):
         before = _allocated(device)
-        guide = None
-        if teachers:
-            points, side = TASKS[config.task].needs_landmarks, config.teacher_side
-            guides = [
-                FaceNetwork(model, teacher_classes, points, head=config.head, input_size=side)
-                for model in teachers
-            ]
-            guide = guides[0]
-            if len(guides) > 1:
-                shares, temperature = config.teacher.shares, config.target.temperature
-                guide = TeacherMixture(guides, shares, temperature)
-        trial = _Trial(config, build_task(config, classes, guide).to(device), device, kept)
-        most = _fitting(config, classes, teachers, teacher_classes)
+        task = build_task(config, classes, _guide(config, classes, teachers))
+        trial = _Trial(config, task.to(device), device, kept)
+        most = _fitting(config, classes, teachers)
         pictures, needed, first = trial.kept_bytes(LEAST)  # builds kernels and starts threads
-        # (on a GPU a slow first step is its kernels being compiled)
-        slow = device.type == "cpu" and sum(first) > TIMED_S / 3
-        times = [first if slow else trial.step(LEAST)]
-        each = sum(times[0]) / LEAST
-        most = min(most, max(LEAST, int(TIMED_S / (steps + 2) / max(each, 1e-9))))
+        times = [first, trial.step(LEAST)]
+        least_s = sum(usual(times))
+        slow = least_s > TIMED_S / 3
+        most = min(most, max(LEAST, int(TIMED_S / (STEPS + 2) * LEAST / max(least_s, 1e-9))))
         if most > LEAST:
             pictures, needed, _ = trial.kept_bytes(most)  # also warms up this batch
             times.clear()
         fixed = trial.fixed_bytes()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        began = time.monotonic()
-        while len(times) < steps and not (times and (slow or time.monotonic() - began > TIMED_S)):
-            times.append(trial.step(most))
+        batch_s, update_s = _repeated(lambda: trial.step(most), 2 if slow else STEPS, times)
         if device.type == "cuda":
             needed = max(0, torch.cuda.max_memory_allocated(device) - before - fixed)
-        batch_s, update_s = (statistics.median(column) for column in zip(*times, strict=True))
         seen = min(EVAL_PICTURES, pictures)
         if not slow:
             trial.evaluation(LEAST)
-        picture_s = trial.evaluation(seen) / seen
-    del trial, guide
-    gc.collect()
+        (seen_s,) = _repeated(lambda: (trial.evaluation(seen),), 2 if slow else STEPS)
     return Timing(
         pictures=pictures,
         batch_s=batch_s,
         update_s=update_s,
-        picture_s=picture_s,
+        picture_s=seen_s / seen,
         fixed_bytes=fixed,
         batch_bytes=needed,
     )
+
+
+def usual(times: Sequence[Sequence[float]]) -> list[float]:
+    """The lower middle of each column of repeated timings: other work on the machine only ever adds
+    to them, so that one disturbed row of two or more is never the answer.
+    """
+    return [statistics.median_low(column) for column in zip(*times, strict=True)]
+
+
+def _repeated(
+    measure: Callable[[], Sequence[float]], most: int, times: Sequence[Sequence[float]] = ()
+) -> list[float]:
+    """`usual` of up to `most` timings, two at least, within about TIMED_S; times: those so far."""
+    began, known = time.monotonic(), list(times)
+    while len(known) < 2 or (len(known) < most and time.monotonic() - began < TIMED_S):
+        known.append(measure())
+    return usual(known)
+
+
+def _guide(
+    config: Config, classes: int, teachers: Sequence[ModelConfig]
+) -> FaceNetwork | TeacherMixture | None:
+    """Untrained networks in the place of the teachers."""
+    points, side = TASKS[config.task].needs_landmarks, config.teacher_side
+    guides = [
+        FaceNetwork(model, classes, points, head=config.head, input_size=side) for model in teachers
+    ]
+    if len(guides) > 1:
+        return TeacherMixture(guides, config.teacher.shares, config.target.temperature)
+    return guides[0] if guides else None
 
 
 class _Trial:
@@ -223,7 +219,7 @@ class _Trial:
         guide = self._answers(len(labels)) if self.kept else None
         self.task.network.train()
         self.task.extra.train()
-        started = self._now()
+        started = now(self.device)
         views = training_views(
             stored.to(self.device),
             None if points is None else points.to(self.device),
@@ -238,30 +234,20 @@ class _Trial:
             views.pictures, labels.to(self.device), views.points, guide, views.teacher_pictures
         ).loss
         self.optimisation.backward(loss)
-        between = self._now()
+        between = now(self.device)
         self.taken += 1
         self.optimisation.step(self.taken)
-        return between - started, self._now() - between
+        return between - started, now(self.device) - between
 
     def kept_bytes(self, most: int) -> tuple[int, int, tuple[float, float]]:
         """Pictures of a step on about `most`, bytes that they need beside the weights, and what
         `step` returns.
         """
-        modules = (self.task.network, self.task.extra, self.task.teacher)
-        own = {t.untyped_storage().data_ptr() for m in modules if m for t in _tensors(m)}
-        kept: dict[int, Tensor] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-            return tensor
-
-        with saved_tensors_hooks(keep, lambda tensor: tensor):
-            times = self.step(most)
-        sizes = [t.untyped_storage().nbytes() for key, t in kept.items() if key not in own]
+        teachers = [] if self.task.teacher is None else [self.task.teacher]
+        modules = [self.task.network, self.task.extra, *teachers]
+        times, sizes = _saved_bytes(lambda: self.step(most), modules)
         pictures = len(self._labels(most))
-        logits = self.task.network.num_classes
-        if self.task.teacher is not None:
-            logits += self.task.teacher.num_classes
+        logits = sum(network.num_classes for network in (self.task.network, *teachers))
         needed = sum(sizes) + 2 * max(sizes, default=0) + 4 * logits * pictures
         return pictures, needed, times
 
@@ -281,7 +267,7 @@ class _Trial:
     def evaluation(self, pictures: int) -> float:
         """Seconds of the forward pass over `pictures` centre crops."""
         stored, points = self._pictures(pictures)
-        started = self._now()
+        started = now(self.device)
         data = self.config.data
         crop = center(stored.to(self.device), None, data.crop_side, self.config.augment)
         crops, _, _ = shrink(*crop, data.input_size)
@@ -294,18 +280,18 @@ class _Trial:
             to_original=lambda found: found,
         )
         look(self.task.network, [batch], self.device)
-        return self._now() - started
+        return now(self.device) - started
 
     def _labels(self, most: int) -> Tensor:
         """Labels of at most a full step's pictures and about `most`; people x pictures where the
         task's batches are.
         """
-        wanted = max(LEAST, min(most, batch_pictures(self.config)))
-        alike = 1
+        whole, alike = batch_pictures(self.config), 1
+        wanted = max(LEAST, min(most, whole))
         if self.config.balanced:
             alike = min(self.config.triplet.images_per_identity, wanted // 2)
         else:
-            wanted = min(wanted, batch_pictures(self.config))
+            wanted = min(wanted, whole)
         people = wanted // alike
         return torch.arange(people).repeat_interleave(alike) % self.task.network.num_classes
 
@@ -328,15 +314,15 @@ class _Trial:
         }
         return Guide(logits=drawn.get("logits"), hidden=drawn.get("hidden"))
 
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+
+def now(device: torch.device) -> float:
+    """Seconds of a clock after everything that was started on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
-def _fitting(
-    config: Config, classes: int, teachers: Sequence[ModelConfig], teacher_classes: int
-) -> int:
+def _fitting(config: Config, classes: int, teachers: Sequence[ModelConfig]) -> int:
     """Pictures of the largest batch that keeps within TIMED_BYTES (on CUDA: half of what is
     free).
     """
@@ -348,10 +334,25 @@ def _fitting(
     # kept
     each = 1.4 * network_size(config, config.model, classes).activations + 8 * classes
     for teacher in teachers:
-        theirs = network_size(config, teacher, teacher_classes, config.teacher_side)
-        each += 0.4 * theirs.activations
-        each += 4 * teacher_classes
+        theirs = network_size(config, teacher, classes, config.teacher_side)
+        each += 0.4 * theirs.activations + 4 * classes
     return max(LEAST, min(batch_pictures(config), int(limit / each)))
+
+
+def _saved_bytes(run: Callable[[], T], modules: Sequence[nn.Module]) -> tuple[T, list[int]]:
+    """What `run` returns, and the bytes of each storage that it keeps for backward, without those
+    of the modules themselves.
+    """
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage()._cdata, tensor)  # meta has no addresses
+        return tensor
+
+    own = {t.untyped_storage()._cdata for module in modules for t in _tensors(module)}
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = run()
+    return result, [t.untyped_storage().nbytes() for key, t in kept.items() if key not in own]
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

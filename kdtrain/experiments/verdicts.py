@@ -16,6 +16,8 @@ of them missed 0 in 10 % and two in 12 %. So a verdict also says in how many see
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -55,12 +57,7 @@ def compare(
     """
     sign = 1.0 if higher_is_better else -1.0
     paired = _differences("compare", better, worse, sign)
-    if paired is None:
-        return Verdict("not run")
-    low, high = _interval(paired, resamples, seed)
-    state = "held" if low > 0 else "reversed" if high < 0 else "inconclusive"
-    means = 100 * paired.mean(axis=1)
-    return _verdict(state, means, (low, high), means > 0, paired.shape[1])
+    return _verdict(paired, 0.0, math.inf, resamples, seed, strictly=True)
 
 
 def neutral(
@@ -78,21 +75,9 @@ def neutral(
     a - b in points; `agreeing` counts the seeds whose mean lies within the margin. Everything else
     as in `compare`. Raises ValueError also when the margin is not positive.
     """
-    if not margin_points > 0:
-        raise ValueError(f"neutral: margin_points must be positive, got {margin_points}")
+    _require_margin("neutral", margin_points)
     paired = _differences("neutral", a, b, 1.0)
-    if paired is None:
-        return Verdict("not run", margin=margin_points)
-    low, high = _interval(paired, resamples, seed)
-    if -margin_points <= low and high <= margin_points:
-        state = "held"
-    elif low > margin_points or high < -margin_points:
-        state = "reversed"
-    else:
-        state = "inconclusive"
-    means = 100 * paired.mean(axis=1)
-    agree = np.abs(means) <= margin_points
-    found = _verdict(state, means, (low, high), agree, paired.shape[1])
+    found = _verdict(paired, -margin_points, margin_points, resamples, seed)
     return replace(found, margin=margin_points)
 
 
@@ -111,36 +96,47 @@ def at_least(
     reversed: the whole interval lies below it; inconclusive: it crosses. `agreeing` counts the
     seeds whose mean lies above. Everything else as in `neutral`.
     """
-    if not margin_points > 0:
-        raise ValueError(f"at_least: margin_points must be positive, got {margin_points}")
+    _require_margin("at_least", margin_points)
     paired = _differences("at_least", better, worse, 1.0)
-    if paired is None:
-        return Verdict("not run", margin=margin_points, one_sided=True)
-    low, high = _interval(paired, resamples, seed)
-    held, lost = low >= -margin_points, high < -margin_points
-    state = "held" if held else "reversed" if lost else "inconclusive"
-    means = 100 * paired.mean(axis=1)
-    found = _verdict(state, means, (low, high), means >= -margin_points, paired.shape[1])
+    found = _verdict(paired, -margin_points, math.inf, resamples, seed)
     return replace(found, margin=margin_points, one_sided=True)
 
 
+def _require_margin(where: str, margin_points: float) -> None:
+    if not margin_points > 0:
+        raise ValueError(f"{where}: margin_points must be positive, got {margin_points}")
+
+
 def _verdict(
-    state: VerdictState,
-    means: np.ndarray,
-    ends: tuple[float, float],
-    agree: np.ndarray,
-    items: int,
+    paired: np.ndarray | None,
+    least: float,
+    most: float,
+    resamples: int,
+    seed: int,
+    *,
+    strictly: bool = False,
 ) -> Verdict:
-    """means: (S,) of each seed, in points, as the interval's ends; agree: (S,) bool."""
-    low, high = ends
+    """Whether the interval of the mean of (S, n) differences lies from `least` to `most`, in
+    points: held; reversed: wholly on one side; else inconclusive. strictly: above `least`.
+    """
+    if paired is None:
+        return Verdict("not run")
+    low, high = _interval(paired, resamples, seed)
+    above = operator.gt if strictly else operator.ge
+    state: VerdictState = "inconclusive"
+    if above(low, least) and high <= most:
+        state = "held"
+    elif low > most or high < least:
+        state = "reversed"
+    means = 100 * paired.mean(axis=1)
     return Verdict(
         state,
         difference=float(means.mean()),
         low=low,
         high=high,
         seeds=len(means),
-        agreeing=int(agree.sum()),
-        items=items,
+        agreeing=int((above(means, least) & (means <= most)).sum()),
+        items=paired.shape[1],
     )
 
 

@@ -12,8 +12,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from kdtrain.config.program import printable
 from kdtrain.reports.runs import CHAIN, COLUMNS, ROWS, Stage, floor_of, read_stage, untrained_of
-from kdtrain.reports.writing import DASH, percent, printable
+from kdtrain.reports.writing import DASH, percent
 
 UNTRAINED = "untrained network"
 

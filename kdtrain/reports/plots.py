@@ -16,7 +16,7 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
-from kdtrain.reports.writing import escaped, printable
+from kdtrain.config.program import printable
 
 ROLE_COLOURS = dict(teacher="#475569", scratch="#2563eb", control="#d97706", distilled="#059669")
 OTHER_COLOURS = ("#7c3aed", "#db2777", "#0891b2", "#65a30d")
@@ -84,7 +84,9 @@ def drawable(text: str) -> str:
     """A text as a figure can draw it: characters that its font lacks as escapes, and no $ that
     begins mathematics.
     """
-    shown = (c if ord(c) in _characters() or c == "\n" else escaped(c) for c in printable(text))
+    known = _characters()
+    text = printable(text, lines=True)
+    shown = (c if ord(c) in known or c == "\n" else ascii(c)[1:-1] for c in text)
     return "".join(shown).replace("$", r"\$")
 
 

@@ -8,6 +8,7 @@ import re
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+from kdtrain.config.program import printable
 from kdtrain.training.journal.journal import unit
 
 if TYPE_CHECKING:
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 DASH = "\N{EN DASH}"
 LOWER_IS_BETTER = ("nrmse", "nme", "failure_rate", "cross_entropy", "hint")
 FORMATS = {"nats": ".3f", "squared error": ".4f", "count": ",.0f"}
-HIDDEN = r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-"""Controls other than a newline, what reorders a line, and what no encoding has."""
 
 
 def decimal(value: float | None, digits: int = 1, *, sign: bool = False) -> str:
@@ -72,16 +71,6 @@ def better(metric: str, value: float, floor: float) -> bool:
     return value < floor if lower_is_better(metric) else value > floor
 
 
-def printable(text: str) -> str:
-    """The text with every character that would not be seen as its escape, such as \\x1b."""
-    return re.sub(HIDDEN, lambda found: escaped(found[0]), text)
-
-
-def escaped(character: str) -> str:
-    """'\\x1b' of the character ESC."""
-    return character.encode("unicode_escape").decode()
-
-
 def render(template: str, **values: Any) -> str:
     """The page that a template of templates/ makes of the values, each printable and escaped."""
     return _templates().get_template(template).render(values)
@@ -100,7 +89,7 @@ def _templates() -> Environment:
     def shown(value: object) -> Markup:
         if isinstance(value, Markup):
             return value
-        return Markup(html.escape(printable(str(value))))
+        return Markup(html.escape(printable(str(value), lines=True)))
 
     return Environment(
         loader=FunctionLoader(load),

@@ -27,13 +27,13 @@ from rich.console import Console
 
 from kdtrain.cli import commands as cli
 from kdtrain.cli import inspection
-from kdtrain.config import Config, settings
+from kdtrain.config import Config, program, settings
 from kdtrain.config.settings import build, read_recipe
 from kdtrain.experiments import campaign, dryrun, pipeline, select_targets
 from kdtrain.experiments.comparison import collect as comparison_collect
 from kdtrain.experiments.comparison import compare, cost, picture
 from kdtrain.experiments.comparison import request as comparison_request
-from kdtrain.experiments.estimate import Estimate
+from kdtrain.experiments.estimate import Counts, Estimate
 from kdtrain.experiments.scheduler import Outcome
 from kdtrain.experiments.selection import Selection, check, judge, table, write
 from kdtrain.experiments.tables import collect, reproduce
@@ -121,7 +121,7 @@ def tables(out: Path) -> None:
     results = {run: _result(RUNS / "tables" / run.name) for run in runs_of_tables()}
     collection = collect.Collection(TABLES_REQUEST, results)
     setting = [("command", "python -m kdtrain reproduce all"), ("scale", "two-cores")]
-    setting += collect.about(collection.done, 2)
+    setting += collect.about(results.values(), 2)
     made = [collect.table(spec, collection, setting) for spec in table_specs(True).values()]
     files.write_all([one for one in made if one.name in DRAWN], out)
     for one in made:
@@ -152,7 +152,7 @@ def comparison(out: Path) -> None:
         }  # fmt: skip
     found = comparison_collect.Comparison(request, results, configs, lengths, sizes, speeds)
     setting = [("command", "python -m kdtrain compare"), ("recipes", request.folder)]
-    setting += collect.about(found.done, 2)
+    setting += collect.about(results.values(), 2)
     made = comparison_collect.table(found, setting, compare.NAME)
     drawn = picture.picture(found, made)
     files.write(made, out, png=drawn, subject="Methods", width=compare.WIDTH)
@@ -330,17 +330,17 @@ def _untimed() -> Iterator[None]:
     with (
         mock.patch.object(dryrun, "estimate", _estimate),
         mock.patch.object(campaign, "estimate", _estimate),
-        mock.patch.object(dryrun, "cores", return_value=2),
-        mock.patch.object(pipeline, "cores", return_value=2),
+        mock.patch.object(program, "cores", return_value=2),
+        mock.patch.dict(os.environ, {"OMP_NUM_THREADS": ""}),
         mock.patch.object(dryrun, "environment", return_value=about),
         mock.patch.object(dryrun.torch, "get_num_threads", return_value=2),
     ):
         yield
 
 
-def _estimate(config: Config, *, classes: int, pictures: int, **_: Any) -> Estimate:
-    size = network_size(config, config.model, classes)
-    steps = sum(p.epochs for p in config.optim.phases) * (pictures // config.optim.batch_size)
+def _estimate(config: Config, counts: Counts, *_: Any, **__: Any) -> Estimate:
+    size = network_size(config, config.model, counts.classes)
+    steps = sum(p.epochs for p in config.optim.phases) * (counts.train // config.optim.batch_size)
     return Estimate(
         parameters=size.parameters,
         multiply_adds=size.multiply_adds,

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kdtrain.config import RUN_SETTINGS, Config
+from kdtrain.config import Config
 from kdtrain.experiments import verdicts
-from kdtrain.experiments.comparison.claims import CLAIMS, ITEMS, Claim
 from kdtrain.experiments.comparison.cost import Length, Size, Speeds, network_key, other_lengths
 from kdtrain.experiments.comparison.request import Request, RunOf
-from kdtrain.experiments.tables.collect import Result, cell_of
+from kdtrain.experiments.tables.collect import Result, cell_of, floor_rows, mean_floor
 from kdtrain.reports.tables.data import Block, Cell, Row, RowKind, Table, Trend, Verdict
+from kdtrain.reports.writing import count
 from kdtrain.training.checkpoint import read_arrays
 
 METRICS = {
@@ -33,6 +33,38 @@ METRICS = {
 HEADLINE = ("nn_top1", "nn_top1_other_video", "pair_accuracy", "tar_at_far_0.001_all")
 """Those that stand side by side for every resolution."""
 TITLE = "methods under one budget"
+
+
+class Claim(NamedTuple):
+    """One method does better than another, or at least as well."""
+
+    code: str
+    """The system that it is about, as design and docs number them."""
+    better: str
+    worse: str
+    at_least: bool = False
+    """Claimed is no more than "not worse": held within verdicts.MARGIN_POINTS."""
+
+    @property
+    def text(self) -> str:
+        """'th_kd > soft'."""
+        return f"{self.better} {'≥' if self.at_least else '>'} {self.worse}"
+
+
+CLAIMS = (
+    Claim("B1", "th_kd", "soft"),
+    Claim("B2", "sh_kd", "soft"),
+    Claim("E", "soft", "student"),
+    Claim("D", "proxyless", "student"),
+    Claim("F", "adadistill", "student"),
+    Claim("C", "kt", "scratch"),
+    Claim("C", "kd", "scratch"),
+    Claim("C", "kt_kd", "kt", at_least=True),
+    Claim("C", "kt_kd", "kd", at_least=True),
+)
+
+ITEMS = ("nn_top1", "nn_top1_other_video", "pair_accuracy")
+"""Metrics by which a claim is judged: right or wrong for each picture, and for each pair."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +100,6 @@ class Comparison:
         """The rows: the students' methods, then whom they learn from."""
         return (*self.request.students, *self.request.teachers)
 
-    @property
-    def done(self) -> list[Result]:
-        """The finished runs."""
-        return [result for result in self.results.values() if result.state == "done"]
-
     def metrics(self, second: bool) -> list[str]:
         """The metrics that a finished run of a data source has."""
         found = [r for run, r in self.results.items() if run.second == second]
@@ -82,9 +109,7 @@ class Comparison:
         """teacher; control: takes nothing from another run; paper: a method of one."""
         if method in self.request.teachers:
             return "teacher"
-        flat = self.request.recipes[method]
-        taken = [key for key in RUN_SETTINGS.values() if key != "eval.gallery" and flat.get(key)]
-        return "paper" if taken else "control"
+        return "control" if self.request.is_control(method) else "paper"
 
 
 class Place(NamedTuple):
@@ -128,23 +153,27 @@ def _own_lengths(comparison: Comparison, second: bool) -> dict[str, Length]:
 
 def _accuracy(comparison: Comparison, place: Place, title: str) -> Block:
     metrics = comparison.metrics(place.second)
-    rows = [
-        Row(
-            method,
-            comparison.kind(method),
-            tuple(_cell(comparison, method, metric, place) for metric in metrics),
-        )
-        for method in comparison.methods
-    ]
-    rows += _floors(comparison, metrics, [place] * len(metrics))
-    columns = tuple(METRICS[metric] for metric in metrics)
-    return Block(title, columns, tuple(rows), "test split")
+    cells = [(place, metric) for metric in metrics]
+    return _block(comparison, cells, [METRICS[metric] for metric in metrics], title)
 
 
 def _side_by_side(comparison: Comparison, second: bool, where: str) -> Block:
     """A column block for each resolution."""
     known = [m for m in HEADLINE if m in comparison.metrics(second)]
     cells = [(Place(side, second), m) for side in comparison.request.sides for m in known]
+    columns = [f"{place.side} pixels: {METRICS[metric]}" for place, metric in cells]
+    return _block(comparison, cells, columns, f"resolutions side by side{where}")
+
+
+def _block(
+    comparison: Comparison,
+    cells: Sequence[tuple[Place, str]],
+    columns: Sequence[str],
+    title: str,
+) -> Block:
+    """A row a method with these metrics at these places; below it raw pixels, and the methods'
+    networks before their first step.
+    """
     rows = [
         Row(
             method,
@@ -153,9 +182,11 @@ def _side_by_side(comparison: Comparison, second: bool, where: str) -> Block:
         )
         for method in comparison.methods
     ]
-    rows += _floors(comparison, [m for _, m in cells], [place for place, _ in cells])
-    columns = tuple(f"{place.side} pixels: {METRICS[metric]}" for place, metric in cells)
-    return Block(f"resolutions side by side{where}", columns, tuple(rows), "test split")
+    rows += floor_rows(
+        (name, [floor(comparison, kind, metric, place) for place, metric in cells])
+        for name, kind in (("raw pixels", "floors"), ("untrained network", "untrained"))
+    )
+    return Block(title, tuple(columns), tuple(rows), "test split")
 
 
 def _cell(comparison: Comparison, method: str, metric: str, place: Place) -> Cell:
@@ -164,25 +195,10 @@ def _cell(comparison: Comparison, method: str, metric: str, place: Place) -> Cel
     return Cell(state="none") if cell.state == "not measured" else cell
 
 
-def _floors(comparison: Comparison, metrics: Sequence[str], places: Sequence[Place]) -> list[Row]:
-    """Raw pixels, and the methods' networks before their first step."""
-    rows = []
-    for name, kind in (("raw pixels", "floors"), ("untrained network", "untrained")):
-        cells = []
-        for metric, place in zip(metrics, places, strict=True):
-            value = floor(comparison, kind, metric, place)
-            cells.append(Cell(state="none") if value is None else Cell(value, state="done"))
-        if any(cell.value is not None for cell in cells):
-            rows.append(Row(name, "floor", tuple(cells)))
-    return rows
-
-
 def floor(comparison: Comparison, kind: str, metric: str, place: Place) -> float | None:
     """The mean of a floor over the finished runs of the methods, in percent; None without any."""
-    found = [r for m in comparison.request.students for r in comparison.of(m, *place)]
-    values = [r.results.get(kind, {}).get(metric) for r in found if r.state == "done"]
-    known = [value for value in values if value is not None]
-    return 100 * float(np.mean(known)) if known else None
+    found = (r for m in comparison.request.students for r in comparison.of(m, *place))
+    return mean_floor(found, kind, metric)
 
 
 def _uninformative(block: Block) -> list[str]:
@@ -217,13 +233,13 @@ def _cost(comparison: Comparison, place: Place, title: str) -> Block:
         needs = "" if length is None or not length.needs else f"needs {', '.join(length.needs)}"
         cells = (
             _shown(size and size.side, size and f"{size.name}, {size.side} px"),
-            _shown(size and size.backbone, size and short(size.backbone)),
-            _shown(head, head is not None and short(head)),
-            _shown(size and size.multiply_adds, size and short(size.multiply_adds)),
+            _shown(size and size.backbone, size and count(size.backbone)),
+            _shown(head, head is not None and count(head)),
+            _shown(size and size.multiply_adds, size and count(size.multiply_adds)),
             *(_speed(speed, batch) for batch in (1, 64)),
             *(_speed_up(speed, base, batch) for batch in (1, 64)),
             _shown(length and length.epochs, length and str(length.epochs)),
-            _shown(length and length.pictures, length and short(length.pictures)),
+            _shown(length and length.pictures, length and count(length.pictures)),
             _shown(length and length.start_epochs, length and str(length.start_epochs)),
         )
         rows.append(Row(method, comparison.kind(method), cells, needs))
@@ -266,14 +282,6 @@ def _speed_up(speed: Speeds | None, base: Speeds | None, batch: int) -> Cell:
 def per_second(value: float) -> str:
     """'1,234', '12.3'."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def short(number: float) -> str:
-    """25_557_032 -> '25.6 M'."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return str(int(number))
 
 
 def _trends(comparison: Comparison, place: Place, where: str) -> list[Trend]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,19 +13,18 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from kdtrain.config import Config
-from kdtrain.config.program import INTERRUPTED
-from kdtrain.experiments import campaign, dryrun
+from kdtrain.experiments import campaign
 from kdtrain.experiments.campaign import LEGEND, MARKS, Campaign, make_campaign
 from kdtrain.experiments.comparison import cost
-from kdtrain.experiments.comparison.collect import Comparison, per_second, short, table
+from kdtrain.experiments.comparison.collect import Comparison, per_second, table
 from kdtrain.experiments.comparison.picture import picture
 from kdtrain.experiments.comparison.request import Request, RunOf, groups, stages
 from kdtrain.experiments.scheduler import Outcome
-from kdtrain.experiments.tables.collect import Result, about
+from kdtrain.experiments.tables.collect import about, read_all
 from kdtrain.reports.tables import files
 from kdtrain.reports.tables.text import plain
+from kdtrain.reports.writing import count
 from kdtrain.training.journal import journal
-from kdtrain.training.journal.journal import duration
 
 WIDTH = 200  # characters of a line: ten metrics beside a name
 NAME = "comparison"
@@ -45,20 +43,19 @@ def main(
     dry_run: print the first seed's runs, their cost and the plan, and write nothing.
     """
     console = journal.console(file_width=120)
-    if dry_run:
-        first = replace(request, seeds=request.seeds[:1])
-        dryrun.show_stages(list(stages(first).values()), root, jobs, {})
-        try:
-            plan = _plan(request, root, jobs, budget_min, console)
-        except (ValueError, OSError, RuntimeError) as error:
-            console.print(f"# no plan of all seeds without the pictures: {error}", markup=False)
-            return 0
-        campaign.show_campaign(plan, console)
-        return 0
-    root.mkdir(parents=True, exist_ok=True)
-    plan = _plan(request, root, jobs, budget_min, console)
-    campaign.show_campaign(plan, console)
-    return carry_out(request, plan, root, console, command=command)
+    first = replace(request, seeds=request.seeds[:1])
+    return campaign.run_study(
+        list(stages(first).values()) if dry_run else [],
+        lambda: _plan(request, root, jobs, budget_min, console),
+        _overview,
+        lambda plan, outcomes, done: write(
+            request, plan, root, outcomes, command, console, timed=done
+        ),
+        root,
+        jobs=jobs,
+        console=console,
+        dry_run=dry_run,
+    )
 
 
 def _plan(
@@ -89,22 +86,9 @@ def _lengths_grid(
             size = "" if run.side is None else f", {run.side} pixels"
             note = notes.get(run.method, "")
             needs = ", ".join(one.needs) + (f"  [yellow]{note}[/]" if note else "")
-            cells = (str(one.epochs), short(one.pictures), str(one.start_epochs or ""), needs)
+            cells = (str(one.epochs), count(one.pictures), str(one.start_epochs or ""), needs)
             grid.add_row(f"{run.method}{size}", *cells)
     return grid
-
-
-def carry_out(
-    request: Request, plan: Campaign[RunOf], root: Path, console: Console, *, command: str
-) -> int:
-    """Train what was taken, then write and print the table; exit status 0, 1 (a run failed) or 130
-    (interrupted). A run that diverged is a result.
-    """
-    started = time.monotonic()
-    status, outcomes = campaign.carry_out(plan, root, lambda states: _overview(plan, states))
-    write(request, plan, root, outcomes, command, console, timed=status != INTERRUPTED)
-    console.print(f"{duration(time.monotonic() - started)} on the clock")
-    return campaign.exit_status(status, outcomes, console)
 
 
 def write(
@@ -120,11 +104,7 @@ def write(
     """Read the run folders, print the table, and write its files below root. timed: also measure
     the networks' speed, where it is not known.
     """
-    results = {}
-    for run, stage in plan.stages.items():
-        outcome = outcomes.get(stage.name)
-        failure = outcome.note if outcome is not None and outcome.state == "failed" else ""
-        results[run] = Result.read(root / stage.name, plan.keys[stage.name], failure)
+    results = read_all(plan, root, outcomes)
     configs = {run: stage.config for run, stage in plan.stages.items()}
     lengths = {second: cost.lengths(request, configs, second) for second in request.sources}
     comparison = Comparison(request, results, configs, lengths)
@@ -134,7 +114,7 @@ def write(
     comparison = replace(comparison, sizes=sizes, speeds=speeds)
     seeds = ", ".join(map(str, request.seeds))
     setting = [("command", command), ("recipes", request.folder), ("seeds", seeds)]
-    setting += about(comparison.done, plan.jobs)
+    setting += about(results.values(), plan.jobs)
     if how:
         setting.append(("speed", how))
     for key, by_batch in speeds.items():

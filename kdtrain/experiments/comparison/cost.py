@@ -12,17 +12,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from kdtrain.config import Config, DataConfig
+from kdtrain.config import Config
 from kdtrain.config.networks import network_title
-from kdtrain.data import FaceSource
 from kdtrain.experiments import dryrun
 from kdtrain.experiments.comparison.request import Request, RunOf, chain, inputs_of
 from kdtrain.experiments.estimate import batches_of_epoch
-from kdtrain.experiments.timing import batch_pictures
+from kdtrain.experiments.timing import batch_pictures, now
 from kdtrain.models.network import FaceNetwork, count_parameters, multiply_adds
 from kdtrain.training import checkpoint
 from kdtrain.training.environment import environment
@@ -78,42 +77,31 @@ Speeds = Mapping[int, Quartiles]
 
 def lengths(request: Request, configs: Mapping[RunOf, Config], second: bool) -> dict[RunOf, Length]:
     """How long each run of the first seed on one data source is trained."""
-    sources: dict[DataConfig, FaceSource] = {}
-    counts: dict[object, dryrun.Counts] = {}
+    count = dryrun.counter({})
     found: dict[RunOf, Length] = {}
     for run, config in configs.items():
         if run.seed != request.seeds[0] or run.second != second:
             continue
-        what = (config.data, config.balanced)
-        if what not in counts:
-            counts[what] = dryrun.counted(config, sources)
-        seen = counts[what]
         epochs = sum(phase.epochs for phase in config.optim.phases)
-        batches = batches_of_epoch(config, seen.train)
-        if config.balanced and seen.epoch_batches:
-            batches = seen.epoch_batches
-        start = inputs_of(request.recipes[run.method], ("init_from",))
+        pictures = epochs * batches_of_epoch(config, count(config)) * batch_pictures(config)
         before = 0
-        for name in start:  # inputs come first
+        for name in inputs_of(request.recipes[run.method], ("init_from",)):  # which come first
             theirs = found[RunOf(name, run.seed, None, second)]
             before = theirs.epochs + theirs.start_epochs
         needs = [one.method for one in chain(request, run)][:-1]
-        pictures = epochs * batches * batch_pictures(config)
         found[run] = Length(epochs, pictures, before, tuple(dict.fromkeys(needs)))
     return found
 
 
 def other_lengths(found: Mapping[str, Length]) -> dict[str, str]:
     """A note for each method whose own training is longer or shorter than most."""
-    if not found:
-        return {}
-    usual = statistics.median_low([length.epochs for length in found.values()])
-    notes = {}
-    for name, length in found.items():
-        if length.epochs != usual:
-            word = "longer" if length.epochs > usual else "shorter"
-            notes[name] = f"{word} training: {length.epochs} epochs, most have {usual}"
-    return notes
+    usual = statistics.median_low([length.epochs for length in found.values()] or [0])
+    return {
+        name: f"{'longer' if length.epochs > usual else 'shorter'} training: "
+        f"{length.epochs} epochs, most have {usual}"
+        for name, length in found.items()
+        if length.epochs != usual
+    }
 
 
 def network_key(config: Config) -> str:
@@ -154,25 +142,24 @@ def speeds(
     kept = checkpoint.read_json(root / FILE) or {}
     if kept.get("where") != where or not set(runs) <= set(kept.get("networks", {})):
         say(f"timing the inference of {len(runs)} networks, {threads} threads")
-        device = torch.device(config.train.device)
         loaded = {
             key: (load_network(folder), own.data.input_size) for key, (folder, own) in runs.items()
         }
-        found = measure(loaded, device)
+        found = measure(loaded, torch.device(config.train.device))
         networks = {
             key: {str(batch): asdict(one) for batch, one in by.items()} for key, by in found.items()
         }
         kept = {"where": where, "networks": networks}
         checkpoint.write_json(root / FILE, kept)
+    known: dict[str, Speeds] = {
+        key: {int(batch): Quartiles(**one) for batch, one in kept["networks"][key].items()}
+        for key in runs
+    }
     text = (
         f"inference on {config.train.device} with {threads} threads, float32, backbone alone, "
         "eval mode; the networks take turns; median of the rounds [quartiles]"
     )
-    return {key: _speeds(kept["networks"][key]) for key in runs}, text
-
-
-def _speeds(record: Mapping[str, Any]) -> Speeds:
-    return {int(batch): Quartiles(**one) for batch, one in record.items()}
+    return known, text
 
 
 def measure(
@@ -206,16 +193,11 @@ def measure(
 
 def _timed(network: FaceNetwork, pictures: torch.Tensor, count: int) -> float:
     """Seconds of `count` calls."""
-    cuda = pictures.device.type == "cuda"
     with torch.inference_mode():
-        if cuda:
-            torch.cuda.synchronize(pictures.device)
-        start = time.perf_counter()
+        start = now(pictures.device)
         for _ in range(count):
             network.embed(pictures)
-        if cuda:
-            torch.cuda.synchronize(pictures.device)
-    return time.perf_counter() - start
+        return now(pictures.device) - start
 
 
 def _quartiles(values: Sequence[float]) -> Quartiles:

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from kdtrain.experiments.comparison.collect import METRICS, Comparison, Place, curves, floor, short
+from kdtrain.experiments.comparison.collect import METRICS, Comparison, Place, curves, floor
 from kdtrain.experiments.tables.collect import cell_of
 from kdtrain.objectives import all_pairs
 from kdtrain.reports.tables.data import Table
@@ -29,6 +29,7 @@ from kdtrain.reports.tables.plot import (
     png_of,
     title_axis,
 )
+from kdtrain.reports.writing import count
 
 TEACHER_COLOUR, CONTROL_COLOUR = "#111827", "#9ca3af"
 COLOURS = (
@@ -155,13 +156,11 @@ def _draw_costs(
 ) -> None:
     """Accuracy against the backbone's parameters, and against pictures a second."""
     metric = next((m for m in ACCURACY if m in comparison.metrics(second)), ACCURACY[-1])
-    left, right = part.subplots(1, 2)
-    _draw_dots(left, _dots(comparison, second, metric, colours, speed=False))
-    left.set_xlabel("parameters of the backbone", fontsize=8, color=LABEL)
-    title_axis(left, f"{METRICS[metric]}, %, against size{_where(second)}")
-    _draw_dots(right, _dots(comparison, second, metric, colours, speed=True))
-    right.set_xlabel("pictures a second, 64 at a time", fontsize=8, color=LABEL)
-    title_axis(right, f"{METRICS[metric]}, %, against speed{_where(second)}")
+    titles = ("size", "parameters of the backbone"), ("speed", "pictures a second, 64 at a time")
+    for axis, (word, label) in zip(part.subplots(1, 2), titles, strict=True):
+        _draw_dots(axis, _dots(comparison, second, metric, colours, speed=word == "speed"))
+        axis.set_xlabel(label, fontsize=8, color=LABEL)
+        title_axis(axis, f"{METRICS[metric]}, %, against {word}{_where(second)}")
 
 
 def _dots(
@@ -207,9 +206,9 @@ def _draw_dots(axis: Axes, dots: Sequence[_Dot]) -> None:
     axis.set_xlim(min(places) / 1.2, max(places) * 1.2)
     known = sorted({dot.cost for dot in dots})
     if len(known) <= MOST_TICKS:
-        axis.set_xticks(known, [short(x) for x in known])
+        axis.set_xticks(known, [count(int(x)) for x in known])
     else:
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(int(x))))
     axis.xaxis.set_minor_locator(NullLocator())
     ordered = sorted(dots, key=lambda dot: dot.y)
     step = 1 / max(len(ordered), 12)

@@ -10,7 +10,7 @@ from typing import Any
 
 from kdtrain.config import RUN_SETTINGS, Config, ConfigError, settings
 from kdtrain.experiments import pipeline
-from kdtrain.experiments.campaign import Group
+from kdtrain.experiments.campaign import Group, grouped
 
 AT_PHASE_ENDS = 10_000  # epochs between evaluations; the end of a phase is always evaluated
 CACHE = "float32"  # teacher.cache of the students: the bits of online training
@@ -68,6 +68,11 @@ class Request:
     def students(self) -> tuple[str, ...]:
         """The methods that are no other's teacher."""
         return tuple(name for name in self.methods if name not in self.teachers)
+
+    def is_control(self, method: str) -> bool:
+        """Whether a method takes nothing from another run but a gallery."""
+        flat = self.recipes[method]
+        return not any(flat.get(k) for k in RUN_SETTINGS.values() if k != "eval.gallery")
 
     @property
     def sources(self) -> tuple[bool, ...]:
@@ -137,9 +142,6 @@ def request_from(
     seeds = 3 if options.get("seeds") is None else options["seeds"]
     if seeds < 1:
         raise ConfigError(f"--seeds: at least 1, got {seeds}")
-    budget = options.get("budget")
-    if budget is not None and budget <= 0:
-        raise ConfigError(f"--budget: expected minutes, more than 0, got {budget}")
     folder = method_folder(options.get("scale") or "two-cores", options.get("folder") or "systems")
     files = method_files(options["methods"], folder)
     request = Request(
@@ -233,25 +235,22 @@ def inputs_of(flat: Mapping[str, Any], keys: Sequence[str] = ()) -> list[str]:
 
 def groups(request: Request) -> list[Group[RunOf]]:
     """A group for each method, resolution and data source, all seeds, with the inputs that no
-    group before it has: in this order a budget is spent.
+    group before it has. In this order a budget is spent: a control first, as the others are
+    compared with it.
     """
-    taken: set[RunOf] = set()
-    ordered = []
+    students = sorted(request.students, key=lambda method: not request.is_control(method))
+    found = []
     for second in request.sources:
-        for method in (*request.students, *request.teachers):
+        for method in (*students, *request.teachers):
             for side in request.sides if method in request.students else (None,):
                 runs = [
                     run
                     for seed in request.seeds
                     for run in chain(request, request.run_of(method, seed, side, second))
                 ]
-                fresh = tuple(run for run in dict.fromkeys(runs) if run not in taken)
-                taken.update(fresh)
                 size = "" if side is None else f", {side} pixels"
-                label = f"{method}{size}{', second data source' if second else ''}"
-                if fresh:
-                    ordered.append(Group(label, fresh))
-    return ordered
+                found.append((f"{method}{size}{', second data source' if second else ''}", runs))
+    return grouped(found)
 
 
 def chain(request: Request, run: RunOf, above: tuple[str, ...] = ()) -> Iterator[RunOf]:
@@ -265,12 +264,8 @@ def chain(request: Request, run: RunOf, above: tuple[str, ...] = ()) -> Iterator
 
 def stages(request: Request) -> dict[RunOf, pipeline.Stage]:
     """Every run as a stage, inputs first."""
-    found = {}
-    for group in groups(request):
-        for run in group.runs:
-            config = request.config(run)
-            found[run] = pipeline.Stage(run.name, config, pipeline.inputs_of(config))
-    return found
+    runs = [run for group in groups(request) for run in group.runs]
+    return {run: pipeline.Stage(run.name, request.config(run)) for run in runs}
 
 
 def _beside(value: Any, run: RunOf) -> Any:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from kdtrain.experiments import verdicts
+from kdtrain.experiments.campaign import Campaign, Run
+from kdtrain.experiments.scheduler import Outcome
 from kdtrain.experiments.tables.paper import FULL, SOURCE, At, BlockSpec, Claim, TableSpec
 from kdtrain.experiments.tables.stages import Request, RunOf, run_of
 from kdtrain.objectives.tasks import TASKS
@@ -65,6 +66,18 @@ class Result:
         return read_arrays(self.folder / "items" / f"phase{place}.npz").get(name)
 
 
+def read_all(
+    campaign: Campaign[Run], root: Path, outcomes: Mapping[str, Outcome]
+) -> dict[Run, Result]:
+    """What every run folder of a campaign holds after its training."""
+    found = {}
+    for run, stage in campaign.stages.items():
+        outcome = outcomes.get(stage.name)
+        failure = outcome.note if outcome is not None and outcome.state == "failed" else ""
+        found[run] = Result.read(root / stage.name, campaign.keys[stage.name], failure)
+    return found
+
+
 def cell_of(
     found: Sequence[Result], metric: str, phase: int = -1, paper: float | None = None
 ) -> Cell:
@@ -84,9 +97,32 @@ def cell_of(
     return Cell(paper=paper, state=state, note=note, per_seed=tuple(percent))
 
 
-def about(done: Sequence[Result], jobs: int) -> list[tuple[str, str]]:
-    """Pictures, machine and training time of finished runs, as lines below a table."""
+def mean_floor(found: Iterable[Result], kind: str, metric: str) -> float | None:
+    """The mean of a metric's floor over the finished runs, in percent; None without any. kind:
+    floors or untrained.
+    """
+    values = [r.results.get(kind, {}).get(metric) for r in found if r.state == "done"]
+    known = [v for v in values if v is not None]
+    return 100 * float(np.mean(known)) if known else None
+
+
+def floor_rows(values: Iterable[tuple[str, Sequence[float | None]]]) -> list[Row]:
+    """The rows, by name, that have any floor."""
+    return [
+        Row(
+            name,
+            "floor",
+            tuple(Cell(state="none") if v is None else Cell(v, state="done") for v in row),
+        )
+        for name, row in values
+        if any(v is not None for v in row)
+    ]
+
+
+def about(found: Iterable[Result], jobs: int) -> list[tuple[str, str]]:
+    """Pictures, machine and training time of the finished runs, as lines below a table."""
     lines = []
+    done = [result for result in found if result.state == "done"]
     for data in {tuple(r.results["data"].items()): r.results["data"] for r in done}.values():
         text = f"{data['name']}: {data['images']:,} pictures of {data['classes']:,} people"
         lines.append(("data", f"{text}, {data['train']:,} to train and {data['test']:,} to test"))
@@ -152,11 +188,6 @@ class Collection:
             return verdicts.neutral(better, worse, margin_points=NEUTRAL_POINTS)
         return verdicts.compare(better, worse, higher_is_better=higher)
 
-    @cached_property
-    def done(self) -> list[Result]:
-        """The finished runs."""
-        return [result for result in self.results.values() if result.state == "done"]
-
 
 def table(spec: TableSpec, collection: Collection, setting: Sequence[tuple[str, str]]) -> Table:
     """A table of the paper with the numbers that are there."""
@@ -206,26 +237,16 @@ def _floors(spec: BlockSpec, collection: Collection) -> list[Row]:
         students = [[at for column in students for at in column]]
     raw = "mean shape" if spec.metric == "nrmse" else "raw pixels"
     rows = []
-    for name, place, groups in (
+    for name, kind, groups in (
         (raw, "floors", [every]),
         ("untrained network", "untrained", students),
     ):
-        values = [_mean_floor(collection, group, spec, place) for group in groups]
-        values += [None] * (len(columns) - len(values))
-        if any(value is not None for value in values):
-            cells = (Cell(state="none") if v is None else Cell(v, state="done") for v in values)
-            rows.append(Row(name, "floor", tuple(cells)))
-    return rows
-
-
-def _mean_floor(
-    collection: Collection, places: Sequence[At], spec: BlockSpec, kind: str
-) -> float | None:
-    """The mean, in percent, over the finished runs of these places; None without any."""
-    found = {r.folder.name: r for at in places for r in collection.of(at, spec.second)}
-    values = [r.results.get(kind, {}).get(spec.metric) for r in found.values() if r.state == "done"]
-    known = [v for v in values if v is not None]
-    return 100 * float(np.mean(known)) if known else None
+        values = []
+        for group in groups:
+            found = {r.folder.name: r for at in group for r in collection.of(at, spec.second)}
+            values.append(mean_floor(found.values(), kind, spec.metric))
+        rows.append((name, values + [None] * (len(columns) - len(values))))
+    return floor_rows(rows)
 
 
 def _uninformative(block: Block) -> list[str]:

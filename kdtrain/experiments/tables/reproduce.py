@@ -6,8 +6,7 @@ after a kill. The plan and its cost, from timed steps, are printed before anythi
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,17 +16,15 @@ from rich.console import Group as RichGroup
 from rich.table import Table as Grid
 from rich.text import Text
 
-from kdtrain.experiments import campaign, dryrun
-from kdtrain.experiments.campaign import LEGEND, MARKS
+from kdtrain.experiments import campaign
+from kdtrain.experiments.campaign import LEGEND, MARKS, Campaign, make_campaign
 from kdtrain.experiments.scheduler import Outcome
-from kdtrain.experiments.tables.collect import Collection, Result, about, table
-from kdtrain.experiments.tables.paper import table_specs
-from kdtrain.experiments.tables.plan import TABLES, Plan, make_plan
-from kdtrain.experiments.tables.stages import Request, groups, stages
+from kdtrain.experiments.tables.collect import Collection, about, read_all, table
+from kdtrain.experiments.tables.paper import WIDTHS, TableSpec, table_specs
+from kdtrain.experiments.tables.stages import TABLES, Request, RunOf, groups, stages
 from kdtrain.reports.tables import files
 from kdtrain.reports.tables.text import show
 from kdtrain.training.journal import journal
-from kdtrain.training.journal.journal import duration
 
 
 def main(
@@ -43,75 +40,79 @@ def main(
     the first seed's runs, their cost and the plan, and write nothing.
     """
     console = journal.console(file_width=120)
-    if dry_run:
-        return _dry_run(request, root, jobs, budget_min, console)
-    root.mkdir(parents=True, exist_ok=True)
-    plan = make_plan(request, root, jobs=jobs, budget_min=budget_min, say=console.print)
-    campaign.show_campaign(plan, console)
-    return carry_out(plan, root, console, command=command)
+    say = (lambda _: None) if dry_run else console.print
+    seed = replace(request, seeds=request.seeds[:1])
+    asked = groups(table_specs(request.second is not None), seed)
+    return campaign.run_study(
+        stages((run for group in asked for run in group.runs), seed) if dry_run else [],
+        lambda: make_plan(request, root, jobs=jobs, budget_min=budget_min, say=say),
+        _overview,
+        lambda plan, outcomes, _: write_tables(request, plan, root, outcomes, command, console),
+        root,
+        jobs=jobs,
+        console=console,
+        dry_run=dry_run,
+    )
 
 
-def _dry_run(
-    request: Request, root: Path, jobs: int, budget_min: float | None, console: Console
-) -> int:
-    """Print the runs of the first seed as YAML with their cost, and the plan where the pictures
-    are there; write nothing.
+def make_plan(
+    request: Request, root: Path, *, jobs: int, budget_min: float | None, say: Callable[[str], None]
+) -> Campaign[RunOf]:
+    """Times a few steps of each distinct kind of run and takes groups, in order, while they fit
+    the budget (minutes on the clock; None: all).
     """
     specs = table_specs(request.second is not None)
-    seed = replace(request, seeds=request.seeds[:1])
-    runs = [run for group in groups(specs, seed) for run in group.runs]
-    dryrun.show_stages(stages(runs, seed), root, jobs, {})
-    try:
-        plan = make_plan(request, root, jobs=jobs, budget_min=budget_min, say=lambda _: None)
-    except (ValueError, OSError, RuntimeError) as error:
-        console.print(f"# no plan of all seeds without the pictures: {error}", markup=False)
-        return 0
-    campaign.show_campaign(plan, console)
-    return 0
+    asked = groups(specs, request)
+    runs = _known([run for group in asked for run in group.runs], specs, request, root)
+    planned = dict(zip(runs, stages(runs, request), strict=True))
+    return make_campaign(asked, planned, root, jobs=jobs, budget_min=budget_min, say=say)
 
 
-def carry_out(plan: Plan, root: Path, console: Console, *, command: str) -> int:
-    """Train what was taken, then write and print the tables; exit status 0, 1 (a run failed) or 130
-    (interrupted). A run that diverged is a result.
+def _known(
+    asked: Sequence[RunOf], specs: Mapping[str, TableSpec], request: Request, root: Path
+) -> list[RunOf]:
+    """The runs that were asked for, and those of any table whose folders are there, with their
+    inputs, in an order that can be run: what is finished is shown whatever was asked.
     """
-    started = time.monotonic()
-    status, outcomes = campaign.carry_out(plan, root, lambda states: _overview(plan, states))
-    write_tables(plan, root, outcomes, command, console)
-    console.print(f"{duration(time.monotonic() - started)} on the clock")
-    return campaign.exit_status(status, outcomes, console)
+    everything = replace(request, tables=TABLES, widths=WIDTHS)
+    ordered = [run for group in groups(specs, everything) for run in group.runs]
+    ordered = list(dict.fromkeys([*asked, *ordered]))
+    kept = set(asked) | {run for run in ordered if (root / run.name).is_dir()}
+    by_name = {run.name: run for run in ordered}
+    for stage in reversed(stages([run for run in ordered if run in kept], request)):
+        kept |= {by_name[name] for name in stage.inputs}
+    return [run for run in ordered if run in kept]
 
 
 def write_tables(
-    plan: Plan, root: Path, outcomes: Mapping[str, Outcome], command: str, console: Console
+    request: Request,
+    plan: Campaign[RunOf],
+    root: Path,
+    outcomes: Mapping[str, Outcome],
+    command: str,
+    console: Console,
 ) -> None:
     """Read the run folders, print the requested tables, and write their files below root."""
-    results = {}
-    for run, stage in plan.stages.items():
-        outcome = outcomes.get(stage.name)
-        failure = outcome.note if outcome is not None and outcome.state == "failed" else ""
-        results[run] = Result.read(root / stage.name, plan.keys[stage.name], failure)
-    collection = Collection(plan.request, results)
-    setting = _setting(plan, collection, command)
+    results = read_all(plan, root, outcomes)
+    collection = Collection(request, results)
+    seeds = ", ".join(map(str, request.seeds))
+    teachers = " (teachers: the first alone)" if request.shared_teachers else ""
+    setting = [("command", command), ("scale", request.scale), ("seeds", seeds + teachers)]
+    setting += about(results.values(), plan.jobs)
     folder = root / "tables"
-    earlier = [n for n in TABLES if n not in plan.request.tables and (folder / f"{n}.csv").exists()]
+    earlier = [n for n in TABLES if n not in request.tables and (folder / f"{n}.csv").exists()]
+    specs = table_specs(request.second is not None)
     tables = {
-        name: table(plan.specs[name], collection, setting)
-        for name in sorted((*plan.request.tables, *earlier))
+        name: table(specs[name], collection, setting)
+        for name in sorted((*request.tables, *earlier))
     }
-    for name in plan.request.tables:
+    for name in request.tables:
         show(tables[name], console)
     written = files.write_all(list(tables.values()), folder)
     console.print(f"tables: {written['html']}, and as text, CSV and PNG beside it")
 
 
-def _setting(plan: Plan, collection: Collection, command: str) -> list[tuple[str, str]]:
-    seeds = ", ".join(map(str, plan.request.seeds))
-    teachers = " (teachers: the first alone)" if plan.request.shared_teachers else ""
-    lines = [("command", command), ("scale", plan.request.scale), ("seeds", seeds + teachers)]
-    return lines + about(collection.done, plan.jobs)
-
-
-def _overview(plan: Plan, states: Mapping[str, str]) -> RenderableType:
+def _overview(plan: Campaign[RunOf], states: Mapping[str, str]) -> RenderableType:
     """Which runs are done, running and to come: a line a kind of run, a mark for each seed, the
     narrow students first.
     """

@@ -1,5 +1,5 @@
-"""The runs of tables 1 to 5 as pipeline stages: every width, seed and data source that was asked
-for, in the order in which a budget is spent.
+"""What is asked of a reproduction, and the runs of tables 1 to 5 that it takes as pipeline stages:
+every width, seed and data source, in the order in which a budget is spent.
 """
 
 from __future__ import annotations
@@ -9,17 +9,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kdtrain.config import ConfigError, settings
+from kdtrain.config import SETTINGS, ConfigError, settings
 from kdtrain.experiments import pipeline
-from kdtrain.experiments.campaign import Group
-from kdtrain.experiments.tables.paper import FULL, At, TableSpec
-from kdtrain.experiments.tables.parts import PARTS, Part
+from kdtrain.experiments.campaign import Group, grouped
+from kdtrain.experiments.tables.paper import (
+    FULL,
+    NARROWEST,
+    PARTS,
+    WIDTHS,
+    At,
+    Part,
+    TableSpec,
+    table_specs,
+)
 
 SCHEDULES = "_tables.yaml"
 # In this order a budget is spent: alignment is the cheapest table, the second table the dearest.
 TABLE_ORDER = ("table3", "table1", "table4", "table5", "table2")
 NARROWEST_FIRST = (8, 4, 2)
 AT_PHASE_ENDS = 10_000  # epochs between evaluations; the end of a phase is always evaluated
+TABLES = tuple(table_specs())
+OWN = tuple(setting.key for setting in SETTINGS if setting.own)
+"""What makes the cells of a table what they are."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,60 @@ class Request:
     """teacher.cache of the students."""
 
 
+def request_from(
+    options: Mapping[str, Any],
+    common: Mapping[str, Any],
+    special: Mapping[str, Mapping[str, Any]],
+) -> Request:
+    """The request that a command line makes; raises ConfigError.
+
+    special: keys of the runs of one task, by its name, and of those on the "second" data source.
+    """
+    names = list(dict.fromkeys(options["tables"]))
+    if "all" in names:
+        names = sorted(TABLES)
+    for name in names:
+        if name not in TABLES:
+            raise ConfigError(f"no table {name!r}; {settings.nearest(name, [*TABLES, 'all'])}")
+    fixed = [key for keys in (common, *special.values()) for key in OWN if key in keys]
+    if fixed:
+        raise ConfigError(
+            f"{fixed[0]} is each run's own in the tables; leave --{fixed[0]} out (schedules: a "
+            "--scale folder of your own)"
+        )
+    if "second" in special and "table2" not in names:
+        raise ConfigError("--second.KEY: only table2 has a second data source; ask for it too")
+    count, first = (
+        default if options.get(name) is None else options[name]
+        for name, default in (("seeds", 3), ("first_seed", 1))
+    )
+    if count < 1 or first < 0:
+        raise ConfigError(f"--seeds, --first-seed: at least 1 and 0, got {count} and {first}")
+    text = options.get("widths") or "2,4,8"
+    widths = [int(part) for part in text.split(",") if part.strip().isdigit()]
+    if not widths or not set(widths) <= set(WIDTHS) or len(widths) != text.count(",") + 1:
+        raise ConfigError(f"--widths: expected some of 2,4,8, as --widths 8,4; got {text!r}")
+    narrow = [name for name in names if name in ("table1", "table3")]
+    if narrow and NARROWEST not in widths:
+        raise ConfigError(f"--widths: {narrow[0]} is of the student of 1/{NARROWEST}; add it")
+    teachers = options.get("teachers") or "each"
+    if teachers not in ("each", "one"):
+        raise ConfigError(f"--teachers: expected each or one, got {teachers!r}")
+    scale = options.get("scale") or "two-cores"
+    schedules(scale)  # known, before anything is timed
+    return Request(
+        tables=tuple(names),
+        scale=scale,
+        seeds=tuple(range(first, first + count)),
+        widths=tuple(sorted(set(widths))),
+        common=dict(common),
+        second=special.get("second"),
+        tasks={name: keys for name, keys in special.items() if name != "second"},
+        shared_teachers=teachers == "one",
+        cache=options.get("cache") or "float32",
+    )
+
+
 def groups(specs: Mapping[str, TableSpec], request: Request) -> list[Group[RunOf]]:
     """The runs of every cell for all seeds, and what they start from or learn from, by priority:
     the narrowest student first, rows that the paper does not have last, the second data source at
@@ -77,14 +142,7 @@ def groups(specs: Mapping[str, TableSpec], request: Request) -> list[Group[RunOf
             found = ranked.setdefault(rank, {})
             for seed in request.seeds:
                 found.update(dict.fromkeys(_with_inputs(at, seed, second, request)))
-    taken: set[RunOf] = set()
-    ordered = []
-    for rank in sorted(ranked):
-        runs = tuple(run for run in ranked[rank] if run not in taken)
-        taken.update(runs)
-        if runs:
-            ordered.append(Group(labels[rank], runs))
-    return ordered
+    return grouped((labels[rank], ranked[rank]) for rank in sorted(ranked))
 
 
 def _places(spec: TableSpec) -> Iterator[tuple[At, bool, bool]]:
@@ -147,11 +205,9 @@ def stages(runs: Iterable[RunOf], request: Request) -> list[pipeline.Stage]:
         if flat["task"] == "classification" and flat.get("data.split") == "identity":
             flat["data.split"] = "identity:random"
         try:
-            config = settings.build(flat)
+            found.append(pipeline.Stage(run.name, settings.build(flat)))
         except ConfigError as error:
             raise ConfigError(f"{run.name}: {error}") from None
-        inputs = pipeline.inputs_of(config)
-        found.append(pipeline.Stage(run.name, config, inputs))
     return found
 
 

@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
+from kdtrain.config.program import printable
 from kdtrain.reports.tables.data import Block, Cell, Row, Table, Trend, Verdict
-from kdtrain.reports.writing import DASH, decimal, direction, printable
+from kdtrain.reports.writing import DASH, decimal, direction
 
 CELL_COLUMNS = (
     *("table", "block", "row", "kind", "column", "metric", "state"),
@@ -192,7 +193,7 @@ def _words(entry: Entry) -> Text:
 
 
 def _text(text: str, style: str = "") -> Text:
-    return Text(printable(text), style)
+    return Text(printable(text, lines=True), style)
 
 
 def plain(table: Table, width: int = TEXT_WIDTH) -> str:

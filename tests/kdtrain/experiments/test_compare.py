@@ -20,13 +20,13 @@ from kdtrain.cli import main
 from kdtrain.config import ConfigError
 from kdtrain.experiments import campaign, pipeline
 from kdtrain.experiments.comparison import compare, cost
-from kdtrain.experiments.comparison.claims import CLAIMS, Claim
-from kdtrain.experiments.comparison.collect import Place, short, trend
+from kdtrain.experiments.comparison.collect import CLAIMS, Claim, Place, trend
 from kdtrain.experiments.comparison.compare import _overview
 from kdtrain.experiments.comparison.picture import _spread
 from kdtrain.experiments.comparison.request import RunOf, groups, request_from, stages
 from kdtrain.experiments.scheduler import Outcome
 from kdtrain.models.network import FaceNetwork, seeded
+from kdtrain.reports.runs import count_text
 from kdtrain.training import checkpoint
 
 ONE = [{"epochs": 1, "lr": 0.05}]
@@ -81,6 +81,12 @@ def test_a_method_brings_the_runs_that_it_needs_once_a_seed(folder):
     assert asked(folder, "sh_teacher").teachers == ("teacher",)
     # whoever comes first brings the inputs; what a group before has is not in it again
     assert [len(group.runs) for group in groups(request)] == [2, 4, 4]
+
+
+def test_a_control_comes_first_within_a_budget(folder):
+    request = asked(folder, "soft", "sh_kd", "student", seeds=1)
+    assert [group.label for group in groups(request)] == ["student", "soft", "sh_kd"]
+    assert request.students == ("soft", "sh_kd", "student")
 
 
 def test_resolutions_are_of_the_methods_alone_and_of_the_same_crop(folder):
@@ -237,7 +243,7 @@ def test_the_table_has_every_method_with_what_it_reaches_and_costs(folder, fake,
     head = sum(p.numel() for p in network.classifier.parameters())
     assert float(table["cost", "soft", "backbone"]["mean"]) == backbone
     assert float(table["cost", "soft", "head, dropped"]["mean"]) == head
-    assert float(table["cost", "soft", "pictures/s, 64"]["mean"]) > 0
+    assert float(table["cost", "soft", "images/s, 64"]["mean"]) > 0
     assert float(table["cost", "teacher", "speed-up, 64"]["mean"]) == 1
     assert float(table["cost", "hidden", "epochs"]["mean"]) == 2
     assert float(table["cost", "sh_kd", "start epochs"]["mean"]) == 1
@@ -308,6 +314,17 @@ def test_a_budget_leaves_the_last_methods(folder, fake, tmp_path, capsys):
     assert "not run: over the budget" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_a_budget_that_takes_nothing_says_how_much_is_needed(dry, folder, fake, tmp_path, capsys):
+    root = tmp_path / "runs"
+    assert main(["compare", "soft", "--folder", str(folder), "--seeds", "3", "--jobs", "1",
+                 "--budget", "2", "--run-dir", str(root), *dry]) == 1  # fmt: skip
+    # teacher and soft, three seeds, a minute each
+    needs = "--budget takes none of the groups: the smallest, soft, needs about 6 minutes"
+    assert needs in capsys.readouterr().err
+    assert not (root / "tables").exists()
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(folder, fake, tmp_path, capsys):
     root = tmp_path / "nothing"
     assert main(["compare", "soft", "--folder", str(folder), "--seeds", "2", "--jobs", "1",
@@ -329,10 +346,7 @@ def test_not_worse_is_held_by_a_method_that_is_level(folder, fake, tmp_path):
     request = asked(folder, "soft", "sh_kd", "hidden", seeds=3)
     plan = compare._plan(request, root, 1, None, Console(quiet=True))
     _, outcomes = campaign.carry_out(plan, root)
-    results = {
-        run: compare.Result.read(root / stage.name, plan.keys[stage.name])
-        for run, stage in plan.stages.items()
-    }
+    results = compare.read_all(plan, root, outcomes)
     configs = {run: stage.config for run, stage in plan.stages.items()}
     comparison = compare.Comparison(request, results, configs)
     place = Place(None, False)
@@ -348,7 +362,7 @@ def test_not_worse_is_held_by_a_method_that_is_level(folder, fake, tmp_path):
 def test_names_beside_a_plot_keep_their_order_and_distance():
     found = _spread([0.1, 0.11, 0.12, 0.97, 0.99], 0.05)
     assert found == pytest.approx([0.1, 0.15, 0.2, 0.95, 1.0])
-    assert [short(n) for n in (999, 77_300, 25_557_032)] == ["999", "77.3 k", "25.6 M"]
+    assert [count_text(n) for n in (999, 77_300, 25_557_032)] == ["999", "77.3 k", "25.6 M"]
 
 
 def test_networks_take_turns_and_are_timed_without_their_heads(folder, monkeypatch):

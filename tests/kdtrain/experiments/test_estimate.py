@@ -15,8 +15,8 @@ from kdtrain.cli import main
 from kdtrain.config import ConfigError, ModelConfig, settings
 from kdtrain.data.run_data import RunData
 from kdtrain.experiments import dryrun, estimate, timing
-from kdtrain.experiments.estimate import Estimate
-from kdtrain.experiments.order import longest_chain_first, wall_time
+from kdtrain.experiments.estimate import Counts, Estimate
+from kdtrain.experiments.scheduler import longest_chain_first, wall_time
 from kdtrain.experiments.timing import Timing, network_size
 from kdtrain.models.network import FaceNetwork, count_parameters, multiply_adds
 from kdtrain.objectives.task import Task
@@ -46,8 +46,11 @@ def measured(monkeypatch) -> list[str]:
 
 
 def _estimate(config, **options) -> Estimate:
-    options = {"classes": 8, "pictures": 24, "test_pictures": 16, "teacher": None, **options}
-    return estimate.estimate(config, threads=1, **options)
+    """The estimate with one thread; options: of Counts, teacher, and of estimate itself."""
+    counts = {name: options.pop(name) for name in Counts._fields if name in options}
+    teachers = [options.pop("teacher")] if "teacher" in options else []
+    counts = Counts(**{"classes": 8, "train": 24, "test": 16, **counts})
+    return estimate.estimate(config, counts, teachers, threads=1, **options)
 
 
 def test_sizes_are_those_of_the_network_that_would_be_built():
@@ -70,7 +73,7 @@ def test_the_paper_s_teacher_has_resnet_50_s_known_size():
 @pytest.mark.parametrize("task", ["classification", "alignment", "verification"])
 def test_a_timed_step_gives_positive_times_and_holds_its_weights(task):
     config = tiny_config(task, model__divide=2, target__beta=1.0, teacher="@t")
-    cost = _estimate(config, teacher=TEACHER, steps=1)
+    cost = _estimate(config, teacher=TEACHER)
     assert not cost.scaled
     assert min(cost.training_s, cost.evaluation_s) > 0
     # weight, gradient and momentum of each, and the frozen teacher's
@@ -82,34 +85,69 @@ def test_a_timed_step_gives_positive_times_and_holds_its_weights(task):
 def test_a_head_that_asks_a_teacher_is_timed_with_one(kept):
     head = {"head__kind": "cosine", "head__margin": "distillation", "teacher__cache": kept}
     config = tiny_config(**head, teacher__run="@t")
-    cost = _estimate(config, teacher=TEACHER, steps=1)
+    cost = _estimate(config, teacher=TEACHER)
     assert cost.teacher_parameters == network_size(config, TEACHER, 8).parameters
     assert cost.training_s > 0
 
 
+@pytest.mark.parametrize(
+    ("method", "late"),
+    [("kept_bytes", 0), ("kept_bytes", 1), *[("step", n) for n in range(4)],
+     *[("evaluation", n) for n in range(3)]],
+)  # fmt: skip
+@pytest.mark.parametrize("each_s", [0.01, 1.0])  # a whole batch is timed, or the smallest alone
+def test_one_timing_that_other_work_delays_changes_no_estimate(method, late, each_s, monkeypatch):
+    def timed(_, most: int) -> tuple[float, float]:
+        return most * each_s, 0.5
+
+    planted = {
+        "step": timed,
+        "kept_bytes": lambda trial, most: (most, 40, timed(trial, most)),
+        "evaluation": lambda _, pictures: pictures * each_s / 4,
+    }
+    calls = []
+
+    def delayed(trial, most):
+        calls.append(most)
+        result = planted[method](trial, most)
+        if len(calls) - 1 != late:
+            return result
+        if method == "evaluation":
+            return result + 3000
+        seconds = result if method == "step" else result[-1]
+        seconds = (seconds[0] + 3000, seconds[1])
+        return seconds if method == "step" else (*result[:-1], seconds)
+
+    for name, function in (planted | {method: delayed}).items():
+        monkeypatch.setattr(timing._Trial, name, function)
+    cost = _estimate(tiny_config(optim__batch_size=8))
+    assert cost.training_s == pytest.approx(3 * 3 * (8 * each_s + 0.5))
+    assert cost.evaluation_s == pytest.approx(3 * 16 * each_s / 4)
+
+
 def test_steps_and_evaluations_follow_the_schedule(measured):
     config = tiny_config()  # 2 + 1 epochs in batches of 4
-    cost = _estimate(config, pictures=26)
+    cost = _estimate(config, train=26)
     assert (cost.steps, cost.evaluations, cost.batch) == (3 * 6, 3, 4)
     assert cost.training_s == 18 * 0.75
     assert cost.evaluation_s == 3 * 16 * 0.125
     assert cost.total_s == cost.training_s + cost.evaluation_s
     kept = tiny_config(train__drop_last=False, train__eval_every=2)
-    cost = _estimate(kept, pictures=26)
+    cost = _estimate(kept, train=26)
     assert (cost.steps, cost.evaluations) == (3 * 7, 2)
-    cost = _estimate(tiny_config("verification"), pictures=26)
+    cost = _estimate(tiny_config("verification"), train=26)
     assert (cost.steps, cost.batch) == (3 * 4, 6)
     assert _estimate(tiny_config("verification"), epoch_batches=5).steps == 15
 
 
 def test_a_step_of_several_batches_costs_their_sum_and_one_update(measured):
-    cost = _estimate(tiny_config(optim__accumulate=4), pictures=26)  # 6 batches: 4 and 2
+    cost = _estimate(tiny_config(optim__accumulate=4), train=26)  # 6 batches: 4 and 2
     assert cost.steps == 3 * 2
     assert cost.training_s == 3 * 6 * 0.5 + 6 * 0.25
 
 
 def test_with_a_validation_part_the_test_split_is_seen_at_the_ends_of_phases(measured):
-    cost = _estimate(tiny_config(data__validation_fraction=0.2), validation_pictures=8)
+    cost = _estimate(tiny_config(data__validation_fraction=0.2), validation=8)
     assert cost.evaluations == 3 + 2  # and the test split at the end of both phases
     assert cost.evaluation_s == (3 * 8 + 2 * 16) * 0.125
 
@@ -124,21 +162,21 @@ def test_a_batch_larger_than_was_timed_is_scaled_and_says_so(measured):
 
 def test_memory_grows_with_batch_width_and_teacher():
     config = tiny_config(optim__batch_size=8)
-    base = _estimate(config, steps=1).memory_bytes
-    assert _estimate(tiny_config(optim__batch_size=16), steps=1).memory_bytes > base
-    assert _estimate(tiny_config(optim__batch_size=8, model__width=16), steps=1).memory_bytes > base
+    base = _estimate(config).memory_bytes
+    assert _estimate(tiny_config(optim__batch_size=16)).memory_bytes > base
+    assert _estimate(tiny_config(optim__batch_size=8, model__width=16)).memory_bytes > base
     distilled = tiny_config(optim__batch_size=8, target__alpha=1.0, teacher="@t")
-    assert _estimate(distilled, teacher=TEACHER, steps=1).memory_bytes > base
+    assert _estimate(distilled, teacher=TEACHER).memory_bytes > base
 
 
 def test_a_batch_that_would_not_fit_is_timed_on_fewer_pictures(monkeypatch):
     config = tiny_config(optim__batch_size=16)
-    whole = _estimate(config, steps=1, pictures=40)
+    whole = _estimate(config, train=40)
     monkeypatch.setattr(timing, "_timings", {})
     monkeypatch.setattr(
         timing, "TIMED_BYTES", 6 * network_size(config, config.model, 8).activations
     )
-    part = _estimate(config, steps=1, pictures=40)
+    part = _estimate(config, train=40)
     assert (whole.timed_batch, part.timed_batch) == (16, 4)
     assert part.memory_bytes == pytest.approx(whole.memory_bytes, rel=0.02)
 
@@ -163,7 +201,7 @@ def test_a_shape_is_timed_once(measured):
     _estimate(tiny_config(target__beta=1.0, teacher="@t"), teacher=TEACHER)
     _estimate(tiny_config())
     _estimate(tiny_config("verification"))
-    estimate.estimate(student, classes=8, pictures=24, test_pictures=16, teacher=TEACHER, threads=2)
+    estimate.estimate(student, Counts(8, 24, 16), [TEACHER], threads=2)
     assert len(measured) == 8
 
 
@@ -173,17 +211,17 @@ def test_a_teacher_whose_answers_are_kept_is_not_asked(monkeypatch):
         target__alpha=1.0, target__beta=1.0, teacher="@t", teacher__cache="float32"
     )
     monkeypatch.setattr(Task, "guide", lambda *_: calls.append("asked"))
-    cost = _estimate(config, teacher=TEACHER, answers_kept=True, steps=1)
+    cost = _estimate(config, teacher=TEACHER, answers_kept=True)
     assert calls == []
     assert cost.teacher_parameters > 0
-    _estimate(config, teacher=TEACHER, steps=1)
+    _estimate(config, teacher=TEACHER)
     assert calls
 
 
 def test_threads_random_state_and_settings_are_as_before():
     torch.set_num_threads(2)
     state, python = torch.get_rng_state(), random.getstate()
-    _estimate(tiny_config(seed=3), steps=1)
+    _estimate(tiny_config(seed=3))
     assert torch.get_num_threads() == 2
     assert torch.equal(torch.get_rng_state(), state)
     assert random.getstate() == python
@@ -192,24 +230,12 @@ def test_threads_random_state_and_settings_are_as_before():
 
 
 def test_a_teacher_too_few_or_too_many_and_a_short_data_set_are_named():
-    with pytest.raises(ConfigError, match="estimate: teacher must be"):
+    with pytest.raises(ConfigError, match="estimate: teachers must be"):
         _estimate(tiny_config(target__alpha=1.0, teacher="@t"))
-    with pytest.raises(ConfigError, match="estimate: teacher must be"):
+    with pytest.raises(ConfigError, match="estimate: teachers must be"):
         _estimate(tiny_config(), teacher=TEACHER)
     with pytest.raises(ConfigError, match="3 training pictures fill no batch of 4"):
-        _estimate(tiny_config(), pictures=3)
-
-
-def test_estimates_add_up(measured):
-    one = _estimate(tiny_config())
-    other = _estimate(tiny_config(optim__batch_size=8, model__width=16))
-    both = sum([one, other])
-    assert isinstance(both, Estimate)
-    assert both.steps == one.steps + other.steps
-    assert both.total_s == one.total_s + other.total_s
-    assert both.memory_bytes == max(one.memory_bytes, other.memory_bytes)
-    assert both.parameters == other.parameters
-    assert both.scaled
+        _estimate(tiny_config(), train=3)
 
 
 def test_the_longest_chain_of_followers_runs_first():
@@ -248,15 +274,15 @@ def test_wall_time_of_graphs_worked_by_hand():
 def test_pictures_that_are_not_there_count_as_published_or_as_stated():
     recipe = settings.read_recipe(settings.recipe_path("paper/cls_teacher"))
     counts = dryrun.count(settings.build(recipe))
-    assert isinstance(counts, dryrun.Counts)
+    assert isinstance(counts, Counts)
     assert (counts.classes, counts.train, counts.test) == (10575, 395531, 98883)
     assert "no folder casia-webface: counted as published" in counts.note
     counts = dryrun.count(settings.build({**recipe, "data.root": "x/MS_Celeb_1M"}))
-    assert isinstance(counts, dryrun.Counts)
+    assert isinstance(counts, Counts)
     assert counts.classes == 100_000
     alignment = settings.read_recipe(settings.recipe_path("paper/ali_teacher"))
     counts = dryrun.count(settings.build({**alignment, "data.root": "elsewhere"}))
-    assert isinstance(counts, dryrun.Counts)
+    assert isinstance(counts, Counts)
     assert counts.classes == 10177
     own = settings.build({**recipe, "data.root": "own-pictures"})
     missing = dryrun.count(own)
@@ -264,33 +290,35 @@ def test_pictures_that_are_not_there_count_as_published_or_as_stated():
     assert "no folder own-pictures" in missing
     assert "--classes N --pictures N" in missing
     counts = dryrun.count(own, dryrun.Published("given", 50, 1000))
-    assert isinstance(counts, dryrun.Counts)
+    assert isinstance(counts, Counts)
     assert (counts.classes, counts.train, counts.test) == (50, 800, 200)
 
 
 def test_pictures_that_are_there_are_counted_batches_included():
     config = tiny_config("verification", data__identities=8, data__images_per_identity=5)
     counts = dryrun.count(config)
-    assert isinstance(counts, dryrun.Counts)
+    assert isinstance(counts, Counts)
     assert (counts.classes, counts.train, counts.test) == (8, 24, 16)
     data = RunData(config)
     assert counts.epoch_batches == len(data.epoch(0))
     counts = dryrun.count(tiny_config(data__validation_fraction=0.25))
-    assert isinstance(counts, dryrun.Counts)
+    assert isinstance(counts, Counts)
     assert (counts.train, counts.validation) == (18, 6)
 
 
 def test_the_teacher_s_network_is_found_or_its_guess_is_stated(tmp_path):
     config = tiny_config(target__alpha=1.0, teacher="@t", model__divide=4)
-    assert dryrun.teacher_of(tiny_config(), tmp_path / "s", {}) == (None, "")
-    found, note = dryrun.teacher_of(config, tmp_path / "s", {"t": tiny_config(model__width=16)})
+    assert dryrun.planned("s", tiny_config(), tmp_path / "s", {}).teachers == ()
+    found, note = dryrun.network_of(
+        "@t", config, tmp_path / "s", {"t": tiny_config(model__width=16)}
+    )
     assert (found, note) == (tiny_config(model__width=16).model, "")
-    found, note = dryrun.teacher_of(config, tmp_path / "s", tmp_path)
+    found, note = dryrun.network_of("@t", config, tmp_path / "s", tmp_path)
     assert found == dataclasses.replace(config.model, divide=1)
     assert "no run @t yet" in note
     (tmp_path / "t").mkdir()
     (tmp_path / "t" / "config.yaml").write_text(settings.to_yaml(tiny_config(model__width=24)))
-    found, note = dryrun.teacher_of(config, tmp_path / "s", tmp_path)
+    found, note = dryrun.network_of("@t", config, tmp_path / "s", tmp_path)
     assert (found, note) == (tiny_config(model__width=24).model, "")
 
 

@@ -4,6 +4,7 @@ table.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import os
@@ -15,15 +16,19 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 from rich.console import Console
 from tiny_runs import TASK_KEYS, TINY, environment, tiny_config
 
 from kdtrain.cli import main
-from kdtrain.config import ConfigError, settings
-from kdtrain.experiments import pipeline
+from kdtrain.config import ConfigError, program, settings
+from kdtrain.experiments import campaign, pipeline, scheduler, timing
 from kdtrain.reports import chain_table
 from kdtrain.training import checkpoint, keys
 
+CONSTANT = timing.Timing(
+    pictures=4, batch_s=0.5, update_s=0.25, picture_s=0.125, fixed_bytes=1000, batch_bytes=40
+)
 FLOOR = "floor (raw pixels, mean shape)"
 
 
@@ -360,6 +365,120 @@ def test_ctrl_c_stops_the_children_cleanly_and_the_same_command_continues(tmp_pa
     assert result.returncode == 0, result.stderr
     assert (folder / "results.json").exists()
     assert "resumed in epoch" in (tmp_path / "root" / "logs" / "cls_teacher.txt").read_text()
+
+
+def test_a_failure_is_told_from_this_sessions_lines_of_the_log(tmp_path, monkeypatch):
+    (tmp_path / "logs").mkdir()
+    log = tmp_path / "logs" / "a.txt"
+    work = scheduler.Work("a", Path("a.yaml"), tmp_path / "a", (), True, 1, 1.0)
+    monkeypatch.setattr(scheduler.subprocess, "Popen", lambda *_, **__: None)
+    notes = []
+    for said in ("error: the first cause\n", "", "a: epoch 2\nkilled\n", "error: the next\n"):
+        child = scheduler._start(work, tmp_path)
+        child.log.write(said.encode())
+        child.log.close()
+        notes.append(scheduler._outcome(child, 1).note)
+    assert notes == ["the first cause", "exit status 1", "killed", "the next"]
+    assert log.read_text().count("error: ") == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "jobs", "threads"),
+    [
+        (None, 1, 8),
+        (None, 3, 2),
+        (None, 99, 1),
+        ("3", 1, 3),
+        ("5,2", 2, 5),
+        ("", 2, 4),
+        ("x", 2, 4),
+    ],
+)
+def test_threads_are_the_users_or_an_equal_share(given, jobs, threads, tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    works = []
+    monkeypatch.setattr(pipeline, "run_all", lambda given, *_: (works.extend(given), (0, {}))[1])
+    config = tiny_config(train__threads=0)
+    with contextlib.suppress(KeyError):  # as nothing has run
+        pipeline.run([pipeline.Stage("a", config)], tmp_path / "root", jobs=jobs)
+    assert [work.threads for work in works] == [threads]
+    recipe = settings.read_recipe(tmp_path / "root" / "recipes" / "a.yaml")
+    assert recipe["train.threads"] == threads
+
+
+@pytest.fixture
+def photographs(tmp_path) -> Path:
+    """A folder of people without landmarks."""
+    for place in range(40):
+        file = tmp_path / "faces" / f"p{place // 5}" / f"{place % 5}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((20, 20), 50).convert("RGB").save(file)
+    return tmp_path / "faces"
+
+
+ALIGNMENT = {"task": "alignment", "init_from": "@cls_teacher"}
+
+
+def _of(folder: Path, *arguments: str | Path) -> list[str]:
+    words = ("pipeline", "--data.kind", "folder", "--data.root", folder, "--jobs", "1", *arguments)
+    return [str(word) for word in words]
+
+
+def test_stages_that_need_landmarks_are_left_out_and_named(
+    photographs, tmp_path, monkeypatch, capsys
+):
+    preset = _preset(
+        tmp_path / "preset",
+        cls_teacher={},
+        ali_teacher=ALIGNMENT,
+        ver_after={"task": "verification", "init_from": "@ali_teacher"},
+        ver_teacher={"task": "verification", "init_from": "@cls_teacher"},
+    )
+    line = f"left out, as {pipeline.NO_LANDMARKS}: ali_teacher, ver_after\n"
+    monkeypatch.setattr(timing, "_measure", lambda *_: CONSTANT)
+    words = _of(photographs, "--preset", preset, "--run-dir", tmp_path / "root")
+    assert main([*words, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"# {line}")
+    assert len(list(yaml.safe_load_all(printed))) == 2
+    trained = []
+    monkeypatch.setattr(
+        pipeline, "run", lambda stages, *_, **__: (trained.extend(stages), (0, {}))[1]
+    )
+    monkeypatch.setattr(pipeline, "finish", lambda *_: None)
+    assert main(words) == 0
+    assert [stage.name for stage in trained] == ["cls_teacher", "ver_teacher"]
+    assert capsys.readouterr().out == line
+    alone = _preset(tmp_path / "alone", ali_teacher={"task": "alignment"})
+    assert main(_of(photographs, "--preset", alone, "--run-dir", tmp_path / "root")) == 2
+    assert f"every stage is left out, as {pipeline.NO_LANDMARKS}" in capsys.readouterr().err
+
+
+def test_runs_of_tables_and_methods_that_need_landmarks_are_refused(photographs, tmp_path):
+    config = tiny_config("alignment", data__kind="folder", data__root=str(photographs))
+    group = campaign.Group("table3", ("a",))
+    with pytest.raises(ConfigError, match="ali_s1: the pictures have no landmarks"):
+        campaign.make_campaign(
+            [group], {"a": pipeline.Stage("ali_s1", config)}, tmp_path,
+            jobs=1, budget_min=None, say=print,
+        )  # fmt: skip
+
+
+def test_a_dry_run_ends_as_the_run_would(photographs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(timing, "_measure", lambda *_: CONSTANT)
+    preset = _preset(tmp_path / "preset", a={}, b={"optim__batch_size": 5000})
+    words = ("--preset", preset, "--run-dir", tmp_path / "root", "--dry-run")
+    assert main(_of(photographs, *words)) == 1
+    printed = capsys.readouterr()
+    assert "1 of 2 runs would fail, as said above: b" in printed.err
+    assert "fill no batch of 5000" in printed.out
+    (tmp_path / "empty").mkdir()
+    assert main(_of(tmp_path / "empty", *words)) == 1
+    assert "2 of 2 runs would fail" in capsys.readouterr().err
+    assert main(_of(tmp_path / "nowhere", *words)) == 0
 
 
 @pytest.mark.parametrize("jobs", ["0", "-3"])

@@ -22,10 +22,9 @@ from tiny_runs import TASK_KEYS, TINY, environment
 
 from kdtrain.cli import main
 from kdtrain.experiments import campaign
-from kdtrain.experiments.campaign import Group
+from kdtrain.experiments.campaign import Campaign, Group
 from kdtrain.experiments.tables import reproduce
-from kdtrain.experiments.tables.plan import Plan, make_plan
-from kdtrain.experiments.tables.reproduce import _overview
+from kdtrain.experiments.tables.reproduce import _overview, make_plan
 from kdtrain.experiments.tables.stages import Request, RunOf
 
 ONE = [{"epochs": 1, "lr": 0.05}]
@@ -131,7 +130,7 @@ def test_killed_in_the_middle_and_started_again_it_ends_in_the_same_table(table3
     ).read_bytes()
 
 
-def planned(scale: Path, root: Path, budget: float | None, **options) -> Plan:
+def planned(scale: Path, root: Path, budget: float | None, **options) -> Campaign[RunOf]:
     request = Request(**{"tables": ("table1", "table3"), "scale": str(scale), "seeds": (1,),
                          **options})  # fmt: skip
     return make_plan(request, root, jobs=2, budget_min=budget, say=lambda _: None)
@@ -219,6 +218,16 @@ def test_a_dry_run_does_without_the_pictures(scale, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "10,575" in printed or "CASIA-WebFace" in printed
     assert "no plan of all seeds without the pictures" in printed
+
+
+def test_a_dry_run_is_no_excuse_for_pictures_that_cannot_serve(scale, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    away = ["--data.kind", "folder", "--data.root", str(tmp_path / "empty")]
+    assert main(["reproduce", "table1", "--scale", str(scale), "--seeds", "1", "--jobs", "1",
+                 "--run-dir", str(tmp_path / "runs"), "--dry-run", *away]) == 1  # fmt: skip
+    printed = capsys.readouterr()
+    assert "without the pictures" not in printed.out
+    assert printed.err.splitlines()[-1].startswith("error: ")
 
 
 def test_groups_of_a_plan_hold_runs_once():

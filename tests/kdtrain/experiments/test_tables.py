@@ -12,8 +12,7 @@ import pytest
 
 from kdtrain.config import ConfigError, settings
 from kdtrain.experiments.tables.collect import Collection, Result, table
-from kdtrain.experiments.tables.paper import FULL, WIDTHS, At, table_specs
-from kdtrain.experiments.tables.parts import PARTS
+from kdtrain.experiments.tables.paper import FULL, PARTS, WIDTHS, At, table_specs
 from kdtrain.experiments.tables.stages import (
     SCHEDULES,
     Request,

@@ -15,7 +15,7 @@ from kdtrain.config import ConfigError, ModelConfig, settings
 from kdtrain.config.head import HeadConfig
 from kdtrain.data.run_data import RunData
 from kdtrain.experiments import pipeline
-from kdtrain.experiments.estimate import estimate
+from kdtrain.experiments.estimate import Counts, estimate
 from kdtrain.models.mixture import TeacherMixture, mixed_logits
 from kdtrain.models.network import FaceNetwork, count_parameters, multiply_adds, seeded
 from kdtrain.objectives.tasks import build_task
@@ -212,10 +212,9 @@ def test_a_recipe_with_several_teachers_is_read_back_as_it_was_written(tmp_path)
 
 def test_the_estimate_counts_every_teacher(root):
     first, second = tiny_config().model, tiny_config(model__width=4).model
-    sizes = {"classes": 8, "pictures": 16, "test_pictures": 8, "threads": 1, "steps": 1}
-    cost = estimate(student(), teacher=first, more_teachers=[second], **sizes)
+    cost = estimate(student(), Counts(8, 16, 8), [first, second], threads=1)
     results = checkpoint.read_json(root / "student" / "results.json")
     assert cost.teacher_parameters == results["parameters"]["teacher"]
     assert cost.teacher_multiply_adds == results["multiply_adds"]["teacher"]
-    with pytest.raises(ConfigError, match="more_teachers must be the ModelConfigs of the 1 runs"):
-        estimate(student(), teacher=first, **sizes)
+    with pytest.raises(ConfigError, match="teachers must be the ModelConfigs of the 2 runs"):
+        estimate(student(), Counts(8, 16, 8), [first], threads=1)

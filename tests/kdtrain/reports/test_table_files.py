@@ -364,7 +364,7 @@ def test_files_are_replaced_whole_and_a_second_writing_gives_the_same_bytes(
         raise OSError("the disk is full")
 
     monkeypatch.setattr(checkpoint.os, "replace", fails)
-    with pytest.raises(OSError, match="disk is full"):
+    with pytest.raises(checkpoint.CheckpointError, match="cannot be written: the disk is full"):
         table_files.write(dataclasses.replace(TABLE, title="another"), folder)
     assert {path: path.read_bytes() for path in paths.values()} == before
 

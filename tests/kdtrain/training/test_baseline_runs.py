@@ -16,7 +16,7 @@ from kdtrain.config import ConfigError, ModelConfig
 from kdtrain.config.settings import build, read_recipe, recipe_path
 from kdtrain.data.run_data import RunData
 from kdtrain.experiments import selection, timing
-from kdtrain.experiments.estimate import estimate
+from kdtrain.experiments.estimate import Counts, estimate
 from kdtrain.experiments.select_targets import plan
 from kdtrain.objectives.baselines import EmbeddingTarget
 from kdtrain.objectives.tasks import build_task
@@ -243,16 +243,16 @@ def test_an_estimate_times_each_target_once(name, monkeypatch):
     asked = []
     monkeypatch.setattr(timing, "_timings", {})
     original = timing._measure
-    monkeypatch.setattr(timing, "_measure", lambda *a: asked.append(a[5]) or original(*a))
+    monkeypatch.setattr(timing, "_measure", lambda *a: asked.append(a[1]) or original(*a))
     teacher = ModelConfig(depth=14, width=16, stem="small")
     for weight in (1.0, 2.0):
         options = {f"target__{name}": weight, "teacher__cache": "float32"}
         config = tiny_config(teacher="@t", optim__batch_size=8, **options)
-        counts = {"classes": 8, "pictures": 24, "test_pictures": 16}
-        cost = estimate(config, teacher=teacher, answers_kept=True, threads=1, steps=1, **counts)
+        counts = Counts(8, 24, 16)
+        cost = estimate(config, counts, [teacher], threads=1, answers_kept=True)
         assert cost.training_s > 0
     soft = tiny_config(teacher="@t", optim__batch_size=8, target__alpha=1.0)
-    estimate(soft, teacher=teacher, threads=1, steps=1, **counts)
+    estimate(soft, counts, [teacher], threads=1)
     assert len(asked) == 2
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from kdtrain.config import ConfigError, settings
 from kdtrain.data import area_average, augment, center, shrink, uncrop
 from kdtrain.data.run_data import RunData, training_views
-from kdtrain.experiments.estimate import estimate
+from kdtrain.experiments.estimate import Counts, estimate
 from kdtrain.objectives.task import Task
 from kdtrain.training import checkpoint, keys
 from kdtrain.training.engine import Interrupted
@@ -260,9 +260,7 @@ def test_the_estimate_counts_the_teacher_at_its_own_size(root):
     costs = {}
     for name, own in (("small", {"teacher__input_size": None}), ("large", {})):
         config = student(**own)
-        costs[name] = estimate(
-            config, classes=8, pictures=16, test_pictures=8, teacher=model, threads=1, steps=1
-        )
+        costs[name] = estimate(config, Counts(8, 16, 8), [model], threads=1)
     results = checkpoint.read_json(root / "student" / "results.json")
     work = results["multiply_adds"]
     assert costs["large"].multiply_adds == costs["small"].multiply_adds == work["student"]

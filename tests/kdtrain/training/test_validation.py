@@ -119,7 +119,7 @@ def test_the_results_are_those_of_the_kept_weights_on_the_test_split(held_out_ru
 
 def test_a_pipeline_knows_the_run_s_key_beforehand(held_out_run):
     config, folder, _, results = held_out_run
-    stage = pipeline.Stage(folder.name, config, ())
+    stage = pipeline.Stage(folder.name, config)
     assert pipeline.stage_keys([stage], folder.parent) == {folder.name: results["key"]}
 
 

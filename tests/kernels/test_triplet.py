@@ -173,8 +173,8 @@ def batches(draw):
     numbers."""
     rows, features = draw(st.integers(1, 20)), draw(st.sampled_from([1, 2, 3, 15, 16, 17, 33]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    people = draw(st.integers(1, rows))
-    labels = torch.randint(people, (rows,), generator=generator)
+    identities = draw(st.integers(1, rows))
+    labels = torch.randint(identities, (rows,), generator=generator)
     if draw(st.booleans()):
         x = torch.randint(-1, 2, (rows, features), generator=generator).float()
         margin = draw(st.sampled_from([0.0, 1.0, 2.0, -1.0]))
@@ -185,7 +185,7 @@ def batches(draw):
 
 
 class TestBatchTripletLoss:
-    # 1-d points: person 0 at 0 and 2, person 1 at 3 and 7.
+    # 1-d points: identity 0 at 0 and 2, identity 1 at 3 and 7.
     POINTS = torch.tensor([[0.0], [2.0], [3.0], [7.0]])
     LABELS = torch.tensor([0, 0, 1, 1])
 
@@ -291,7 +291,7 @@ class TestBatchTripletLoss:
     @both
     @pytest.mark.parametrize("mining", ["hard", "all"])
     def test_a_distance_of_zero_has_no_gradient(self, backend, mining):
-        # Rows 0 and 1 are one person's, row 2 is another's: all at one point.
+        # Rows 0 and 1 are one identity's, row 2 is another's: all at one point.
         x, labels = torch.ones(3, 4), torch.tensor([0, 0, 1])
         options = {"margin": 0.25, "mining": mining, "squared": False, "backend": backend}
         loss, gradient = loss_and_gradient(batch_triplet_loss, x, labels, **options)
@@ -330,7 +330,7 @@ class TestBatchTripletLoss:
             x, labels, mining=mining, margin=9.0, reduction="none", backend=backend
         )
         if math.isnan(bad):
-            assert torch.equal(loss.isnan(), labels != 3)  # the person with one picture has none
+            assert torch.equal(loss.isnan(), labels != 3)  # the identity with one image has none
         else:
             # An infinite distance to a negative is a triplet without loss; to a positive it is
             # infinite.
@@ -359,7 +359,7 @@ class TestBatchTripletLoss:
     @needs_native
     @pytest.mark.parametrize("level", LEVELS)
     def test_a_batch_with_many_positives_and_ties_everywhere(self, level):
-        # 2 people of 64 on a small grid: the product of S and X, with hundreds of ties a row.
+        # 2 identities of 64 on a small grid: the product of S and X, with hundreds of ties a row.
         kdkernels.set_isa(level)
         generator = torch.Generator().manual_seed(10)
         x = torch.randint(-2, 3, (128, 24), generator=generator).float()

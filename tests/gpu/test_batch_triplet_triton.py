@@ -11,7 +11,7 @@ import pytest
 import torch
 from contract import accuracy, every_element_written, find_op, same_bits_twice
 from contract_device import paths_of_large_problems
-from test_triplet import MININGS, REDUCTIONS, all_triples, loss_and_gradient
+from test_batch_triplet_loss import MININGS, REDUCTIONS, all_triples, loss_and_gradient
 
 from kdkernels import backends, batch_triplet_loss
 from kdkernels.batch_triplet_loss.samples import make as make_batch

@@ -52,7 +52,7 @@ test-without-native:
 
 # The interpreter runs on one core: two processes share the ops.
 INTERPRET := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels/test_contract.py \
-	$(patsubst %,tests/kernels/test_%.py,kd_cross_entropy linear_kd_cross_entropy head_rows hidden_l2 triplet nearest_neighbor) \
+	$(patsubst %,tests/kernels/test_%.py,kd_cross_entropy linear_kd_cross_entropy head_rows hidden_l2 triplet_loss batch_triplet_loss nearest_neighbor) \
 	$(wildcard tests/*/test_*_triton.py)
 
 interpret-triplets:

@@ -253,10 +253,10 @@ def chart(rows: list[Row], path: Path) -> None:
             [x - float(r["ratio_low"]) for x, r in zip(ratios, panel, strict=True)],
             [float(r["ratio_high"]) - x for x, r in zip(ratios, panel, strict=True)],
         ]
-        colours = ["#b5483a" if "missed" in r["met"] else "#3a6ea5" for r in panel]
+        colors = ["#b5483a" if "missed" in r["met"] else "#3a6ea5" for r in panel]
         names = [f"{r['op']} {r['case']}: {r['contender']}" for r in panel]
         own = OWN[panel[0]["device"]]
-        axis.barh(range(len(panel)), ratios, xerr=spread, color=colours, height=0.7)
+        axis.barh(range(len(panel)), ratios, xerr=spread, color=colors, height=0.7)
         for place, row in enumerate(panel):
             if row["target"].startswith(">= "):
                 wanted = float(row["target"].removeprefix(">= ").split("x")[0])
@@ -264,7 +264,7 @@ def chart(rows: list[Row], path: Path) -> None:
         axis.set_yticks(range(len(panel)), names, fontsize=8)
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-        axis.axvline(1, color="grey", linewidth=0.8)
+        axis.axvline(1, color="gray", linewidth=0.8)
         axis.invert_yaxis()
         axis.set_title(f"{own} is faster by (black: target), {machine}", fontsize=9)
     figure.tight_layout()

@@ -54,7 +54,7 @@ def interleave(
     """
     times = np.zeros((len(timed), rounds))
     turn = 0
-    # A rotation would keep each contender behind the same neighbour, whose caches it then finds.
+    # A rotation would keep each contender behind the same neighbor, whose caches it then finds.
     shuffle = np.random.default_rng(0)
     with no_collection():
         for number in range(-warmup, rounds):

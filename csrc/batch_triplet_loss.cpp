@@ -18,11 +18,11 @@ int64_t label_at(const Labels& labels, int64_t row) {
                          : static_cast<const int32_t*>(labels.data)[row * labels.stride];
 }
 
-// Rows by person: dense person numbers, and the rows of each person in ascending order.
-struct People {
+// Rows by identity: dense identity numbers, and the rows of each identity in ascending order.
+struct Identities {
   std::vector<int32_t> group, order, starts;
 
-  People(const Labels& labels, int64_t rows) : group(rows), order(rows) {
+  Identities(const Labels& labels, int64_t rows) : group(rows), order(rows) {
     std::vector<int64_t> values(rows);
     for (int64_t row = 0; row < rows; ++row) values[row] = label_at(labels, row);
     std::iota(order.begin(), order.end(), 0);
@@ -37,27 +37,27 @@ struct People {
 
 }  // namespace
 
-// Shift, centred rows and squared norms. Returns whether all of them are finite.
-bool batch_triplet_centre(const CentreArgs& args, int threads) {
+// Shift, centered rows and squared norms. Returns whether all of them are finite.
+bool batch_triplet_center(const CenterArgs& args, int threads) {
   if (args.rows * args.features < kSmall) threads = 1;
   const int64_t features = pad_up(args.features), blocks = (args.features + 63) / 64;
   std::fill(args.shift + args.features, args.shift + features, 0.0f);
-  const auto columns = KDK_AT_LEVEL(centre_columns);
+  const auto columns = KDK_AT_LEVEL(center_columns);
   parallel_rows(blocks, threads, 0, [&](int64_t begin, int64_t end, float*) {
     columns(args, begin * 64, std::min(end * 64, args.features));
   });
-  const auto rows = KDK_AT_LEVEL(centre_rows);
+  const auto rows = KDK_AT_LEVEL(center_rows);
   parallel_rows(pad_up(args.rows), threads, 0, [&](int64_t begin, int64_t end, float*) { rows(args, begin, end); });
   return std::all_of(args.norms, args.norms + args.rows, [](float norm) { return std::isfinite(norm); });
 }
 
 // One anchor a row; `loss` (rows,) is the sum over its triplets. Returns the totals over all anchors, in row order.
 AnchorTotals batch_triplet_mine(MineArgs args, const Labels& labels, float* loss, int threads) {
-  const People people(labels, args.rows);
+  const Identities identities(labels, args.rows);
   std::vector<AnchorTotals> totals(args.rows);
-  args.group = people.group.data();
-  args.order = people.order.data();
-  args.starts = people.starts.data();
+  args.group = identities.group.data();
+  args.order = identities.order.data();
+  args.starts = identities.starts.data();
   args.totals = totals.data();
   if (args.rows * args.rows < kSmall) threads = 1;
   const auto rows = KDK_AT_LEVEL(mine_rows);

@@ -1,24 +1,24 @@
 // Arguments of in-batch mining; the formulas are kdkernels/triplet/eager.py.
 //
-// Four steps, the GEMMs between them run by the caller: centre the embeddings; Gram matrix G; mine, which turns row a
+// Four steps, the GEMMs between them run by the caller: center the embeddings; Gram matrix G; mine, which turns row a
 // of G into anchor a's coefficients W_a; spread, which turns W into S = weights W + (weights W)^T and starts the
 // gradient sum_j S_ij (x_i - x_j) with all but its product - S X.
 #pragma once
 
 #include "types.h"
 
-// Square matrices and centred rows are padded to whole blocks: BLAS then gives the same bits at any number of threads,
+// Square matrices and centered rows are padded to whole blocks: BLAS then gives the same bits at any number of threads,
 // and no row kernel has a tail.
 constexpr int64_t kPad = 16;
 static inline constexpr int64_t pad_up(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
-struct CentreArgs {
+struct CenterArgs {
   Matrix embeddings;  // (rows, features)
   int64_t rows, features;
-  float* staged;   // (rows, padded features) float32 copy, null where embeddings can be read as they are
-  float* shift;    // (padded features,) the column means
-  float* centred;  // (padded rows, padded features)
-  float* norms;    // (padded rows,) squared norms of centred
+  float* staged;    // (rows, padded features) float32 copy, null where embeddings can be read as they are
+  float* shift;     // (padded features,) the column means
+  float* centered;  // (padded rows, padded features)
+  float* norms;     // (padded rows,) squared norms of centered
 };
 
 // (rows,) int32 or int64
@@ -42,9 +42,9 @@ struct MineArgs {
   const float* norms;      // (padded rows,)
   float* matrix;           // (padded rows, padded rows) G, then W where want_gradient
   uint64_t* close;         // (rows, words) pairs too close for the Gram form; null without gradient
-  const int32_t* group;    // (rows,) dense person number
-  const int32_t* order;    // (rows,) rows by person, ascending inside one
-  const int32_t* starts;   // (people + 1,) where each person begins in `order`
+  const int32_t* group;    // (rows,) dense identity number
+  const int32_t* order;    // (rows,) rows by identity, ascending inside one
+  const int32_t* starts;   // (identities + 1,) where each identity begins in `order`
   Mining mining;
   bool squared, want_gradient;
   double margin;
@@ -55,7 +55,7 @@ struct SpreadArgs {
   const float* embeddings;  // as in MineArgs
   int64_t stride;
   int64_t rows, features;
-  const float* centred;       // (padded rows, features)
+  const float* centered;      // (padded rows, features)
   const float* coefficients;  // (padded rows, padded rows) W
   float* sums;                // the same size, S; may be W itself
   const uint64_t* close;
@@ -72,8 +72,8 @@ static inline constexpr int64_t mine_scratch(int64_t rows) { return 7 * pad_up(r
 static inline constexpr int64_t spread_scratch(int64_t rows) { return 2 * pad_up(rows); }
 
 #define KDK_BATCH_TRIPLET                                                           \
-  void centre_columns(const CentreArgs& args, int64_t begin, int64_t end);          \
-  void centre_rows(const CentreArgs& args, int64_t begin, int64_t end);             \
+  void center_columns(const CenterArgs& args, int64_t begin, int64_t end);          \
+  void center_rows(const CenterArgs& args, int64_t begin, int64_t end);             \
   void mine_rows(const MineArgs& args, int64_t begin, int64_t end, float* scratch); \
   void spread_tiles(const SpreadArgs& args, int64_t begin, int64_t end);            \
   void spread_rows(const SpreadArgs& args, int64_t begin, int64_t end, float* scratch);

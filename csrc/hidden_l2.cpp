@@ -17,7 +17,7 @@ constexpr float kLargestHalf = 65504.0f;
 
 int64_t bytes_of(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
 
-// Dimensions in the order of the gradient's (else the student's) memory, neighbours merged.
+// Dimensions in the order of the gradient's (else the student's) memory, neighbors merged.
 HiddenL2Pair arrange(const HiddenL2Input& input) {
   HiddenL2Pair pair{};
   pair.student = input.student.data;

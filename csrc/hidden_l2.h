@@ -13,7 +13,7 @@ struct Strided {
 };
 
 // One pair S, T as the row kernel sweeps it. Dimensions stand in the order of the gradient's memory, outermost first,
-// neighbours merged wherever both tensors allow it; so a pair of equal dense layouts is one dimension of stride 1, and
+// neighbors merged wherever both tensors allow it; so a pair of equal dense layouts is one dimension of stride 1, and
 // the gradient of element number i lies at i.
 struct HiddenL2Pair {
   const void* student;

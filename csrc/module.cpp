@@ -196,20 +196,20 @@ void bind_triplet_loss(py::module_& m) {
 
 void bind_batch_triplet_loss(py::module_& m) {
   m.def(
-      "batch_triplet_centre",
+      "batch_triplet_center",
       [](const py::dict& arguments) {
-        Arguments given("batch_triplet_centre", arguments);
-        CentreArgs args{};
+        Arguments given("batch_triplet_center", arguments);
+        CenterArgs args{};
         args.embeddings = given.matrix("embeddings");
         args.rows = given.value<int64_t>("rows");
         args.features = given.value<int64_t>("features");
         args.staged = given.address<float>("staged");
         args.shift = given.address<float>("shift");
-        args.centred = given.address<float>("centred");
+        args.centered = given.address<float>("centered");
         args.norms = given.address<float>("norms");
         const int threads = given.threads();
         const py::gil_scoped_release release;
-        return batch_triplet_centre(args, threads);
+        return batch_triplet_center(args, threads);
       },
       "Embeddings minus their mean, padded, and squared norms; returns whether these are finite.");
   m.def(
@@ -251,7 +251,7 @@ void bind_batch_triplet_loss(py::module_& m) {
         args.stride = given.value<int64_t>("stride");
         args.rows = given.value<int64_t>("rows");
         args.features = given.value<int64_t>("features");
-        args.centred = given.address<const float>("centred");
+        args.centered = given.address<const float>("centered");
         args.coefficients = given.address<const float>("coefficients");
         args.sums = given.address<float>("sums");
         args.close = given.address<const uint64_t>("close");
@@ -263,7 +263,8 @@ void bind_batch_triplet_loss(py::module_& m) {
         const py::gil_scoped_release release;
         return batch_triplet_spread(args, finite, threads);
       },
-      "Symmetric pair coefficients and the gradient but for their product with the centred embeddings; returns whether "
+      "Symmetric pair coefficients and the gradient but for their product with the centered embeddings; returns "
+      "whether "
       "that product is still to be subtracted.");
 }
 
@@ -332,14 +333,14 @@ void bind_nearest_neighbor(py::module_& m) {
       },
       "Nothing found yet, for (rows,) records of 16 bytes.");
   m.def(
-      "nearest_centre",
+      "nearest_center",
       [](const py::dict& arguments) {
-        Arguments given("nearest_centre", arguments);
+        Arguments given("nearest_center", arguments);
         const RowRange gallery = given.row_range("gallery");
-        float* const centre = given.address<float>("centre");
+        float* const center = given.address<float>("center");
         const int threads = given.threads();
         const py::gil_scoped_release release;
-        nearest_centre(gallery, centre, threads);
+        nearest_center(gallery, center, threads);
       },
       "The point that is taken off every row.");
   m.def(
@@ -347,13 +348,13 @@ void bind_nearest_neighbor(py::module_& m) {
       [](const py::dict& arguments) {
         Arguments given("nearest_norms", arguments);
         const RowRange rows = given.row_range("rows");
-        const float* const centre = given.address<const float>("centre");
+        const float* const center = given.address<const float>("center");
         float* const norms = given.address<float>("norms");
         const int threads = given.threads();
         const py::gil_scoped_release release;
-        nearest_norms(rows, centre, norms, threads);
+        nearest_norms(rows, center, norms, threads);
       },
-      "Squared norms of centred rows.");
+      "Squared norms of centered rows.");
   m.def(
       "nearest_stage",
       [](const py::dict& arguments) {
@@ -361,7 +362,7 @@ void bind_nearest_neighbor(py::module_& m) {
         const StageArgs args{given.row_range("rows"),
                              given.value<int64_t>("column"),
                              given.value<int64_t>("width"),
-                             given.address<const float>("centre"),
+                             given.address<const float>("center"),
                              given.address<const float>("norms"),
                              given.value<float>("factor"),
                              given.address<float>("out")};
@@ -369,7 +370,7 @@ void bind_nearest_neighbor(py::module_& m) {
         const py::gil_scoped_release release;
         nearest_stage(args, threads);
       },
-      "Some columns of centred rows as contiguous floats.");
+      "Some columns of centered rows as contiguous floats.");
   m.def(
       "nearest_scan",
       [](const py::dict& arguments) {
@@ -453,7 +454,7 @@ PYBIND11_MODULE(_native, m) {
   bind_batch_triplet_loss(m);
   bind_hidden_l2(m);
   bind_nearest_neighbor(m);
-  m.def("pooled", &pooled, "A DLPack capsule of uninitialised memory from the pool.");
+  m.def("pooled", &pooled, "A DLPack capsule of uninitialized memory from the pool.");
   m.def("empty_pool", &pool::empty);
   m.def("idle_pool", &pool::idle);
   m.def("level", [] { return static_cast<int>(current_level()); });

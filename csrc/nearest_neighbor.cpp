@@ -19,17 +19,17 @@ int threads_for(int64_t elements, int threads) { return elements < kSmall ? 1 : 
 }  // namespace
 
 // The point that is taken off every row: the mean of some gallery rows, evenly spread.
-void nearest_centre(const RowRange& gallery, float* centre, int threads) {
+void nearest_center(const RowRange& gallery, float* center, int threads) {
   const int64_t step = (gallery.rows + kSampleRows - 1) / kSampleRows;
-  const auto kernel = KDK_AT_LEVEL(nearest_centre_columns);
+  const auto kernel = KDK_AT_LEVEL(nearest_center_columns);
   parallel_rows(gallery.columns, threads_for(gallery.columns * kSampleRows, threads), 0,
-                [&](int64_t begin, int64_t end, float*) { kernel(gallery, step, centre, begin, end); });
+                [&](int64_t begin, int64_t end, float*) { kernel(gallery, step, center, begin, end); });
 }
 
-void nearest_norms(const RowRange& range, const float* centre, float* norms, int threads) {
+void nearest_norms(const RowRange& range, const float* center, float* norms, int threads) {
   const auto kernel = KDK_AT_LEVEL(nearest_norm_rows);
   parallel_rows(range.rows, threads_for(range.rows * range.columns, threads), 0,
-                [&](int64_t begin, int64_t end, float*) { kernel(range, centre, norms, begin, end); });
+                [&](int64_t begin, int64_t end, float*) { kernel(range, center, norms, begin, end); });
 }
 
 void nearest_stage(const StageArgs& args, int threads) {

@@ -1,6 +1,6 @@
 // The parts of nearest_neighbor around its matrix products; the formula is kdkernels/nearest_neighbor/eager.py.
 //
-// With a centre c taken off every row, q' = q - c and x' = x - c,
+// With a center c taken off every row, q' = q - c and x' = x - c,
 //     ||q - x||^2 = ||q'||^2 + ||x'||^2 - 2 q'.x'
 // whose right side a tile of a matrix product yields fast and inexactly: it is off by at most
 // e (||q'||^2 + ||x'||^2) + f, e and f from the number of columns (op.py). So the right side minus that is a lower
@@ -18,12 +18,12 @@ struct RowRange {
   int64_t first, rows, columns;
 };
 
-// Columns [column, column + width) of a row range, centred and times `factor`, as (rows, width) floats. A row whose
+// Columns [column, column + width) of a row range, centered and times `factor`, as (rows, width) floats. A row whose
 // squared norm is not at most kSafeNorm becomes zeros, so that the product holds no NaN.
 struct StageArgs {
   RowRange range;
   int64_t column, width;
-  const float* centre;
+  const float* center;
   const float* norms;  // (rows,) of the range
   float factor;
   float* out;
@@ -48,8 +48,8 @@ struct ScanArgs {
 };
 
 #define KDK_NEAREST_NEIGHBOR_KERNELS                                                                            \
-  void nearest_centre_columns(const RowRange& sample, int64_t step, float* centre, int64_t begin, int64_t end); \
-  void nearest_norm_rows(const RowRange& range, const float* centre, float* norms, int64_t begin, int64_t end); \
+  void nearest_center_columns(const RowRange& sample, int64_t step, float* center, int64_t begin, int64_t end); \
+  void nearest_norm_rows(const RowRange& range, const float* center, float* norms, int64_t begin, int64_t end); \
   void nearest_stage_rows(const StageArgs& args, int64_t begin, int64_t end);                                   \
   void nearest_scan_rows(const ScanArgs& args, int64_t begin, int64_t end);
 

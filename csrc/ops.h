@@ -16,14 +16,14 @@ void kd_cross_entropy_chunk(const KdCrossEntropyArgs& args, int threads);
 void sparse_teacher_tail(const SparseTeacherArgs& args, int threads);
 void give_gradient(const GiveGradientArgs& args, int threads);
 void triplet_loss(TripletArgs args, bool mean, float* reduced, float* post_scale, int threads);
-bool batch_triplet_centre(const CentreArgs& args, int threads);
+bool batch_triplet_center(const CenterArgs& args, int threads);
 AnchorTotals batch_triplet_mine(MineArgs args, const Labels& labels, float* loss, int threads);
 bool batch_triplet_spread(SpreadArgs args, bool finite, int threads);
 void hidden_l2(const std::vector<HiddenL2Input>& inputs, float* loss, float* terms, float* post_scale, int threads);
 void hidden_l2_give(const std::vector<HiddenL2Given>& gradients, int threads);
 void nearest_begin(Nearest* nearest, int64_t rows);
-void nearest_centre(const RowRange& gallery, float* centre, int threads);
-void nearest_norms(const RowRange& range, const float* centre, float* norms, int threads);
+void nearest_center(const RowRange& gallery, float* center, int threads);
+void nearest_norms(const RowRange& range, const float* center, float* norms, int threads);
 void nearest_stage(const StageArgs& args, int threads);
 void nearest_scan(ScanArgs args, const float* gallery_norms, int threads);
 void nearest_finish(const Nearest* nearest, int64_t first, int64_t rows, bool leave_one_out, float* distance,

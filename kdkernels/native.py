@@ -35,7 +35,7 @@ POOLED_BYTES = 2**20  # smaller gradients come from torch's allocator
 def new_gradient(
     shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int] | None = None
 ) -> Tensor:
-    """Uninitialised CPU memory for a gradient, contiguous or with the given (gapless) strides.
+    """Uninitialized CPU memory for a gradient, contiguous or with the given (gapless) strides.
 
     A large one comes from a pool that keeps freed memory (1 GiB at most), so that a training step
     does not pay for fresh pages; `kdkernels.empty_cache()` gives the idle part back.

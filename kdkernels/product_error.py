@@ -8,7 +8,7 @@ def error_of_products(features: int, device_type: str) -> tuple[float, float]:
 
     n_i = ||x_i||^2. A dot product of D terms in any order is off by D u |x_i| |x_j| (u = 2^-24,
     Higham, "Accuracy and Stability of Numerical Algorithms", 3.1), and 2 |x_i| |x_j| <= n_i + n_j.
-    40 u covers the rounding of the centred numbers, of the norms and of the sums; f covers values
+    40 u covers the rounding of the centered numbers, of the norms and of the sums; f covers values
     flushed to zero. Where torch may round the factors of a product, to TF32 (off by 2^-10 at most)
     or on the CPU to bfloat16 (2^-8), both together add twice that, and as much again is left for
     room.

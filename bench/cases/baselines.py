@@ -107,7 +107,7 @@ def squared_distances(embeddings: Tensor) -> Tensor:
 
 
 def label_masks(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, N) masks: another picture of the same person, and a picture of another person."""
+    """(N, N) masks: another image of the same identity, and an image of another identity."""
     same = labels[:, None] == labels[None, :]
     others = ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     return same & others, ~same
@@ -132,7 +132,7 @@ def mine(distances: Tensor, labels: Tensor, mining: str) -> tuple[Tensor, Tensor
 
 
 def batch_triplet_loss(embeddings: Tensor, labels: Tensor, *, margin: float, mining: str) -> Tensor:
-    """Gram matrix, masks and index selection; "all" as (N, K-1, N), K pictures of everyone."""
+    """Gram matrix, masks and index selection; "all" as (N, K-1, N), K images of everyone."""
     distances = squared_distances(embeddings)
     if mining == "all":
         hinge, negatives = all_hinges(distances, labels, margin)

@@ -7,7 +7,7 @@ import torch
 
 from bench.case import OWN, Case, Contender, Floor, Inputs, as_list, op_call
 from bench.cases import baselines, libraries
-from bench.cases.inputs import feature_maps, logits, persons, search, triplets
+from bench.cases.inputs import feature_maps, identities, logits, search, triplets
 from kdkernels.nearest_neighbor.native import TILE_GALLERY, TILE_QUERIES
 
 
@@ -93,7 +93,7 @@ def in_bfloat16(seed: int, device: str, rows: int, classes: int) -> Inputs:
 
 
 def batch_triplet(mining: str, rounds: int) -> Case:
-    """One mining of batch_triplet_loss: 256 persons of 4 pictures."""
+    """One mining of batch_triplet_loss: 256 identities of 4 images."""
     if mining == "all":
         second = Contender("torch, masked", baselines.batch_triplet_loss_masked)
     else:
@@ -102,9 +102,9 @@ def batch_triplet(mining: str, rounds: int) -> Case:
         "batch_triplet_loss",
         mining,
         f"{mining} triplets, N=1024, 4 pictures a person, D=512, float32",
-        persons,
-        {"count": 256, "pictures": 4, "features": 512},
-        {"count": 8, "pictures": 4, "features": 16},
+        identities,
+        {"count": 256, "images": 4, "features": 512},
+        {"count": 8, "images": 4, "features": 16},
         (
             own("batch_triplet_loss"),
             Contender("torch", baselines.batch_triplet_loss),

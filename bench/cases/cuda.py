@@ -7,7 +7,7 @@ import torch
 
 from bench.case import OWN, Case, Contender, Floor, Inputs, op_call, tensors_of
 from bench.cases import baselines
-from bench.cases.inputs import RESNET50_TAPS, feature_maps, logits, persons, search, triplets
+from bench.cases.inputs import RESNET50_TAPS, feature_maps, identities, logits, search, triplets
 from bench.cases.libraries import LIGER, pytorch_metric_learning
 
 BF16 = torch.bfloat16
@@ -111,14 +111,14 @@ def kd(rows: int, classes: int, dtype: torch.dtype, rounds: int = 60) -> Case:
 
 
 def batch_hard(rows: int, rounds: int) -> Case:
-    """Hard mining at one size, 4 pictures of everyone."""
+    """Hard mining at one size, 4 images of everyone."""
     return Case(
         "batch_triplet_loss",
         f"hard-{rows}",
         f"hard triplets, N={rows:,}, 4 pictures a person, D=512, float32",
-        persons,
-        {"count": rows // 4, "pictures": 4, "features": 512},
-        {"count": 8, "pictures": 4, "features": 16},
+        identities,
+        {"count": rows // 4, "images": 4, "features": 512},
+        {"count": 8, "images": 4, "features": 16},
         (
             own("batch_triplet_loss"),
             Contender("torch", baselines.batch_triplet_loss, waits=True),

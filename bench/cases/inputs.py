@@ -81,14 +81,14 @@ def on_grid(x: Tensor) -> Tensor:
     return (unit * 2048).round() / 2048
 
 
-def persons(seed: int, device: str, count: int, pictures: int, features: int) -> Inputs:
-    """Shuffled embeddings; squared distances about 1.6 inside a person, 2 between persons."""
+def identities(seed: int, device: str, count: int, images: int, features: int) -> Inputs:
+    """Shuffled embeddings; squared distances about 1.6 inside an identity, 2 between identities."""
     g = generator(seed, device)
-    labels = torch.arange(count, device=device).repeat_interleave(pictures)
+    labels = torch.arange(count, device=device).repeat_interleave(images)
     labels = labels[torch.randperm(len(labels), generator=g, device=device)]
-    centres = torch.randn(count, features, generator=g, device=device)
+    centers = torch.randn(count, features, generator=g, device=device)
     noise = torch.randn(len(labels), features, generator=g, device=device)
-    return {"embeddings": on_grid(0.2**0.5 * centres[labels] + 0.8**0.5 * noise), "labels": labels}
+    return {"embeddings": on_grid(0.2**0.5 * centers[labels] + 0.8**0.5 * noise), "labels": labels}
 
 
 def triplets(seed: int, device: str, rows: int, features: int) -> Inputs:

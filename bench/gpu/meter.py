@@ -37,7 +37,7 @@ CACHED = 2**20  # bytes: smaller tensors stay in the caches
 READ, WRITTEN = "read", "written"
 
 Inputs = dict[str, Any]
-Make = Callable[..., Tensor]  # a tensor of the given sizes: normal numbers, or uninitialised
+Make = Callable[..., Tensor]  # a tensor of the given sizes: normal numbers, or uninitialized
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ def _launched(kernel: Any, arguments: tuple, options: dict[str, Any]) -> tuple:
 
 def measure(case: Case, rows: int, *, planning: bool = False) -> Count:
     """The counts of one instance; with `planning` only what it would launch."""
-    inputs = case.make(rows, _uninitialised if planning else _normal)
+    inputs = case.make(rows, _uninitialized if planning else _normal)
     for name in case.differentiable:
         for t in _tensors(inputs[name]):
             t.requires_grad_()
@@ -323,5 +323,5 @@ def _normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> T
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def _uninitialised(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+def _uninitialized(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     return torch.empty(shape, dtype=dtype)

@@ -30,7 +30,7 @@ def kept_shapes(rows: int) -> tuple[tuple[int, int], tuple[int, int]]:
     return (_pad(rows), _pad(rows)), (rows, (rows + 63) // 64)
 
 
-class _Centred:
+class _Centered:
     """Embeddings as the kernels read them: float32 rows in whole blocks, and the same minus their
     mean."""
 
@@ -41,17 +41,17 @@ class _Centred:
         is_float = embeddings.dtype == torch.float32
         direct = is_float and embeddings.stride(1) == 1 and features == self.features
         self.values = embeddings if direct else _floats(self.rows, self.features)
-        self.centred = _floats(_pad(self.rows), self.features)
+        self.centered = _floats(_pad(self.rows), self.features)
         self.norms = _floats(_pad(self.rows))
         shift = _floats(self.features)
-        self.is_finite = extension.batch_triplet_centre(
+        self.is_finite = extension.batch_triplet_center(
             {
                 "embeddings": matrix(embeddings),
                 "rows": self.rows,
                 "features": features,
                 "staged": 0 if direct else self.values.data_ptr(),
                 "shift": shift.data_ptr(),
-                "centred": self.centred.data_ptr(),
+                "centered": self.centered.data_ptr(),
                 "norms": self.norms.data_ptr(),
                 "threads": torch.get_num_threads(),
             }
@@ -69,7 +69,7 @@ class _Centred:
 
 
 def _form_gradient(
-    x: _Centred,
+    x: _Centered,
     coefficients: Tensor,
     sums: Tensor,
     close: Tensor,
@@ -83,7 +83,7 @@ def _form_gradient(
     needs_product = extension.batch_triplet_spread(
         {
             **x.arguments,
-            "centred": x.centred.data_ptr(),
+            "centered": x.centered.data_ptr(),
             "coefficients": coefficients.data_ptr(),
             "sums": sums.data_ptr(),
             "close": close.data_ptr(),
@@ -95,7 +95,7 @@ def _form_gradient(
         }
     )
     if needs_product:
-        gradient.addmm_(sums, x.centred, alpha=-1)
+        gradient.addmm_(sums, x.centered, alpha=-1)
     return gradient
 
 
@@ -142,9 +142,9 @@ def batch_triplet_loss(
 
     # Autocast would run the GEMMs in bfloat16.
     with torch.autocast("cpu", enabled=False):
-        x = _Centred(embeddings)
+        x = _Centered(embeddings)
         gram = _floats(*matrix_shape)
-        torch.mm(x.centred, x.centred.t(), out=gram)
+        torch.mm(x.centered, x.centered.t(), out=gram)
         total, triplets, active = extension.batch_triplet_mine(
             {
                 **x.arguments,
@@ -194,5 +194,5 @@ def batch_triplet_gradient(
     with torch.autocast("cpu", enabled=False):
         weights = incoming.to(torch.float32).contiguous()
         sums = torch.empty_like(coefficients)
-        gradient = _form_gradient(_Centred(embeddings), coefficients, sums, close, weights, 1.0)
+        gradient = _form_gradient(_Centered(embeddings), coefficients, sums, close, weights, 1.0)
         return _narrow(gradient, embeddings).to(embeddings.dtype)

@@ -112,7 +112,7 @@ def batch_triplet_loss(
 
     with d(x, y) = ||x - y||^2, or ||x - y|| if not `squared`, label[p] = label[a] != label[n] and
     p != a. Eq. (8) of "Model Distillation with Knowledge Transfer" (arXiv 1709.02929), where the
-    features are L2-normalised before; nothing is normalised here. mining:
+    features are L2-normalized before; nothing is normalized here. mining:
 
         "hard"      every anchor that has both takes its farthest positive and its nearest negative
                     (arXiv 1703.07737)

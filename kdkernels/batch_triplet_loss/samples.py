@@ -17,7 +17,7 @@ def tensor(sample: Sample, name: str) -> Tensor:
 
 
 def make(
-    people: Sequence[int],
+    identities: Sequence[int],
     features: int,
     *,
     seed: int = 0,
@@ -26,15 +26,15 @@ def make(
     name: str = "",
     **options: object,
 ) -> Sample:
-    """people[i] pictures of person i in mixed order: a normal centre each, and half of that around
-    it."""
+    """identities[i] rows of identity i in mixed order: a normal center each, and half of that
+    around it."""
     generator = torch.Generator().manual_seed(seed)
-    counts = torch.tensor(people, dtype=torch.int64)
-    labels = torch.repeat_interleave(torch.arange(len(people)), counts)
+    counts = torch.tensor(identities, dtype=torch.int64)
+    labels = torch.repeat_interleave(torch.arange(len(identities)), counts)
     labels = labels[torch.randperm(len(labels), generator=generator)]
-    centres = torch.randn(len(people), features, generator=generator)
+    centers = torch.randn(len(identities), features, generator=generator)
     around = torch.randn(len(labels), features, generator=generator)
-    embeddings = (centres[labels] + 0.5 * around) * spread
+    embeddings = (centers[labels] + 0.5 * around) * spread
     tensors = {"embeddings": embeddings.to(device), "labels": labels.to(device)}
     options.setdefault("margin", spread**2 * features)
     found = f"{len(labels)}x{features} {options.get('mining', 'hard')}"
@@ -60,7 +60,7 @@ def samples(device: str = "cpu") -> list[Sample]:
             mined([4] * 16, 512, spread=0.05, margin=0.4),
             mined([30, 33], 48, reduction="sum", squared=False, margin=0.3),
             mined([4] * 13, 130, reduction="none"),
-            mined([40], 33, name=f"one person, {mining}"),
+            mined([40], 33, name=f"one identity, {mining}"),
             mined([1] * 40, 33, reduction="none", name=f"all alone, {mining}"),
             *_edited(device, mining),
         ]

@@ -133,7 +133,7 @@ def _is_close(gram_ptr, stride, line, column, line_norm, column_norm, mask, OWN:
 
 @triton.jit(do_not_specialize=["lines", "columns", "first_line", "first_column"])
 def _spread(
-    x_ptr, centred_ptr, gram_ptr, coefficients_ptr, norms_ptr, order_ptr, weights_ptr,
+    x_ptr, centered_ptr, gram_ptr, coefficients_ptr, norms_ptr, order_ptr, weights_ptr,
     gradient_ptr, stride_x, stride_gram, stride_weights, lines, columns, first_line, first_column,
     features, OWN: tl.constexpr, OTHERS: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr, BATCH: tl.constexpr,
@@ -208,9 +208,9 @@ def _spread(
         k = start + tl.arange(0, BLOCK_D)
         here = is_line[:, None] & (k < features)[None, :]
         at = place[:, None] * features + k[None, :]
-        centred = tl.load(centred_ptr + at, mask=here, other=0.0)
+        centered = tl.load(centered_ptr + at, mask=here, other=0.0)
         sum_now = tl.load(gradient_ptr + at, mask=here, other=0.0)
-        tl.store(gradient_ptr + at, sum_now + scale[:, None] * centred, mask=here)
+        tl.store(gradient_ptr + at, sum_now + scale[:, None] * centered, mask=here)
 
 
 @triton.jit
@@ -305,7 +305,7 @@ def spread(
 
     def launch(first_line: int, lines: int, first_column: int, columns: int, **parts: bool) -> None:
         common.launch(
-            _spread, (triton.cdiv(lines, LINES),), batch.x, batch.centred, gram, coefficients,
+            _spread, (triton.cdiv(lines, LINES),), batch.x, batch.centered, gram, coefficients,
             batch.norms, batch.order, weights, gradient, batch.x.stride(0), gram.stride(0),
             line_stride, lines, columns, first_line, first_column, features, **parts, LINES=LINES,
             BLOCK=min(SPREAD_BLOCK, triton.next_power_of_2(columns)),
@@ -316,12 +316,12 @@ def spread(
     some = slice(begin, begin + lines)
     if lines == count:
         launch(0, count, 0, count, OWN=True, OTHERS=True)
-        gradient.addmm_(gram, batch.centred, alpha=-1)
+        gradient.addmm_(gram, batch.centered, alpha=-1)
         return
     launch(0, count, begin, lines, OWN=False, OTHERS=True)
     launch(begin, lines, 0, count, OWN=True, OTHERS=False)
-    gradient[some].addmm_(gram, batch.centred, alpha=-1)
-    gradient.addmm_(gram.t(), batch.centred[some], alpha=-1)
+    gradient[some].addmm_(gram, batch.centered, alpha=-1)
+    gradient.addmm_(gram.t(), batch.centered[some], alpha=-1)
 
 
 def narrow(

@@ -1,6 +1,6 @@
 """batch_triplet_loss in Triton: the steps of forward and backward.
 
-Sort by person and centre, then mine. "hard" mines by a Gram matrix up to TILED_ROWS rows and by
+Sort by identity and center, then mine. "hard" mines by a Gram matrix up to TILED_ROWS rows and by
 tiles above; "semihard" and "all" mine lines of the Gram matrix, CHUNK_ELEMENTS at a time, so
 nothing is ever N x N where N is large. What the gradient needs of "hard" are two partners and two
 slopes an anchor; of the others a chunk's coefficients W, which backward computes again for
@@ -40,7 +40,7 @@ def _mine_hard(
     if len(embeddings) > TILED_ROWS:
         return mine_hard_tiled(embeddings, labels, margin, squared, *results)
     batch = arrange(embeddings, labels)
-    gram = torch.mm(batch.centred, batch.centred.t())
+    gram = torch.mm(batch.centered, batch.centered.t())
     mine(batch, gram, None, 0, "hard", margin, squared, *results)
     return batch.x
 
@@ -65,7 +65,7 @@ def _mine_chunks(
             gram = _floats(batch.x, size, count)
             coefficients = torch.empty_like(gram)
         gram, coefficients = gram[:size], coefficients[:size]
-        torch.mm(batch.centred[begin : begin + size], batch.centred.t(), out=gram)
+        torch.mm(batch.centered[begin : begin + size], batch.centered.t(), out=gram)
         if gradient is None:
             mine(batch, gram, None, begin, mining, margin, squared, losses, totals)
             continue

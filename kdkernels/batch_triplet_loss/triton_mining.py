@@ -1,10 +1,10 @@
 """Mining of batch_triplet_loss in Triton by lines of the Gram matrix.
 
-The Gram matrix G of the centred rows gives the squared distance n_i + n_j - 2 G_ij with an error of
-at most `relative` (n_i + n_j) + `absolute`. Whatever depends on less (which candidate is nearest,
-whether a hinge is positive, a distance much smaller than its norms) is measured again from the
-differences, in double, as the native kernels do. A place is a row's number in the order of persons,
-a row its number in the batch: ties are decided by rows.
+The Gram matrix G of the centered rows gives the squared distance n_i + n_j - 2 G_ij with an error
+of at most `relative` (n_i + n_j) + `absolute`. Decisions within that error (the nearest candidate,
+the sign of a hinge, a distance much smaller than its norms) are measured again from the
+differences, in double, as the native kernels do. A place is a row's number in the order of
+identities, a row its number in the batch: ties are decided by rows.
 """
 
 import ctypes

@@ -1,9 +1,9 @@
-"""batch_triplet_loss in Triton: the batch sorted by person and centred.
+"""batch_triplet_loss in Triton: the batch sorted by identity and centered.
 
-Rows are sorted by label once, so that a person's rows are one range of places. A place is a row's
-number in that order, a row its number in the batch: ties are decided by rows, memory is read by
-places. A row whose numbers are not finite, or near the end of float32, is centred to zero with the
-norm inf: all its distances are measured.
+Rows are sorted by label once, so that an identity's rows are one range of places. A place is a
+row's number in that order, a row its number in the batch: ties are decided by rows, memory is read
+by places. A row whose numbers are not finite, or near the end of float32, is centered to zero with
+the norm inf: all its distances are measured.
 """
 
 from dataclasses import dataclass
@@ -62,7 +62,7 @@ def _arrange(
     low_ptr, halves_ptr, stride_x, stride_labels, stride_high, rows, places, features, relative,
     absolute, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # Each row's place and its person's range of places, by counting; then the centred row there.
+    # Each row's place and its identity's range of places, by counting; then the centered row there.
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside, exists = row < rows, row < places
     label = tl.load(labels_ptr + row.to(tl.int64) * stride_labels, mask=inside, other=0)
@@ -120,22 +120,22 @@ def _arrange(
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch sorted by person: N rows, D features, and P places, N or more."""
+    """A batch sorted by identity: N rows, D features, and P places, N or more."""
 
     x: Tensor  # (N, D) as given, columns side by side
     order: Tensor  # (P,) int32: the row at each place
     places: Tensor  # (N,) int32: the place of each row
-    first: Tensor  # (P,) int32: where the place's person begins
+    first: Tensor  # (P,) int32: where the place's identity begins
     last: Tensor  # (P,) int32: where it ends
-    norms: Tensor  # (P,) float32: squared, of the centred rows by place
-    centred: Tensor  # (P, D) float32; of `planes` the leading 8 bits
+    norms: Tensor  # (P,) float32: squared, of the centered rows by place
+    centered: Tensor  # (P, D) float32; of `planes` the leading 8 bits
 
 
 @dataclass(frozen=True)
 class Planes:
-    """Centred rows for a tiled product: whole tiles, as two bfloat16 numbers each."""
+    """Centered rows for a tiled product: whole tiles, as two bfloat16 numbers each."""
 
-    low: Tensor  # (P, D in whole blocks): the next 8 bits of `centred`
+    low: Tensor  # (P, D in whole blocks): the next 8 bits of `centered`
     halves: Tensor  # (P,) float32: minus half of lower_norm
 
 
@@ -151,10 +151,10 @@ def block_of_features(features: int) -> int:
 
 
 def arrange(embeddings: Tensor, labels: Tensor) -> Batch:
-    """The batch sorted by person and centred, in float32."""
+    """The batch sorted by identity and centered, in float32."""
     count, features = embeddings.shape
-    centred = torch.empty((count, features), dtype=torch.float32, device=embeddings.device)
-    return _sort(embeddings, labels, centred, None, None, (0.0, 0.0))
+    centered = torch.empty((count, features), dtype=torch.float32, device=embeddings.device)
+    return _sort(embeddings, labels, centered, None, None, (0.0, 0.0))
 
 
 def arrange_planes(
@@ -176,13 +176,13 @@ def arrange_planes(
 def _sort(
     embeddings: Tensor,
     labels: Tensor,
-    centred: Tensor,
+    centered: Tensor,
     low: Tensor | None,
     halves: Tensor | None,
     errors: tuple[float, float],
 ) -> Batch:
     x = embeddings if embeddings.stride(1) == 1 else embeddings.contiguous()
-    (count, features), (padded, width), device = x.shape, centred.shape, x.device
+    (count, features), (padded, width), device = x.shape, centered.shape, x.device
 
     def integers(size: int) -> Tensor:
         return torch.empty(size, dtype=torch.int32, device=device)
@@ -191,7 +191,7 @@ def _sort(
         torch.empty(size, dtype=torch.float32, device=device) for size in (padded, features)
     )
     batch = Batch(
-        x, integers(padded), integers(count), integers(padded), integers(padded), norms, centred
+        x, integers(padded), integers(count), integers(padded), integers(padded), norms, centered
     )
     narrow = min(32, triton.next_power_of_2(features))
     sample = min(SHIFT_ROWS, triton.next_power_of_2(count))
@@ -202,7 +202,7 @@ def _sort(
     block = 16 if padded > 1024 else 4  # labels are read once a block; small batches fill the chip
     common.launch(
         _arrange, (triton.cdiv(padded, block),), x, labels, shift, batch.order, batch.places,
-        batch.first, batch.last, norms, centred, low, halves, x.stride(0), labels.stride(0), width,
+        batch.first, batch.last, norms, centered, low, halves, x.stride(0), labels.stride(0), width,
         count, padded, features, *errors, ROWS=block, BLOCK=min(256, triton.next_power_of_2(count)),
         BLOCK_D=min(128, block_of_features(width)), num_warps=4,
     )  # fmt: skip

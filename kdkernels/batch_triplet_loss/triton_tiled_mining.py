@@ -1,7 +1,7 @@
 """Hard mining of large batches in Triton: a tiled product whose epilogue keeps a few numbers an
 anchor.
 
-A program takes a tile of anchors and a share of all places. The centred rows come as two bfloat16
+A program takes a tile of anchors and a share of all places. The centered rows come as two bfloat16
 planes of 8 bits each, x = high + low, and the three products high high + high low + low high give G
 with an error of about 2^-15: enough to find the candidates. Three bfloat16 products take half the
 time of three TF32 ones and read half the bytes, and every GPU has them.
@@ -14,7 +14,7 @@ then every share's best class whose bound is not above that, and all of a share 
 best is not either. So the choice is that of measuring everything; only the time depends on the
 data.
 
-Rows are sorted by person, so only tiles beside the diagonal hold positives and need a mask: they
+Rows are sorted by identity, so only tiles beside the diagonal hold positives and need a mask: they
 are a kernel of their own, and the other one fits twice into a multiprocessor.
 """
 
@@ -109,7 +109,7 @@ def _scan_tiles(
     tiles, share, TILE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     # one share of the places for a tile of anchors, without the tiles that _scan_diagonal takes
-    tile = tl.program_id(0) % tiles  # neighbours read the same share
+    tile = tl.program_id(0) % tiles  # neighbors read the same share
     number = tl.program_id(0) // tiles
     places = tiles * TILE
     line = tile * TILE + tl.arange(0, TILE)
@@ -134,7 +134,7 @@ def _scan_diagonal(
     stride, tiles, relative, absolute, SHARES: tl.constexpr, TILE: tl.constexpr,
     WIDTH: tl.constexpr, NARROW: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    # the tiles that hold a tile of anchors' own persons: negatives and positives
+    # the tiles that hold a tile of anchors' own identities: negatives and positives
     tile = tl.program_id(0)
     places = tiles * TILE
     line = tile * TILE + tl.arange(0, TILE)
@@ -298,7 +298,7 @@ def mine_hard_tiled(
     count, features = embeddings.shape
     errors = error_of_planes(features)
     batch, planes = arrange_planes(embeddings, labels, TILE, COLUMNS, errors)
-    (places, width), device = batch.centred.shape, embeddings.device
+    (places, width), device = batch.centered.shape, embeddings.device
     tiles = places // TILE
     share = triton.cdiv(tiles, SHARES) * TILE
     # the shares, then the diagonal's negatives and positives, by place
@@ -310,11 +310,11 @@ def mine_hard_tiled(
     sizes = {"TILE": TILE, "WIDTH": WIDTH}
     options = {"COLUMNS": COLUMNS, "num_warps": 8, "num_stages": 3}
     common.launch(
-        _scan_tiles, (tiles * SHARES,), batch.centred, planes.low, planes.halves, batch.first,
+        _scan_tiles, (tiles * SHARES,), batch.centered, planes.low, planes.halves, batch.first,
         batch.last, *found, width, tiles, share, **sizes, **options,
     )  # fmt: skip
     common.launch(
-        _scan_diagonal, (tiles,), batch.centred, planes.low, batch.norms, planes.halves,
+        _scan_diagonal, (tiles,), batch.centered, planes.low, batch.norms, planes.halves,
         batch.first, batch.last, *found, width, tiles, *errors, SHARES=SHARES, NARROW=NARROW,
         **sizes, **options,
     )  # fmt: skip

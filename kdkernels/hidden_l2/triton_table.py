@@ -75,7 +75,7 @@ class Form(NamedTuple):
 
 @dataclass(frozen=True)
 class Sweep:
-    """One launch over pairs of the same dtypes and layout, which are neighbours in the table."""
+    """One launch over pairs of the same dtypes and layout, which are neighbors in the table."""
 
     begin: int  # its first pair in the table
     pairs: int
@@ -84,7 +84,7 @@ class Sweep:
     student: torch.dtype
     teacher: torch.dtype
     gradient: bool
-    unit: int  # 0: both tensors are one linear run. Else elements that are neighbours in all three
+    unit: int  # 0: both tensors are one linear run. Else elements that are neighbors in all three
     wide: bool  # an index needs 64 bits
 
     @property
@@ -146,7 +146,7 @@ def _elements(shape: Sequence[int]) -> int:
 
 def _merged(form: Form) -> list[tuple[int, int, int]]:
     """(size, student's stride, teacher's stride) of the dimensions, innermost first, in the order
-    of the gradient's memory, else of the student's, neighbours merged where both tensors can."""
+    of the gradient's memory, else of the student's, neighbors merged where both tensors can."""
     memory = form.gradient_strides or form.student_strides
     dims = [d for d, size in enumerate(form.shape) if size != 1]
     merged: list[tuple[int, int, int]] = []
@@ -161,7 +161,7 @@ def _merged(form: Form) -> list[tuple[int, int, int]]:
 
 
 def _unit(form: Form, merged: list[tuple[int, int, int]]) -> int:
-    """0 for one linear run; else how many neighbours one access takes: a whole 16 bytes, or 1."""
+    """0 for one linear run; else how many neighbors one access takes: a whole 16 bytes, or 1."""
     (inner, *steps), *outer = merged
     if not outer and steps == [1, 1]:
         return 0

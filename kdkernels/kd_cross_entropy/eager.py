@@ -21,7 +21,7 @@ class KDTerms(NamedTuple):
     soft: Tensor
     entropy: Tensor
     hits: Tensor
-    count: Tensor
+    count: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  tuple.count is not used
 
 
 def cross_entropy_of(log_probs: Tensor, probs: Tensor) -> Tensor:

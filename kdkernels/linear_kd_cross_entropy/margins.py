@@ -69,7 +69,7 @@ def adaface_margin(
 
         z = clip(h (|x| - mean) / std, -1, 1),   m2 = -m z,   m3 = m z + m
 
-    features: (N, D) before normalisation; their norms are clipped to 0.001 to 100. mean and std of
+    features: (N, D) before normalization; their norms are clipped to 0.001 to 100. mean and std of
     the norms, numbers or 0-d tensors: the batch's own where not given, std then that of the batch
     itself (divided by N), so that one row has m2 = 0. AdaFace keeps running averages of both. h:
     how far a standard deviation moves the margin. Returns CombinedMargin with m2 and m3 (N,)

@@ -216,7 +216,7 @@ def linear_kd_cross_entropy(
     features: (N, D). weight: (C, D). bias: (C,), not with normalize. float32, bfloat16 or float16,
     each its own dtype and strides (float64 runs on eager). target: (N,) int32 or int64, None for
     the soft term alone. teacher: (features, weight) or (features, weight, bias) of the teacher,
-    (N, E), (C, E) and (C,), normalised where the student is and scaled by teacher_scale (None: by
+    (N, E), (C, E) and (C,), normalized where the student is and scaled by teacher_scale (None: by
     scale); or (N, C) logits, taken as they are; or a SparseTeacher; or None.
 
     SparseTeacher(indices, log_probs), or the plain pair (integers tell it from a head), both
@@ -249,7 +249,7 @@ def linear_kd_cross_entropy(
     return_terms also KDTerms.
 
     Gradients flow to features, weight and bias, each in its own dtype, and through both norms of a
-    normalised head; none to the teacher. A row of zeros has cosine 0 and gradient 0. A tensor that
+    normalized head; none to the teacher. A row of zeros has cosine 0 and gradient 0. A tensor that
     needs no gradient costs none: a frozen weight no product. The weight's gradient is summed in
     float32. Gradients are formed in forward and given away in backward, so a second backward or a
     double backward raises (use backend="eager" for either); with reduction="none" they are formed
@@ -366,7 +366,7 @@ class LinearKDCrossEntropyLoss(nn.Module):
     """linear_kd_cross_entropy as a module: `loss(features, weight, target, bias=, teacher=,
     classes=)`; arguments and errors as there.
 
-    Replaces a linear layer, or normalised features and weights, and KDCrossEntropyLoss on its
+    Replaces a linear layer, or normalized features and weights, and KDCrossEntropyLoss on its
     logits; the weight stays where it is. A margin whose m is a tensor goes to the call, and takes
     the place of the module's own. Differences from the pair: those of KDCrossEntropyLoss, and
     logits of 16-bit features and weights are float32.

@@ -1,14 +1,14 @@
 """The products of a classifier, chunk of rows by chunk of rows: logits, and the gradients from
 theirs.
 
-With rho_n = scale / |x_n| and kappa_c = 1 / |w_c| (1 for a head that is not normalised) a logit is
+With rho_n = scale / |x_n| and kappa_c = 1 / |w_c| (1 for a head that is not normalized) a logit is
 rho_n kappa_c x_n . w_c, so norms are factors of rows and columns and no weight is ever copied
-normalised. The gradient G of the logits becomes G' = G kappa, and
+normalized. The gradient G of the logits becomes G' = G kappa, and
 
     dL/dx_n = B_n - (B_n . x_n) x_n / |x_n|^2        B = rho G' W
     dL/dw_c = A_c - (A_c . w_c) w_c / |w_c|^2        A = G'^T (rho x)
 
-where the second terms, there in a normalised head alone, take out what would change the norms.
+where the second terms, there in a normalized head alone, take out what would change the norms.
 """
 
 from collections.abc import Callable, Iterator
@@ -87,7 +87,7 @@ class Head:
         counts: Tensor | None,
         how: Arithmetic,
     ) -> None:
-        """scale None: not normalised. counts (N,): rows that count; others are taken as zeros."""
+        """scale None: not normalized. counts (N,): rows that count; others are taken as zeros."""
         self.how, self.weight, self.scale = how, weight, scale or 1.0
         self.rows, self.features = features.shape
         self.classes = len(weight)

@@ -12,7 +12,7 @@ class Nearest(NamedTuple):
     """Squared distance (N,) float32 and gallery index (N,) int64 of each query's nearest row."""
 
     distance: Tensor
-    index: Tensor
+    index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  tuple.index is not used
 
 
 def nearest_neighbor(queries: Tensor, gallery: Tensor | None) -> Nearest:

@@ -35,7 +35,7 @@ class _Search:
         self.tile_queries = min(TILE_QUERIES, len(queries))
         self.tile_gallery = min(TILE_GALLERY, len(self.gallery))
         self.tile_columns = min(TILE_COLUMNS, self.columns)
-        self.centre = torch.empty(self.columns, dtype=torch.float32)
+        self.center = torch.empty(self.columns, dtype=torch.float32)
         self.gallery_norms = torch.empty(self.tile_gallery, dtype=torch.float32)
         self.products = torch.empty(self.tile_queries * self.tile_gallery, dtype=torch.float32)
         self.query_factor = torch.empty(self.tile_queries * self.tile_columns, dtype=torch.float32)
@@ -43,8 +43,8 @@ class _Search:
             self.tile_gallery * self.tile_columns, dtype=torch.float32
         )
         everything = self.rows(self.gallery, 0, len(self.gallery))
-        extension.nearest_centre(
-            {"gallery": everything, "centre": self.centre.data_ptr(), "threads": self.threads}
+        extension.nearest_center(
+            {"gallery": everything, "center": self.center.data_ptr(), "threads": self.threads}
         )
 
     def rows(self, of: Tensor, first: int, count: int) -> tuple:
@@ -55,21 +55,21 @@ class _Search:
         extension.nearest_norms(
             {
                 "rows": rows,
-                "centre": self.centre.data_ptr(),
+                "center": self.center.data_ptr(),
                 "norms": out.data_ptr(),
                 "threads": self.threads,
             }
         )
 
     def factor(self, rows: tuple, column: int, norms: Tensor, scale: float, out: Tensor) -> Tensor:
-        """Columns from `column` on of centred rows times `scale`, in the buffer `out`."""
+        """Columns from `column` on of centered rows times `scale`, in the buffer `out`."""
         width = min(self.tile_columns, self.columns - column)
         extension.nearest_stage(
             {
                 "rows": rows,
                 "column": column,
                 "width": width,
-                "centre": self.centre.data_ptr(),
+                "center": self.center.data_ptr(),
                 "norms": norms.data_ptr(),
                 "factor": scale,
                 "out": out.data_ptr(),

@@ -47,12 +47,12 @@ def nearest_neighbor(
     row whose bound is not above a distance already found. So the result is that of measuring every
     row, near ties and points far from the origin included, and equal distances go to the lowest
     index. Only the time depends on the data: where most rows tie within the rounding of the
-    products (native: D 6e-8 of the squared distance from the gallery's centre) most are measured.
+    products (native: D 6e-8 of the squared distance from the gallery's center) most are measured.
     eager measures every row in float32.
 
     native needs at most 64 MB beyond inputs and outputs. triton needs 16 bytes for a query, 8 for
     a gallery row and 36 for a query and split of the gallery (22 MB for 100,000 queries on an
-    H200). It centres float32 but not two matrices of one 16-bit dtype, where the bound is D 5e-7
+    H200). It centers float32 but not two matrices of one 16-bit dtype, where the bound is D 5e-7
     of the squared distance from the origin; those are fast where rows start at 16-byte addresses.
     It copies matrices whose columns are not adjacent.
 

@@ -15,7 +15,7 @@ def make(
     device: str = "cpu",
     name: str = "",
 ) -> Sample:
-    """Normal numbers, quantised so that float16 and bfloat16 hold them and no two rows nearly tie.
+    """Normal numbers, quantized so that float16 and bfloat16 hold them and no two rows nearly tie.
 
     gallery_rows None: leave-one-out.
     """

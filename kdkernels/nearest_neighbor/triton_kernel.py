@@ -38,8 +38,8 @@ def architecture_of(device: torch.device) -> str:
     return "hip" if torch.version.hip else str(torch.cuda.get_device_capability(device)[0])
 
 
-def tiles(architecture: str, descriptors: bool, centred: bool) -> Tiles:
-    """The shapes for 16-bit operands through the copy engine, for centred ones, for other ones.
+def tiles(architecture: str, descriptors: bool, centered: bool) -> Tiles:
+    """The shapes for 16-bit operands through the copy engine, for centered ones, for other ones.
 
     Counted, not measured. 128 x 256 makes the L2 cache deliver 47 bytes a clock to a Hopper
     multiprocessor at full speed (128 x 128: 64) and leaves no register spilled; pointers and three
@@ -49,8 +49,8 @@ def tiles(architecture: str, descriptors: bool, centred: bool) -> Tiles:
         return Tiles(32, 32, 16, 4, 1, 64)
     if descriptors:
         return Tiles(128, 256, 64, 8, 4, 1)
-    gallery = 128 if architecture in ("8", "hip") and not centred else 64
-    columns = 16 if architecture == "8" and centred else 32
+    gallery = 128 if architecture in ("8", "hip") and not centered else 64
+    columns = 16 if architecture == "8" and centered else 32
     return Tiles(128, gallery, columns, 8, 2 if architecture == "hip" else 3, 1)
 
 
@@ -69,7 +69,7 @@ def error_of_scores(columns: int) -> tuple[float, float]:
     or more) and their sum: at most 1.5 D units of 2^-23 of the largest partial sum (Fasi et al.,
     "Numerical behavior of NVIDIA tensor cores", PeerJ CS 2021). Partial sums start at ||x||^2 / 2
     and so stay below ||q||^2 + ||x||^2; 2 q.x is off by 6 D 2^-24 of that. 8 D leaves room for
-    other hardware; 256 covers the rounding of the centred numbers, of the norms and of three TF32
+    other hardware; 256 covers the rounding of the centered numbers, of the norms and of three TF32
     products for one of float32. f covers what is flushed to zero.
     """
     return (8 * columns + 256) * 2.0**-24, columns * 1e-36
@@ -103,16 +103,16 @@ def nearest_neighbor(queries: Tensor, gallery: Tensor | None) -> tuple[Tensor, T
     if count == 0:
         return distance, index
 
-    # 16-bit operands are not centred: their difference from a centre does not fit 16 bits
-    centred = queries.dtype != gallery.dtype or queries.dtype == torch.float32
+    # 16-bit operands are not centered: their difference from a center does not fit 16 bits
+    centered = queries.dtype != gallery.dtype or queries.dtype == torch.float32
     architecture = architecture_of(device)
     descriptors = (
-        not centred
+        not centered
         and architecture in ("9", "10")  # of those with a copy engine, these have memory for it
         and _takes_descriptor(queries)
         and _takes_descriptor(gallery)
     )
-    tile = tiles(architecture, descriptors, centred)
+    tile = tiles(architecture, descriptors, centered)
     query_tiles = triton.cdiv(count, tile.queries)
     gallery_tiles = triton.cdiv(gallery_count, tile.gallery)
     processors = common.multiprocessors(device)
@@ -124,7 +124,7 @@ def nearest_neighbor(queries: Tensor, gallery: Tensor | None) -> tuple[Tensor, T
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    centre, norms, halves = empty(columns), empty(count), empty(padded)
+    center, norms, halves = empty(columns), empty(count), empty(padded)
     scores, rests = empty(count, splits, 2), empty(count, splits)
     places = empty(count, splits, 2, dtype=torch.int32)
     counters = torch.zeros(2, dtype=torch.int32, device=device)
@@ -144,12 +144,12 @@ def nearest_neighbor(queries: Tensor, gallery: Tensor | None) -> tuple[Tensor, T
     found = (counters, ambiguous, best, distance, index)
 
     with common.on(queries, "nearest_neighbor"):
-        if centred:
+        if centered:
             step = triton.cdiv(gallery_count, SAMPLE_ROWS)
             common.launch(
-                triton_scan.centre,
+                triton_scan.center,
                 (triton.cdiv(columns, 64),),
-                *(gallery, centre, strides[1], gallery_count, step, columns),
+                *(gallery, center, strides[1], gallery_count, step, columns),
                 ROWS=16,
                 BLOCK=64,
             )
@@ -160,9 +160,9 @@ def nearest_neighbor(queries: Tensor, gallery: Tensor | None) -> tuple[Tensor, T
             common.launch(
                 triton_scan.norms,
                 (triton.cdiv(padded if is_gallery else count, NORM_ROWS),),
-                *(matrix, centre, norms, halves, unsafe, counters),
+                *(matrix, center, norms, halves, unsafe, counters),
                 *(matrix.stride(0), matrix.shape[0], columns, keep),
-                CENTRED=centred,
+                CENTERED=centered,
                 QUERIES=is_queries,
                 GALLERY=is_gallery,
                 ROWS=NORM_ROWS,
@@ -172,11 +172,11 @@ def nearest_neighbor(queries: Tensor, gallery: Tensor | None) -> tuple[Tensor, T
         common.launch(
             triton_scan.scan,
             (query_tiles, splits),
-            *(*operands, centre, halves, scores, places, rests, *strides),
+            *(*operands, center, halves, scores, places, rests, *strides),
             *(count, gallery_count, columns, splits, per_split),
             LEAVE_ONE_OUT=leave_one_out,
             DESCRIPTORS=descriptors,
-            CENTRED=centred,
+            CENTERED=centered,
             EVEN=columns % tile.columns == 0,
             INTERPRETED=architecture == "interpreter",
             PRECISION="ieee" if architecture == "hip" else "tf32x3",

@@ -1,6 +1,6 @@
 """Kernels of nearest_neighbor that bound: norms, and one pass of matrix products over all pairs.
 
-With q' and x' the rows less a centre (less nothing for 16-bit operands), and keep = 1 - e,
+With q' and x' the rows less a center (less nothing for 16-bit operands), and keep = 1 - e,
 
     score = q'.x' - keep/2 ||x'||^2,      ||q - x||^2 >= keep ||q'||^2 - 2 score - f
 
@@ -19,8 +19,8 @@ AMBIGUOUS = tl.constexpr(1)
 
 
 @triton.jit(do_not_specialize=["count", "step"])
-def centre(
-    gallery_ptr, centre_ptr, stride, count, step, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr
+def center(
+    gallery_ptr, center_ptr, stride, count, step, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     # Column means over every step-th row; what is not finite counts for nothing.
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -36,13 +36,13 @@ def centre(
         total += tl.where(usable, value, 0.0)
         finite += tl.where(usable, 1.0, 0.0)
     mean = tl.sum(total, axis=0) / tl.maximum(tl.sum(finite, axis=0), 1.0)
-    tl.store(centre_ptr + column, mean.to(tl.float32), mask=column < columns)
+    tl.store(center_ptr + column, mean.to(tl.float32), mask=column < columns)
 
 
 @triton.jit(do_not_specialize=["count"])
 def norms(
     rows_ptr,
-    centre_ptr,
+    center_ptr,
     norm_ptr,
     half_ptr,
     unsafe_ptr,
@@ -51,7 +51,7 @@ def norms(
     count,
     columns,
     keep,
-    CENTRED: tl.constexpr,
+    CENTERED: tl.constexpr,
     QUERIES: tl.constexpr,
     GALLERY: tl.constexpr,
     ROWS: tl.constexpr,
@@ -67,8 +67,8 @@ def norms(
         column = first + tl.arange(0, BLOCK)
         value = tl.load(start + column[None, :], mask=(column < columns)[None, :], other=0.0)
         value = value.to(tl.float32)
-        if CENTRED:
-            value -= tl.load(centre_ptr + column, mask=column < columns, other=0.0)[None, :]
+        if CENTERED:
+            value -= tl.load(center_ptr + column, mask=column < columns, other=0.0)[None, :]
         total += value.to(tl.float64) * value.to(tl.float64)
     norm = tl.sum(total, axis=1)
     safe = norm <= SAFE_NORM
@@ -95,7 +95,7 @@ def _best_of_classes(score, TILE_Q: tl.constexpr, TILE_X: tl.constexpr):
 def scan(
     queries,
     gallery,
-    centre_ptr,
+    center_ptr,
     half_ptr,
     score_ptr,
     place_ptr,
@@ -109,7 +109,7 @@ def scan(
     tiles_per_split,
     LEAVE_ONE_OUT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    CENTRED: tl.constexpr,
+    CENTERED: tl.constexpr,
     EVEN: tl.constexpr,
     INTERPRETED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -161,11 +161,11 @@ def scan(
                 inside = (load_column + within < columns)[None, :]
                 q = tl.load(query_rows + load_column, mask=inside, other=0.0)
                 x = tl.load(gallery_rows + load_column, mask=inside, other=0.0)
-        if CENTRED:
+        if CENTERED:
             inside = load_column + within < columns
-            centre = tl.load(centre_ptr + load_column + within, mask=inside, other=0.0)[None, :]
-            q = q.to(tl.float32) - centre
-            x = x.to(tl.float32) - centre
+            center = tl.load(center_ptr + load_column + within, mask=inside, other=0.0)[None, :]
+            q = q.to(tl.float32) - center
+            x = x.to(tl.float32) - center
         if INTERPRETED:  # its products take bfloat16 for integers
             q = q.to(tl.float32)
             x = x.to(tl.float32)

@@ -109,7 +109,7 @@ def triplet_loss(
         loss_n = [d(a_n, p_n) - d(a_n, n_n) + margin]_+,   d(x, y) = ||x - y||^2
 
     Eq. (8) of "Model Distillation with Knowledge Transfer" (arXiv 1709.02929), where the features
-    are L2-normalised before and margin is 0.4; nothing is normalised here. squared=False takes d =
+    are L2-normalized before and margin is 0.4; nothing is normalized here. squared=False takes d =
     ||x - y||.
 
     anchor, positive, negative: (N, D), float32, bfloat16 or float16, each its own dtype and strides

@@ -252,12 +252,12 @@ def _classes_by_every_path(op: Op) -> list[Sample]:
 def _batches_by_every_path(op: Op) -> list[Sample]:
     """More rows than lie in one chunk of anchors, so tiles for "hard"."""
     batch = importlib.import_module("kdkernels.batch_triplet_loss.triton_kernel")
-    people = int(batch.CHUNK_ELEMENTS**0.5) // 4 + 2
+    identities = int(batch.CHUNK_ELEMENTS**0.5) // 4 + 2
     found = []
     for mining in ("hard", "semihard", "all"):
         for reduction in ("mean", "none"):
             options = {"mining": mining, "reduction": reduction, "margin": 1.0}
-            found.append(make_batch([4] * people, 12, device=op.device, **options))
+            found.append(make_batch([4] * identities, 12, device=op.device, **options))
     return found
 
 
@@ -274,7 +274,7 @@ def paths_of_large_problems(op: Op, backend: str) -> None:
     accuracy(replace(op, samples=tuple(samples)), backend, torch.float32)
 
 
-def no_host_synchronisation(op: Op, backend: str) -> None:
+def no_host_synchronization(op: Op, backend: str) -> None:
     """10: nothing in forward or backward waits for the GPU."""
     for sample in op.samples:
         run(op, backend, sample)  # compiles and loads

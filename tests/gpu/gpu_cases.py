@@ -1,7 +1,7 @@
 """The calls whose kernels are compiled without a GPU: the shapes that the speed targets name, and
 beside them every option that makes another kernel.
 
-Tensors are uninitialised and only their dtype, shape and address are looked at, so large ones cost
+Tensors are uninitialized and only their dtype, shape and address are looked at, so large ones cost
 nothing.
 """
 

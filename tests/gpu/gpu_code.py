@@ -126,7 +126,7 @@ class Launch:
     variant: Variant
 
 
-def specialise(kernel: JITFunction, target: str, arguments: tuple, options: dict) -> Variant:
+def specialize(kernel: JITFunction, target: str, arguments: tuple, options: dict) -> Variant:
     """The variant that Triton's JIT would look up in its cache for these arguments.
 
     Triton's own binder decides what of the arguments is compiled in: dtypes, 16-byte alignment of
@@ -153,7 +153,7 @@ def specialise(kernel: JITFunction, target: str, arguments: tuple, options: dict
 
 
 class _NoProducts(TorchDispatchMode):
-    """Matrix products give uninitialised memory: only the launches are wanted here."""
+    """Matrix products give uninitialized memory: only the launches are wanted here."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -177,7 +177,7 @@ def recording(target: str) -> Iterator[list[Launch]]:
 
     def record(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
         assert isinstance(kernel, JITFunction), f"{kernel}: a wrapped kernel cannot be recorded"
-        variant = specialise(kernel, target, arguments, options)
+        variant = specialize(kernel, target, arguments, options)
         launches.append(Launch(kernel.fn.__name__, tuple(grid), variant))
 
     table = importlib.import_module("kdkernels.backends")  # kdkernels.backends is the function

@@ -171,7 +171,7 @@ class Cost:
 
 def _cost(instructions: tuple[Instruction, ...], element_bytes: int) -> Cost:
     elements = wide_bytes(instructions) / element_bytes
-    assert elements > 0, "no 16-byte global load here: the accesses were not vectorised"
+    assert elements > 0, "no 16-byte global load here: the accesses were not vectorized"
     stores = [i.stored for i in instructions if i.stored]
     return Cost(
         len(instructions) / elements,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from contract import accuracy, every_element_written, find_op, same_bits_twice
 from contract_device import paths_of_large_problems
-from test_triplet import MININGS, REDUCTIONS, all_triples, loss_and_gradient
+from test_batch_triplet_loss import MININGS, REDUCTIONS, all_triples, loss_and_gradient
 
 from kdkernels import backends, batch_triplet_loss
 from kdkernels.batch_triplet_loss.samples import make as make_batch
@@ -116,8 +116,12 @@ def test_large_batches_hold_no_square_matrix(monkeypatch):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_paths_of_large_batches_equal_a_loop_over_all_triples(mining, reduction):
     generator = torch.Generator().manual_seed(21)
-    for rows, features, people, on_grid in ((21, 3, 5, True), (19, 2, 2, True), (18, 17, 4, False)):
-        labels = torch.randint(people, (rows,), generator=generator)
+    for rows, features, identities, on_grid in (
+        (21, 3, 5, True),
+        (19, 2, 2, True),
+        (18, 17, 4, False),
+    ):
+        labels = torch.randint(identities, (rows,), generator=generator)
         if on_grid:  # ties and hinges of 0
             x = torch.randint(-1, 2, (rows, features), generator=generator).float()
         else:
@@ -136,8 +140,8 @@ def test_paths_of_large_batches_equal_a_loop_over_all_triples(mining, reduction)
 
 @pytest.mark.usefixtures("_large")
 def test_a_tie_between_shares_goes_to_the_lowest_row():
-    # Rows 0 and 30 are one point, the nearest negative of row 20. By person row 30 comes first and
-    # row 0 last: neither is in the anchor's own tile.
+    # Rows 0 and 30 are one point, the nearest negative of row 20. By identity row 30 comes first
+    # and row 0 last: neither is in the anchor's own tile.
     x = 10.0 * torch.randn(64, 8, generator=torch.Generator().manual_seed(4))
     labels = torch.arange(64) // 2 + 5
     labels[:2], labels[30:32] = 60, 0

@@ -67,14 +67,14 @@ def test_bounds_are_below_every_distance_and_close(dtype, leave_one_out, launche
     distances = (queries.double()[:, None] - rows.double()).square().sum(dim=2)
     if leave_one_out:
         distances.fill_diagonal_(torch.inf)
-    centre = scan["centre_ptr"].double().cpu() if scan["CENTRED"] else 0.0
-    norms = (queries.double() - centre).square().sum(dim=1)
+    center = scan["center_ptr"].double().cpu() if scan["CENTERED"] else 0.0
+    norms = (queries.double() - center).square().sum(dim=1)
     error, absolute = triton_kernel.error_of_scores(48)
     score = scan["score_ptr"].double().cpu().flatten(1).amax(dim=1)
     lower = (1 - error) * norms - 2 * score - absolute
     least = distances.amin(dim=1)
     assert (lower <= least).all()
-    largest = norms + (rows.double() - centre).square().sum(dim=1).amax()
+    largest = norms + (rows.double() - center).square().sum(dim=1).amax()
     assert (lower >= least - 2 * error * largest).all()
     assert listed(launched) == (0, 0)  # so the candidates decided
 
@@ -114,7 +114,7 @@ def test_copies_of_a_row_in_many_tiles_go_to_the_lowest_index(repeats, launched)
 
 @runs
 def test_near_ties_are_settled_in_difference_form(launched):
-    # 64 rows on a sphere around the query, which rounding parts by 1e-4, far from the centre that
+    # 64 rows on a sphere around the query, which rounding parts by 1e-4, far from the center that
     # 200 other rows have: the products are off by more
     others = normal(200, 64, seed=6)
     direction = torch.nn.functional.normalize(normal(64, 64, seed=7).double(), dim=1)
@@ -129,7 +129,7 @@ def test_near_ties_are_settled_in_difference_form(launched):
 def test_near_ties_in_one_class_of_several_tiles_are_told_apart(seed, launched):
     # one split, and only one of the four rows can be a candidate
     architecture = triton_kernel.architecture_of(torch.device(DEVICE))
-    tile = triton_kernel.tiles(architecture, descriptors=False, centred=True).gallery
+    tile = triton_kernel.tiles(architecture, descriptors=False, centered=True).gallery
     direction = torch.nn.functional.normalize(normal(4, 64, seed=seed).double(), dim=1)
     query = normal(1, 64, seed=seed + 100) + 50
     gallery = normal(4 * tile, 64, seed=seed + 200)
@@ -151,7 +151,7 @@ def test_numbers_whose_squares_leave_float32(size, launched):
 
 
 @runs
-def test_far_from_the_origin_centring_leaves_nothing_to_rescan(launched):
+def test_far_from_the_origin_centering_leaves_nothing_to_rescan(launched):
     assert_right(normal(20, 16, seed=11) + 1e4, normal(200, 16, seed=12) + 1e4)
     assert listed(launched) == (0, 0)
 
@@ -174,7 +174,7 @@ def test_one_outlier_spoils_no_other(launched):
 @runs
 def test_a_row_too_large_for_a_product_is_measured_for_all(launched):
     gallery = normal(600, 6, seed=17)
-    gallery[[4, 500]] = 2e19  # not among the rows whose mean is the centre
+    gallery[[4, 500]] = 2e19  # not among the rows whose mean is the center
     queries = torch.cat([normal(4, 6, seed=18), gallery[500:501] * 0.999])
     assert_right(queries, gallery)
     assert listed(launched) == (2, 1)
@@ -182,7 +182,7 @@ def test_a_row_too_large_for_a_product_is_measured_for_all(launched):
 
 @runs
 def test_the_nearest_row_may_be_one_too_large_for_a_product(launched):
-    # squared norms 6e36, which is safe, and 1.2e37, which is not; bfloat16 is not centred
+    # squared norms 6e36, which is safe, and 1.2e37, which is not; bfloat16 is not centered
     queries = (torch.ones(3, 6) * torch.tensor([[1e18], [1.1e18], [1e3]])).bfloat16()
     gallery = normal(70, 6, seed=24).bfloat16()
     gallery[41] = 1.4e18
@@ -211,8 +211,8 @@ def test_memory_grows_with_rows_times_splits_and_no_faster(launched, monkeypatch
     monkeypatch.setattr(torch, "empty", counted)
     nearest_neighbor(queries, gallery, backend="triton")
     tile, splits = launched["scan"]["TILE_X"], launched["scan"]["splits"]
-    outputs, padding, centre = 12 * 150, 4 * 3 * tile, 4 * 32
-    assert total <= outputs + 16 * 150 + 36 * 150 * splits + 8 * 500 + padding + centre
+    outputs, padding, center = 12 * 150, 4 * 3 * tile, 4 * 32
+    assert total <= outputs + 16 * 150 + 36 * 150 * splits + 8 * 500 + padding + center
 
 
 @pytest.mark.parametrize(

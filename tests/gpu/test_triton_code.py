@@ -210,7 +210,7 @@ class TestPlanted:
         assert "does not compile" in faults(variant, code)[0]
 
 
-class TestSpecialisation:
+class TestSpecialization:
     """What the JIT compiles in of the arguments, and what not."""
 
     def variant(self, *arguments, target="sm_90"):

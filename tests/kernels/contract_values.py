@@ -22,7 +22,7 @@ def _loss(op: Op, backend: str, places: list[float], labels: list[int], **option
 
 def infinite_negatives_make_triplets(op: Op, backend: str) -> None:
     """7: a negative at infinity is the nearest where there is no other: a triplet with hinge 0."""
-    # person 0's nearest farther negative is at infinity, person 2's is at 400; person 1 has none
+    # the nearest farther negative of identity 0 is at infinity, of identity 2 at 400; 1 has none
     places, labels = [0.0, 1000.0, 400.0, INF, 500.0, 501.0], [0, 0, 1, 1, 2, 2]
     options = {"mining": "semihard", "margin": 20_000.0}
     each = [0.0, 0.0, 0.0, 0.0, 10_001.0, 9_800.0]

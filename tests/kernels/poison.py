@@ -1,4 +1,4 @@
-"""Memory that torch leaves uninitialised, filled with what nobody may read by mistake."""
+"""Memory that torch leaves uninitialized, filled with what nobody may read by mistake."""
 
 from contextlib import contextmanager
 

@@ -33,7 +33,7 @@ from contract_device import (
     LARGE_PATHS,
     bad_labels_are_caught,
     memory_for,
-    no_host_synchronisation,
+    no_host_synchronization,
     past_two_to_the_31,
     paths_of_large_problems,
     same_bits_from_a_graph,
@@ -177,7 +177,7 @@ if GPUS:
 
     @pytest.mark.parametrize(
         "promise",
-        [no_host_synchronisation, same_bits_from_a_graph, same_bits_on_another_stream],
+        [no_host_synchronization, same_bits_from_a_graph, same_bits_on_another_stream],
         ids=lambda f: f.__name__,
     )
     @pytest.mark.parametrize(("op", "backend", "device"), ON_CUDA)

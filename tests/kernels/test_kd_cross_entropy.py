@@ -103,7 +103,7 @@ def test_no_counted_row_gives_zero_loss_and_zero_gradient(backend):
 
 
 @both
-def test_a_row_of_only_minus_infinity_is_nan_and_leaves_its_neighbours_alone(backend):
+def test_a_row_of_only_minus_infinity_is_nan_and_leaves_its_neighbors_alone(backend):
     sample = make(3, 40)
     s, t, y = sample.tensors.values()
     s[1] = -math.inf

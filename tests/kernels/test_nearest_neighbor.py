@@ -171,14 +171,14 @@ def test_far_from_the_origin_the_true_nearest_is_found(offset, columns):
 
 @native
 def test_two_clusters_far_apart_where_the_products_say_nothing():
-    # centred they are still 1e6 from the centre: every row is within the rounding of the products
+    # centered they are still 1e6 from the center: every row is within the rounding of the products
     side = torch.where(torch.arange(400) % 2 == 0, 1e6, -1e6)[:, None]
     assert_right(normal(50, 16, seed=11) + side[:50], normal(400, 16, seed=12) + side)
 
 
 @native
 def test_near_ties_are_settled_in_difference_form():
-    # 64 rows on a sphere around each query, far from the centre that 1000 other rows have: rounding
+    # 64 rows on a sphere around each query, far from the center that 1000 other rows have: rounding
     # coordinates of 50 parts their squared distances by 1e-4, the products are off by 1e-1
     others = normal(1000, 256, seed=13)
     for seed in range(20):

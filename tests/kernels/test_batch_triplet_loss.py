@@ -1,5 +1,5 @@
-"""The mathematics of triplet_loss and batch_triplet_loss: values worked by hand, all triples in
-plain loops, float64."""
+"""The mathematics of batch_triplet_loss: values worked by hand, all triples in plain loops,
+float64."""
 
 import math
 from itertools import product
@@ -10,18 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import kdkernels
-from kdkernels import (
-    BatchTripletLoss,
-    TripletLoss,
-    batch_triplet_loss,
-    triplet_loss,
-)
+from kdkernels import BatchTripletLoss, batch_triplet_loss
 from kdkernels.backends import backends
 from kdkernels.batch_triplet_loss import eager as batch_eager
-from kdkernels.batch_triplet_loss.samples import make as make_batch
-from kdkernels.triplet_loss.samples import make as make_triplets
+from kdkernels.batch_triplet_loss.samples import make
 
-BACKENDS = backends("triplet_loss", "cpu")
+BACKENDS = backends("batch_triplet_loss", "cpu")
 LEVELS = kdkernels.isa_levels()
 MININGS = ("hard", "semihard", "all")
 REDUCTIONS = ("mean", "nonzero", "sum", "none")
@@ -32,10 +26,6 @@ needs_native = pytest.mark.skipif(
 )
 
 
-def row(*values: float) -> torch.Tensor:
-    return torch.tensor([values], dtype=torch.float32, requires_grad=True)
-
-
 def loss_and_gradient(function, x, *arguments, incoming=None, **options):
     """Loss and gradient of `function(x, ...)` for the incoming gradient."""
     x = x.detach().clone().requires_grad_()
@@ -43,82 +33,6 @@ def loss_and_gradient(function, x, *arguments, incoming=None, **options):
     incoming = torch.ones_like(loss) if incoming is None else incoming.to(loss.dtype)
     (gradient,) = torch.autograd.grad(loss, x, incoming)
     return loss.detach(), gradient
-
-
-class TestTripletLoss:
-    @both
-    def test_squared_worked_by_hand(self, backend):
-        # d(a,p) = 9 + 16, d(a,n) = 1 + 4, so 25 - 5 + 0.5; the gradients are 2(n - p), 2(p - a),
-        # 2(a - n).
-        a, p, n = row(0, 0), row(3, 4), row(1, -2)
-        loss = triplet_loss(a, p, n, margin=0.5, backend=backend)
-        loss.backward()
-        assert loss.item() == 20.5
-        assert a.grad.tolist() == [[-4, -12]]
-        assert p.grad.tolist() == [[6, 8]]
-        assert n.grad.tolist() == [[-2, 4]]
-
-    @both
-    def test_not_squared_worked_by_hand(self, backend):
-        # d(a,p) = 5, d(a,n) = 2; the gradients are unit vectors.
-        a, p, n = row(0, 0), row(3, 4), row(0, -2)
-        loss = triplet_loss(a, p, n, margin=0.5, squared=False, backend=backend)
-        loss.backward()
-        assert loss.item() == 3.5
-        torch.testing.assert_close(a.grad, torch.tensor([[-0.6, -0.8 - 1.0]]))
-        torch.testing.assert_close(p.grad, torch.tensor([[0.6, 0.8]]))
-        torch.testing.assert_close(n.grad, torch.tensor([[0.0, 1.0]]))
-
-    @both
-    @pytest.mark.parametrize(("margin", "active"), [(3.0, False), (3.0 + 2**-20, True)])
-    def test_a_hinge_of_exactly_zero_has_no_gradient(self, backend, margin, active):
-        a, p, n = row(0, 0), row(0, 1), row(2, 0)
-        triplet_loss(a, p, n, margin=margin, backend=backend).backward()
-        assert bool(a.grad.any()) == bool(p.grad.any()) == bool(n.grad.any()) == active
-
-    @both
-    def test_a_distance_of_zero_has_no_gradient(self, backend):
-        a, p, n = row(1, 2), row(1, 2), row(1, 2)
-        loss = triplet_loss(a, p, n, margin=0.25, squared=False, backend=backend)
-        loss.backward()
-        assert loss.item() == 0.25
-        assert not any(bool(t.grad.any()) for t in (a, p, n))
-
-    @both
-    def test_no_rows_give_zero(self, backend):
-        empty = torch.zeros(0, 4, requires_grad=True)
-        loss = triplet_loss(empty, empty, empty, backend=backend)
-        loss.backward()
-        assert loss.item() == 0.0
-        assert empty.grad.shape == (0, 4)
-
-    @both
-    def test_gradients_go_where_they_are_wanted(self, backend):
-        for wanted in product([True, False], repeat=3):
-            sample = make_triplets(5, 9, seed=1, margin=50.0)
-            members = [
-                t.requires_grad_(w) for t, w in zip(sample.tensors.values(), wanted, strict=True)
-            ]
-            loss = triplet_loss(*members, margin=50.0, backend=backend)
-            assert loss.requires_grad == any(wanted)
-            if any(wanted):
-                loss.backward()
-            assert [t.grad is not None for t in members] == list(wanted)
-
-    @both
-    def test_a_tensor_that_is_two_members_gets_the_sum(self, backend):
-        x, n = row(1, 2), row(0, 0)
-        triplet_loss(x, x, n, margin=9.0, backend=backend).backward()
-        assert x.grad.tolist() == [[-2, -4]]
-
-    @both
-    def test_moving_all_three_changes_nothing(self, backend):
-        a, p, n = make_triplets(6, 40, seed=2).tensors.values()
-        losses = [
-            triplet_loss(a + s, p + s, n + s, reduction="none", margin=9.0, backend=backend)
-            for s in (0.0, 2.0)
-        ]
-        torch.testing.assert_close(*losses)
 
 
 def all_triples(x, labels, margin, mining, squared, reduction, incoming):
@@ -173,8 +87,8 @@ def batches(draw):
     numbers."""
     rows, features = draw(st.integers(1, 20)), draw(st.sampled_from([1, 2, 3, 15, 16, 17, 33]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    people = draw(st.integers(1, rows))
-    labels = torch.randint(people, (rows,), generator=generator)
+    identities = draw(st.integers(1, rows))
+    labels = torch.randint(identities, (rows,), generator=generator)
     if draw(st.booleans()):
         x = torch.randint(-1, 2, (rows, features), generator=generator).float()
         margin = draw(st.sampled_from([0.0, 1.0, 2.0, -1.0]))
@@ -185,7 +99,7 @@ def batches(draw):
 
 
 class TestBatchTripletLoss:
-    # 1-d points: person 0 at 0 and 2, person 1 at 3 and 7.
+    # 1-d points: identity 0 at 0 and 2, identity 1 at 3 and 7.
     POINTS = torch.tensor([[0.0], [2.0], [3.0], [7.0]])
     LABELS = torch.tensor([0, 0, 1, 1])
 
@@ -291,7 +205,7 @@ class TestBatchTripletLoss:
     @both
     @pytest.mark.parametrize("mining", ["hard", "all"])
     def test_a_distance_of_zero_has_no_gradient(self, backend, mining):
-        # Rows 0 and 1 are one person's, row 2 is another's: all at one point.
+        # Rows 0 and 1 are one identity's, row 2 is another's: all at one point.
         x, labels = torch.ones(3, 4), torch.tensor([0, 0, 1])
         options = {"margin": 0.25, "mining": mining, "squared": False, "backend": backend}
         loss, gradient = loss_and_gradient(batch_triplet_loss, x, labels, **options)
@@ -301,7 +215,7 @@ class TestBatchTripletLoss:
     @both
     @every_mining
     def test_the_order_of_the_batch_does_not_matter(self, backend, mining):
-        x, labels = make_batch([4] * 9, 40, seed=6).tensors.values()
+        x, labels = make([4] * 9, 40, seed=6).tensors.values()
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))
         options = {"mining": mining, "margin": 9.0, "backend": backend}
         loss, gradient = loss_and_gradient(batch_triplet_loss, x, labels, **options)
@@ -314,7 +228,7 @@ class TestBatchTripletLoss:
     @pytest.mark.parametrize("squared", [True, False])
     def test_gradient_rows_sum_to_zero(self, backend, mining, squared):
         # The loss does not change when all rows move together.
-        x, labels = make_batch([4] * 12, 64, seed=7).tensors.values()
+        x, labels = make([4] * 12, 64, seed=7).tensors.values()
         options = {"mining": mining, "squared": squared, "margin": 200.0, "backend": backend}
         loss, gradient = loss_and_gradient(batch_triplet_loss, x, labels, **options)
         assert float(loss) > 0
@@ -324,13 +238,13 @@ class TestBatchTripletLoss:
     @every_mining
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
     def test_a_nan_reaches_every_anchor_that_has_triplets(self, backend, mining, bad):
-        x, labels = make_batch([3, 3, 2, 1], 20, seed=8).tensors.values()
+        x, labels = make([3, 3, 2, 1], 20, seed=8).tensors.values()
         x[int((labels == 0).nonzero()[0])] = bad
         loss = batch_triplet_loss(
             x, labels, mining=mining, margin=9.0, reduction="none", backend=backend
         )
         if math.isnan(bad):
-            assert torch.equal(loss.isnan(), labels != 3)  # the person with one picture has none
+            assert torch.equal(loss.isnan(), labels != 3)  # the identity with one image has none
         else:
             # An infinite distance to a negative is a triplet without loss; to a positive it is
             # infinite.
@@ -344,7 +258,7 @@ class TestBatchTripletLoss:
         # Norms of 64 * 1000^2 against distances of 64 * 0.01^2: float32 |a|^2 + |b|^2 - 2ab keeps
         # nothing.
         kdkernels.set_isa(level)
-        sample = make_batch([4] * 10, 64, seed=9, spread=0.01)
+        sample = make([4] * 10, 64, seed=9, spread=0.01)
         x, labels = sample.tensors["embeddings"], sample.tensors["labels"]
         x[::2] += 1000.0
         x[1::2] -= 1000.0
@@ -359,7 +273,7 @@ class TestBatchTripletLoss:
     @needs_native
     @pytest.mark.parametrize("level", LEVELS)
     def test_a_batch_with_many_positives_and_ties_everywhere(self, level):
-        # 2 people of 64 on a small grid: the product of S and X, with hundreds of ties a row.
+        # 2 identities of 64 on a small grid: the product of S and X, with hundreds of ties a row.
         kdkernels.set_isa(level)
         generator = torch.Generator().manual_seed(10)
         x = torch.randint(-2, 3, (128, 24), generator=generator).float()
@@ -379,7 +293,7 @@ class TestBatchTripletLoss:
     def test_a_float16_gradient_survives_the_loss_scale(self, mining, reduction):
         # Most gradients divided by the number of triplets are below float16's smallest number,
         # 6e-8.
-        x, labels = make_batch([4] * 32, 64, seed=11, spread=0.002).tensors.values()
+        x, labels = make([4] * 32, 64, seed=11, spread=0.002).tensors.values()
         x = x.half()
         options = {"mining": mining, "margin": 1e-3, "reduction": reduction}
         divisor = 1.0 if reduction == "mean" else 128.0 * 64
@@ -397,7 +311,7 @@ class TestBatchTripletLoss:
     @pytest.mark.parametrize("squared", [True, False])
     @pytest.mark.parametrize("reduction", ["nonzero", "none"])
     def test_gradcheck_of_eager(self, mining, squared, reduction):
-        x, labels = make_batch([2, 3, 1, 2], 4, seed=12).tensors.values()
+        x, labels = make([2, 3, 1, 2], 4, seed=12).tensors.values()
         x = x.double().requires_grad_()
 
         def loss(x):
@@ -410,7 +324,7 @@ class TestBatchTripletLoss:
         assert torch.autograd.gradgradcheck(loss, x)
 
     def test_eager_in_blocks_of_rows_equals_eager_at_once(self, monkeypatch):
-        x, labels = make_batch([4] * 5, 12, seed=13).tensors.values()
+        x, labels = make([4] * 5, 12, seed=13).tensors.values()
         options = {"mining": "all", "margin": 9.0, "backend": "eager"}
         whole = loss_and_gradient(batch_triplet_loss, x, labels, **options)
         monkeypatch.setattr(batch_eager, "BLOCK_ELEMENTS", 500)
@@ -422,66 +336,41 @@ X = torch.ones(4, 3)
 Y = torch.tensor([0, 0, 1, 1])
 
 
-class TestErrors:
-    @both
-    @pytest.mark.parametrize(
-        ("arguments", "options", "message"),
-        [
-            ((X, X[:, :2], X), {}, r"positive must have anchor's shape \(4, 3\), got \(4, 2\)"),
-            ((X, X, X[:3]), {}, "negative must have anchor's shape"),
-            ((X[0], X[0], X[0]), {}, "anchor must have 2 dimensions"),
-            ((X[:, :0], X[:, :0], X[:, :0]), {}, "at least one feature"),
-            ((X.long(), X, X), {}, "anchor must be one of float32"),
-            ((X, X.to("meta"), X), {}, "positive must be on cpu"),
-            ((X, X, None), {}, "negative must be a torch.Tensor"),
-            ((X, X, X), {"margin": math.nan}, "margin must be finite"),
-            ((X, X, X), {"margin": "1"}, "margin must be a number"),
-            ((X, X, X), {"reduction": "nonzero"}, "reduction must be one of mean, sum, none"),
-        ],
-    )
-    def test_triplet_loss_names_itself(self, backend, arguments, options, message):
-        with pytest.raises(ValueError, match=rf"^triplet_loss: .*{message}"):
-            triplet_loss(*arguments, **options, backend=backend)
+@both
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((X, Y[:3]), {}, r"labels must have shape \(4,\), got \(3,\)"),
+        ((X, Y.float()), {}, "labels must be int32 or int64"),
+        ((X, Y.to("meta")), {}, "labels must be on cpu"),
+        ((X, [0, 0, 1, 1]), {}, "labels must be a torch.Tensor"),
+        ((X[None], Y), {}, "embeddings must have 2 dimensions"),
+        ((X[:, :0], Y), {}, "at least one feature"),
+        ((X, Y), {"margin": math.inf}, "margin must be finite"),
+        ((X, Y), {"mining": "easy"}, "mining must be one of hard, semihard, all"),
+        ((X, Y), {"reduction": "median"}, "reduction must be one of mean, nonzero, sum, none"),
+    ],
+)
+def test_an_error_names_the_op(backend, arguments, options, message):
+    with pytest.raises(ValueError, match=rf"^batch_triplet_loss: .*{message}"):
+        batch_triplet_loss(*arguments, **options, backend=backend)
 
-    @both
-    @pytest.mark.parametrize(
-        ("arguments", "options", "message"),
-        [
-            ((X, Y[:3]), {}, r"labels must have shape \(4,\), got \(3,\)"),
-            ((X, Y.float()), {}, "labels must be int32 or int64"),
-            ((X, Y.to("meta")), {}, "labels must be on cpu"),
-            ((X, [0, 0, 1, 1]), {}, "labels must be a torch.Tensor"),
-            ((X[None], Y), {}, "embeddings must have 2 dimensions"),
-            ((X[:, :0], Y), {}, "at least one feature"),
-            ((X, Y), {"margin": math.inf}, "margin must be finite"),
-            ((X, Y), {"mining": "easy"}, "mining must be one of hard, semihard, all"),
-            ((X, Y), {"reduction": "median"}, "reduction must be one of mean, nonzero, sum, none"),
-        ],
-    )
-    def test_batch_triplet_loss_names_itself(self, backend, arguments, options, message):
-        with pytest.raises(ValueError, match=rf"^batch_triplet_loss: .*{message}"):
-            batch_triplet_loss(*arguments, **options, backend=backend)
 
-    def test_modules_reject_bad_options_at_construction(self):
-        for bad in ({"margin": math.nan}, {"reduction": "median"}):
-            for module in (TripletLoss, BatchTripletLoss):
-                with pytest.raises(ValueError, match=next(iter(bad))):
-                    module(**bad)
-        with pytest.raises(ValueError, match="mining"):
-            BatchTripletLoss(mining="easy")
+def test_the_module_rejects_bad_options_at_construction():
+    for bad in ({"margin": math.nan}, {"reduction": "median"}, {"mining": "easy"}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            BatchTripletLoss(**bad)
 
 
 @both
-def test_modules_equal_their_functions(backend):
+def test_the_module_equals_its_function(backend):
     options = {"margin": 2.0, "squared": False, "reduction": "sum", "backend": backend}
-    triplet = list(make_triplets(6, 11, seed=3).tensors.values())
-    assert torch.equal(TripletLoss(**options)(*triplet), triplet_loss(*triplet, **options))
-    batch = list(make_batch([3, 3, 2], 11, seed=4).tensors.values())
     options["mining"] = "all"
+    batch = list(make([3, 3, 2], 11, seed=4).tensors.values())
     assert torch.equal(BatchTripletLoss(**options)(*batch), batch_triplet_loss(*batch, **options))
 
 
-@pytest.mark.parametrize("backend", backends("batch_triplet_loss", "cpu"))
+@both
 @pytest.mark.parametrize("mining", ["hard", "all"])
 def test_a_loss_beyond_float32_is_not_finite_and_no_error(backend, mining):
     generator = torch.Generator().manual_seed(0)

@@ -56,7 +56,7 @@ def test_a_run_that_is_missing_or_unfinished_is_told_before_images_are_read(
 @pytest.mark.parametrize(
     ("kind", "more", "message"),
     [
-        ("gallery", {"model__divide": 2}, "eval.gallery .*features have 256 numbers .*network's 128"),
+        ("gallery", {"model__divide": 2}, "features have 256 numbers .*network's 128"),
         ("head", {"model__divide": 2}, "head.run .*reads 256 features and this network has 128"),
         ("head", {"head__kind": "cosine"}, "head.run .*its head is linear, this one cosine"),
         ("init_from", {"model__width": 16}, "inherit: none of the .* weights .* fits"),

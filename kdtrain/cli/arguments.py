@@ -12,7 +12,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 
 from kdtrain.config import settings
-from kdtrain.config.program import INTERRUPTED, PROGRAM, cores
+from kdtrain.config.program import INTERRUPTED, PROGRAM, cores, printable
 from kdtrain.config.settings import add_keys, flatten, nearest
 
 
@@ -105,7 +105,7 @@ def take_stage_keys(argv: list[str], stages: Sequence[str]) -> dict[str, dict[st
 def ended(status: int, again: str) -> int:
     """The exit status of a command; after an interruption people read which command continues."""
     if status == INTERRUPTED:
-        print(f"stopped; to continue: {again}", file=sys.stderr)
+        print(printable(f"stopped; to continue: {again}"), file=sys.stderr)
     return status
 
 

@@ -54,7 +54,7 @@ def nests(inner):
 TREES = st.recursive(st.sampled_from(SCALARS), nests, max_leaves=5)
 LETTERS = st.text(st.sampled_from("ab1:,-[]{}&*!|>#%@'\"\n \t?~<\\"), max_size=30)
 quick = examples(
-    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 

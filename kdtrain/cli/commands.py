@@ -304,8 +304,9 @@ def report(argv: Sequence[str]) -> int:
     parser.add_argument("root", help="folder of run folders, as runs/demo")
     options, _ = parse(parser, argv)
     from kdtrain.reports.report import report as write_report
+    from kdtrain.reports.writing import printable
 
-    print(write_report(Path(options["root"])))
+    print(printable(str(write_report(Path(options["root"])))))
     return 0
 
 

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
-ROLE_COLOURS = {
-    "teacher": "#475569",
-    "scratch": "#2563eb",
-    "control": "#d97706",
-    "distilled": "#059669",
-}
+from kdtrain.reports.writing import escaped, printable
+
+ROLE_COLOURS = dict(teacher="#475569", scratch="#2563eb", control="#d97706", distilled="#059669")
 OTHER_COLOURS = ("#7c3aed", "#db2777", "#0891b2", "#65a30d")
 TERM_COLOURS = {
     "loss": "#111827",
@@ -34,8 +34,10 @@ TERM_COLOURS = {
     "rkd_angle": "#0d9488",
     "attention": "#be123c",
 }
-TRUE_COLOUR, PREDICTED_COLOUR = "#ffffff", "#ff5a1f"
 WIDTH_IN, HEIGHT_IN, DPI = 11.0, 2.5, 150
+INK, SOFT, LINE, LABEL, EDGE = "#1f2937", "#6b7280", "#e5e7eb", "#4b5563", "#9ca3af"
+LEGEND: dict[str, Any] = {"frameon": False, "labelcolor": "#374151"}
+SMALL: dict[str, Any] = {"va": "center", "fontsize": 7.5}
 
 
 class Curve(NamedTuple):
@@ -68,50 +70,62 @@ def panels(plots: Sequence[Panel], columns: int) -> str:
     rows = -(-len(plots) // columns)
     figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN * rows), dpi=DPI, layout="constrained")
     figure.subplots(rows, columns, squeeze=False)
-    for number, axis in enumerate(figure.axes):
-        if number < len(plots):
-            _draw(axis, plots[number])
-        else:
+    for axis, plot in itertools.zip_longest(figure.axes, plots):
+        if plot is None:
             axis.set_visible(False)
+        else:
+            _draw(axis, plot)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return data_uri(buffer.getvalue())
 
 
+def drawable(text: str) -> str:
+    """A text as a figure can draw it: characters that its font lacks as escapes, and no $ that
+    begins mathematics.
+    """
+    shown = (c if ord(c) in _characters() or c == "\n" else escaped(c) for c in printable(text))
+    return "".join(shown).replace("$", r"\$")
+
+
+@functools.cache
+def _characters() -> frozenset[int]:
+    return frozenset(get_font(findfont(FontProperties())).get_charmap())
+
+
+def style_axis(axis: Axes, hidden: Sequence[str], **ticks: Any) -> None:
+    """Thin lines behind the curves, quiet numbers, and a frame without the `hidden` sides."""
+    axis.tick_params(which="both", colors=LABEL, **ticks)
+    axis.set_axisbelow(True)
+    for side, spine in axis.spines.items():
+        spine.set_visible(side not in hidden)
+        spine.set_color(EDGE)
+
+
 def _draw(axis: Axes, plot: Panel) -> None:
     few = all(len(curve.x) < 40 for curve in plot.curves)
+    look: dict[str, Any] = {"linewidth": 1.4, "marker": "o" if plot.dots and few else None}
     for curve in plot.curves:
-        axis.plot(
-            curve.x,
-            curve.y,
-            label=curve.name,
-            color=curve.colour,
-            linewidth=1.4,
-            marker="o" if plot.dots and few else None,
-            markersize=2.5,
-        )
+        axis.plot(curve.x, curve.y, color=curve.colour, markersize=2.5, **look)
     if plot.floor is not None:
-        axis.axhline(plot.floor, color="#9ca3af", linestyle="--", linewidth=1.1, label="floor")
+        axis.axhline(plot.floor, color=EDGE, linestyle="--", linewidth=1.1)
     for place in plot.breaks:
-        axis.axvline(place, color="#9ca3af", linestyle=":", linewidth=1)
+        axis.axvline(place, color=EDGE, linestyle=":", linewidth=1)
     if plot.log_x:
         axis.set_xscale("log")
     else:
         axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     if plot.log_y:
         _logarithmic(axis, [value for curve in plot.curves for value in curve.y])
-    axis.set_title(plot.title, fontsize=9, loc="left", color="#1f2937")
-    axis.set_xlabel(plot.x_label, fontsize=8, color="#4b5563")
-    axis.set_ylabel(plot.y_label, fontsize=8, color="#4b5563")
-    axis.tick_params(which="both", labelsize=7, colors="#4b5563")
-    axis.grid(True, color="#e5e7eb", linewidth=0.6)
-    axis.set_axisbelow(True)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axis.spines[side].set_color("#9ca3af")
+    axis.set_title(drawable(plot.title), fontsize=9, loc="left", color=INK)
+    axis.set_xlabel(plot.x_label, fontsize=8, color=LABEL)
+    axis.set_ylabel(plot.y_label, fontsize=8, color=LABEL)
+    axis.grid(True, color=LINE, linewidth=0.6)
+    style_axis(axis, ("top", "right"), labelsize=7)
+    names = [drawable(curve.name) for curve in plot.curves] + ["floor"] * (plot.floor is not None)
     if plot.curves:
-        axis.legend(fontsize=6.5, frameon=False, labelcolor="#374151")
+        # with names of its own a legend shows one that begins with _ too
+        axis.legend(axis.lines[: len(names)], names, fontsize=6.5, **LEGEND)
 
 
 def _logarithmic(axis: Axes, values: Sequence[float]) -> None:
@@ -132,42 +146,14 @@ def face(picture: np.ndarray) -> str:
     return data_uri(buffer.getvalue())
 
 
-def marked_face(picture: np.ndarray, true: np.ndarray, predicted: np.ndarray) -> str:
-    """SVG of a (3, H, W) picture with (5, 2) true points as rings and predicted ones as dots.
-
-    A line joins the two. Points are in pixels of the picture, pixel centres at whole numbers + 0.5.
+def marked_face(picture: np.ndarray, true: np.ndarray, predicted: np.ndarray) -> dict[str, object]:
+    """A (3, H, W) picture with (5, 2) true and predicted points, in pixels of the picture, pixel
+    centres at whole numbers + 0.5: what the page's template draws.
     """
     height, width = picture.shape[1:]
-    unit = width / 100
-    marks = []
-    for (x, y), (u, v) in zip(true.tolist(), predicted.tolist(), strict=True):
-        marks.append(
-            f'<line x1="{x:.2f}" y1="{y:.2f}" x2="{u:.2f}" y2="{v:.2f}" '
-            f'stroke="{PREDICTED_COLOUR}" stroke-width="{1.6 * unit:.2f}"/>'
-            f'<circle cx="{x:.2f}" cy="{y:.2f}" r="{4.2 * unit:.2f}" fill="none" '
-            f'stroke="#000" stroke-opacity="0.55" stroke-width="{3.2 * unit:.2f}"/>'
-            f'<circle cx="{x:.2f}" cy="{y:.2f}" r="{4.2 * unit:.2f}" fill="none" '
-            f'stroke="{TRUE_COLOUR}" stroke-width="{1.8 * unit:.2f}"/>'
-            f'<circle cx="{u:.2f}" cy="{v:.2f}" r="{2.6 * unit:.2f}" fill="{PREDICTED_COLOUR}"/>'
-        )
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img">'
-        f'<image href="{face(picture)}" width="{width}" height="{height}"/>{"".join(marks)}</svg>'
-    )
-
-
-def term_curves(
-    records: Sequence[Mapping[str, float | None]], names: Sequence[str], steps_per_epoch: float
-) -> list[Curve]:
-    """Curves of loss terms from the train lines of a journal, over epochs."""
-    x = [float(record["step"] or 0) / steps_per_epoch for record in records]
-    curves = []
-    for number, name in enumerate(names):
-        values = [record.get(name) for record in records]
-        y = [float("nan") if value is None else value for value in values]
-        colour = TERM_COLOURS.get(name, OTHER_COLOURS[number % len(OTHER_COLOURS)])
-        curves.append(Curve(name, x, y, colour))
-    return curves
+    points = np.concatenate([true, predicted], axis=1).tolist()  # x, y, predicted x, y
+    shown = [[f"{place:.2f}" for place in both] for both in points]
+    return {"source": face(picture), "width": width, "height": height, "points": shown}
 
 
 def data_uri(png: bytes) -> str:

@@ -12,13 +12,32 @@ import yaml
 
 from kdtrain.config import TARGETS, settings
 from kdtrain.config.networks import network_title
-from kdtrain.reports.chain_table import CHAIN, COLUMNS, ROWS, floor, untrained
+from kdtrain.reports.writing import better, brief, count
 from kdtrain.training.checkpoint import read_json
-from kdtrain.training.journal.journal import read_lines, unit
+from kdtrain.training.journal.journal import duration, read_lines
 
-TASKS = ("classification", "alignment", "verification")
-LOWER_IS_BETTER = ("nrmse", "nme", "failure_rate", "cross_entropy", "hint")
-COUNTS = ("pairs", "queries", "lone")
+# The result table: columns by task and metric, rows by the end of the chain's names.
+COLUMNS = (
+    ("classification top-1", "classification", "top1"),
+    ("alignment NRMSE", "alignment", "nrmse"),
+    ("verification NN top-1", "verification", "nn_top1"),
+    ("NN top-1, other videos", "verification", "nn_top1_other_video"),
+    ("pair accuracy", "verification", "pair_accuracy"),
+)
+TASKS = tuple(dict.fromkeys(task for _, task, _ in COLUMNS))
+ROWS = (
+    ("teacher", ("_teacher",)),
+    ("scratch student", ("_student", "_scratch")),
+    ("control student, no teacher", ("_control",)),
+    ("distilled student", ("_distilled",)),
+)
+CHAIN = {
+    f"{task}{ending}": title
+    for task in ("cls", "ali", "ver")
+    for title, endings in ROWS
+    for ending in endings
+}
+"""The row of each stage of the chain over the three tasks; any other stage has a row of its own."""
 
 
 @dataclass(frozen=True)
@@ -71,16 +90,21 @@ class Stage:
         """A metric at the end of training."""
         return self.results.get("metrics", {}).get(name)
 
+    def beats_floor(self, metric: str) -> bool | None:
+        """Whether a metric at the end is better than the run's floor; None without either."""
+        value, floor = self.metric(metric), self.results.get("floors", {}).get(metric)
+        return None if value is None or floor is None else better(metric, value, floor)
+
 
 def read_stages(root: Path) -> list[Stage]:
     """Every run below root, by task and role; runs that a pipeline plans there but has not begun
     too.
     """
     if (root / "config.yaml").is_file():
-        return [_stage(root, root / "config.yaml")]
-    recipes = {path.parent.name: path for path in root.glob("*/config.yaml")}
-    planned = {path.stem: path for path in root.glob("recipes/*.yaml")}
-    found = [_stage(root / name, recipe) for name, recipe in {**planned, **recipes}.items()]
+        return [read_stage(root)]
+    planned = [path.stem for path in root.glob("recipes/*.yaml")]
+    begun = [path.parent.name for path in root.glob("*/config.yaml")]
+    found = [read_stage(root / name) for name in dict.fromkeys([*planned, *begun])]
     roles = [title.split()[0] for title, _ in ROWS]
 
     def place(stage: Stage) -> tuple[int, int, str]:
@@ -90,9 +114,13 @@ def read_stages(root: Path) -> list[Stage]:
     return sorted(found, key=place)
 
 
-def _stage(folder: Path, recipe: Path) -> Stage:
-    config = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
-    settings.check_version(settings.flatten(config), recipe)
+def read_stage(folder: Path) -> Stage:
+    """A run from its folder, or from the recipe beside it that plans it."""
+    recipes = folder / "config.yaml", folder.parent / "recipes" / f"{folder.name}.yaml"
+    config: dict[str, Any] = {}
+    for recipe in [path for path in recipes if path.is_file()][:1]:
+        config = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
+        settings.check_version(settings.flatten(config), recipe)
     samples: dict[str, np.ndarray] = {}
     if (folder / "samples.npz").is_file():
         with np.load(folder / "samples.npz") as arrays:
@@ -143,8 +171,8 @@ def network_text(stages: Sequence[Stage]) -> str:
         if model.get("name", "resnet") == "resnet":
             # the kernels tell the division
             parts = [f"ResNet-{model['depth']}", f"{model['width'] // model['divide']} kernels"]
-        parts += [f"{count_text(size)} parameters"] if size else []
-        parts += [f"{count_text(work)} multiply-adds"] if work else []
+        parts += [f"{count(size)} parameters"] if size else []
+        parts += [f"{count(work)} multiply-adds"] if work else []
         return ", ".join(parts)
     return ""
 
@@ -240,6 +268,12 @@ def best_text(stage: Stage) -> str:
     return f"{value} (epoch {epochs_done(stage, best)}{split})"
 
 
+def time_text(stage: Stage) -> str:
+    """The time that training took, or how far the run got."""
+    seconds = stage.results.get("seconds")
+    return duration(seconds) if seconds else stage.state
+
+
 def epochs_done(stage: Stage, record: Mapping[str, Any]) -> int:
     """Epochs done, over all phases, when a line was written."""
     phases = stage.config.get("optim", {}).get("phases", [])
@@ -253,59 +287,19 @@ def judge(stage: Stage) -> str:
     return next((metric for _, task, metric in COLUMNS if task == stage.task), "")
 
 
-def lower_is_better(metric: str) -> bool:
-    """Whether less of a metric is better."""
-    return metric.startswith(LOWER_IS_BETTER)
-
-
-def better(metric: str, value: float, floor: float) -> bool:
-    """Whether a value beats the floor."""
-    return value < floor if lower_is_better(metric) else value > floor
-
-
-def plotted(name: str, value: float | None) -> float:
-    """A metric as curves show it: a fraction in %, nan for none."""
-    if value is None:
-        return float("nan")
-    return 100 * value if unit(name) == "fraction" else value
-
-
-def brief(name: str, value: float | None) -> str:
-    """A metric without its unit: '93.1' of 0.931, '0.0123' of a squared error; a dash for none."""
-    if value is None or unit(name) == "fraction":
-        return percent(value)
-    return f"{value:.4f}"
-
-
-def percent(value: float | None) -> str:
-    """'93.1' of 0.931; a dash for none."""
-    return "\N{EN DASH}" if value is None else f"{100 * value:.1f}"
-
-
-def shown(name: str, value: float | None) -> str:
-    """A metric with its unit: a count, nats, a squared error, or %."""
-    if value is None:
-        return "\N{EN DASH}"
-    if unit(name) in ("nats", "squared error"):
-        return f"{value:.3f}" if unit(name) == "nats" else f"{value:.4f}"
-    if any(part in COUNTS for part in name.split("_")):
-        return f"{value:,.0f}"
-    return f"{100 * value:.1f} %"
-
-
-def count_text(number: float) -> str:
-    """'4.11 G' of 4.11e9."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g} {letter}"
-    return f"{number:g}"
-
-
 def floor_of(stages: Sequence[Stage], task: str, metric: str) -> float | None:
     """The floor that the first finished run of a task measured; None where there is none."""
-    return floor({stage.name: stage.results for stage in stages}, task, metric)
+    return _first(stages, task, "floors", metric)
 
 
 def untrained_of(stages: Sequence[Stage], task: str, metric: str) -> float | None:
-    """A metric of a task's student before its first step; None where there is none."""
-    return untrained({stage.name: stage.results for stage in stages}, task, metric)
+    """A metric of the network before its first step, of the first finished student of a task (of
+    its teacher, where it has no other); None where there is none.
+    """
+    students_first = sorted(stages, key=lambda stage: stage.name.split("_")[-1] == "teacher")
+    return _first(students_first, task, "untrained", metric)
+
+
+def _first(stages: Sequence[Stage], task: str, section: str, metric: str) -> float | None:
+    found = [stage.results.get(section, {}).get(metric) for stage in stages if stage.task == task]
+    return next((value for value in found if value is not None), None)

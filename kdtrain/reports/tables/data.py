@@ -10,16 +10,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-CellState = Literal[
-    "done", "not run", "unfinished", "diverged", "failed", "not measured", "none"
-]  # fmt: skip
-CELL_STATES: tuple[CellState, ...] = (
-    "done", "not run", "unfinished", "diverged", "failed", "not measured", "none"
-)  # fmt: skip
+CellState = Literal["done", "not run", "unfinished", "diverged", "failed", "not measured", "none"]
+CELL_STATES: tuple[CellState, ...] = get_args(CellState)
 RowKind = Literal["paper", "control", "extra", "floor", "teacher"]
-ROW_KINDS: tuple[RowKind, ...] = ("paper", "control", "extra", "floor", "teacher")
+ROW_KINDS: tuple[RowKind, ...] = get_args(RowKind)
 VerdictState = Literal["held", "reversed", "inconclusive", "diverged", "not run"]
 
 

@@ -9,11 +9,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from kdtrain.reports.plots import data_uri
+from kdtrain.reports.tables import text
 from kdtrain.reports.tables.data import Table
-from kdtrain.reports.tables.page import page
-from kdtrain.reports.tables.plot import picture
-from kdtrain.reports.tables.text import TEXT_WIDTH, cells_csv, markdown, plain, trends_csv
+from kdtrain.reports.tables.plot import VERDICT_COLOURS, picture
+from kdtrain.reports.writing import render
 from kdtrain.training.checkpoint import write_bytes, write_text
+
+SUBJECT = "Distillation transfer"
+
+
+def page(
+    tables: Sequence[Table], pictures: Sequence[bytes] | None = None, subject: str = SUBJECT
+) -> str:
+    """The self-contained HTML of one or several tables: every trend at the top, then table by
+    table. pictures: their PNGs where they are drawn already. subject: what the page's title begins
+    with.
+    """
+    drawn = pictures if pictures is not None else [picture(table) for table in tables]
+    return render(
+        "tables.html.j2",
+        title=f"{subject}: {', '.join(table.name for table in tables)}",
+        tables=list(zip(tables, map(data_uri, drawn), strict=True)),
+        colours=VERDICT_COLOURS,
+        text=text,
+    )
 
 
 def write(
@@ -21,8 +41,8 @@ def write(
     folder: str | Path,
     *,
     png: bytes | None = None,
-    subject: str | None = None,
-    width: int = TEXT_WIDTH,
+    subject: str = SUBJECT,
+    width: int = text.TEXT_WIDTH,
 ) -> dict[str, Path]:
     """Write a table's files into `folder`, made if need be; return their paths by what they are.
 
@@ -31,39 +51,33 @@ def write(
     the page; width: characters of a line of text.
     """
     drawn = picture(table) if png is None else png
-    html = page([table], [drawn], *([] if subject is None else [subject]))
-    return _write(table, Path(folder), drawn, html, width)
+    contents: dict[str, str | bytes] = {
+        ".txt": text.plain(table, width),
+        ".md": text.markdown(table, figure=f"{table.name}.png"),
+        ".csv": text.cells_csv(table),
+        ".html": page([table], [drawn], subject),
+        ".png": drawn,
+        "-trends.csv": text.trends_csv(table),
+    }
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for ending, content in contents.items():
+        path = Path(folder) / f"{table.name}{ending}"
+        write_bytes(path, content.encode() if isinstance(content, str) else content)
+        paths["trends" if ending == "-trends.csv" else ending[1:]] = path
+    return paths
 
 
 def write_all(tables: Sequence[Table], folder: str | Path) -> dict[str, Path]:
     """Write several tables' files, and tables.html with all of them; return the paths as NAME.KIND,
     and the page as "html".
     """
-    place = Path(folder)
     pictures = [picture(table) for table in tables]
-    paths = {}
-    for table, png in zip(tables, pictures, strict=True):
-        written = _write(table, place, png, page([table], [png]))
-        paths |= {f"{table.name}.{kind}": path for kind, path in written.items()}
-    paths["html"] = place / "tables.html"
-    place.mkdir(parents=True, exist_ok=True)
-    write_text(paths["html"], page(tables, pictures))
-    return paths
-
-
-def _write(
-    table: Table, folder: Path, png: bytes, html: str, width: int = TEXT_WIDTH
-) -> dict[str, Path]:
-    texts = {
-        "txt": plain(table, width),
-        "md": markdown(table, figure=f"{table.name}.png"),
-        "csv": cells_csv(table),
-        "html": html,
+    paths = {
+        f"{table.name}.{kind}": path
+        for table, png in zip(tables, pictures, strict=True)
+        for kind, path in write(table, folder, png=png).items()
     }
-    paths = {kind: folder / f"{table.name}.{kind}" for kind in (*texts, "png")}
-    paths["trends"] = folder / f"{table.name}-trends.csv"
-    folder.mkdir(parents=True, exist_ok=True)
-    for kind, text in (*texts.items(), ("trends", trends_csv(table))):
-        write_text(paths[kind], text)
-    write_bytes(paths["png"], png)
+    paths["html"] = Path(folder) / "tables.html"
+    write_text(paths["html"], page(tables, pictures))
     return paths

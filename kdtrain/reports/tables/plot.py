@@ -8,9 +8,10 @@ inch where that fits, and then gaps compare by eye.
 from __future__ import annotations
 
 import io
+import itertools
 import textwrap
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -21,24 +22,21 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 from PIL import Image
 
+from kdtrain.reports import plots
+from kdtrain.reports.plots import DPI, EDGE, INK, LABEL, LEGEND, LINE, SMALL, SOFT, WIDTH_IN
 from kdtrain.reports.tables.data import Block, Cell, Row, Table, Trend
 from kdtrain.reports.tables.text import difference_text, has_paper, name_text, own_text, seeds_text
+from kdtrain.reports.writing import decimal
 
-WIDTH_IN, DPI = 11.0, 150
 WIDTH_RATIOS = (2.1, 1.0)  # ours, the paper's
-INK, SOFT, LINE, LABEL, BAD = "#1f2937", "#6b7280", "#e5e7eb", "#4b5563", "#dc2626"
-KIND_COLOURS = {
-    "paper": "#2563eb",
-    "control": "#b45309",
-    "extra": "#7c3aed",
-    "teacher": "#475569",
-}
+BAD = "#dc2626"
+KIND_COLOURS = {"paper": "#2563eb", "control": "#b45309", "extra": "#7c3aed", "teacher": "#475569"}
 COLUMN_COLOURS = ("#475569", "#d97706", "#2563eb", "#059669", "#db2777", "#0891b2")
 VERDICT_COLOURS = {
     "held": "#059669",
     "reversed": BAD,
     "inconclusive": "#b45309",
-    "not run": "#9ca3af",
+    "not run": EDGE,
     "diverged": "#b91c1c",
 }
 FLOOR_STYLES = ("--", ":", "-.")
@@ -58,6 +56,9 @@ HOW_TO_READ = (
     "Dot: mean over seeds; ticks: seeds; band: one standard deviation either way. "
     "Diamond: the paper's, on its own data: compare order and gaps."
 )
+
+
+Span = tuple[float, float]
 
 
 class _Lane(NamedTuple):
@@ -82,19 +83,23 @@ class _Floor(NamedTuple):
 
     text: str
     lines: Sequence[tuple[str, float]]
+    style: str
 
 
 def picture(table: Table) -> bytes:
     """A PNG of the table, 11 inches wide at 150 dots an inch; the same table gives the same
     bytes.
     """
-    heights = [_block_height(block) for block in table.blocks]
+    heights = [
+        EDGES_IN + LEGEND_IN * len(_legend_rows(block)) + _bottom(_lines(block), 0.2)
+        for block in table.blocks
+    ]
     if table.trends:
         heights.append(EDGES_IN + 0.34 * len(table.trends))
     figure = Figure(figsize=(WIDTH_IN, sum(heights) + 0.7), dpi=DPI, layout="constrained")
-    title = f"{table.name}: {table.title}"
+    title = plots.drawable(f"{table.name}: {table.title}")
+    words = plots.drawable(f"{table.source}. {HOW_TO_READ}")
     figure.suptitle(title, x=0.008, ha="left", fontsize=11, fontweight="bold", color=INK)
-    words = f"{table.source}. {HOW_TO_READ}"
     figure.supxlabel(words, x=0.008, ha="left", fontsize=7.5, color=SOFT)
     grid = figure.add_gridspec(
         max(1, len(heights)), 2, width_ratios=WIDTH_RATIOS, height_ratios=heights or [1.0]
@@ -110,9 +115,8 @@ def png_of(figure: Figure, colours: int = 128) -> bytes:
     """A figure of few colours as a PNG: a palette of 128 takes a quarter of the room."""
     drawn, packed = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png")
-    Image.open(drawn).convert("RGB").quantize(colours, dither=Image.Dither.NONE).save(
-        packed, format="png", optimize=True
-    )
+    image = Image.open(drawn).convert("RGB").quantize(colours, dither=Image.Dither.NONE)
+    image.save(packed, format="png", optimize=True)
     return packed.getvalue()
 
 
@@ -123,94 +127,92 @@ def _lines(block: Block) -> list[_Line]:
     """
     lines, top = [], 0.0
     for row in block.rows:
-        cells = [(n, cell) for n, cell in enumerate(row.cells) if cell.state != "none"]
+        cells = _cells(row)
         if row.kind == "floor" or not cells:
             continue
-        alone = len(cells) == len(row.cells) and len({cell for _, cell in cells}) == 1
-        shown = cells[:1] if alone else cells
+        alone = len(cells) == len(row.cells) and len(set(row.cells)) == 1
+        shown = [(KIND_COLOURS[row.kind], cells[0][1])] if alone else cells
         height = ROW_GAP_IN + LANE_IN * max(len(shown), _name(row).count("\n") + 1)
         first = top + (height - LANE_IN * len(shown)) / 2
-        lanes = []
-        for place, (number, cell) in enumerate(shown):
-            colour = KIND_COLOURS[row.kind] if alone else _column_colour(number)
-            lanes.append(_Lane(first + (place + 0.5) * LANE_IN, cell, colour))
+        middles = [first + (place + 0.5) * LANE_IN for place in range(len(shown))]
+        lanes = [_Lane(y, cell, colour) for y, (colour, cell) in zip(middles, shown, strict=True)]
         lines.append(_Line(row, top, top + height, lanes))
         top += height
     return lines
 
 
+def _bottom(lines: Sequence[_Line], empty: float) -> float:
+    return lines[-1].bottom if lines else empty
+
+
 def _name(row: Row) -> str:
-    return textwrap.fill(name_text(row), NAME_WIDTH)
+    return textwrap.fill(plots.drawable(name_text(row)), NAME_WIDTH)
 
 
-def _column_colour(number: int) -> str:
-    return COLUMN_COLOURS[number % len(COLUMN_COLOURS)]
-
-
-def _block_height(block: Block) -> float:
-    lines = _lines(block)
-    return EDGES_IN + LEGEND_IN * len(_legend_rows(block)) + (lines[-1].bottom if lines else 0.2)
+def _cells(row: Row) -> list[tuple[str, Cell]]:
+    """The cells that the table has, each with its column's colour."""
+    places = zip(itertools.cycle(COLUMN_COLOURS), row.cells, strict=False)
+    return [(colour, cell) for colour, cell in places if cell.state != "none"]
 
 
 def _draw_block(figure: Figure, grid: GridSpec, number: int, block: Block) -> None:
     lines, floors, legend = _lines(block), _floors(block), _legend_rows(block)
     lanes = [lane for line in lines for lane in line.lanes]
-    papers = [lane.cell.paper for lane in lanes if lane.cell.paper is not None]
+    papers = [(lane, lane.cell.paper) for lane in lanes if lane.cell.paper is not None]
     span = _span(block)
     if span is not None:
         span = _extent([*span, *(value for floor in floors for _, value in floor.lines)])
-    left, right = _limits(span, _extent(papers))
+    left, right = _limits(span, _extent([paper for _, paper in papers]))
 
     ours = figure.add_subplot(grid[number, 0] if papers else grid[number, :])
-    _frame(ours, block, lines)
-    ours.set_xlim(*left)
+    _frame(ours, block, lines, left)
     ours.set_yticklabels([_name(line.row) for line in lines])
     for label, line in zip(ours.get_yticklabels(), lines, strict=True):
         label.set_color(KIND_COLOURS[line.row.kind])
-    step = _ticks(ours, block.unit, None)
+    step = _ticks(ours, block.unit)
     if span is None:
         ours.set_xticks([])  # nothing has a number yet
     for lane in lanes:
         _draw_ours(ours, lane, block.digits)
-    _draw_floors(ours, floors)
+    for floor in floors:
+        for colour, value in floor.lines:
+            ours.axvline(value, color=colour, linestyle=floor.style, linewidth=1.2, zorder=1)
     _draw_legend(figure, ours, legend)
     title_axis(ours, block.title, above=len(legend))
     if papers:
         theirs = figure.add_subplot(grid[number, 1])
-        _frame(theirs, block, lines)
-        theirs.set_xlim(*right)
+        _frame(theirs, block, lines, right)
         theirs.set_yticklabels([])
         same = span is not None and _same_rate(left, right)
         _ticks(theirs, block.unit, step if same else None)
-        for lane in lanes:
-            _draw_paper(theirs, lane, block.digits)
+        for lane, paper in papers:
+            theirs.plot(paper, lane.y, "D", color=lane.colour, markersize=4.5, mfc="white")
+            _number(theirs, paper, lane, decimal(paper, block.digits))
         scale = "" if span is None else ", same axis" if same else ", another axis"
         title_axis(theirs, f"the paper, other data{scale}", light=True)
 
 
-def _frame(axis: Axes, block: Block, lines: Sequence[_Line]) -> None:
-    axis.set_ylim(lines[-1].bottom if lines else 1.0, 0.0)
+def _frame(axis: Axes, block: Block, lines: Sequence[_Line], limits: Span) -> None:
+    axis.set_xlim(*limits)
+    axis.set_ylim(_bottom(lines, 1.0), 0.0)
     axis.set_yticks([(line.top + line.bottom) / 2 for line in lines])
     for line in lines[1::2]:
         axis.axhspan(line.top, line.bottom, color="#f8fafc", zorder=0)
     way = "higher is better \N{RIGHTWARDS ARROW}"
     if not block.higher_is_better:
         way = "\N{LEFTWARDS ARROW} lower is better"
-    axis.set_xlabel(f"{block.metric}, {block.unit}   {way}", fontsize=8, color=LABEL)
+    words = plots.drawable(f"{block.metric}, {block.unit}   {way}")
+    axis.set_xlabel(words, fontsize=8, color=LABEL)
     plain_axis(axis)
 
 
 def plain_axis(axis: Axes) -> None:
     """No frame but the axis below, and thin vertical lines."""
-    axis.tick_params(which="both", labelsize=8, colors=LABEL, length=0)
     axis.grid(True, axis="x", color=LINE, linewidth=0.6)
-    axis.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axis.spines[side].set_visible(False)
-    axis.spines["bottom"].set_color("#9ca3af")
+    plots.style_axis(axis, ("top", "right", "left"), labelsize=8, length=0)
 
 
-def _ticks(axis: Axes, unit: str, step: float | None) -> float:
+def _ticks(axis: Axes, unit: str, step: float | None = None) -> float:
     """Set few round ticks, none beyond 100 %, `step` apart if given; return their distance."""
     low, high = axis.get_xlim()
     if step is None:
@@ -224,9 +226,9 @@ def _ticks(axis: Axes, unit: str, step: float | None) -> float:
 
 def title_axis(axis: Axes, text: str, *, above: int = 0, light: bool = False) -> None:
     """Set a plot's title; above: rows of legend between the two."""
-    colour, weight = (SOFT, "normal") if light else (INK, "bold")
+    look: dict[str, Any] = {"color": SOFT} if light else {"color": INK, "fontweight": "bold"}
     pad = 5 + 72 * LEGEND_IN * above
-    axis.set_title(text, fontsize=9, loc="left", color=colour, fontweight=weight, pad=pad)
+    axis.set_title(plots.drawable(text), fontsize=9, loc="left", pad=pad, **look)
 
 
 def _draw_ours(axis: Axes, lane: _Lane, digits: int) -> None:
@@ -234,45 +236,23 @@ def _draw_ours(axis: Axes, lane: _Lane, digits: int) -> None:
     cell, y, colour = lane.cell, lane.y, lane.colour
     if cell.value is None:
         bad = cell.state in ("diverged", "failed")
-        axis.text(
-            *(0.01, y, own_text(cell)),
-            transform=axis.get_yaxis_transform(),
-            va="center",
-            fontsize=7.5,
-            color=BAD if bad else SOFT,
-            style="italic",
-        )
+        look = {"color": BAD if bad else SOFT, "style": "italic", **SMALL}
+        axis.text(0.01, y, own_text(cell), transform=axis.get_yaxis_transform(), **look)
         return
-    known = [value for value in cell.per_seed if value is not None]
-    low, high = _band(cell)
-    axis.plot(
-        *([low, high], [y, y]), color=colour, linewidth=3.5, alpha=0.28, solid_capstyle="butt"
-    )
+    *known, low, high = _marks(cell)
+    axis.plot([low, high], [y, y], color=colour, lw=3.5, alpha=0.28, solid_capstyle="butt")
     if len(known) > 1:
         axis.plot(known, [y] * len(known), "|", color=colour, markersize=5, alpha=0.9)
     axis.plot(cell.value, y, "o", color=colour, markersize=5.5)
-    text = f"{cell.value:.{digits}f}"
+    text = decimal(cell.value, digits)
     if cell.seeds < len(cell.per_seed):
         text += f"  ({cell.seeds} of {len(cell.per_seed)} seeds)"
     _number(axis, max([*known, high]), lane, text)
 
 
-def _draw_paper(axis: Axes, lane: _Lane, digits: int) -> None:
-    if lane.cell.paper is not None:
-        axis.plot(lane.cell.paper, lane.y, "D", color=lane.colour, markersize=4.5, mfc="white")
-        _number(axis, lane.cell.paper, lane, f"{lane.cell.paper:.{digits}f}")
-
-
 def _number(axis: Axes, x: float, lane: _Lane, text: str) -> None:
-    axis.annotate(
-        text,
-        (x, lane.y),
-        xytext=(6, 0),
-        textcoords="offset points",
-        va="center",
-        fontsize=7.5,
-        color=lane.colour,
-    )
+    place = {"xytext": (6, 0), "textcoords": "offset points"}
+    axis.annotate(text, (x, lane.y), color=lane.colour, **place, **SMALL)
 
 
 def _floors(block: Block) -> list[_Floor]:
@@ -283,33 +263,30 @@ def _floors(block: Block) -> list[_Floor]:
     for row in block.rows:
         if row.kind != "floor":
             continue
-        cells = [(number, cell) for number, cell in enumerate(row.cells) if cell.state != "none"]
-        found = [(_column_colour(n), cell.value) for n, cell in cells if cell.value is not None]
-        words = [f"{value:.{block.digits}f}" for _, value in found]
+        cells = _cells(row)
+        found = [(colour, cell.value) for colour, cell in cells if cell.value is not None]
+        words = [decimal(value, block.digits) for _, value in found]
         if len(set(words)) == 1:
             found, words = [(SOFT, found[0][1])], words[:1]
         words += dict.fromkeys(cell.state for _, cell in cells if cell.value is None)
-        near = [line for line in found if span is not None and _is_near(line[1], span)]
+        room = FAR * (span[1] - span[0]) if span else 0.0
+        near = [line for line in found if span and span[0] - room <= line[1] <= span[1] + room]
         off = ", off the scale" if len(near) < len(found) else ""
-        floors.append(_Floor(f"floor: {row.name} {' / '.join(words)}{off}", near))
+        style = FLOOR_STYLES[len(floors) % len(FLOOR_STYLES)]
+        text = plots.drawable(f"floor: {row.name} {' / '.join(words)}{off}")
+        floors.append(_Floor(text, near, style))
     return floors
-
-
-def _draw_floors(axis: Axes, floors: Sequence[_Floor]) -> None:
-    for floor, style in zip(floors, FLOOR_STYLES * len(floors), strict=False):
-        for colour, value in floor.lines:
-            axis.axvline(value, color=colour, linestyle=style, linewidth=1.2, zorder=1)
 
 
 def _legend_rows(block: Block) -> list[list[Line2D]]:
     """The columns' colours and the floors, in rows that fit the panel."""
-    handles = []
-    for number, name in enumerate(block.columns if len(block.columns) > 1 else ()):
-        look = {"color": _column_colour(number), "marker": "o", "markersize": 5}
-        handles.append(Line2D([], [], linestyle="", label=name, **look))
-    floors = _floors(block)
-    for floor, style in zip(floors, FLOOR_STYLES * len(floors), strict=False):
-        handles.append(Line2D([], [], color=SOFT, linestyle=style, linewidth=1.2, label=floor.text))
+    columns = block.columns if len(block.columns) > 1 else ()
+    handles = [
+        Line2D([], [], ls="", color=colour, marker="o", ms=5, label=plots.drawable(name))
+        for colour, name in zip(itertools.cycle(COLUMN_COLOURS), columns, strict=False)
+    ]
+    for floor in _floors(block):
+        handles.append(Line2D([], [], ls=floor.style, color=SOFT, lw=1.2, label=floor.text))
     rows: list[list[Line2D]] = []
     room = 0
     for handle in handles:
@@ -323,21 +300,12 @@ def _legend_rows(block: Block) -> list[list[Line2D]]:
 
 
 def _draw_legend(figure: Figure, axis: Axes, rows: Sequence[Sequence[Line2D]]) -> None:
+    look: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "fontsize": 7.5}
+    look |= {"borderpad": 0.1, "borderaxespad": 0.1, "handletextpad": 0.4, "columnspacing": 1.2}
     for number, handles in enumerate(reversed(rows)):
-        up = ScaledTranslation(0, number * LEGEND_IN, figure.dpi_scale_trans)
+        up = axis.transAxes + ScaledTranslation(0, number * LEGEND_IN, figure.dpi_scale_trans)
         legend = axis.legend(
-            handles=handles,
-            loc="lower left",
-            bbox_to_anchor=(0.0, 1.0),
-            bbox_transform=axis.transAxes + up,
-            ncols=len(handles),
-            fontsize=7.5,
-            frameon=False,
-            labelcolor="#374151",
-            borderpad=0.1,
-            borderaxespad=0.1,
-            handletextpad=0.4,
-            columnspacing=1.2,
+            handles=handles, ncols=len(handles), bbox_transform=up, **look, **LEGEND
         )
         if number + 1 < len(rows):
             axis.add_artist(legend)  # the next legend would take its place
@@ -353,8 +321,8 @@ def draw_trends(figure: FigureBase, grid: GridSpec, number: int, trends: Sequenc
     for area in (axis, side):
         area.set_ylim(len(trends) - 0.5, -0.5)
     axis.set_yticks(range(len(trends)))
-    names = [textwrap.fill(f"{trend.code}  {trend.claim}", NAME_WIDTH) for trend in trends]
-    axis.set_yticklabels(names)
+    names = [plots.drawable(f"{trend.code}  {trend.claim}") for trend in trends]
+    axis.set_yticklabels([textwrap.fill(name, NAME_WIDTH) for name in names])
     axis.axvline(0, color=INK, linewidth=1, zorder=1)
     for y, trend in enumerate(trends):
         verdict, colour = trend.verdict, VERDICT_COLOURS[trend.verdict.state]
@@ -366,7 +334,7 @@ def draw_trends(figure: FigureBase, grid: GridSpec, number: int, trends: Sequenc
             axis.plot([verdict.low, verdict.high], [y, y], color=colour, linewidth=2)
             axis.plot(verdict.difference, y, "o", color=colour, markersize=6)
             text = f"{difference_text(trend)}\n{seeds_text(verdict)}"
-            side.text(0.34, y, text, va="center", fontsize=7.5, color=INK, linespacing=1.25)
+            side.text(0.34, y, text, color=INK, linespacing=1.25, **SMALL)
         if trend.paper is not None:
             axis.plot(trend.paper, y, "D", color=SOFT, markersize=4.5, mfc="white", zorder=3)
     axis.margins(x=0.06)
@@ -378,62 +346,51 @@ def draw_trends(figure: FigureBase, grid: GridSpec, number: int, trends: Sequenc
     title_axis(axis, f"trends: dot ours{paper}")
 
 
-def _band(cell: Cell) -> tuple[float, float]:
-    value, spread = cell.value or 0.0, cell.spread or 0.0
-    return value - spread, value + spread
-
-
-def _values(cell: Cell) -> list[float]:
-    """Where a cell's marks lie."""
+def _marks(cell: Cell) -> list[float]:
+    """Where a cell's marks lie: its seeds, and the ends of its band."""
     if cell.value is None:
         return []
-    return [*(value for value in cell.per_seed if value is not None), *_band(cell)]
+    spread = cell.spread or 0.0
+    known = [value for value in cell.per_seed if value is not None]
+    return [*known, cell.value - spread, cell.value + spread]
 
 
-def _span(block: Block) -> tuple[float, float] | None:
+def _span(block: Block) -> Span | None:
     """From the lowest to the highest mark of a block, floors aside."""
     rows = [row for row in block.rows if row.kind != "floor"]
-    return _extent([value for row in rows for cell in row.cells for value in _values(cell)])
+    return _extent([value for row in rows for cell in row.cells for value in _marks(cell)])
 
 
-def _extent(values: Sequence[float]) -> tuple[float, float] | None:
+def _extent(values: Sequence[float]) -> Span | None:
     return (min(values), max(values)) if values else None
 
 
-def _is_near(value: float, span: tuple[float, float]) -> bool:
-    room = FAR * (span[1] - span[0])
-    return span[0] - room <= value <= span[1] + room
-
-
-def _width(limits: tuple[float, float]) -> float:
-    return limits[1] - limits[0]
-
-
-def _limits(
-    ours: tuple[float, float] | None, paper: tuple[float, float] | None
-) -> tuple[tuple[float, float], tuple[float, float]]:
+def _limits(ours: Span | None, paper: Span | None) -> tuple[Span, Span]:
     """Limits of both panels, with room for numbers; with the same points an inch if that fits."""
     left, right = _padded(ours, 0.12), _padded(paper, 0.3)
-    if ours is not None and paper is not None:
-        rates = [_width(left) / WIDTH_RATIOS[0], _width(right) / WIDTH_RATIOS[1]]
-        if max(rates) <= SAME_SCALE * min(rates):
-            left = _widened(left, max(rates) * WIDTH_RATIOS[0])
-            right = _widened(right, max(rates) * WIDTH_RATIOS[1])
+    rates = _rates(left, right)
+    if ours is not None and paper is not None and max(rates) <= SAME_SCALE * min(rates):
+        left = _widened(left, max(rates) * WIDTH_RATIOS[0])
+        right = _widened(right, max(rates) * WIDTH_RATIOS[1])
     return left, right
 
 
-def _same_rate(left: tuple[float, float], right: tuple[float, float]) -> bool:
-    rates = _width(left) / WIDTH_RATIOS[0], _width(right) / WIDTH_RATIOS[1]
+def _rates(left: Span, right: Span) -> Span:
+    return (left[1] - left[0]) / WIDTH_RATIOS[0], (right[1] - right[0]) / WIDTH_RATIOS[1]
+
+
+def _same_rate(left: Span, right: Span) -> bool:
+    rates = _rates(left, right)
     return max(rates) < (1 + 1e-6) * min(rates)
 
 
-def _padded(span: tuple[float, float] | None, room: float) -> tuple[float, float]:
+def _padded(span: Span | None, room: float) -> Span:
     if span is None:
         return 0.0, 1.0
-    width = max(_width(span), 0.02 * max(abs(span[0]), abs(span[1])), 1e-3)
+    width = max(span[1] - span[0], 0.02 * max(abs(span[0]), abs(span[1])), 1e-3)
     return span[0] - 0.06 * width, span[1] + room * width
 
 
-def _widened(limits: tuple[float, float], width: float) -> tuple[float, float]:
-    extra = (width - _width(limits)) / 2
+def _widened(limits: Span, width: float) -> Span:
+    extra = (width - (limits[1] - limits[0])) / 2
     return limits[0] - extra, limits[1] + extra

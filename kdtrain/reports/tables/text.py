@@ -1,23 +1,25 @@
 """A result table as words: for the terminal, as plain text, as Markdown and as CSV.
 
-The wording of cells and verdicts is here once; page.py and plot.py use it too.
+`row_entries` and `trend_entries` are the one walk over a table's rows and trends: every writer, the
+page included, shows what they yield.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table as Grid
+from rich.text import Text
 
 from kdtrain.reports.tables.data import Block, Cell, Row, Table, Trend, Verdict
+from kdtrain.reports.writing import DASH, decimal, direction, printable
 
-DASH = "\N{EN DASH}"
-ARM_COLUMNS = (
+CELL_COLUMNS = (
     *("table", "block", "row", "kind", "column", "metric", "state"),
     *("mean", "spread", "seeds", "per_seed", "paper", "note"),
 )
@@ -26,16 +28,62 @@ TREND_COLUMNS = (
     *("seeds", "agreeing", "items", "paper", "note"),
 )
 STATE_STYLES = {
-    "held": "bold green",
-    "reversed": "bold red",
-    "inconclusive": "bold yellow",
-    "not run": "dim",
-    "diverged": "red",
-    "failed": "red",
-    "unfinished": "cyan",
-    "not measured": "dim",
+    **{"held": "bold green", "reversed": "bold red", "inconclusive": "bold yellow"},
+    **{"diverged": "red", "failed": "red", "unfinished": "cyan"},
+    **{"not run": "dim", "not measured": "dim", "none": "dim"},
 }
+TREND_TITLES = ("", "claim", "verdict", "difference", "agreeing", "paper")
+TRENDS_NOTE = (
+    "Difference in points [95 % interval], positive as claimed; agreeing: seeds whose own mean is "
+    "as claimed."
+)
 TEXT_WIDTH = 140  # three columns of "61.3 ± 1.2 (paper 64.5)" beside a name
+
+
+class Entry(NamedTuple):
+    """One place of a printed row."""
+
+    own: str
+    paper: str = ""
+    """The paper's number, "paper 64.5", or "" where it has none."""
+    note: str = ""
+    state: str = ""
+    """Of a cell or a verdict."""
+
+    @property
+    def line(self) -> str:
+        """A cell in one line: "61.3 ± 1.2 (paper 64.5)"."""
+        return f"{self.own} ({self.paper})" if self.paper else self.own
+
+
+def row_entries(block: Block) -> Iterator[tuple[Row, list[Entry]]]:
+    """Every row of a block with what its line shows: the name, then a place for each column."""
+    for row in block.rows:
+        entries = [Entry(name_text(row), note=row.note)]
+        for cell in row.cells:
+            paper = "" if cell.paper is None else f"paper {decimal(cell.paper, block.digits)}"
+            entries.append(Entry(own_text(cell, block.digits), paper, cell.note, cell.state))
+        yield row, entries
+
+
+def trend_entries(trends: Sequence[Trend]) -> Iterator[tuple[Trend, list[Entry]]]:
+    """Every trend with what its line shows, a place for each of `trend_titles`."""
+    for trend in trends:
+        state = trend.verdict.state
+        entries = [
+            Entry(trend.code),
+            Entry(trend.claim, note=trend.note),
+            Entry(state, state=state),
+            Entry(difference_text(trend)),
+            Entry(seeds_text(trend.verdict)),
+            Entry(decimal(trend.paper, trend.digits, sign=True)),
+        ]
+        yield trend, entries[: len(trend_titles(trends))]
+
+
+def trend_titles(trends: Sequence[Trend]) -> tuple[str, ...]:
+    """The columns of these trends."""
+    return TREND_TITLES if has_paper(trends) else TREND_TITLES[:-1]
 
 
 def own_text(cell: Cell, digits: int = 1) -> str:
@@ -46,23 +94,12 @@ def own_text(cell: Cell, digits: int = 1) -> str:
         return DASH if cell.state == "none" else cell.state
     if cell.shown:
         return cell.shown
-    text = f"{cell.value:.{digits}f}"
+    text = decimal(cell.value, digits)
     if cell.spread is not None:
-        text += f" ± {cell.spread:.{digits}f}"
+        text += f" ± {decimal(cell.spread, digits)}"
     if cell.seeds < len(cell.per_seed):
         text += f", {cell.seeds} of {len(cell.per_seed)} seeds"
     return text
-
-
-def paper_text(cell: Cell, digits: int = 1) -> str:
-    """The paper's side, "paper 64.5", or "" where the paper has no such number."""
-    return "" if cell.paper is None else f"paper {cell.paper:.{digits}f}"
-
-
-def cell_text(cell: Cell, digits: int = 1) -> str:
-    """A cell in one line: "61.3 ± 1.2 (paper 64.5)"."""
-    own, paper = own_text(cell, digits), paper_text(cell, digits)
-    return f"{own} ({paper})" if paper else own
 
 
 def name_text(row: Row) -> str:
@@ -74,22 +111,25 @@ def name_text(row: Row) -> str:
 
 def heading_text(block: Block) -> str:
     """A block in one line: "TITLE: METRIC, %, higher is better"; the title alone without a unit."""
-    if not block.unit:
-        return block.title
-    way = "higher" if block.higher_is_better else "lower"
-    return f"{block.title}: {block.metric}, {block.unit}, {way} is better"
+    return ": ".join(filter(None, (block.title, measure_text(block))))
+
+
+def measure_text(block: Block) -> str:
+    """METRIC, unit and direction, "top1, %, higher is better"; "" without a unit."""
+    way = direction(not block.higher_is_better)
+    return f"{block.metric}, {block.unit}, {way}" if block.unit else ""
 
 
 def difference_text(trend: Trend) -> str:
     """The difference in points, "+3.1 [+0.9, +5.4]", with the margin where the claim is that there
     is none; a dash if not run.
     """
-    verdict, digits = trend.verdict, trend.digits
+    verdict = trend.verdict
     if verdict.difference is None or verdict.low is None or verdict.high is None:
         return DASH
-    text = (
-        f"{verdict.difference:+.{digits}f} [{verdict.low:+.{digits}f}, {verdict.high:+.{digits}f}]"
-    )
+    numbers = (verdict.difference, verdict.low, verdict.high)
+    mean, low, high = (decimal(number, trend.digits, sign=True) for number in numbers)
+    text = f"{mean} [{low}, {high}]"
     sign = "-" if verdict.one_sided else "±"
     return text if verdict.margin is None else f"{text}, margin {sign}{verdict.margin:g}"
 
@@ -103,11 +143,6 @@ def seeds_text(verdict: Verdict) -> str:
     return f"{verdict.agreeing} of {verdict.seeds} seeds"
 
 
-def trend_paper_text(trend: Trend) -> str:
-    """The paper's own difference in points, or a dash."""
-    return DASH if trend.paper is None else f"{trend.paper:+.{trend.digits}f}"
-
-
 def has_paper(trends: Sequence[Trend]) -> bool:
     """Whether any trend has a difference of the paper's, so that there is a column for it."""
     return any(trend.paper is not None for trend in trends)
@@ -115,16 +150,49 @@ def has_paper(trends: Sequence[Trend]) -> bool:
 
 def show(table: Table, console: Console) -> None:
     """Print a table, its trends, notes and setting to a terminal or a file."""
-    console.print(f"[bold]{escape(table.name)}: {escape(table.title)}[/]", highlight=False)
-    console.print(escape(table.source), style="dim", highlight=False)
+    console.print(_text(f"{table.name}: {table.title}", "bold"))
+    console.print(_text(table.source, "dim"))
     for note in table.notes:
-        console.print(f"! {escape(note)}", style="yellow", highlight=False)
+        console.print(_text(f"! {note}", "yellow"))
     for block in table.blocks:
-        console.print(_block_grid(block))
+        grid = _frame(heading_text(block))
+        for column in ("", *block.columns):
+            grid.add_column(_text(column), justify="right" if grid.columns else "left")
+        last = None
+        for row, (name, *cells) in row_entries(block):
+            if last is not None and (last == "paper") != (row.kind == "paper"):
+                grid.add_section()
+            last = row.kind
+            words = (_words(cell._replace(note="")) for cell in cells)
+            grid.add_row(_words(name), *words, style="dim" if row.kind == "floor" else "")
+        console.print(grid)
     if table.trends:
-        console.print(_trend_grid(table.trends))
+        grid = _frame("trends: difference in points [95 % interval], positive as claimed")
+        for title in trend_titles(table.trends):
+            grid.add_column(title, justify="right" if title == "paper" else "left")
+        for _, entries in trend_entries(table.trends):
+            grid.add_row(*map(_words, entries))
+        console.print(grid)
     for word, text in table.setting:
-        console.print(f"{escape(word)}: {escape(text)}", highlight=False)
+        console.print(_text(f"{word}: {text}"))
+
+
+def _frame(title: str) -> Grid:
+    heading = _text(title, "bold")
+    return Grid(box=box.SIMPLE_HEAD, pad_edge=False, title=heading, title_justify="left")
+
+
+def _words(entry: Entry) -> Text:
+    # assembled, as the style is of the first words alone
+    text = Text.assemble(_text(entry.own, STATE_STYLES.get(entry.state, "")))
+    for space, small in ((" ", entry.paper and f"({entry.paper})"), ("\n", entry.note)):
+        if small:
+            text.append(space).append(_text(small, "dim"))
+    return text
+
+
+def _text(text: str, style: str = "") -> Text:
+    return Text(printable(text), style)
 
 
 def plain(table: Table, width: int = TEXT_WIDTH) -> str:
@@ -136,80 +204,20 @@ def plain(table: Table, width: int = TEXT_WIDTH) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _block_grid(block: Block) -> Grid:
-    grid = Grid(
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        title=escape(heading_text(block)),
-        title_justify="left",
-        title_style="bold",
-    )
-    grid.add_column("")
-    for column in block.columns:
-        grid.add_column(escape(column), justify="right")
-    last = None
-    for row in block.rows:
-        if last is not None and (last == "paper") != (row.kind == "paper"):
-            grid.add_section()
-        last = row.kind
-        name = escape(name_text(row)) + (f"\n[dim]{escape(row.note)}[/]" if row.note else "")
-        cells = [_styled(cell, block.digits) for cell in row.cells]
-        grid.add_row(name, *cells, style="dim" if row.kind == "floor" else "")
-    return grid
-
-
-def _styled(cell: Cell, digits: int) -> str:
-    style = "dim" if cell.state == "none" else STATE_STYLES.get(cell.state)
-    own = escape(own_text(cell, digits))
-    own = f"[{style}]{own}[/]" if style else own
-    paper = paper_text(cell, digits)
-    return f"{own} [dim]({paper})[/]" if paper else own
-
-
-def _trend_grid(trends: Sequence[Trend]) -> Grid:
-    grid = Grid(
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        title="trends: difference in points [95 % interval], positive as claimed",
-        title_justify="left",
-        title_style="bold",
-    )
-    paper = ("paper",) if has_paper(trends) else ()
-    for title in ("", "claim", "verdict", "difference", "agreeing", *paper):
-        grid.add_column(title, justify="right" if title == "paper" else "left")
-    for trend in trends:
-        state = trend.verdict.state
-        claim = escape(trend.claim) + (f"\n[dim]{escape(trend.note)}[/]" if trend.note else "")
-        grid.add_row(
-            escape(trend.code),
-            claim,
-            f"[{STATE_STYLES[state]}]{state}[/]",
-            escape(difference_text(trend)),
-            seeds_text(trend.verdict),
-            *([trend_paper_text(trend)] if paper else []),
-        )
-    return grid
-
-
 def markdown(table: Table, *, figure: str | None = None) -> str:
     """A table as Markdown, for docs. figure: a picture to show, a path beside the file."""
     parts = [f"## {table.name}: {_flat(table.title)}", _flat(table.source)]
     if table.notes:
         parts.append("\n".join(f"- **{_flat(note)}**" for note in table.notes))
     for block in table.blocks:
-        rows = [_row_cells(row, block.digits) for row in block.rows]
-        parts.append(f"### {_flat(heading_text(block))}")
-        parts.append(_grid(["", *map(_flat, block.columns)], rows))
+        rows = [list(map(_flat_entry, entries)) for _, entries in row_entries(block)]
+        grid = _grid(["", *map(_flat, block.columns)], rows)
+        parts += [f"### {_flat(heading_text(block))}", grid]
     if table.trends:
-        parts.append("### Trends")
-        parts.append(
-            "Difference in points [95 % interval], positive as claimed; agreeing: seeds whose own "
-            "mean is as claimed."
-        )
-        head = ["", "claim", "verdict", "difference", "agreeing", "paper"]
-        kept = len(head) if has_paper(table.trends) else -1
-        rows = [_trend_cells(trend)[:kept] for trend in table.trends]
-        parts.append(_grid(head[:kept], rows))
+        rows = [list(map(_flat_entry, entries)) for _, entries in trend_entries(table.trends)]
+        for row in rows:
+            row[2] = f"**{row[2]}**"  # the verdict
+        parts += ["### Trends", TRENDS_NOTE, _grid(trend_titles(table.trends), rows)]
     if figure is not None:
         parts.append(f"![{table.name}]({figure})")
     if table.setting:
@@ -217,23 +225,8 @@ def markdown(table: Table, *, figure: str | None = None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _row_cells(row: Row, digits: int) -> list[str]:
-    texts = [name_text(row), *(cell_text(cell, digits) for cell in row.cells)]
-    notes = [row.note, *(cell.note for cell in row.cells)]
-    pairs = zip(texts, notes, strict=True)
-    return [_flat(f"{text} [{note}]" if note else text) for text, note in pairs]
-
-
-def _trend_cells(trend: Trend) -> list[str]:
-    verdict = trend.verdict
-    return [
-        _flat(trend.code),
-        _flat(trend.claim + (f" [{trend.note}]" if trend.note else "")),
-        f"**{verdict.state}**",
-        difference_text(trend),
-        seeds_text(verdict),
-        trend_paper_text(trend),
-    ]
+def _flat_entry(entry: Entry) -> str:
+    return _flat(f"{entry.line} [{entry.note}]" if entry.note else entry.line)
 
 
 def _grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -248,44 +241,34 @@ def _flat(text: str) -> str:
 
 def cells_csv(table: Table) -> str:
     """Every cell as a line of CSV: numbers in percent, per_seed with ; between, empty for none."""
-    return _csv(ARM_COLUMNS, _cell_records(table))
-
-
-def _cell_records(table: Table) -> Iterator[Sequence[object]]:
-    for block in table.blocks:
-        for row in block.rows:
-            for column, cell in zip(block.columns, row.cells, strict=True):
-                yield (
-                    *(table.name, block.title, row.name, row.kind, column, block.metric),
-                    cell.state,
-                    _number(cell.value),
-                    _number(cell.spread),
-                    cell.seeds,
-                    ";".join(map(_number, cell.per_seed)),
-                    _number(cell.paper),
-                    cell.note,
-                )
+    return _csv(
+        CELL_COLUMNS,
+        (
+            {
+                **{"table": table.name, "block": block.title, "row": row.name, "kind": row.kind},
+                **{"column": column, "metric": block.metric, "mean": cell.value, **vars(cell)},
+                **{"seeds": cell.seeds, "per_seed": ";".join(map(_number, cell.per_seed))},
+            }
+            for block in table.blocks
+            for row in block.rows
+            for column, cell in zip(block.columns, row.cells, strict=True)
+        ),
+    )
 
 
 def trends_csv(table: Table) -> str:
     """Every trend as a line of CSV: differences in points."""
-    return _csv(TREND_COLUMNS, map(_trend_record, [table.name] * len(table.trends), table.trends))
+    records = ({"table": table.name, **vars(t.verdict), **vars(t)} for t in table.trends)
+    return _csv(TREND_COLUMNS, records)
 
 
-def _trend_record(name: str, trend: Trend) -> Sequence[object]:
-    verdict = trend.verdict
-    numbers = map(_number, (verdict.difference, verdict.low, verdict.high, verdict.margin))
-    return (
-        *(name, trend.code, trend.claim, verdict.state, *numbers),
-        *(verdict.seeds, verdict.agreeing, verdict.items, _number(trend.paper), trend.note),
-    )
-
-
-def _csv(columns: Sequence[str], records: Iterable[Sequence[object]]) -> str:
+def _csv(columns: Sequence[str], records: Iterable[Mapping[str, object]]) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(columns)
-    writer.writerows(records)
+    for record in records:
+        values = [record[column] for column in columns]
+        writer.writerow(_number(v) if isinstance(v, float) or v is None else v for v in values)
     return buffer.getvalue()
 
 

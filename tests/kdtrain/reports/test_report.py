@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import html
 import io
 import json
 import re
@@ -13,9 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from PIL import Image
+from rich.console import Console
 
+from kdtrain.cli import commands
 from kdtrain.config import Config, ModelConfig, OptimConfig, Phase, TargetConfig, TeacherConfig
+from kdtrain.reports import plots
+from kdtrain.reports.chain_table import result_table
 from kdtrain.reports.report import report
 
 DASH = "\N{EN DASH}"
@@ -147,7 +153,7 @@ class Cells(HTMLParser):
         self.rows: list[list[str]] = []
         self.inside = False
 
-    def handle_starttag(self, tag, attrs):
+    def handle_starttag(self, tag, _attrs):
         if tag == "tr":
             self.rows.append([])
         if tag in ("td", "th"):
@@ -359,3 +365,85 @@ def test_one_run_folder_has_a_page_too(tmp_path):
 def test_a_folder_without_runs_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"no run folder \(config\.yaml\) in"):
         report(tmp_path)
+
+
+NAMES = {
+    "<script>alert('x')<b>": "&lt;script&gt;alert(&#x27;x&#x27;)&lt;b&gt;",
+    "<title><img src=x onerror=y>": "&lt;title&gt;&lt;img src=x onerror=y&gt;",
+    "escape \x1b[31m \x07": r"escape \x1b[31m \x07",
+    "turned \u202eeman": r"turned \u202eeman",
+    "not UTF-8 \udcff": r"not UTF-8 \udcff",
+    "Müller 王小明 👩": "Müller 王小明 👩",
+    "a$x^$b {{ title }} [red]": "a$x^$b {{ title }} [red]",
+    "_first": "_first",
+}
+"""Names of runs, and how a page writes them."""
+
+
+@pytest.fixture(scope="module")
+def odd_runs(tmp_path_factory) -> Path:
+    """Runs whose names are markup, control characters, other scripts and mathematics."""
+    root = tmp_path_factory.mktemp("odd") / "<i>\x1b root"
+    for number, name in enumerate(NAMES):
+        run = make_run(
+            root,
+            name,
+            "classification",
+            0.5 + 0.01 * number,
+            init_from=f"@{name}",
+            teacher=TeacherConfig(run=f"../{name}"),
+            target=TargetConfig(alpha=1.0),
+        )
+        if number:  # curves of terms take long to draw
+            kept = [
+                s
+                for s in (run / "metrics.jsonl").read_text().splitlines(True)
+                if '"kind": "eval"' in s
+            ]
+            (run / "metrics.jsonl").write_text("".join(kept))
+    return root
+
+
+def test_names_of_runs_are_shown_as_they_are_and_never_as_markup(odd_runs):
+    page = write(odd_runs, command="train '<x>' \x1b")
+    for written in NAMES.values():
+        assert f'<th scope="row">{written}<small>' in page  # results
+        assert f'<th scope="row">{written}</th><td>{written}</td><td>softmax + soft' in page  # runs
+        assert f"<th>{written}</th>" in page  # every metric
+        assert f"<h4>{written}: 9 of 12 right</h4>" in page  # neighbours
+    assert r"<title>&lt;i&gt;\x1b root: distillation report</title>" in page
+    assert r"<code>train &#x27;&lt;x&gt;&#x27; \x1b</code>" in page
+    assert not re.search(r"<script|<img src=x|<i>|[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", page)
+
+
+def test_the_result_table_of_a_terminal_shows_the_same_names(odd_runs):
+    table = result_table(odd_runs, dict.fromkeys(NAMES, "done"))
+    stream = io.StringIO()
+    Console(file=stream, width=120).print(table)
+    shown = stream.getvalue()
+    for written in map(html.unescape, NAMES.values()):
+        assert re.search(rf"^ {re.escape(written)} +5\d\.0 *$", shown, re.MULTILINE)
+
+
+def test_curves_are_named_after_their_runs_in_any_script():
+    figure = Figure()
+    axis = figure.subplots()
+    curves = [plots.Curve(name, [1, 2], [3, 4], "#000000") for name in NAMES]
+    plots._draw(axis, plots.Panel("$title$", "epoch", "%", curves))
+    figure.savefig(io.BytesIO(), format="png")  # warns of characters that the font lacks
+    legend = axis.get_legend()
+    assert legend is not None
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert len(shown) == len(NAMES)
+    assert shown[2:6] == [
+        *(r"escape \x1b[31m \x07", r"turned \u202eeman", r"not UTF-8 \udcff"),
+        r"Müller \u738b\u5c0f\u660e \U0001f469",
+    ]
+    assert shown[6:] == [r"a\$x^\$b {{ title }} [red]", "_first"]  # \$ is drawn as $
+    assert axis.get_title(loc="left") == r"\$title\$"
+
+
+def test_the_command_prints_a_path_that_no_terminal_acts_on(monkeypatch, capsys):
+    monkeypatch.setattr("kdtrain.reports.report.report", lambda root: root / "report.html")
+    assert commands.report(["runs/\x1b[31m \udcff"]) == 0
+    assert capsys.readouterr().out == "runs/\\x1b[31m \\udcff/report.html\n"

@@ -16,9 +16,9 @@ from rich.console import Console
 
 from kdtrain.reports.tables import files as table_files
 from kdtrain.reports.tables.data import CELL_STATES, Block, Cell, Row, Table, Trend, Verdict
-from kdtrain.reports.tables.page import page
+from kdtrain.reports.tables.files import page
 from kdtrain.reports.tables.plot import _floors, _limits, _lines, _same_rate, _span, picture
-from kdtrain.reports.tables.text import cell_text, cells_csv, markdown, plain, show, trends_csv
+from kdtrain.reports.tables.text import cells_csv, markdown, plain, row_entries, show, trends_csv
 from kdtrain.training import checkpoint
 
 ACCURACY = Block(
@@ -92,7 +92,7 @@ def test_a_cell_without_what_its_metric_needs_is_not_a_dash() -> None:
 
 
 def test_a_cell_says_mean_spread_and_paper_or_why_it_has_no_number() -> None:
-    texts = [cell_text(cell) for row in ACCURACY.rows for cell in row.cells]
+    texts = [entry.line for _, (_, *cells) in row_entries(ACCURACY) for entry in cells]
     assert texts == [
         *("61.3 ± 1.5 (paper 60.1)", "not run (paper 64.5)"),
         *("diverged (paper 61.3)", "unfinished"),
@@ -101,7 +101,8 @@ def test_a_cell_says_mean_spread_and_paper_or_why_it_has_no_number() -> None:
         *("94.5 ± 0.5 (paper 88.6)", "94.5 ± 0.5 (paper 88.6)"),
         *("43.5", "43.5"),
     ]
-    assert cell_text(ERROR.rows[0].cells[0], 2) == "11.25 ± 0.25 (paper 3.36)"
+    _, entries = next(row_entries(ERROR))
+    assert entries[1].line == "11.25 ± 0.25 (paper 3.36)"
 
 
 def test_means_and_sample_deviations_are_over_the_seeds_that_have_a_number() -> None:
@@ -359,7 +360,7 @@ def test_files_are_replaced_whole_and_a_second_writing_gives_the_same_bytes(
     table_files.write(TABLE, folder)
     assert {path: path.read_bytes() for path in paths.values()} == before
 
-    def fails(source: object, target: object) -> None:
+    def fails(*_: object) -> None:
         raise OSError("the disk is full")
 
     monkeypatch.setattr(checkpoint.os, "replace", fails)

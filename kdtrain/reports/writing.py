@@ -1,0 +1,111 @@
+"""How a report writes: numbers as text, names that cannot mislead, and pages from templates."""
+
+from __future__ import annotations
+
+import functools
+import html
+import re
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from kdtrain.training.journal.journal import unit
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+DASH = "\N{EN DASH}"
+LOWER_IS_BETTER = ("nrmse", "nme", "failure_rate", "cross_entropy", "hint")
+FORMATS = {"nats": ".3f", "squared error": ".4f", "count": ",.0f"}
+HIDDEN = r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+"""Controls other than a newline, what reorders a line, and what no encoding has."""
+
+
+def decimal(value: float | None, digits: int = 1, *, sign: bool = False) -> str:
+    """'93.1' of 93.08, '+93.1' with the sign; a dash for none."""
+    return DASH if value is None else f"{value:{'+' * sign}.{digits}f}"
+
+
+def percent(value: float | None) -> str:
+    """'93.1' of 0.931; a dash for none."""
+    return decimal(None if value is None else 100 * value)
+
+
+def brief(metric: str, value: float | None) -> str:
+    """A metric without its unit: '93.1' of 0.931, '0.0123' of a squared error; a dash for none."""
+    form = FORMATS.get(unit(metric))
+    return percent(value) if value is None or form is None else f"{value:{form}}"
+
+
+def full(metric: str, value: float | None) -> str:
+    """`brief`, with '%' behind a fraction."""
+    known = value is not None and unit(metric) == "fraction"
+    return brief(metric, value) + " %" * known
+
+
+def plotted(metric: str, value: float | None) -> float:
+    """A metric as curves show it: a fraction in %, nan for none."""
+    if value is None:
+        return float("nan")
+    return 100 * value if unit(metric) == "fraction" else value
+
+
+def count(number: float) -> str:
+    """'4.11 G' of 4.11e9."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {letter}"
+    return f"{number:g}"
+
+
+def direction(lower: bool) -> str:
+    """'lower is better', or higher."""
+    return f"{'lower' if lower else 'higher'} is better"
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether less of a metric is better."""
+    return metric.startswith(LOWER_IS_BETTER)
+
+
+def better(metric: str, value: float, floor: float) -> bool:
+    """Whether a value beats the floor."""
+    return value < floor if lower_is_better(metric) else value > floor
+
+
+def printable(text: str) -> str:
+    """The text with every character that would not be seen as its escape, such as \\x1b."""
+    return re.sub(HIDDEN, lambda found: escaped(found[0]), text)
+
+
+def escaped(character: str) -> str:
+    """'\\x1b' of the character ESC."""
+    return character.encode("unicode_escape").decode()
+
+
+def render(template: str, **values: Any) -> str:
+    """The page that a template of templates/ makes of the values, each printable and escaped."""
+    return _templates().get_template(template).render(values)
+
+
+@functools.cache
+def _templates() -> Environment:
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+    from markupsafe import Markup
+
+    def load(name: str) -> str:
+        text = resources.files("kdtrain.reports").joinpath("templates", name).read_text("utf-8")
+        # an indented line of a template continues the line before it
+        return re.sub(r"\n+ +", "", text) if name.endswith(".j2") else text
+
+    def shown(value: object) -> Markup:
+        if isinstance(value, Markup):
+            return value
+        return Markup(html.escape(printable(str(value))))
+
+    return Environment(
+        loader=FunctionLoader(load),
+        autoescape=True,
+        finalize=shown,
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+    )

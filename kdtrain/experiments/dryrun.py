@@ -24,7 +24,7 @@ from kdtrain.experiments.estimate import Counts, Estimate, estimate
 from kdtrain.experiments.pipeline import Stage, is_there, lacks_landmarks
 from kdtrain.experiments.scheduler import wall_time
 from kdtrain.experiments.timing import batch_pictures, network_size
-from kdtrain.reports.runs import count_text
+from kdtrain.reports import writing
 from kdtrain.training import checkpoint
 from kdtrain.training.environment import check_device, environment
 from kdtrain.training.journal.journal import duration
@@ -251,8 +251,8 @@ def _row(
     except ConfigError as error:
         # what can be said of a run that cannot be timed here
         size = network_size(run.config, run.config.model, counts.classes)
-        words = f"{count_text(size.parameters)} parameters"
-        words += f", {count_text(size.multiply_adds)} multiply-adds"
+        words = f"{writing.count(size.parameters)} parameters"
+        words += f", {writing.count(size.multiply_adds)} multiply-adds"
         return Row(run, None, [*notes, f"{error}; {words}"], fails=not elsewhere)
     if run.config.teacher.cache != "none":
         notes.append(
@@ -295,8 +295,8 @@ def _cells(row: Row) -> tuple[str, ...]:
         return (*head, "-", "-", teacher, batch, "-", "-", "-", "-")
     return (
         *head,
-        count_text(cost.parameters),
-        count_text(cost.multiply_adds),
+        writing.count(cost.parameters),
+        writing.count(cost.multiply_adds),
         teacher,
         batch,
         f"{cost.steps:,}",

@@ -13,7 +13,7 @@ from kdtrain.experiments import verdicts
 from kdtrain.experiments.comparison.cost import Length, Size, Speeds, network_key, other_lengths
 from kdtrain.experiments.comparison.request import Request, RunOf
 from kdtrain.experiments.tables.collect import Result, cell_of, floor_rows, mean_floor
-from kdtrain.reports.runs import count_text
+from kdtrain.reports import writing
 from kdtrain.reports.tables.data import Block, Cell, Row, RowKind, Table, Trend, Verdict
 
 METRICS = {
@@ -232,13 +232,13 @@ def _cost(comparison: Comparison, place: Place, title: str) -> Block:
         needs = "" if length is None or not length.needs else f"needs {', '.join(length.needs)}"
         cells = (
             _shown(size and size.side, size and f"{size.name}, {size.side} px"),
-            _shown(size and size.backbone, size and count_text(size.backbone)),
-            _shown(head, head is not None and count_text(head)),
-            _shown(size and size.multiply_adds, size and count_text(size.multiply_adds)),
+            _shown(size and size.backbone, size and writing.count(size.backbone)),
+            _shown(head, head is not None and writing.count(head)),
+            _shown(size and size.multiply_adds, size and writing.count(size.multiply_adds)),
             *(_speed(speed, batch) for batch in (1, 64)),
             *(_speed_up(speed, base, batch) for batch in (1, 64)),
             _shown(length and length.epochs, length and str(length.epochs)),
-            _shown(length and length.pictures, length and count_text(length.pictures)),
+            _shown(length and length.pictures, length and writing.count(length.pictures)),
             _shown(length and length.start_epochs, length and str(length.start_epochs)),
         )
         rows.append(Row(method, comparison.kind(method), cells, needs))

@@ -21,7 +21,7 @@ from kdtrain.experiments.comparison.picture import picture
 from kdtrain.experiments.comparison.request import Request, RunOf, groups, stages
 from kdtrain.experiments.scheduler import Outcome
 from kdtrain.experiments.tables.collect import about, read_all
-from kdtrain.reports.runs import count_text
+from kdtrain.reports import writing
 from kdtrain.reports.tables import files
 from kdtrain.reports.tables.text import plain
 from kdtrain.training.journal import journal
@@ -86,7 +86,12 @@ def _lengths_grid(
             size = "" if run.side is None else f", {run.side} pixels"
             note = notes.get(run.method, "")
             needs = ", ".join(one.needs) + (f"  [yellow]{note}[/]" if note else "")
-            cells = (str(one.epochs), count_text(one.pictures), str(one.start_epochs or ""), needs)
+            cells = (
+                str(one.epochs),
+                writing.count(one.pictures),
+                str(one.start_epochs or ""),
+                needs,
+            )
             grid.add_row(f"{run.method}{size}", *cells)
     return grid
 

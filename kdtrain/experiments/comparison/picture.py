@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from kdtrain.experiments.comparison.collect import METRICS, Comparison, Place, curves, floor
 from kdtrain.experiments.tables.collect import cell_of
 from kdtrain.objectives import all_pairs
-from kdtrain.reports.runs import count_text
+from kdtrain.reports import writing
 from kdtrain.reports.tables.data import Table
 from kdtrain.reports.tables.plot import (
     DPI,
@@ -206,9 +206,9 @@ def _draw_dots(axis: Axes, dots: Sequence[_Dot]) -> None:
     axis.set_xlim(min(places) / 1.2, max(places) * 1.2)
     known = sorted({dot.cost for dot in dots})
     if len(known) <= MOST_TICKS:
-        axis.set_xticks(known, [count_text(int(x)) for x in known])
+        axis.set_xticks(known, [writing.count(int(x)) for x in known])
     else:
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count_text(int(x))))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: writing.count(int(x))))
     axis.xaxis.set_minor_locator(NullLocator())
     ordered = sorted(dots, key=lambda dot: dot.y)
     step = 1 / max(len(ordered), 12)

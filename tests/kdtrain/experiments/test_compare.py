@@ -26,7 +26,7 @@ from kdtrain.experiments.comparison.picture import _spread
 from kdtrain.experiments.comparison.request import RunOf, groups, request_from, stages
 from kdtrain.experiments.scheduler import Outcome
 from kdtrain.models.network import FaceNetwork, seeded
-from kdtrain.reports.runs import count_text
+from kdtrain.reports import writing
 from kdtrain.training import checkpoint
 
 ONE = [{"epochs": 1, "lr": 0.05}]
@@ -362,7 +362,7 @@ def test_not_worse_is_held_by_a_method_that_is_level(folder, fake, tmp_path):
 def test_names_beside_a_plot_keep_their_order_and_distance():
     found = _spread([0.1, 0.11, 0.12, 0.97, 0.99], 0.05)
     assert found == pytest.approx([0.1, 0.15, 0.2, 0.95, 1.0])
-    assert [count_text(n) for n in (999, 77_300, 25_557_032)] == ["999", "77.3 k", "25.6 M"]
+    assert [writing.count(n) for n in (999, 77_300, 25_557_032)] == ["999", "77.3 k", "25.6 M"]
 
 
 def test_networks_take_turns_and_are_timed_without_their_heads(folder, monkeypatch):

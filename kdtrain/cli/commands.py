@@ -7,14 +7,13 @@ to be continued.
 
 from __future__ import annotations
 
-import contextlib
+import io
 import os
 import shlex
-import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,32 +31,35 @@ from kdtrain.cli.arguments import (
     take_stage_keys,
     value_of,
 )
-from kdtrain.config import Config, ConfigError, DataConfig, settings
-from kdtrain.config.program import INTERRUPTED, PARENT, PROGRAM
+from kdtrain.config import ConfigError, DataConfig, settings
+from kdtrain.config.program import INTERRUPTED, PROGRAM, printable, signals_heard, told_to_stop
 from kdtrain.config.settings import add_keys, nearest
 
 if TYPE_CHECKING:
     from kdtrain.data import FaceSource
 
-RUN_FILES = (
-    "config.yaml",
-    "run.json",
-    "results.json",
-    "diverged.json",
-    "progress.json",
-    "metrics.jsonl",
-    "timing.jsonl",
-    "samples.npz",
-    "tensorboard",
-    "items",
-    "last",
-    "best",
-)
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack a name's characters
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            with signals_heard():
+                status = _command(argv)
+        except SystemExit as end:  # --help; or rich, where nobody reads its output
+            if isinstance(end.__context__, BrokenPipeError):
+                raise end.__context__ from None
+            status = int(end.code or 0)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as a command that SIGPIPE ends, and nothing is left to be written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return status
+
+
+def _command(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0 if argv else 2
@@ -66,13 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(f"no command {argv[0]!r}; {nearest(argv[0], COMMANDS)}")
         return COMMANDS[argv[0]](argv[1:])
     except (UsageError, ConfigError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         name = f"{argv[0]} " if argv[0] in COMMANDS else ""
         print(f"see {PROGRAM} {name}--help", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return INTERRUPTED
+    except BrokenPipeError:
+        raise
     except (RuntimeError, ValueError, OSError) as error:
         if os.environ.get("KDTRAIN_TRACEBACK"):
             traceback.print_exc()
@@ -84,6 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         print(f"error: {_line(error)}", file=sys.stderr)
         return 1
+    except (KeyboardInterrupt, Exception) as error:
+        # an import that a signal cuts short may raise something else
+        if not (told_to_stop() or isinstance(error, KeyboardInterrupt)):
+            raise
+        words = [word for word in argv if word != "--overwrite"]
+        return ended(INTERRUPTED, shlex.join([*PROGRAM.split(), *words]))
 
 
 def train(argv: Sequence[str]) -> int:
@@ -116,49 +123,27 @@ def train(argv: Sequence[str]) -> int:
     if options.get("resume") and options.get("overwrite"):
         raise UsageError("--resume and --overwrite exclude each other")
     run_dir = Path(options.get("run_dir") or default_run_dir(options["recipe"], path))
-    resume = bool(options.get("resume"))
-    again = shlex.join([*PROGRAM.split(), "train", str(run_dir), "--resume"])
+    resume, overwrite = bool(options.get("resume")), bool(options.get("overwrite"))
 
-    from kdtrain.training import checkpoint, engine
+    from kdtrain.training import engine
     from kdtrain.training.journal.journal import Screen, number
 
-    finished = checkpoint.read_json(run_dir / "results.json")
-    if options.get("overwrite"):
-        _clear(run_dir)
-    elif (run_dir / "config.yaml").exists():
-        _require_same(config, run_dir)
-        if finished:
-            name = finished["metric"]["name"]
-            value = number(name, finished["metrics"].get(name))
-            print(
-                f"{run_dir}: finished before, reused: {name} {value} (--overwrite trains it anew)"
-            )
-            return 0
-        if diverged := checkpoint.read_json(run_dir / "diverged.json"):
-            print(
-                f"error: {run_dir}: ended before: {diverged['message']} It would do so again; "
-                "--overwrite trains it anew, with other settings if you pass them",
-                file=sys.stderr,
-            )
-            return 1
-        if not resume:
-            raise UsageError(
-                f"{run_dir}: holds an unfinished run; pass --resume to continue it "
-                "or --overwrite to throw it away"
-            )
-    elif resume:
-        raise UsageError(f"{run_dir}: no run to resume there; leave --resume out to begin one")
-    elif run_dir.exists() and _has_files(run_dir):
-        raise UsageError(f"{run_dir}: not empty and not a run folder; choose another --run-dir")
+    before = 0 if resume else _written(run_dir)
     screen = Screen(run_dir.name)
     try:
-        with asked_to_stop() as stop:
-            results = engine.train(config, run_dir, resume=resume, stop=stop, screen=screen)
-    except engine.Interrupted:
+        results = engine.train(config, run_dir, resume=resume, overwrite=overwrite, screen=screen)
+    except KeyboardInterrupt:
         screen.close()
-        return ended(INTERRUPTED, again)
+        begun = _written(run_dir) != before  # else the run there, if any, is not this one
+        words = [str(run_dir), "--resume"] if begun else argv
+        return ended(INTERRUPTED, shlex.join([*PROGRAM.split(), "train", *words]))
     finally:
         screen.close()
+    if results["status"] == "reused":
+        name = results["metric"]["name"]
+        value = number(name, results["metrics"].get(name))
+        print(f"{run_dir}: finished before, reused: {name} {value} (--overwrite trains it anew)")
+        return 0
     _print_results(results, f"{run_dir}: finished")
     return 0
 
@@ -374,75 +359,22 @@ def _pipeline(command: str, argv: Sequence[str], preset: str) -> int:
     chain.finish(root, outcomes)
     for name, outcome in outcomes.items():
         if outcome.state in ("failed", "diverged", "skipped"):
-            print(f"error: {name} {outcome.state}: {outcome.note}", file=sys.stderr)
+            print(printable(f"error: {name} {outcome.state}: {outcome.note}"), file=sys.stderr)
     return status
 
 
-def _require_same(config: Config, run_dir: Path) -> None:
-    """Refuse to continue or reuse a run of another config."""
-    from kdtrain.training.keys import differences
-
-    theirs = settings.to_flat(settings.build(settings.read_recipe(run_dir / "config.yaml")))
-    lines = differences(config, theirs)
-    if lines:
-        raise UsageError(
-            f"{run_dir}: holds a run of another config ({'; '.join(lines[:3])}"
-            f"{'; ...' if len(lines) > 3 else ''}); choose another --run-dir, "
-            "or pass --overwrite to throw it away"
-        )
-
-
-def _has_files(run_dir: Path) -> bool:
-    """Anything but the lock and what a cut-short write left behind."""
-    return any(not f.name.startswith(".") for f in run_dir.iterdir())
-
-
-def _clear(run_dir: Path) -> None:
-    """Remove what a run wrote, and nothing else."""
-    if not run_dir.exists():
-        return
-    if _has_files(run_dir) and not (run_dir / "config.yaml").exists():
-        raise UsageError(f"{run_dir}: not a run folder, so --overwrite removes nothing there")
-    from kdtrain.training import checkpoint
-
-    with checkpoint.lock(run_dir, wait_s=2.0):
-        # these first: a half removed run must not look as if it had ended
-        for name in ("results.json", "diverged.json", *RUN_FILES):
-            path = run_dir / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """A question that is answered yes after Ctrl-C, a polite kill, or the death of the pipeline
-    that started this process. A second signal stops at once. Outside, signals do what they did
-    before.
-    """
-    asked = False
-    parent = os.environ.get(PARENT)
-
-    def on_signal(*_: Any) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        print("stopping after this step (press again to stop at once)", file=sys.stderr)
-
-    earlier = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+def _written(run_dir: Path) -> int:
+    """When the run there was begun; 0 where none is."""
     try:
-        yield lambda: asked or (parent is not None and os.getppid() != int(parent))
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
+        return (run_dir / "config.yaml").stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def _print_results(results: dict[str, Any], title: str) -> None:
     from kdtrain.training.journal.journal import number
 
-    print(title)
+    print(printable(title))
     for name, value in results["metrics"].items():
         known = {"floor": results["floors"].get(name), "untrained": results["untrained"].get(name)}
         # counts are the same for all
@@ -452,7 +384,7 @@ def _print_results(results: dict[str, Any], title: str) -> None:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return printable(" ".join(str(error).split())) or type(error).__name__
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from pathlib import Path
 
 import torch
 
 from kdtrain.config import Config
+from kdtrain.config.program import printable
 from kdtrain.data import left_out, sample_grid
 from kdtrain.data.run_data import RunData
 from kdtrain.objectives.tasks import TASKS, build_task
+from kdtrain.training.checkpoint import write_bytes
 from kdtrain.training.environment import computing
 from kdtrain.training.journal.journal import console, number
 from kdtrain.training.preparation import without_teacher
@@ -43,7 +46,7 @@ def show(config: Config, grid: Path) -> None:
             say(f"videos      {len(source.groups.unique())}")
         say(f"skipped     {len(source.skipped)}")
         for line in source.skipped[:SKIPPED_SHOWN]:
-            say(f"            {line}", markup=False)
+            say(f"            {printable(line)}", markup=False)
         kept = f", {len(data.validation)} validation" if len(data.validation) else ""
         say(
             f"split       {config.data.split}: {len(data.train)} training{kept}, "
@@ -64,4 +67,7 @@ def show(config: Config, grid: Path) -> None:
             floors = task.floors(data.evaluation(data.train), data.evaluation(data.test))
             shown = [f"{key} {number(key, value)}" for key, value in floors.items()]
             say(f"            {name}: {', '.join(shown)}")
-        say(f"grid        {sample_grid(source, data.store, grid)}")
+        sheet = io.BytesIO()
+        sample_grid(source, data.store).save(sheet, format="PNG")
+        write_bytes(grid, sheet.getvalue())
+        say(f"grid        {grid}")

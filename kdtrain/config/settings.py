@@ -7,12 +7,16 @@ it starts from. The command line overrides single keys (`--optim.batch_size 32`)
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import inspect
+import os
+import reprlib
 import typing
 from collections.abc import Iterable, Mapping
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from kdtrain.config.fields import ConfigError
+from kdtrain.config.program import name_bytes, regular
 from kdtrain.config.schema import SETTINGS, Config
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -34,12 +39,20 @@ RENAMED = {
 """Keys of versions before 0.1, whose run directories are refused by name."""
 MANY = 16  # known words, above which an error lists the FEW nearest of them
 FEW = 3
+LENGTH, DEPTH, VALUES = 100_000, 12, 10_000
+"""Bounds of a YAML file: characters, nested levels, values with aliases written out."""
 
 
 @cache
 def keys() -> tuple[str, ...]:
     """Every dotted key of the schema, in its order."""
     return tuple(setting.key for setting in SETTINGS)
+
+
+@cache
+def _nullable() -> frozenset[str]:
+    """The keys that may be null."""
+    return frozenset(s.key for s in SETTINGS if type(None) in typing.get_args(s.kind))
 
 
 def add_keys(parser: ArgumentParser) -> None:
@@ -136,32 +149,107 @@ def head_comment(path: Path) -> str:
     return "\n".join(lines)
 
 
-def read_recipe(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The dotted keys that a recipe sets, those of its `base` recipes first (a later one wins)."""
-    path = path.resolve()
-    if path in _seen:
-        raise ConfigError(f"{path}: base recipes form a circle")
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file as plain values; an empty file holds an empty one. Every YAML file
+    is read here.
+
+    Raises ConfigError naming file and key for a file that is not a regular one, not UTF-8, not YAML
+    or no mapping; for a key that is no text or stands twice in one mapping; for a value other than
+    text, number, true, false, null, list and mapping; above LENGTH, DEPTH or VALUES, which every
+    self reference is.
+    """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        with regular(path).open(encoding="utf-8") as file:
+            text = file.read(LENGTH + 1)
+        if len(text) > LENGTH:
+            raise ConfigError(f"longer than {LENGTH} characters")
+        # PyYAML takes seconds to find that it cannot read thousands of open brackets
+        if max(accumulate((c in "[{") - (c in "]}") for c in text), default=0) > 10 * DEPTH:
+            raise RecursionError
+        root = yaml.compose(text, yaml.SafeLoader)
+        if root is None:
+            return {}
+        if not isinstance(root, yaml.MappingNode):
+            raise ConfigError(f"expected a mapping of keys, got {root.tag.rpartition(':')[2]}")
+        return _plain(root, (), [VALUES])
+    except RecursionError:
+        problem = f"nested deeper than {DEPTH} levels"
+    except ConfigError as error:
+        problem = str(error)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        problem = f"cannot be read as YAML: {' '.join(str(error).split())}"
+    raise ConfigError(f"{path}: {problem}")
+
+
+def _plain(node: Any, place: tuple[str, ...], left: list[int]) -> Any:
+    """The value of a YAML node at the keys `place`; left: how many values may still come."""
+    left[0] -= 1
+    key, kind = ".".join(place), node.tag.removeprefix("tag:yaml.org,2002:")
+    if len(place) > DEPTH:
+        raise ConfigError(f"{place[0]}: nested deeper than {DEPTH} levels")
+    if left[0] < 0:
+        raise ConfigError(f"{place[0]}: more than {VALUES} values, aliases written out")
+    if kind == "seq":
+        return [_plain(item, (*place, str(k)), left) for k, item in enumerate(node.value)]
+    if kind == "map":
+        tree: dict[str, Any] = {}
+        for name, value in node.value:
+            if name.tag != "tag:yaml.org,2002:str":
+                raise ConfigError(
+                    f"{key or 'top level'}: expected keys that are text, got "
+                    f"{reprlib.repr(name.value)} (put it in quotes; << is not supported)"
+                )
+            if name.value in tree:
+                line = name.start_mark.line + 1
+                raise ConfigError(f"{'.'.join((*place, name.value))}: set again on line {line}")
+            tree[name.value] = _plain(value, (*place, name.value), left)
+        return tree
+    if kind not in ("str", "int", "float", "bool", "null"):
         raise ConfigError(
-            f"{path}: cannot be read as YAML: {' '.join(str(error).split())}"
-        ) from None
-    if tree is None:
-        tree = {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys, got {type(tree).__name__}")
+            f"{key}: expected text, a number, true, false, null, a list or a mapping, got {kind} "
+            "(text goes in quotes)"
+        )
+    try:
+        value = yaml.constructor.SafeConstructor().construct_object(node)
+        # no name of a file holds a zero byte, or surrogates that stand for no byte
+        if isinstance(value, str) and b"\0" in name_bytes(value):
+            raise ValueError
+    except (ValueError, LookupError, yaml.YAMLError):
+        got = reprlib.repr(node.value)
+        raise ConfigError(f"{key}: {got} cannot be read as {kind}") from None
+    return value
+
+
+def read_recipe(path: Path, _found: dict[Path, Any] | None = None) -> dict[str, Any]:
+    """The dotted keys that a recipe sets, those of its `base` recipes first (a later one wins).
+
+    Raises ConfigError naming file and key for what `read_yaml` and `build` refuse in one key.
+    """
+    found = {} if _found is None else _found
+    path = Path(os.path.realpath(path))
+    if path in found:
+        if found[path] is None:
+            raise ConfigError(f"{path}: base recipes form a circle")
+        return found[path]
+    found[path] = None
+    tree = read_yaml(path)
     bases = tree.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(
+            f"{path}: base: expected a recipe file or a list of them, got {reprlib.repr(bases)}"
+        )
     flat: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
-        flat.update(read_recipe(path.parent / base, (*_seen, path)))
-    own = in_full(flatten({str(key): value for key, value in tree.items()}))
+    for base in bases:
+        flat.update(read_recipe(path.parent / base, found))
+    own = in_full(flatten(tree))
     check_version(own, path)
-    for key in own:
-        if key not in keys():
-            raise ConfigError(f"{path}: {unknown(key)}")
-    flat.update(own)
-    return flat
+    try:
+        _typed(own)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    found[path] = {**flat, **own}
+    return found[path]
 
 
 def unknown(key: str) -> str:
@@ -188,22 +276,56 @@ def build(flat: Mapping[str, Any]) -> Config:
     Raises ConfigError for an unknown key, a value of the wrong type, or values that do not fit
     together.
     """
-    tree: dict[str, Any] = {}
-    for key, value in in_full(flat).items():
-        if key not in keys():
-            raise ConfigError(unknown(key))
-        section, _, name = key.rpartition(".")
-        (tree.setdefault(section, {}) if section else tree)[name] = value
-    parser = _key_parser()
-    try:
-        values = parser.instantiate(parser.parse_object(tree, defaults=False)).as_dict()
-    except ArgumentError as error:
-        raise ConfigError(" ".join(str(error).split())) from None
+    values = _typed(in_full(flat))
     types = typing.get_type_hints(Config)
     for name, kind in types.items():
         if dataclasses.is_dataclass(kind):
             values[name] = kind(**values.get(name, {}))  # type: ignore[operator]
     return Config(**values)
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{'optim.batch_size': 8} -> {'optim': {'batch_size': 8}}, of keys of the schema."""
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        section, _, name = key.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[name] = value
+    return tree
+
+
+def _typed(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by section, of the types that the schema gives each key. Raises ConfigError for an
+    unknown key and a value of the wrong type.
+    """
+    for key, value in flat.items():
+        if key in keys():
+            if value is None and key not in _nullable():  # the parser takes null for any type
+                raise ConfigError(f"{key}: expected a value, got null")
+            _check_numbers(key, value)
+            continue
+        if any(known.startswith(f"{key}.") for known in keys()):
+            got = reprlib.repr(value)
+            raise ConfigError(f"{key}: expected a mapping of its keys, got {got}")
+        raise ConfigError(unknown(key))
+    parser = _key_parser()
+    try:
+        # a copy: the parser puts objects of its own in the place of mappings
+        given = parser.parse_object(copy.deepcopy(nested(flat)), defaults=False)
+        for key, value in given.items():
+            _check_numbers(key, value)
+        return parser.instantiate(given).as_dict()
+    except ArgumentError as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+
+
+def _check_numbers(key: str, value: Any) -> None:
+    """Raises ConfigError for a number that is not finite or has more than 63 bits."""
+    if isinstance(value, (list, dict)):
+        for place, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_numbers(f"{key}.{place}", item)
+    elif isinstance(value, (int, float)) and not abs(value) < 2**63:
+        got = reprlib.repr(value)
+        raise ConfigError(f"{key}: expected a finite number of at most 63 bits, got {got}")
 
 
 @cache

@@ -47,7 +47,7 @@ def read_celeba(
 
     if landmark_file is not None:
         point_file = root / landmark_file
-        if not point_file.is_file():
+        if not point_file.exists():
             raise DataError(f"{point_file}: no such landmark file (data.landmark_file)")
     else:
         point_file = find_list(root, "list_landmarks_align_celeba")

@@ -1,7 +1,5 @@
 """A sheet of sample pictures for people to look at."""
 
-from pathlib import Path
-
 import torch
 from PIL import Image, ImageDraw
 
@@ -16,16 +14,14 @@ _COLOURS = ("#40ff40", "#40c0ff", "#ffff40", "#ff8040", "#ff60ff")  # one per la
 def sample_grid(
     source: FaceSource,
     store: PictureStore,
-    path: str | Path,
     *,
     people: int = 10,
     pictures: int = 8,
     scale: int | None = None,
     landmarks: bool = True,
     seed: int = 0,
-) -> Path:
-    """Returns the path of a PNG it writes: a row of `pictures` store pictures for each of `people`
-    people.
+) -> Image.Image:
+    """Returns a sheet with a row of `pictures` store pictures for each of `people` people.
 
     People are drawn by seed among all, pictures are each person's first. Landmarks, where the
     source has them, are dots (left eye green, right eye blue, nose yellow, left mouth corner
@@ -57,7 +53,4 @@ def sample_grid(
                 _COLOURS, (points[index] * scale + corner).tolist(), strict=True
             ):
                 draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=colour)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, format="PNG")
-    return path
+    return sheet

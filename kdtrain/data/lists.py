@@ -6,13 +6,14 @@ the rows), .csv the mirrors' (commas, a header). Blank lines and a byte order ma
 """
 
 import csv
-import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from kdtrain.config.program import regular
 from kdtrain.data.source import (
     LANDMARKS,
     DataError,
@@ -23,6 +24,7 @@ from kdtrain.data.source import (
     probe_pictures,
 )
 
+FLOAT32_MAX = torch.finfo(torch.float32).max  # landmarks are stored in it
 POINT_COLUMNS = tuple(f"{point}_{axis}" for point in LANDMARKS for axis in "xy")
 
 
@@ -39,7 +41,7 @@ class Table:
 
 def find_list(root: Path, stem: str) -> Path | None:
     """Returns root/stem.txt or root/stem.csv, whichever is there first, or None."""
-    return next((p for p in (root / f"{stem}.txt", root / f"{stem}.csv") if p.is_file()), None)
+    return next((p for p in (root / f"{stem}.txt", root / f"{stem}.csv") if p.exists()), None)
 
 
 def read_table(path: Path, issues: Issues, *, fields: int | None = None) -> Table:
@@ -51,13 +53,13 @@ def read_table(path: Path, issues: Issues, *, fields: int | None = None) -> Tabl
     `issues`) for a wrong field count, a repeated picture, a wrong count.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = regular(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
         raise DataError(f"{path}: cannot read this list: {error}") from error
     lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
     lines = [(number, line) for number, line in lines if line]
     if path.suffix == ".csv":
-        split = [(number, [f.strip() for f in next(csv.reader([line]))]) for number, line in lines]
+        split = [(number, _fields(line, f"{path}:{number}")) for number, line in lines]
     else:
         split = [(number, line.split()) for number, line in lines]
 
@@ -105,9 +107,11 @@ def read_points(path: Path, issues: Issues) -> dict[str, list[float]]:
         order = [table.columns.index(column) for column in POINT_COLUMNS]
     points: dict[str, list[float]] = {}
     for name, (number, parts) in table.rows.items():
-        wrong = [part for part in parts if not _is_number(part)]
+        wrong = [part for part in parts if not _is_number(part, FLOAT32_MAX)]
         if wrong:
-            issues.report(f"{path}:{number}: expected 10 finite numbers, got {wrong[0]!r}")
+            issues.report(
+                f"{path}:{number}: expected 10 finite numbers of float32, got {wrong[0]!r}"
+            )
         else:
             points[name] = [float(parts[k]) for k in order]
     return points
@@ -132,7 +136,7 @@ def assemble(
     the set that remains is sound.
     """
     wanted = {split_file} if split_file else set()
-    if (root / "index.csv").is_file():
+    if (root / "index.csv").exists():
         wanted.add("index.csv")
     tables: dict[str, Table] = {}
     for file in sorted(wanted):
@@ -194,8 +198,15 @@ def _stack(points: dict[str, list[float]], names: list[str]) -> Tensor:
     return values.reshape(-1, 5, 2) + 0.5  # the files hold pixel indices; see FaceSource
 
 
-def _is_number(text: str) -> bool:
+def _fields(line: str, where: str) -> list[str]:
     try:
-        return math.isfinite(float(text))
+        return [field.strip() for field in next(csv.reader([line]))]
+    except csv.Error as error:
+        raise DataError(f"{where}: cannot read this line: {error}") from None
+
+
+def _is_number(text: str, limit: float = sys.float_info.max) -> bool:
+    try:
+        return abs(float(text)) <= limit
     except ValueError:
         return False

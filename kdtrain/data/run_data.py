@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kdtrain.config import Config, DataConfig
+from kdtrain.config.program import name_bytes
 from kdtrain.data.build import build_source
 from kdtrain.data.resize import area_average, shrink
 from kdtrain.data.samplers import balanced_batches, random_batches
@@ -164,7 +165,7 @@ def identities_key(names: Iterable[str], data: DataConfig) -> str:
     names = list(names)
     if data.kind == "synthetic":
         names.append(f"drawn from seed {data.synthetic_seed}")
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+    return hashlib.sha256(name_bytes("\n".join(names))).hexdigest()[:16]
 
 
 class RunData:

@@ -101,8 +101,10 @@ def _random_split(
     is_test[order[: round(fraction * len(labels))]] = True
     kept = torch.bincount(labels[~is_test], minlength=num_classes)
     # a class whose pictures all fell into the test part gives its first one (in hash order) back
-    for label in (kept == 0).nonzero()[:, 0].tolist():
-        is_test[order[labels[order] == label][0]] = False
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order))
+    first = torch.full((num_classes,), len(order)).scatter_reduce_(0, labels, places, "amin")
+    is_test[order[first[kept == 0]]] = False
     return is_test
 
 

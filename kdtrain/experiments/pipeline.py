@@ -235,9 +235,10 @@ def set_aside(folder: Path, place: Path, console: Console) -> None:
     """
     if not folder.exists() or all(f.name.startswith(".") for f in folder.iterdir()):
         return
-    place.parent.mkdir(exist_ok=True)
-    shutil.rmtree(place, ignore_errors=True)
-    os.rename(folder, place)
+    with checkpoint.lock(folder):  # a run that was begun by itself may be under way there
+        place.parent.mkdir(exist_ok=True)
+        shutil.rmtree(place, ignore_errors=True)
+        os.rename(folder, place)
     console.print(
         f"{folder.name}: settings, pictures, sources or inputs changed; earlier run kept in {place}"
     )

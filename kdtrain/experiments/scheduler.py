@@ -21,7 +21,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 import kdtrain
-from kdtrain.config.program import INTERRUPTED, PARENT
+from kdtrain.config.program import INTERRUPTED, PARENT, printable
 from kdtrain.training.checkpoint import read_json
 from kdtrain.training.journal.journal import duration, number
 
@@ -267,7 +267,7 @@ class _View:
             self._live.start()
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        self._console.print(printable(text), markup=False)
 
     def ended(self, work: Work) -> None:
         outcome = self._outcomes[work.name]

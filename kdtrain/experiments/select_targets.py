@@ -289,8 +289,7 @@ def read_items(folder: Path, split: str) -> tuple[dict[str, np.ndarray], str]:
     files = (folder / "items").glob(f"{stem}*.npz")
     path = max(files, key=lambda file: int(file.stem.removeprefix(stem)), default=None)
     if path is not None:
-        with np.load(path) as arrays:
-            items = dict(arrays)
+        items = checkpoint.read_arrays(path)
         if np.isclose(np.nanmean(items[name], dtype=np.float64), told, rtol=1e-5):  # of float32
             return items, name
     raise SelectionError(

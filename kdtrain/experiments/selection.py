@@ -257,7 +257,6 @@ def write(selection: Selection, config: Config, root: Path, out: Path) -> None:
     """Write ROOT/select-targets.txt and .csv, and the recipe to `out`."""
     checkpoint.write_text(root / "select-targets.txt", text(selection))
     checkpoint.write_text(root / "select-targets.csv", csv_text(selection))
-    out.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.write_text(out, recipe_text(selection, config))
 
 

@@ -7,6 +7,7 @@ which one this is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -145,7 +146,7 @@ def nn_hits(
     "nn_top1", and with groups "nn_top1_other_video".
     """
     nearest = neighbours(features, backend=backend)[1]
-    return _nn_hits(nearest, features, features, labels, groups)
+    return _nn_hits(nearest, features, features, labels, groups, backend)
 
 
 def nn_shares(hits: dict[str, Tensor]) -> dict[str, float]:
@@ -162,7 +163,12 @@ def nn_shares(hits: dict[str, Tensor]) -> dict[str, float]:
 
 
 def cross_hits(
-    queries: Tensor, gallery: Tensor, labels: Tensor, groups: Tensor | None = None
+    queries: Tensor,
+    gallery: Tensor,
+    labels: Tensor,
+    groups: Tensor | None = None,
+    *,
+    backend: str | None = None,
 ) -> dict[str, Tensor]:
     """`nn_hits` across two networks: each query's nearest row among another network's features of
     the same pictures, but its own picture's (with groups also: its own video's).
@@ -176,11 +182,17 @@ def cross_hits(
             f"width, got {tuple(queries.shape)} and {tuple(gallery.shape)}"
         )
     own = torch.arange(len(queries), device=queries.device)
-    return _nn_hits(_nearest_other_group(queries, gallery, own), queries, gallery, labels, groups)
+    nearest = _nearest_other_group(queries, gallery, own, backend)
+    return _nn_hits(nearest, queries, gallery, labels, groups, backend)
 
 
 def _nn_hits(
-    nearest: Tensor, queries: Tensor, gallery: Tensor, labels: Tensor, groups: Tensor | None
+    nearest: Tensor,
+    queries: Tensor,
+    gallery: Tensor,
+    labels: Tensor,
+    groups: Tensor | None,
+    backend: str | None,
 ) -> dict[str, Tensor]:
     """`nn_hits` from each query's nearest gallery row but its own, (N,)."""
 
@@ -195,31 +207,38 @@ def _nn_hits(
         groups = groups.to(queries.device)
         video = torch.unique(torch.stack([people, groups], 1), dim=0, return_inverse=True)[1]
         mates = mates + 1 - torch.bincount(video)[video]
-        others = _nearest_other_group(queries, gallery, groups)
+        others = _nearest_other_group(queries, gallery, groups, backend)
         result["nn_top1_other_video"] = hit(others, mates)
     return result
 
 
 def _nearest_other_group(
-    queries: Tensor, gallery: Tensor, groups: Tensor, chunk: int = 512
+    queries: Tensor, gallery: Tensor, groups: Tensor, backend: str | None
 ) -> Tensor:
     """(N,) index of each query's nearest gallery row of another group, row i being of group
-    groups[i] in both; itself where there is none. Memory: chunk x N distances.
+    groups[i] in both, by the rule of `nearest_neighbor`; itself where there is none.
+
+    Groups are numbered and written with two digits of base sqrt(N). Two groups differ in a digit,
+    so the nearest row is found among those of another first digit or those of another second one:
+    2 sqrt(N) searches in place of one per group.
     """
-    # distances do not change when one mean is taken off all, and the Gram form then cancels less
-    mean = gallery.float().mean(0)
-    centred, rows = queries.float() - mean, gallery.float() - mean
-    squares = rows.square().sum(1)
-    nearest = []
-    for start in range(0, len(centred), chunk):
-        block = slice(start, start + chunk)
-        distance = torch.addmm(squares, centred[block], rows.T, alpha=-2)
-        # + |query|^2, constant
-        distance[groups[block, None] == groups] = float("inf")
-        best, index = distance.min(1)
-        own = torch.arange(start, start + len(index), device=index.device)
-        nearest.append(torch.where(best == float("inf"), own, index))
-    return torch.cat(nearest) if nearest else groups.new_zeros(0)
+    number = torch.unique(groups, return_inverse=True)[1]
+    base = math.isqrt(len(queries)) + 1
+    found = torch.full((2, len(queries)), -1, device=queries.device)
+    distance = queries.new_full(found.shape, float("nan"), dtype=torch.float32)
+    for place, digit in enumerate((number // base, number % base)):
+        for value in torch.unique(digit).tolist():
+            mine, others = (digit == value).nonzero()[:, 0], (digit != value).nonzero()[:, 0]
+            if len(others):
+                least, index = nearest_neighbor(queries[mine], gallery[others], backend=backend)
+                distance[place, mine], found[place, mine] = least, others[index]
+    nearest = torch.where((distance[1] < distance[0]) | (found[0] < 0), found[1], found[0])
+    # equal as float32, or NaN: `nearest_neighbor` decides, as it compares in double
+    same = ~(distance[0] < distance[1]) & ~(distance[1] < distance[0]) & (found[0] != found[1])
+    for row in (same & (found >= 0).all(0)).nonzero()[:, 0].tolist():
+        pair = found[:, row].sort().values
+        nearest[row] = pair[nearest_neighbor(queries[row, None], gallery[pair], backend=backend)[1]]
+    return torch.where(nearest < 0, torch.arange(len(nearest), device=nearest.device), nearest)
 
 
 def make_pairs(

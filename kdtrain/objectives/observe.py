@@ -175,7 +175,13 @@ def every_pair(
 
 
 def asymmetric(
-    rows: Tensor, gallery: Tensor, labels: Tensor, groups: Tensor | None, *, normalize: bool
+    rows: Tensor,
+    gallery: Tensor,
+    labels: Tensor,
+    groups: Tensor | None,
+    *,
+    normalize: bool,
+    backend: str | None = None,
 ) -> Measured:
     """Queries (N, D) looked up among another network's features (N, D) of the same pictures; every
     name begins with asym_.
@@ -184,7 +190,7 @@ def asymmetric(
     scale both to unit length before distances, as for nn_top1.
     """
     ours, theirs = (F.normalize(x, dim=1) if normalize else x for x in (rows, gallery))
-    hits = evaluate.cross_hits(ours, theirs, labels, groups)
+    hits = evaluate.cross_hits(ours, theirs, labels, groups, backend=backend)
     counts = ("nn_queries", "nn_lone", "pairs")  # as of the network by itself
     found = [pairs(rows, labels, gallery), every_pair(rows, labels, groups, gallery)]
     shares = evaluate.nn_shares(hits) | found[0].metrics | found[1].metrics

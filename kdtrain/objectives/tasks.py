@@ -236,10 +236,8 @@ class Verification(Task):
             observe.every_pair(seen.hidden, seen.labels, seen.groups),
         ]
         if self.gallery is not None:
-            theirs = self.gallery(seen.indices)
-            found.append(
-                observe.asymmetric(seen.hidden, theirs, seen.labels, seen.groups, normalize=unit)
-            )
+            sides = (seen.hidden, self.gallery(seen.indices), seen.labels, seen.groups)
+            found.append(observe.asymmetric(*sides, normalize=unit, backend=self.backend))
         self._samples = observe.neighbour_samples(rows, seen, self.backend)
         self._items = dict(hits)
         metrics = evaluate.nn_shares(hits)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from kdtrain.config import TARGETS, settings
 from kdtrain.config.networks import network_title
+from kdtrain.config.program import printable
 from kdtrain.reports.writing import better, brief, count
-from kdtrain.training.checkpoint import read_json
+from kdtrain.training.checkpoint import read_arrays, read_json
 from kdtrain.training.journal.journal import duration, read_lines
 
 # The result table: columns by task and metric, rows by the end of the chain's names.
@@ -67,11 +67,9 @@ class Stage:
     @property
     def teachers(self) -> list[str]:
         """The runs that its config names as teachers, as written there."""
-        section = self.config.get("teacher")
-        if not isinstance(section, Mapping):  # a string is short for its run
-            return [str(section)] if section else []
+        section = self.config.get("teacher", {})
         named = [section.get("run"), *(section.get("more") or [])]
-        return [str(run) for run in named] if section.get("run") else []
+        return [printable(run) for run in named] if section.get("run") else []
 
     @property
     def state(self) -> str:
@@ -117,18 +115,13 @@ def read_stages(root: Path) -> list[Stage]:
 def read_stage(folder: Path) -> Stage:
     """A run from its folder, or from the recipe beside it that plans it."""
     recipes = folder / "config.yaml", folder.parent / "recipes" / f"{folder.name}.yaml"
-    config: dict[str, Any] = {}
-    for recipe in [path for path in recipes if path.is_file()][:1]:
-        config = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
-        settings.check_version(settings.flatten(config), recipe)
-    samples: dict[str, np.ndarray] = {}
-    if (folder / "samples.npz").is_file():
-        with np.load(folder / "samples.npz") as arrays:
-            samples = dict(arrays)
+    recipe = next((path for path in recipes if path.is_file()), None)
+    config = {} if recipe is None else settings.nested(settings.read_recipe(recipe))
+    samples = read_arrays(folder / "samples.npz")
     results = read_json(folder / "results.json") or {}
     records = read_lines(folder / "metrics.jsonl")
     diverged = (folder / "diverged.json").is_file()
-    return Stage(folder.name, config, results, records, samples, diverged)
+    return Stage(printable(folder.name), config, results, records, samples, diverged)
 
 
 def pictures_text(stage: Stage) -> str:
@@ -235,8 +228,7 @@ def _teacher_text(stage: Stage) -> list[str]:
     """'teachers a, b (weights 2, 1) on 32 pixels' in a list, which is empty without a teacher."""
     if not stage.teachers:
         return []
-    section, several = stage.config["teacher"], len(stage.teachers) > 1
-    teacher = section if isinstance(section, Mapping) else {}
+    teacher, several = stage.config["teacher"], len(stage.teachers) > 1
     names = ", ".join(run.removeprefix("@") for run in stage.teachers)
     text = f"teacher{'s' * several} {names}"
     if several and teacher.get("weights"):

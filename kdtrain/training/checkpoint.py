@@ -1,38 +1,60 @@
 """Run folders on disk: atomic checkpoints with recovery, atomic small files, and one writer at a
 time.
 
-A checkpoint is a folder of two files: weights.safetensors (the network) and state.pt (optimiser,
-extra modules, position, random state), loadable with weights_only. It is written beside its place,
-synced, and swapped in by rename: whenever the process or the machine dies, the old one or the new
-one is whole.
+A checkpoint is a folder: weights.safetensors (the network), state.pt (optimiser, extra modules,
+position, random state; loadable with weights_only) and checksums.json, the CRC-32 of both. It is
+written beside its place, synced, and swapped in by rename: whenever the process or the machine
+dies, the old one or the new one is whole. Reading compares the checksums; a folder without
+checksums.json, as of weights copied by hand, is read as it is.
+
+Any other file is written as .NAME.PID.tmp, locked by its writer, and renamed. What a killed process
+left of it is removed by the next process that holds the folder or writes the same file.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import json
 import os
 import pickle
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 WEIGHTS = "weights.safetensors"
 STATE = "state.pt"
+CHECKSUMS = "checksums.json"
+LAST, BEST = "last", "best"
+
+RUN_FILES: list[str] = []
+"""Names in a run directory that a run writes: what --overwrite removes."""
+
+
+def run_file(name: str) -> str:
+    """Declares a file or folder that a run writes into its directory; returns the name."""
+    RUN_FILES.append(name)
+    return name
+
+
+for _name in (LAST, BEST):
+    for _suffix in (".new", ".previous", ""):  # the siblings first: it must not come back from them
+        run_file(f"{_name}{_suffix}")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint or run folder that is missing, damaged or in use; the message says what to
-    do.
+    """A checkpoint or run folder that is missing, damaged, in use or without room; the message says
+    what to do.
     """
 
 
@@ -42,19 +64,30 @@ def save(
     """Write a checkpoint so that `folder` is at every moment the previous one or this one, whole.
 
     weights: the network's state_dict. state: plain values and tensors, or None for weights alone.
+    Raises CheckpointError where there is no room.
     """
     recover(folder)
     fresh, previous = _siblings(folder)
-    fresh.mkdir(parents=True)
-    save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, fresh / WEIGHTS)
-    if state is not None:
-        torch.save(dict(state), fresh / STATE)
-    for path in [*fresh.iterdir(), fresh]:
-        _sync(path)
-    if folder.exists():
-        os.rename(folder, previous)
-    os.rename(fresh, folder)
-    _sync(folder.parent)
+    with writing(folder, _bytes_of([weights, state])):
+        try:
+            fresh.mkdir(parents=True)
+            tensors = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
+            save_file(tensors, fresh / WEIGHTS)
+            if state is not None:
+                with open(fresh / STATE, "wb") as file:
+                    torch.save(dict(state), file)
+            checksums = {path.name: _checksum(path) for path in fresh.iterdir()}
+            (fresh / CHECKSUMS).write_text(json.dumps(checksums), encoding="utf-8")
+            shutil.copymode(fresh / CHECKSUMS, fresh / WEIGHTS)  # save_file makes it the owner's
+            for path in [*fresh.iterdir(), fresh]:
+                _sync(path)
+            if folder.exists():
+                os.rename(folder, previous)
+            os.rename(fresh, folder)
+            _sync(folder.parent)
+        except Exception:
+            recover(folder)
+            raise
     shutil.rmtree(previous, ignore_errors=True)
 
 
@@ -80,10 +113,11 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     path = _whole(folder) / WEIGHTS
     if not path.is_file():
         raise CheckpointError(f"{folder}: no {WEIGHTS} there; train that run first")
+    _verify(path)
     try:
-        return load_file(path)
+        return load(path.read_bytes())  # load_file takes no path that is not UTF-8
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged ({error}); train that run again") from None
+        raise _damaged(path, error) from None
 
 
 def load_state(folder: Path) -> dict[str, Any]:
@@ -91,16 +125,14 @@ def load_state(folder: Path) -> dict[str, Any]:
     path = _whole(folder) / STATE
     if not path.is_file():
         raise CheckpointError(f"{folder}: no {STATE} there, nothing to resume from")
+    _verify(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (
         *(RuntimeError, EOFError, OSError, pickle.UnpicklingError),
         *(LookupError, ValueError, TypeError, AttributeError),  # the unpickler's, on any rubbish
     ) as error:
-        message = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
-            f"{path}: damaged ({message}); start again with --overwrite"
-        ) from None
+        raise _damaged(path, error) from None
 
 
 def run_weights(run: Path) -> Path:
@@ -124,21 +156,39 @@ def run_of(run: Path) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file so that a reader or a crash sees the old content or the new one, whole."""
-    write_bytes(path, text.encode())
+    """Replace a file so that a reader or a crash sees the old content or the new one, whole. Bytes
+    of a name that are not UTF-8 become escapes; see program.printable. Raises CheckpointError where
+    there is no room for it.
+    """
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file that is no text; see write_text."""
-    _replace(path, lambda file: file.write(content))
+def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
+    """Replace a file that is no text; see write_text. sync: force it to disk."""
+    with writing(path, len(content)), replacing(path, sync=sync) as file:
+        file.write(content)
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Replace an .npz file, making its folder; see write_text. The same arrays give the same
-    bytes.
+    """Replace an .npz file; see write_text. The same arrays give the same bytes."""
+    with writing(path, sum(array.nbytes for array in arrays.values())), replacing(path) as file:
+        np.savez(file, allow_pickle=False, **arrays)
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file, by their checksums; none where it is missing. Raises
+    CheckpointError where it is damaged.
     """
-    path.parent.mkdir(exist_ok=True)
-    _replace(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
+    if not path.is_file():
+        return {}
+    try:
+        with open(path, "rb") as content, np.load(content) as file:  # numpy leaves it open
+            # a comment that nobody wrote hides the members after it
+            if any(member.comment for member in file.zip.infolist()):
+                raise ValueError("its directory is wrong")
+            return dict(file)
+    except Exception as error:  # on rubbish zip and npy raise a dozen classes
+        raise _damaged(path, error) from None
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -150,9 +200,7 @@ def write_progress(path: Path, values: Any) -> None:
     """Replace a JSON file that only a watcher reads: whole at every moment, but not forced to
     disk.
     """
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    fresh.write_text(json.dumps(values), encoding="utf-8")
-    os.replace(fresh, path)
+    write_bytes(path, json.dumps(values).encode(), sync=False)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -172,12 +220,11 @@ def lock(folder: Path, wait_s: float = 10.0) -> Iterator[None]:
     not there and in which nothing was written is taken away again. Raises CheckpointError.
     """
     is_new = not folder.exists()
-    file = _locked(folder, time.monotonic() + wait_s)
-    with file:
-        file.seek(0)
-        file.truncate()
-        file.write(str(os.getpid()))
-        file.flush()
+    with _locked(folder, time.monotonic() + wait_s) as file:
+        with writing(folder / ".lock", 8):
+            file.write(str(os.getpid()).encode())
+            file.flush()
+        sweep(folder)
         try:
             yield
         finally:
@@ -185,40 +232,109 @@ def lock(folder: Path, wait_s: float = 10.0) -> Iterator[None]:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _locked(folder: Path, deadline: float) -> IO[str]:
+def sweep(folder: Path, pattern: str = "**/.*.tmp") -> None:
+    """Remove temporary files below a folder whose writers were killed: nobody holds their lock."""
+    for path in folder.glob(pattern):
+        # held by a living process, or removed by another one that sweeps
+        with contextlib.suppress(OSError), open(path, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
+    """A temporary file that takes the place of `path` at the end, and is removed where that is not
+    reached. Its folder is made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent, f".{glob.escape(path.name)}.*.tmp")
+    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _held(fresh, fcntl.LOCK_EX) as file:
+        try:
+            yield file
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+            os.replace(fresh, path)
+        finally:
+            fresh.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path, size: int) -> Iterator[None]:
+    """Inside, about `size` bytes are written to `path`. Where the system refuses, raises
+    CheckpointError with the room that is needed and the room that is there.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch.save fails once more while it closes its file: the system's error is the one before
+        cause: BaseException | None = error
+        while isinstance(cause, RuntimeError):
+            cause = cause.__context__
+        if cause is None:
+            raise
+        raise CheckpointError(
+            f"{path}: cannot be written: {refusal(path, cause, size)}; make room there and run the "
+            "command again (train: with --resume); what was saved before is whole"
+        ) from None
+
+
+def refusal(path: Path, error: BaseException, size: int) -> str:
+    """Why the system refuses to write `size` bytes to a path, and the room on its disk."""
+    folder = next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
+    free = shutil.disk_usage(folder).free
+    reason = (isinstance(error, OSError) and error.strerror) or _first_line(error)
+    return f"{reason}; {amount(size)} are needed and {amount(free)} are free in {folder}"
+
+
+def amount(size: int) -> str:
+    """'3.2 MB', '1.1 GB'."""
+    for unit, power in (("GB", 1e9), ("MB", 1e6)):
+        if size >= power:
+            return f"{size / power:.1f} {unit}"
+    return f"{size / 1e3:.1f} kB"
+
+
+def _locked(folder: Path, deadline: float) -> IO[bytes]:
     """The folder's lock file, held."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - for the caller
-        except FileNotFoundError:  # taken away by its last owner, as below
+            return _held(folder / ".lock", fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:  # the folder was taken away by its last owner
             continue
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip() or "another process"
-            file.close()
             if time.monotonic() > deadline:
+                owner = (folder / ".lock").read_text(encoding="utf-8")
                 raise CheckpointError(
-                    f"{folder}: in use by process {owner}; "
+                    f"{folder}: in use by process {owner or 'unknown'}; "
                     "wait for it, stop it, or take another --run-dir"
                 ) from None
             time.sleep(0.1)
-            continue
-        # the last owner may have taken folder and file away before it let go
-        if os.fstat(file.fileno()).st_nlink:
-            return file
+
+
+def _held(path: Path, how: int) -> IO[bytes]:
+    """An empty file, locked: its owner's, until it is closed. how: of flock."""
+    while True:
+        # emptied only when it is ours
+        file = open(  # noqa: SIM115 - for the caller
+            path, "w+b", opener=lambda name, flags: os.open(name, flags & ~os.O_TRUNC, 0o666)
+        )
+        try:
+            fcntl.flock(file, how)
+            # its last owner may have moved or removed it before it let go
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                file.truncate()
+                return file
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            file.close()
+            raise
         file.close()
-
-
-def _replace(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(fresh, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
 
 
 def _whole(folder: Path) -> Path:
@@ -241,3 +357,41 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _checksum(path: Path) -> int:
+    total = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            total = zlib.crc32(chunk, total)
+    return total
+
+
+def _verify(path: Path) -> None:
+    """Raises CheckpointError where a checkpoint's file is not what was saved."""
+    place = path.with_name(CHECKSUMS)
+    while place.exists():
+        known = read_json(place)
+        if known is not None and known.get(path.name) == _checksum(path):
+            return
+        if read_json(place) == known:  # else its owner saved meanwhile
+            raise _damaged(path, ValueError("its checksum is another"))
+
+
+def _damaged(path: Path, why: BaseException) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: damaged ({_first_line(why)}); put a copy in its place, or train that run again "
+        "with --overwrite"
+    )
+
+
+def _bytes_of(value: Any) -> int:
+    """Bytes of the tensors in plain values at any depth."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    inner = list(value.values()) if isinstance(value, Mapping) else value
+    return sum(map(_bytes_of, inner)) if isinstance(inner, (list, tuple)) else 0
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

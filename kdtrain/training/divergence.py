@@ -15,6 +15,7 @@ from kdtrain.training.preparation import TrainingError
 
 # 30 halvings make the scaler's first 65536 into 6e-5: a gradient that overflows then is lost
 MAX_SKIPPED = 30
+DIVERGED = checkpoint.run_file("diverged.json")
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
@@ -56,5 +57,5 @@ def diverged(
     if (folder / "last").exists():
         standing = f"{folder / 'last'} holds the finite weights of an earlier step."
     message = f"diverged at step {step}: {cause}. {standing} {advice}"
-    checkpoint.write_json(folder / "diverged.json", {"step": step, **record, "message": message})
+    checkpoint.write_json(folder / DIVERGED, {"step": step, **record, "message": message})
     return TrainingError(message)

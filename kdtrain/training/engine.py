@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdtrain.config import Config, settings
+from kdtrain.config import Config, program, settings
 from kdtrain.data.run_data import Batch, RunData
 from kdtrain.models.network import count_parameters, inherit, multiply_adds, network_from_state
 from kdtrain.objectives.targets import Guide
 from kdtrain.objectives.task import Task
 from kdtrain.objectives.tasks import build_task
 from kdtrain.training import checkpoint, divergence, keys
+from kdtrain.training.checkpoint import BEST, LAST, run_file
 from kdtrain.training.environment import (
     check_device,
     computing,
@@ -35,7 +36,6 @@ from kdtrain.training.environment import (
     restore_random,
 )
 from kdtrain.training.history import History
-from kdtrain.training.journal.board import check_board
 from kdtrain.training.journal.journal import (
     Clock,
     Journal,
@@ -51,17 +51,22 @@ from kdtrain.training.optimization import Optimisation, learning_rate
 from kdtrain.training.preparation import (
     TrainingError,
     check_data,
+    check_gallery,
+    check_inputs,
     open_gallery,
     prepare_cache,
     prepare_task,
     without_teacher,
 )
+from kdtrain.training.run_directory import CONFIG, opened
 
+RUN, RESULTS, PROGRESS = map(run_file, ("run.json", "results.json", "progress.json"))
+SAMPLES, ITEMS = run_file("samples.npz"), run_file("items")
 PROGRESS_EVERY_S = 0.5
 CLASSIFIER_METRICS = ("top1", "cross_entropy")
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """The run was asked to stop; its checkpoint is saved."""
 
 
@@ -81,23 +86,25 @@ def train(
     run_dir: Path,
     *,
     resume: bool = False,
-    stop: Callable[[], bool] = lambda: False,
+    overwrite: bool = False,
+    stop: Callable[[], bool] = program.told_to_stop,
     screen: Screen | None = None,
 ) -> dict[str, Any]:
-    """Train in `run_dir`, or continue there, and return what results.json says.
+    """Train in `run_dir`, or continue there, and return what results.json says; its "status" is
+    "reused" where the run had finished before.
 
-    stop: asked after every step; true saves a checkpoint and raises Interrupted. screen: where
-    progress is shown. Raises TrainingError (bad data; a loss or weight that is not finite, which
-    diverged.json then records), CheckpointError (run folders), ValueError (config).
+    resume, overwrite: continue an unfinished run there; remove it. stop: asked after every step;
+    true saves a checkpoint and raises Interrupted. screen: where progress is shown. Raises
+    TrainingError (bad data; a loss or weight that is not finite, which diverged.json then records),
+    CheckpointError (run folders), ValueError (config, or a folder that holds something else).
     """
     screen = screen or Screen(run_dir.name)
-    check_device(config)
-    check_board(config)
-    with computing(config), checkpoint.lock(run_dir):
+    with opened(config, run_dir, resume=resume, overwrite=overwrite) as finished, computing(config):
+        if finished is not None:
+            return {**finished, "status": "reused"}
         data = RunData(config)
         task = prepare_task(config, data, run_dir, screen)
-        key = keys.run_key(config, _input_keys(config, run_dir), data.key)
-        (run_dir / "diverged.json").unlink(missing_ok=True)
+        key = keys.run_key(config, check_inputs(config, run_dir), data.key)
         run = Run(config, run_dir, data, task, key, stop, screen)
         if not (resume and run.resume()):
             run.begin()
@@ -118,16 +125,18 @@ def evaluate(config: Config, run: Path) -> dict[str, Any]:
     """
     check_device(config)
     with computing(config):
-        data = RunData(config)
         weights = checkpoint.load_weights(checkpoint.run_weights(run))
-        task = build_task(without_teacher(config), data.source.num_classes)
-        check_data(task, data)
         trained = network_from_state(
             config.model, weights, head=config.head, input_size=config.data.input_size
         )
+        gallery = keys.input_folders(config, checkpoint.run_of(run)).get("gallery")
+        if gallery is not None:
+            check_gallery(gallery, trained.width)
+        data = RunData(config)
+        task = build_task(without_teacher(config), data.source.num_classes)
+        check_data(task, data)
         inherit(task.network, trained.state_dict())
         task.to(data.device)
-        gallery = keys.input_folders(config, checkpoint.run_of(run)).get("gallery")
         if gallery is not None:
             task.gallery = open_gallery(gallery, data, task)
         metrics = task.evaluate(data.evaluation(data.test))
@@ -185,8 +194,8 @@ class Run:
     def begin(self) -> None:
         """Make the run folder's first files."""
         environs = environment(self.config)
-        checkpoint.write_text(self.folder / "config.yaml", settings.to_yaml(self.config))
-        checkpoint.write_json(self.folder / "run.json", {"key": self.key, "environment": environs})
+        checkpoint.write_text(self.folder / CONFIG, settings.to_yaml(self.config))
+        checkpoint.write_json(self.folder / RUN, {"key": self.key, "environment": environs})
         self.journal = Journal(self.folder, {}, self.config.train.tensorboard)
 
     def loop(self) -> None:
@@ -195,22 +204,22 @@ class Run:
         for count in range(self.at.epoch, len(self.schedule)):
             phase, epoch = self.schedule[count]
             self._batches = self.data.epoch(count)
-            if self.answers and not self.answers.open(phase, epoch, self._batches, self.stop):
-                self.save()
-                raise Interrupted
+            if self.answers:
+                self.answers.open(phase, epoch, self._batches)
             task.network.train()
             task.extra.train()
-            while self.at.batch < len(self._batches):
-                rate = self._step(count)
-                epoch_ends = self.at.batch == len(self._batches)
-                if self.at.steps % config.train.log_every == 0 or epoch_ends:
-                    self._log(phase, epoch, rate)
-                if self.stop():
-                    self.save()
-                    raise Interrupted
-                if self.at.steps % config.train.save_every == 0 and not epoch_ends:
-                    self.save()
-            self.save()  # before the evaluation, so that a kill during it repeats only it
+            with program.polled():
+                while self.at.batch < len(self._batches):
+                    rate = self._step(count)
+                    epoch_ends = self.at.batch == len(self._batches)
+                    if self.at.steps % config.train.log_every == 0 or epoch_ends:
+                        self._log(phase, epoch, rate)
+                    if self.stop():
+                        self.save()
+                        raise Interrupted
+                    if self.at.steps % config.train.save_every == 0 and not epoch_ends:
+                        self.save()
+                self.save()  # before the evaluation, so that a kill during it repeats only it
             phase_ends = epoch + 1 == config.optim.phases[phase].epochs
             if phase_ends or (epoch + 1) % config.train.eval_every == 0:
                 self._evaluate(phase, epoch)
@@ -272,14 +281,15 @@ class Run:
             "key": self.key,
             "environment": environment(self.config),
         }
-        checkpoint.save(self.folder / "last", self.optimisation.weights(), state)
+        checkpoint.save(self.folder / LAST, self.optimisation.weights(), state)
 
     def resume(self) -> bool:
         """Take up the run at its last checkpoint; false if it has none yet."""
-        checkpoint.recover(self.folder / "last")
-        if not (self.folder / "last").exists():
+        checkpoint.recover(self.folder / BEST)
+        checkpoint.recover(self.folder / LAST)
+        if not (self.folder / LAST).exists():
             return False
-        state = checkpoint.load_state(self.folder / "last")
+        state = checkpoint.load_state(self.folder / LAST)
         if state["key"] != self.key:
             self.screen.say(
                 "warning: the sources, the pictures or an input run changed since this run began; "
@@ -291,7 +301,7 @@ class Run:
                 self.screen.say(
                     f"warning: {name} was {was}, is {value}; the last bits of the result may differ"
                 )
-        self.optimisation.restore(checkpoint.load_weights(self.folder / "last"), state)
+        self.optimisation.restore(checkpoint.load_weights(self.folder / LAST), state)
         self.task.extra.load_state_dict(state["extra"])
         restore_random(state["random"], self.data.device)
         self.at = Position(**state["at"])
@@ -341,8 +351,8 @@ class Run:
             **self.clock.summary(),
             "environment": environment(config),
         }
-        checkpoint.write_arrays(self.folder / "samples.npz", task.artifacts())
-        checkpoint.write_json(self.folder / "results.json", plain(results))
+        checkpoint.write_arrays(self.folder / SAMPLES, task.artifacts())
+        checkpoint.write_json(self.folder / RESULTS, plain(results))
         if self.answers is not None:
             self.screen.say(self.answers.summary())
         self.show(1.0)
@@ -365,7 +375,7 @@ class Run:
             "value": latest,
             "left_s": self.clock.left_s(),
         }
-        checkpoint.write_progress(self.folder / "progress.json", plain(progress))
+        checkpoint.write_progress(self.folder / PROGRESS, plain(progress))
         note = (
             f"epoch {progress['epoch']}/{progress['epochs']}, {duration(progress['left_s'])} left"
         )
@@ -416,7 +426,7 @@ class Run:
             place["split"] = "validation"
         record = {**place, "metrics": metrics}
         if self.history.add(record):
-            checkpoint.save(self.folder / "best", self.optimisation.weights())
+            checkpoint.save(self.folder / BEST, self.optimisation.weights())
         self._write("metrics", {"kind": "eval", **place, **metrics})
         self.screen.say(
             f"epoch {self.at.epoch + 1}/{len(self.schedule)}  "
@@ -445,7 +455,7 @@ class Run:
         """What each picture gave at the end of a phase, or where training stopped in it:
         phase<i> of the test split, validation_phase<i> of the validation part.
         """
-        checkpoint.write_arrays(self.folder / "items" / f"{name}.npz", self.task.items())
+        checkpoint.write_arrays(self.folder / ITEMS / f"{name}.npz", self.task.items())
 
     def _epoch(self) -> int:
         """The epoch under way or just ended, counted from 1."""
@@ -455,18 +465,9 @@ class Run:
         """Metrics on the pictures `indices` of the weights that are kept."""
         started = time.perf_counter()
         with self.optimisation.measured():
-            metrics = self.task.evaluate(self._asking(self.data.evaluation(indices)))
+            metrics = self.task.evaluate(self.data.evaluation(indices))
         self.clock.apart(time.perf_counter() - started)
         return plain(metrics)
-
-    def _asking(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The batches of an evaluation, asking between them whether to stop: the checkpoint before
-        it stands.
-        """
-        for batch in batches:
-            if self.stop():
-                raise Interrupted
-            yield batch
 
     def _check(self, found: NonFinite | None) -> None:
         if found is not None:
@@ -488,7 +489,3 @@ class Run:
         phase, epoch = self.schedule[self.at.epoch]
         place = {"key": self.key, "phase": phase, "epoch": epoch}
         return divergence.diverged(self.folder, step, why, {**place, **self.clock.summary()})
-
-
-def _input_keys(config: Config, run_dir: Path) -> dict[str, str]:
-    return {k: keys.input_key(folder) for k, folder in keys.input_folders(config, run_dir).items()}

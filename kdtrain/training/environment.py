@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,20 +55,22 @@ def computing(config: Config) -> Iterator[None]:
     """Threads, denormals and determinism as the config says; torch's own settings come back
     afterwards.
     """
+    flushing = sys.float_info.min / 2 == 0  # torch does not say
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
     filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # worker threads inherit the flag from the thread that starts them, so it is set first
+    torch.set_flush_denormal(True)
+    # imports much: where a signal cuts that short, it cannot be called again to restore
+    torch.use_deterministic_algorithms(config.train.deterministic)
     try:
-        # worker threads inherit the flag from the thread that starts them, so it is set first
-        torch.set_flush_denormal(True)
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
-        torch.use_deterministic_algorithms(config.train.deterministic)
         _fill_uninitialized(False)
         yield
     finally:
-        torch.set_flush_denormal(False)
+        torch.set_flush_denormal(flushing)
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic)
         _fill_uninitialized(filling)

@@ -58,14 +58,16 @@ class Gallery:
 def build_gallery(
     network: FaceNetwork, theirs: Config, data: RunData, width: int, folder: Path
 ) -> Gallery:
-    """The gallery of the run in `folder` for a network of `width` features.
+    """The gallery of the run in `folder` for a network of `width` features; see check_width."""
+    check_width(network, width, folder)
+    return Gallery(network, theirs, data)
 
-    Raises ConfigError where the features of the two are of different widths.
-    """
+
+def check_width(network: FaceNetwork, width: int, folder: Path) -> None:
+    """Raises ConfigError where a gallery's features are not of the querying network's width."""
     if network.width != width:
         raise ConfigError(
             f"eval.gallery {folder}: its features have {network.width} numbers and this network's "
             f"{width}, so they cannot be compared: set model.embedding to {network.width} here, or "
             "eval.gallery to null"
         )
-    return Gallery(network, theirs, data)

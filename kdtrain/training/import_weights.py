@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import pickle
 import re
@@ -10,9 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
@@ -21,6 +21,7 @@ from kdtrain.config.networks import EMBEDDING
 from kdtrain.models.network import count_parameters, multiply_adds, network_from_state
 from kdtrain.models.published.layouts import published, split_state
 from kdtrain.training import checkpoint
+from kdtrain.training.run_directory import clear, has_files
 
 COLORS = {"arcface_torch": "rgb", "adaface": "bgr"}
 SCALE = 64.0  # of the cosines, in the recipes of all three projects
@@ -74,8 +75,7 @@ def write_run(
     Raises PublishedError where the files are not what they are said to be, ConfigError for a folder
     that is not empty.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"--out {out}: not empty; choose another folder")
+    _check_empty(out)  # before a large file is read
     file = read_file(weights)
     try:
         network, own_head = split_state(file, layout)
@@ -117,10 +117,12 @@ def write_run(
     made = network_from_state(
         config.model, state, head=config.head, input_size=config.data.input_size
     )
-    with checkpoint.lock(out):
-        checkpoint.save(out / "last", state)
+    with checkpoint.lock(out), contextlib.ExitStack() as undo:
+        _check_empty(out)
+        undo.callback(clear, out)
+        checkpoint.save(out / checkpoint.LAST, state)
         text = settings.to_yaml(config)
-        stored = (out / "last" / checkpoint.WEIGHTS).read_bytes()
+        stored = (out / checkpoint.LAST / checkpoint.WEIGHTS).read_bytes()
         checkpoint.write_text(out / "config.yaml", text)
         results = {
             "status": "finished",
@@ -140,7 +142,13 @@ def write_run(
             "key": hashlib.sha256(stored + text.encode()).hexdigest()[:16],
         }
         checkpoint.write_json(out / "results.json", results)
+        undo.pop_all()
     return [*lines, f"written: {out}"]
+
+
+def _check_empty(out: Path) -> None:
+    if has_files(out):
+        raise ConfigError(f"--out {out}: not empty; choose another folder")
 
 
 def read_file(path: Path) -> Any:
@@ -153,7 +161,7 @@ def read_file(path: Path) -> Any:
         raise PublishedError(f"{path}: no such file")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return load(path.read_bytes())
         named: list[Any] = []
         with path.open("rb") as file:
             begin = file.read(16)
@@ -272,8 +280,8 @@ def _color_beside(weights: Path) -> str:
     for file in files:
         if not file.is_file():
             continue
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-        inside = tree.get("conf", tree) if isinstance(tree, Mapping) else {}
+        tree = settings.read_yaml(file)
+        inside = tree.get("conf", tree)
         space = inside.get("color_space") if isinstance(inside, Mapping) else None
         if str(space).lower() in ("rgb", "bgr"):
             return str(space).lower()

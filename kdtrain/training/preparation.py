@@ -4,13 +4,15 @@ serve it.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from kdtrain.config import RUN_SETTINGS, Config, TeacherConfig
+from kdtrain.config import RUN_SETTINGS, Config, ConfigError, TeacherConfig
 from kdtrain.config.target import TEACHER_WEIGHTS
 from kdtrain.data import fixed_views
 from kdtrain.data.run_data import RunData
@@ -19,7 +21,7 @@ from kdtrain.models.network import FaceNetwork, inherit, inherit_head, network_f
 from kdtrain.objectives.task import Task
 from kdtrain.objectives.tasks import build_task
 from kdtrain.training import checkpoint, keys
-from kdtrain.training.gallery import Gallery, build_gallery
+from kdtrain.training.gallery import Gallery, build_gallery, check_width
 from kdtrain.training.journal.journal import Screen
 from kdtrain.training.lineage import check_people, known_pictures, run_config
 from kdtrain.training.teacher_cache import TeacherCache, identity
@@ -28,6 +30,49 @@ from kdtrain.training.view_cache import ViewCache
 
 class TrainingError(RuntimeError):
     """A run that cannot go on; the message says where it stopped and what to do."""
+
+
+def check_inputs(config: Config, run_dir: Path) -> dict[str, str]:
+    """The keys of the runs that `config` names, by input. Checks before any image is read that
+    these runs are finished and that their networks fit this one, as far as configs tell.
+
+    Raises CheckpointError, ConfigError or ValueError. Classes and weights are compared in
+    `prepare_task`, which knows the data.
+    """
+    folders = keys.input_folders(config, run_dir)
+    found = {name: keys.input_key(folder) for name, folder in folders.items()}
+    if not folders:
+        return found
+    with torch.device("meta"):  # shapes without memory
+        # init_from may be a lone checkpoint, which has no config
+        theirs = {
+            name: _shapes(folder)
+            for name, folder in folders.items()
+            if name != "init_from" or (checkpoint.run_of(folder) / "config.yaml").is_file()
+        }
+        task = build_task(config, 1, theirs.get("teacher"))
+        if "init_from" in theirs:
+            inherit(task.network, theirs["init_from"].state_dict())
+        if "head" in theirs:
+            inherit_head(task.network, theirs["head"], folders["head"])
+    if "gallery" in folders:
+        check_gallery(folders["gallery"], task.network.width)
+    return found
+
+
+def check_gallery(run: Path, width: int) -> None:
+    """Raises CheckpointError where the run has no weights, ConfigError where its features are not
+    of this width.
+    """
+    checkpoint.run_weights(run)
+    with torch.device("meta"):
+        check_width(_shapes(run), width, run)
+
+
+def _shapes(run: Path) -> FaceNetwork:
+    """The network of a run folder as its config has it, for one person."""
+    config = run_config(run)
+    return FaceNetwork(config.model, 1, head=config.head, input_size=config.data.input_size)
 
 
 def prepare_task(config: Config, data: RunData, run_dir: Path, screen: Screen) -> Task:
@@ -52,9 +97,30 @@ def prepare_task(config: Config, data: RunData, run_dir: Path, screen: Screen) -
             "input channels"
         )
     task.to(data.device)
+    check_batches(task, data)
     if "gallery" in folders:
         task.gallery = open_gallery(folders["gallery"], data, task)
     return task
+
+
+def check_batches(task: Task, data: RunData) -> None:
+    """Raises ConfigError where the last batch of an epoch is one sample and the network cannot
+    train on it: a batch normalisation that sees one value per channel.
+    """
+    config, count = data.config, len(data.train)
+    size = config.optim.batch_size
+    if config.balanced or config.train.drop_last or count % size != 1:
+        return
+    sample = torch.zeros(1, 3, *[config.data.input_size] * 2, device=data.device)
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            copy.deepcopy(task.network).train()(sample)
+    except ValueError as error:
+        raise ConfigError(
+            f"optim.batch_size {size}, train.drop_last false: the last of {count} training images "
+            f"is a batch of its own, on which this network cannot train ({error}); set "
+            "train.drop_last true, or another optim.batch_size"
+        ) from None
 
 
 def check_lineage(

@@ -8,7 +8,7 @@ A folder below the cache's belongs to one teacher, its pictures, crops and compu
 In it is one file for each output (logits, hidden), phase, epoch and order of pictures:
 
     header   4,096 bytes of JSON: what the answers belong to
-    table    8 bytes a batch: how to read its block (0: not there yet) and the block's CRC-32
+    table    8 bytes a batch: how to read its block (0: not there yet) and the CRC-32 of both
     blocks   one a batch, its rows in the order of the batch, float32 or float16
 
 Whole batches are kept, not pictures: the last bits of a convolution may depend on how many pictures
@@ -22,6 +22,7 @@ between the two writes nor a machine that lost some of them leaves an answer tha
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -29,7 +30,7 @@ import os
 import shutil
 import struct
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,17 @@ from torch import Tensor, nn
 from kdtrain.config import Config
 from kdtrain.data.run_data import RunData
 from kdtrain.objectives.targets import Guide
+from kdtrain.training import checkpoint
+from kdtrain.training.checkpoint import amount
 from kdtrain.training.environment import environment
 from kdtrain.training.keys import source_hash
 
 PARTS = ("logits", "hidden")
-FORMAT = 1
+FORMAT = 2
 HEADER_BYTES = 4096
-ENTRY = struct.Struct("<II")  # code of the answer's own dtype, CRC-32 of the block
+ENTRY = struct.Struct(
+    "<II"
+)  # code of the answer's own dtype, CRC-32 of the block, begun with the code
 DTYPES = {1: torch.float32, 2: torch.bfloat16, 3: torch.float16}
 STORED = {"float32": torch.float32, "float16": torch.float16}
 
@@ -53,13 +58,19 @@ STORED = {"float32": torch.float32, "float16": torch.float16}
 class CacheError(RuntimeError):
     """Answers that cannot be kept; the message says why and what to do."""
 
-    @classmethod
-    def of(cls, folder: Path, error: OSError) -> CacheError:
-        """What to do about a folder that the system refuses."""
-        return cls(
-            f"teacher.cache: {folder} cannot be used: {error.strerror or error}; make room "
-            "there, set teacher.cache_dir to another folder, or teacher.cache to none"
-        )
+
+@contextlib.contextmanager
+def using(path: Path, size: int = 0) -> Iterator[None]:
+    """Inside, a file of the cache is read, or `size` bytes are written to it. Raises CacheError
+    where the system refuses.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CacheError(
+            f"teacher.cache: {path} cannot be used: {checkpoint.refusal(path, error, size)}; make "
+            "room there, set teacher.cache_dir to another folder, or teacher.cache to none"
+        ) from None
 
 
 def identity(config: Config, data: RunData, teacher: nn.Module) -> dict[str, Any]:
@@ -131,16 +142,8 @@ class TeacherCache:
                     missing += 0 if any(self.folder.glob(name)) else bytes_
         self.say(room(self.folder, self.dtype, total, missing))
 
-    def open(
-        self,
-        phase: int,
-        epoch: int,
-        batches: Sequence[Tensor],
-        stop: Callable[[], bool] = lambda: False,
-    ) -> bool:
-        """Turn to an epoch; true, as nothing is computed here. batches: its index lists, (B,) int64
-        each.
-        """
+    def open(self, phase: int, epoch: int, batches: Sequence[Tensor]) -> None:
+        """Turn to an epoch. batches: its index lists, (B,) int64 each."""
         self.close()
         digest = hashlib.sha256()
         for batch in batches:
@@ -153,11 +156,7 @@ class TeacherCache:
             path = self.folder / f"{stem}.{part}.{self.dtype}"
             shape = {"part": part, "width": width, "dtype": self.dtype}
             header = json.dumps({**belongs, **shape, **self.owner}).encode().ljust(HEADER_BYTES)
-            try:
-                self._files[part] = KeptFile(path, header, sizes, width, self.dtype, self.say)
-            except OSError as error:
-                raise CacheError.of(self.folder, error) from None
-        return True
+            self._files[part] = KeptFile(path, header, sizes, width, self.dtype, self.say)
 
     def guide(
         self, batch: int, ask: Callable[[], Guide | None], flipped: Tensor | None = None
@@ -168,19 +167,16 @@ class TeacherCache:
 
         In float16 a fresh answer is rounded too, so that it does not matter who asked first.
         """
-        try:
-            kept = {part: file.get(batch) for part, file in self._files.items()}
-            if all(value is not None for value in kept.values()):
-                self.read += 1
-                found = {part: v.to(self.device) for part, v in kept.items() if v is not None}
-                return Guide(found.get("logits"), found.get("hidden"))
-            self.computed += 1
-            fresh = ask()
-            assert fresh is not None
-            values = {p: file.put(batch, getattr(fresh, p)) for p, file in self._files.items()}
-            return Guide(values.get("logits"), values.get("hidden"))
-        except OSError as error:
-            raise CacheError.of(self.folder, error) from None
+        kept = {part: file.get(batch) for part, file in self._files.items()}
+        if all(value is not None for value in kept.values()):
+            self.read += 1
+            found = {part: v.to(self.device) for part, v in kept.items() if v is not None}
+            return Guide(found.get("logits"), found.get("hidden"))
+        self.computed += 1
+        fresh = ask()
+        assert fresh is not None
+        values = {p: file.put(batch, getattr(fresh, p)) for p, file in self._files.items()}
+        return Guide(values.get("logits"), values.get("hidden"))
 
     def summary(self) -> str:
         """How often the teacher was asked."""
@@ -214,7 +210,8 @@ class KeptFile:
         for size in sizes:
             self.places.append(place)
             place += size * row
-        self.fd = self._open(header, place)
+        with using(path, place):
+            self.fd = self._open(header, place)
         self.complained = False
 
     def get(self, batch: int) -> Tensor | None:
@@ -222,15 +219,17 @@ class KeptFile:
         none.
         """
         table = bytearray(ENTRY.size)
-        _read(self.fd, memoryview(table), HEADER_BYTES + ENTRY.size * batch)
+        with using(self.path):
+            _read(self.fd, memoryview(table), HEADER_BYTES + ENTRY.size * batch)
         code, checksum = ENTRY.unpack(table)
         if code == 0:
             return None
         # a tensor of torch's own, so that the kept answer lies in memory as a fresh one does
         value = torch.empty(self.sizes[batch], self.width, dtype=self.dtype)
         content = _bytes(value)
-        whole = _read(self.fd, content, self.places[batch])
-        if code not in DTYPES or not whole or zlib.crc32(content) != checksum:
+        with using(self.path):
+            whole = _read(self.fd, content, self.places[batch])
+        if code not in DTYPES or not whole or zlib.crc32(content, code) != checksum:
             self._complain(f"the answer to batch {batch} is damaged and is computed again")
             return None
         return value.to(DTYPES[code])
@@ -253,10 +252,11 @@ class KeptFile:
                 "it can hold (65504); set teacher.cache float32"
             )
         content = _bytes(kept)
-        _write(self.fd, content, self.places[batch])
-        # the entry comes last: a block without one is not there
-        entry = ENTRY.pack(codes[0], zlib.crc32(content))
-        _write(self.fd, memoryview(entry), HEADER_BYTES + ENTRY.size * batch)
+        entry = ENTRY.pack(codes[0], zlib.crc32(content, codes[0]))
+        with using(self.path, len(content)):
+            _write(self.fd, content, self.places[batch])
+            # the entry comes last: a block without one is not there
+            _write(self.fd, memoryview(entry), HEADER_BYTES + ENTRY.size * batch)
         return kept.to(answer.device, answer.dtype)
 
     def close(self) -> None:
@@ -282,18 +282,11 @@ class KeptFile:
         """An empty file with its room reserved, put in place whole. Of two makers at the same
         moment the later wins; the other then keeps its answers for itself.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        fd = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-        try:
+        with checkpoint.replacing(self.path, sync=False) as file:
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(fd, 0, size)
-            os.truncate(fd, size)
-            _write(fd, memoryview(header), 0)
-            os.replace(fresh, self.path)
-        finally:
-            os.close(fd)
-            fresh.unlink(missing_ok=True)
+                os.posix_fallocate(file.fileno(), 0, size)
+            file.truncate(size)
+            file.write(header)
 
     def _complain(self, text: str) -> None:
         if not self.complained:
@@ -305,31 +298,22 @@ def room(folder: Path, dtype: str, total: int, missing: int) -> str:
     """What people are told of the room that answers take, all and missing ones in bytes; makes the
     folder. Raises CacheError where the disk has less than is missing, or the folder cannot be used.
     """
-    try:
+    with using(folder, missing):
         folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.sweep(folder.parent, "*/.*.tmp")
         free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise CacheError.of(folder, error) from None
     if missing > free:
         raise CacheError(
-            f"teacher.cache {dtype}: {_size(missing)} more are needed in {folder} "
-            f"and {_size(free)} are free; set teacher.cache none, or teacher.cache_dir to a "
+            f"teacher.cache {dtype}: {amount(missing)} more are needed in {folder} "
+            f"and {amount(free)} are free; set teacher.cache none, or teacher.cache_dir to a "
             "folder on a larger disk"
         )
-    there = f", {_size(total - missing)} of it there already" if missing < total else ""
-    return f"teacher's answers: {_size(total)} in {folder}{there}"
+    there = f", {amount(total - missing)} of it there already" if missing < total else ""
+    return f"teacher's answers: {amount(total)} in {folder}{there}"
 
 
 def _place(phase: int, epoch: int) -> str:
     return f"phase{phase}_epoch{epoch:03d}"
-
-
-def _size(count: int) -> str:
-    """'3.2 MB', '1.1 GB'."""
-    for unit, power in (("GB", 1e9), ("MB", 1e6)):
-        if count >= power:
-            return f"{count / power:.1f} {unit}"
-    return f"{count / 1e3:.1f} kB"
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -29,7 +29,7 @@ from torch import Tensor
 from kdtrain.config import Config
 from kdtrain.data import fixed_views
 from kdtrain.objectives.targets import Guide
-from kdtrain.training.teacher_cache import FORMAT, HEADER_BYTES, STORED, CacheError, KeptFile, room
+from kdtrain.training.teacher_cache import FORMAT, HEADER_BYTES, STORED, KeptFile, room, using
 
 GROUP = 256
 "Pictures that are computed together."
@@ -81,21 +81,13 @@ class ViewCache:
         missing = 0 if self._path.exists() else needed
         self.say(room(self.folder, self.dtype, needed, missing))
 
-    def open(
-        self,
-        phase: int,
-        epoch: int,
-        batches: Sequence[Tensor],
-        stop: Callable[[], bool] = lambda: False,
-    ) -> bool:
+    def open(self, phase: int, epoch: int, batches: Sequence[Tensor]) -> None:
         """Turn to an epoch; the first time every feature that is missing is computed. batches: its
-        index lists, (B,) int64 each. False when `stop` said yes between two groups.
+        index lists, (B,) int64 each.
         """
         self._batches = batches
-        try:
-            return self._rows is not None or self._fill(stop)
-        except OSError as error:
-            raise CacheError.of(self.folder, error) from None
+        if self._rows is None:
+            self._fill()
 
     def guide(self, batch: int, ask: Callable[[], Guide | None], flipped: Tensor) -> Guide:
         """The features of batch number `batch` of the epoch, whose pictures are mirrored where
@@ -121,7 +113,7 @@ class ViewCache:
     def _path(self) -> Path:
         return self.folder / f"views.hidden.{self.dtype}"
 
-    def _fill(self, stop: Callable[[], bool]) -> bool:
+    def _fill(self) -> None:
         shape = {"part": "views", "width": self.width, "dtype": self.dtype}
         belongs = {"format": FORMAT, "images": len(self.train), **shape, **self.owner}
         header = json.dumps(belongs).encode().ljust(HEADER_BYTES)
@@ -137,10 +129,8 @@ class ViewCache:
                     self.say(f"teacher's features: at most {left} groups of {GROUP} are missing")
                 file.put(number, self._ask(part, mirrored))
                 self.computed += 1
-                if stop():
-                    return False
         finally:
             file.close()
         shape = (sum(sizes), self.width)
-        self._rows = np.memmap(self._path, self.dtype, mode="r", offset=file.places[0], shape=shape)
-        return True
+        with using(self._path):
+            self._rows = np.memmap(self._path, self.dtype, "r", file.places[0], shape)

@@ -15,6 +15,7 @@ from kdtrain.experiments.comparison.request import Request, RunOf
 from kdtrain.experiments.tables.collect import Result, cell_of, floor_rows, mean_floor
 from kdtrain.reports import writing
 from kdtrain.reports.tables.data import Block, Cell, Row, RowKind, Table, Trend, Verdict
+from kdtrain.training.checkpoint import read_arrays
 
 METRICS = {
     "nn_top1": "NN top-1",
@@ -319,12 +320,9 @@ def curves(
     """A method's TAR over FAR: the rates (n,) and a row a seed (S, n); None where there is none."""
     found = []
     for result in comparison.of(method, *place):
-        path = result.folder / "samples.npz"
-        if result.state != "done" or not path.is_file():
-            continue
-        with np.load(path) as arrays:
-            if "all_far" in arrays:
-                found.append((arrays["all_far"], arrays["all_tar"]))
+        arrays = read_arrays(result.folder / "samples.npz") if result.state == "done" else {}
+        if "all_far" in arrays:
+            found.append((arrays["all_far"], arrays["all_tar"]))
     if not found:
         return None
     far = found[0][0]  # of the labels alone, so the same for every seed

@@ -16,7 +16,7 @@ from kdtrain.experiments.tables.paper import FULL, SOURCE, At, BlockSpec, Claim,
 from kdtrain.experiments.tables.stages import Request, RunOf, run_of
 from kdtrain.objectives.tasks import TASKS
 from kdtrain.reports.tables.data import Block, Cell, CellState, Row, Table, Trend, Verdict
-from kdtrain.training.checkpoint import read_json
+from kdtrain.training.checkpoint import read_arrays, read_json
 from kdtrain.training.journal.journal import duration
 
 LOWER_IS_BETTER = frozenset(name for name, sign in (t.metric for t in TASKS.values()) if sign < 0)
@@ -63,11 +63,7 @@ class Result:
         if self.state != "done":
             return None
         place = phase % len(self.results["phases"])
-        path = self.folder / "items" / f"phase{place}.npz"
-        if not path.is_file():
-            return None
-        with np.load(path) as arrays:
-            return arrays.get(name)
+        return read_arrays(self.folder / "items" / f"phase{place}.npz").get(name)
 
 
 def read_all(

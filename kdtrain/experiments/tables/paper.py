@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-import yaml
-
 from kdtrain.config import settings
 from kdtrain.reports.tables.data import RowKind
 
@@ -104,7 +102,7 @@ class TableSpec:
 
 @cache
 def _tree() -> Mapping[str, Any]:
-    return yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    return settings.read_yaml(FILE)
 
 
 def table_specs(second: bool = False) -> dict[str, TableSpec]:

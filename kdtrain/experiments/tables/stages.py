@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kdtrain.config import SETTINGS, ConfigError, settings
 from kdtrain.experiments import pipeline
 from kdtrain.experiments.campaign import Group, grouped
@@ -183,7 +181,7 @@ def schedules(scale: str) -> dict[str, list[dict[str, float]]]:
     if not path.is_file():
         known = sorted(f.parent.name for f in settings.RECIPES.glob(f"*/{SCHEDULES}"))
         raise ConfigError(f"--scale {scale}: no {path}; {settings.nearest(scale, known)}")
-    found = settings.flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
+    found = settings.flatten(settings.read_yaml(path))
     both = "classification.both"
     found.setdefault(both, found["classification.scratch"] + found["classification.initialised"])
     return found

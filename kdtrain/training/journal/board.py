@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from kdtrain.config import Config, ConfigError
+from kdtrain.training.checkpoint import run_file, writing
 
+TENSORBOARD = run_file("tensorboard")
 PLACE = ("kind", "step", "phase", "epoch", "phase_ends", "split")
 
 
@@ -39,7 +41,7 @@ class Board:
         from torch.utils.tensorboard import SummaryWriter
 
         shutil.rmtree(folder, ignore_errors=True)
-        self._writer = SummaryWriter(str(folder))
+        self._writer, self._folder = SummaryWriter(str(folder)), folder
         for record in records:
             self.write(record)
 
@@ -48,7 +50,8 @@ class Board:
         kind = record.get("kind", "timing")
         for name, value in record.items():
             if name not in PLACE and isinstance(value, (int, float)):
-                self._writer.add_scalar(f"{kind}/{name}", value, record["step"])
+                with writing(self._folder, 100):
+                    self._writer.add_scalar(f"{kind}/{name}", value, record["step"])
 
     def close(self) -> None:
         """Write what waits and close the files."""

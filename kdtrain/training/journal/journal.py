@@ -21,8 +21,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor
 
-from kdtrain.training.checkpoint import CheckpointError
-from kdtrain.training.journal.board import Board
+from kdtrain.config.program import printable
+from kdtrain.training.checkpoint import CheckpointError, run_file, writing
+from kdtrain.training.journal.board import TENSORBOARD, Board
+
+LINES = {name: run_file(f"{name}.jsonl") for name in ("metrics", "timing")}
 
 
 class NonFinite(NamedTuple):
@@ -105,7 +108,9 @@ class Lines:
             raise CheckpointError(
                 f"{path}: shorter than its checkpoint says; start again with --overwrite"
             )
-        self._file = open(path, "ab")  # noqa: SIM115 - lives as long as the run
+        self._path = path
+        # unbuffered: what a full disk refuses must not be written again when the file is closed
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the run
         if length is not None:
             self._file.truncate(length)
             self._file.seek(length)
@@ -113,13 +118,15 @@ class Lines:
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one line; a number that is not finite becomes null."""
         text = json.dumps({key: plain(value) for key, value in record.items()}, allow_nan=False)
-        self._file.write(text.encode() + b"\n")
-        self._file.flush()
+        content = text.encode() + b"\n"
+        with writing(self._path, len(content)):
+            while content:
+                content = content[self._file.write(content) :]
 
     def sync(self) -> int:
         """Force the lines to disk; the file's length in bytes."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with writing(self._path, 0):
+            os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:
@@ -136,12 +143,12 @@ class Journal:
         """lengths: what `sync` returned for the checkpoint that the run continues from; empty
         begins anew.
         """
-        paths = {name: folder / f"{name}.jsonl" for name in ("metrics", "timing")}
+        paths = {name: folder / file for name, file in LINES.items()}
         self._lines = {name: Lines(path, lengths.get(name, 0)) for name, path in paths.items()}
         self._board: Board | None = None
         if board:
             kept = (record for path in paths.values() for record in read_lines(path))
-            self._board = Board(folder / "tensorboard", kept)
+            self._board = Board(folder / TENSORBOARD, kept)
 
     def write(self, name: str, record: Mapping[str, Any]) -> None:
         """Append a record to metrics or timing."""
@@ -299,7 +306,7 @@ class Screen:
 
     def __init__(self, title: str, stream: Any = None) -> None:
         self._console = console(stream=stream)
-        self._title = title
+        self._title = printable(title)
         self._bar: Progress | None = None
         if self._console.is_terminal:
             columns: Sequence[Any] = (
@@ -309,7 +316,7 @@ class Screen:
                 TextColumn("{task.fields[note]}"),
             )
             self._bar = Progress(*columns, console=self._console, transient=True)
-            self._task = self._bar.add_task(title, total=1.0, note="")
+            self._task = self._bar.add_task(self._title, total=1.0, note="")
             self._bar.start()
 
     def update(self, share: float, note: str) -> None:
@@ -319,7 +326,7 @@ class Screen:
 
     def say(self, text: str) -> None:
         """Print one line."""
-        self._console.print(f"{self._title}: {text}", markup=False)
+        self._console.print(f"{self._title}: {printable(text)}", markup=False)
 
     def close(self) -> None:
         """Take the live view down."""

@@ -2,9 +2,12 @@
 
 from types import SimpleNamespace
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from kdtrain.data import (
@@ -12,9 +15,11 @@ from kdtrain.data import (
     build_source,
     read_celeba,
     read_folder,
+    split,
     split_indices,
     training_labels,
 )
+from kdtrain.data.counter import counter_permutation
 from kdtrain.data.source import FaceSource
 
 HEADER = "lefteye_x lefteye_y righteye_x righteye_y nose_x nose_y leftmouth_x leftmouth_y"
@@ -214,13 +219,13 @@ def test_file_split_reads_train_and_test_from_the_column(celeba):
     config = settings(root=str(celeba), split="file:index.csv:half")
     train, test = split_indices(build_source(config), config)
     assert (train.tolist(), test.tolist()) == ([0, 2, 3], [1, 4])
-    for split, message in [
+    for name, message in [
         ("file:index.csv:other", "this source has: index.csv:half"),
         ("file:index.csv", "file:NAME:COLUMN"),
         ("halves", "random, identity or file"),
     ]:
         with pytest.raises(ValueError, match=message):
-            split_indices(build_source(config), settings(split=split))
+            split_indices(build_source(config), settings(split=name))
 
 
 def test_celebas_own_partition_is_a_file_split(celeba):
@@ -282,6 +287,26 @@ def test_random_split_takes_a_fifth_and_leaves_every_class_a_training_picture():
     assert torch.equal(train, again[0])
     other = split_indices(source, settings(split="random", split_seed=1))
     assert not torch.equal(test, other[1])
+
+
+@given(st.lists(st.integers(0, 12), min_size=1), st.floats(0.01, 0.99), st.integers(0, 9))
+@hypothesis.settings(max_examples=60, deadline=None)
+def test_random_split_gives_each_emptied_class_its_first_picture_in_hash_order(ids, share, seed):
+    labels = torch.unique(torch.tensor(ids), return_inverse=True)[1]
+    found = split._random_split(labels, int(labels.max()) + 1, share, seed)
+    order = counter_permutation(len(labels), seed, split._STREAM_RANDOM).tolist()
+    expected = set(order[: round(share * len(labels))])
+    for label in range(int(labels.max()) + 1):
+        own = [k for k in order if labels[k] == label]
+        if expected >= set(own):
+            expected.remove(own[0])
+    assert set(found.nonzero()[:, 0].tolist()) == expected
+
+
+def test_random_split_of_200_000_identities_with_one_picture_each():
+    """A pass over all pictures per class would take 4e10 comparisons here."""
+    found = split._random_split(torch.arange(200_000), 200_000, 0.5, seed=0)
+    assert not found.any()  # each class keeps its only picture for training
 
 
 def test_identity_split_puts_nobody_on_both_sides():

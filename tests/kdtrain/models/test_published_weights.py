@@ -351,6 +351,24 @@ def test_an_import_starts_a_run_of_the_same_network(networks, tmp_path):
     torch.testing.assert_close(ended, begun, rtol=0, atol=1e-6)
 
 
+def test_an_import_that_is_cut_short_leaves_nothing_and_can_be_repeated(
+    networks, tmp_path, monkeypatch
+):
+    file, run = write(tmp_path, networks["mobilefacenet"].state_dict()), tmp_path / "run"
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_json", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            write_run(file, "arcface_torch", run)
+    assert not run.exists()
+    write_run(file, "arcface_torch", run)
+    with pytest.raises(ConfigError, match="not empty"):
+        write_run(file, "arcface_torch", run)
+
+
 def test_wrong_commands_say_what_is_wrong(tmp_path, capsys):
     cases = [
         (["x.pt", "--out", "run"], "--layout is missing: one of arcface_torch, adaface, cvlface"),

@@ -145,10 +145,38 @@ def test_nearest_neighbours_agree_with_scikit_learn_and_a_literal_loop(seed):
     assert result["nn_top1_other_video"] == pytest.approx(right / len(rows))
 
 
-def test_video_search_does_not_depend_on_its_chunk(monkeypatch):
-    rows, _, groups = grouped_set(5)
-    whole = evaluate._nearest_other_group(rows, rows, groups, chunk=1000)
-    assert torch.equal(whole, evaluate._nearest_other_group(rows, rows, groups, chunk=7))
+@pytest.mark.parametrize("count", [2, 3, 40, 41])
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+@pytest.mark.parametrize("backend", [None, "eager"])
+def test_both_nearest_neighbour_metrics_decide_near_ties_alike(count, offset, backend):
+    """Two clusters of rows a few ulps apart, far from their mean, some equal: where every row is a
+    video of its own, other videos are all other rows.
+    """
+    generator = torch.Generator().manual_seed(count)
+    rows = torch.randint(3, (count, 5), generator=generator) * 2.0**-10 + offset
+    rows[::2] *= -1
+    labels = torch.randint(6, (count,), generator=generator)
+    groups = torch.randperm(count, generator=generator)
+    own = evaluate._nearest_other_group(rows, rows, groups, backend)
+    assert torch.equal(own, evaluate.neighbours(rows, backend=backend)[1])
+    hits = evaluate.nn_hits(rows, labels, groups, backend=backend)
+    assert torch.equal(hits["nn_top1"].nan_to_num(9), hits["nn_top1_other_video"].nan_to_num(9))
+
+
+def test_the_nearest_row_of_another_video_is_the_kernels_own():
+    """Truth: one search per row among the rows of other videos, ties and NaN included."""
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randint(3, (60, 4), generator=generator).float() + 300
+    rows[7] = float("nan")
+    for videos in (1, 2, 9, 30):
+        groups = torch.randint(videos, (60,), generator=generator)
+        for row, found in enumerate(evaluate._nearest_other_group(rows, rows, groups, None)):
+            others = (groups != groups[row]).nonzero()[:, 0]
+            if len(others):
+                nearest = evaluate.nearest_neighbor(rows[row, None], rows[others])[1]
+                assert found == others[nearest]
+            else:
+                assert found == row
 
 
 def test_pairs_have_lfws_layout_and_never_repeat():

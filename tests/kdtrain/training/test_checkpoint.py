@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from tiny_runs import environment
 
 from kdtrain.training import checkpoint
 from kdtrain.training.checkpoint import CheckpointError
+from kdtrain.training.journal.journal import Lines
 
 
 class Death(BaseException):
@@ -269,3 +274,113 @@ def test_a_folder_without_content_is_taken_away_and_whoever_waits_for_it_gets_a_
     with checkpoint.lock(folder):
         pass
     assert (folder / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_files_have_the_mode_that_the_umask_allows(umask, tmp_path):
+    earlier = os.umask(umask)
+    try:
+        _save(tmp_path / "last", 1.0)
+        checkpoint.write_arrays(tmp_path / "samples.npz", {"a": np.zeros(3)})
+        checkpoint.write_text(tmp_path / "table.txt", "a")
+    finally:
+        os.umask(earlier)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 5
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
+
+
+def _full_disk(folder, write) -> CheckpointError:
+    """What `write` raises where no file may be longer than 20 kB."""
+    earlier = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, earlier[1]))
+    try:
+        with pytest.raises(CheckpointError, match=f"{folder}.*File too large") as caught:
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, earlier)
+    return caught.value
+
+
+def _line(path) -> None:
+    with contextlib.closing(Lines(path)) as lines:
+        lines.write({"a": "x" * 40_000})
+
+
+LONG = {"w": torch.ones(10_000)}
+WRITERS = {
+    "last": lambda path: checkpoint.save(path, LONG, {"value": 2.0}),
+    "best": lambda path: checkpoint.save(path, {"w": torch.ones(3)}, LONG),
+    "results.json": lambda path: checkpoint.write_json(path, "x" * 40_000),
+    "progress.json": lambda path: checkpoint.write_progress(path, "x" * 40_000),
+    "items.npz": lambda path: checkpoint.write_arrays(path, {"a": np.ones(5_000)}),
+    "metrics.jsonl": lambda path: _line(path),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_is_one_line_with_the_room_needed_and_loses_nothing(name, tmp_path):
+    if name in ("last", "best"):
+        _save(tmp_path / name, 1.0)
+    else:
+        (tmp_path / name).write_text("before\n")
+    message = str(_full_disk(tmp_path / name, lambda: WRITERS[name](tmp_path / name)))
+    assert "40.0 kB are needed and" in message
+    assert f"are free in {tmp_path}" in message
+    assert "\n" not in message
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    if name in ("last", "best"):
+        assert _load(tmp_path / name) == 1.0
+    else:
+        assert (tmp_path / name).read_bytes()[:7] == b"before\n"
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_damage(tmp_path):
+    _save(tmp_path / "last", 1.0)
+    for name in ("weights.safetensors", "state.pt", "checksums.json"):
+        path = tmp_path / "last" / name
+        content = path.read_bytes()
+        for place in range(0, len(content), 1 + len(content) // 60):
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << (place % 8)
+            path.write_bytes(damaged)
+            with pytest.raises(CheckpointError, match="damaged .*--overwrite"):
+                _load(tmp_path / "last")
+        path.write_bytes(content)
+    (tmp_path / "last" / "checksums.json").unlink()  # as of weights copied by hand
+    assert _load(tmp_path / "last") == 1.0
+
+
+def test_a_flipped_bit_in_arrays_is_damage_or_changes_nothing(tmp_path):
+    arrays = {"a": np.arange(9.0), "b": np.zeros(0), "c": np.array(3)}
+    path = tmp_path / "items.npz"
+    checkpoint.write_arrays(path, arrays)
+    content, refused = path.read_bytes(), 0
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << (place % 8)
+        path.write_bytes(damaged)
+        try:
+            found = checkpoint.read_arrays(path)
+        except CheckpointError:
+            refused += 1
+            continue
+        assert found.keys() == arrays.keys()
+        assert all(np.array_equal(found[name], value) for name, value in arrays.items())
+    assert refused > len(content) / 2
+
+
+def test_what_killed_writers_left_is_removed_and_a_living_one_s_file_stays(tmp_path):
+    (tmp_path / "items").mkdir()
+    dead = [tmp_path / ".a.json.1.tmp", tmp_path / "items" / ".b.npz.1.tmp"]
+    living = tmp_path / ".c.json.1.tmp"
+    for path in (*dead, living):
+        path.write_text("half")
+    with open(living) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with checkpoint.lock(tmp_path):
+            assert [path.exists() for path in (*dead, living)] == [False, False, True]
+        checkpoint.write_text(tmp_path / "c.json", "whole")
+        assert living.exists()
+    checkpoint.write_text(tmp_path / "c.json", "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "c.json", "items"]

@@ -297,7 +297,7 @@ def test_an_answer_whose_writer_was_killed_before_the_entry_is_not_there(tmp_pat
     assert torch.equal(kept(opened(tmp_path, []), 0), answer(0).logits)
 
 
-@pytest.mark.parametrize("place", ["block", "checksum", "code"])
+@pytest.mark.parametrize("place", ["block", "checksum", "code", "dtype"])
 def test_a_damaged_answer_is_told_and_computed_again(place, tmp_path):
     cache = opened(tmp_path, [])
     for batch in (0, 1):
@@ -305,7 +305,8 @@ def test_a_damaged_answer_is_told_and_computed_again(place, tmp_path):
     (path,) = (f for f in tmp_path.rglob("*") if f.is_file())
     content = bytearray(path.read_bytes())
     table = teacher_cache.HEADER_BYTES
-    content[{"block": len(content) - 2, "checksum": table + 13, "code": table + 8}[place]] ^= 64
+    at = {"block": len(content) - 2, "checksum": table + 13, "code": table + 8, "dtype": table + 8}
+    content[at[place]] ^= 2 if place == "dtype" else 64  # float32 is 1, float16 is 3
     path.write_bytes(content)
     said: list[str] = []
     cache = opened(tmp_path, said)
@@ -349,7 +350,8 @@ def test_a_disk_without_room_is_refused_before_the_run_and_named_within_it(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(teacher_cache, "_write", full)
-    with pytest.raises(CacheError, match=r"No space left on device; make room there, set"):
+    message = r"_.* cannot be used: No space left on device; .* kB are needed .*; make room there"
+    with pytest.raises(CacheError, match=message):
         train(config, root / "full")
 
 

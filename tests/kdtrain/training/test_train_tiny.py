@@ -15,9 +15,9 @@ import pytest
 import torch
 from tiny_runs import assert_same_run, environment, quiet, tiny_config, train
 
-from kdtrain.cli.commands import asked_to_stop, main
+from kdtrain.cli.commands import main
 from kdtrain.config import settings
-from kdtrain.config.program import PARENT
+from kdtrain.config.program import PARENT, polled, signals_heard, told_to_stop
 from kdtrain.data.run_data import RunData
 from kdtrain.training import checkpoint
 from kdtrain.training.preparation import prepare_task
@@ -250,14 +250,29 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path, capsys):
     assert [f.name for f in tmp_path.iterdir()] == ["holiday.txt"]
 
 
-def test_a_stage_stops_when_its_pipeline_is_gone_and_signals_are_given_back(monkeypatch):
+def _signalled_twice(number: int) -> None:
+    with polled():
+        assert not told_to_stop()
+        os.kill(os.getpid(), number)
+        assert told_to_stop()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_is_heard_at_once_and_by_a_loop_that_asks_after_its_step(monkeypatch):
     handler = signal.getsignal(signal.SIGTERM)
     monkeypatch.setenv(PARENT, str(os.getppid()))
-    with asked_to_stop() as stop:
-        assert not stop()
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with signals_heard(), pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+        with signals_heard(), pytest.raises(KeyboardInterrupt, match="signal 15"):
+            _signalled_twice(number)
+    with signals_heard(), pytest.raises(KeyboardInterrupt), polled():
+        os.kill(os.getpid(), signal.SIGTERM)  # after the last question
     assert signal.getsignal(signal.SIGTERM) is handler
+    assert not told_to_stop()
+
+
+def test_a_stage_stops_when_its_pipeline_is_gone(monkeypatch):
     monkeypatch.setenv(PARENT, str(os.getpid()))  # not the parent of this process
-    with asked_to_stop() as stop:
-        assert stop()
+    with signals_heard(), pytest.raises(KeyboardInterrupt):
+        time.sleep(5)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_runs import assert_same_run, stop_after, tiny_config, train
+from tiny_runs import assert_same_run, quiet, stop_after, tiny_config, train
 
 from kdtrain.config import ConfigError
 from kdtrain.config.settings import build
@@ -19,6 +19,7 @@ from kdtrain.training.engine import Interrupted
 from kdtrain.training.environment import computing
 from kdtrain.training.journal.journal import read_lines
 from kdtrain.training.optimization import Optimisation, learning_rate
+from kdtrain.training.preparation import prepare_task
 
 # 24 training pictures in batches of 5: five batches, the last of 4; steps of three and two
 GROUPS = {"optim__batch_size": 5, "optim__accumulate": 3, "train__drop_last": False}
@@ -36,11 +37,11 @@ EVERYTHING = {
 
 
 def interrupted_everywhere(config, folder) -> int:
-    """Train, stopped at every third question, until it is done; the number of interruptions."""
+    """Train, stopped after every step, until it is done; the number of interruptions."""
     resume, interrupts = False, 0
     while True:
         try:
-            train(config, folder, resume=resume, stop=stop_after(3))
+            train(config, folder, resume=resume, stop=stop_after(1))
             return interrupts
         except Interrupted:
             resume, interrupts = True, interrupts + 1
@@ -150,7 +151,7 @@ def test_a_loss_that_is_not_finite_names_the_pictures_of_the_whole_step(tmp_path
 def test_times_and_totals_are_in_the_results_and_survive_an_interruption(tmp_path):
     config = tiny_config(**GROUPS)
     with pytest.raises(Interrupted):
-        train(config, tmp_path, stop=stop_after(4))  # two steps, the evaluation, a step
+        train(config, tmp_path, stop=stop_after(3))
     before = checkpoint.load_state(tmp_path / "last")["spent"]
     assert before["samples"] == 24 + 15
     results = train(config, tmp_path, resume=True)
@@ -187,3 +188,18 @@ def test_options_left_alone_are_those_of_a_plain_run(tmp_path):
     runs = (checkpoint.load_weights(tmp_path / n / "last") for n in ("plain", "spelled"))
     one, other = runs
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("task", ["classification", "verification"])
+def test_a_last_batch_of_one_is_refused_before_step_1_where_a_layer_cannot_train(task, tmp_path):
+    keys = {"optim__batch_size": 23, "optim__accumulate": 2, "triplet__weight": 0.0}
+    keys["train__drop_last"] = False
+    message = r"optim\.batch_size 23, train\.drop_last false: the last of 24 training images"
+    large = {"data__input_size": 32, "data__store_size": 32}  # maps of 2 x 2 at the end
+    for refused in ({"model__embedding": 8, **large}, {}):
+        with pytest.raises(ConfigError, match=message):
+            train(tiny_config(task, **keys, **refused), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+    for fine in ({**keys, **large}, {**keys, "train__drop_last": True}):
+        config = tiny_config(task, **fine)
+        prepare_task(config, RunData(config), tmp_path / "run", quiet())

@@ -175,7 +175,7 @@ def test_a_stopped_run_that_was_interrupted_everywhere_ends_the_same(tmp_path):
     resume, interrupts = False, 0
     while True:
         try:
-            train(config, tmp_path / "parts", resume=resume, stop=stop_after(3))
+            train(config, tmp_path / "parts", resume=resume, stop=stop_after(2))
             break
         except Interrupted:
             resume, interrupts = True, interrupts + 1

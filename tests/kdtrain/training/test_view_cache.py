@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from kdtrain.training import keys, view_cache
 from kdtrain.training.engine import Interrupted
 from kdtrain.training.journal.journal import Screen, read_lines
 from kdtrain.training.preparation import prepare_cache, prepare_task
-from kdtrain.training.teacher_cache import CacheError
+from kdtrain.training.teacher_cache import CacheError, KeptFile
 from kdtrain.training.view_cache import ViewCache
 
 SHORT = {"optim__phases": [{"epochs": 2, "lr": 0.01}]}
@@ -96,17 +97,33 @@ def test_features_of_whole_batches_end_with_the_bits_of_the_online_run(
     ]
 
 
-def test_features_by_view_are_the_same_bits_whoever_computed_them_when(root, tmp_path):
+def stopped_at(call: int, function: Any) -> Any:
+    """`function`, interrupted when it is called for the given time."""
+    calls = 0
+
+    def stopped(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    return stopped
+
+
+def test_features_by_view_are_the_same_bits_whoever_computed_them_when(root, tmp_path, monkeypatch):
     kept = {**WHOLE, **KEPT, "teacher__cache_dir": str(tmp_path / "one")}
     assert "0 groups read, 4 computed" in shown(student(**kept), root / "filling")
     assert "4 groups read, 0 computed" in shown(student(**kept), root / "reading")
     assert_same_run(root / "filling", root / "reading")
     # stopped between two groups, then within an epoch
     other = {**kept, "teacher__cache_dir": str(tmp_path / "other")}
+    with monkeypatch.context() as patch:
+        patch.setattr(KeptFile, "put", stopped_at(2, KeptFile.put))
+        with pytest.raises(KeyboardInterrupt):
+            train(student(**other), root / "parts")
     with pytest.raises(Interrupted):
-        train(student(**other), root / "parts", stop=stop_after(2))
-    with pytest.raises(Interrupted):
-        train(student(**other), root / "parts", resume=True, stop=stop_after(7))
+        train(student(**other), root / "parts", resume=True, stop=stop_after(4))
     said = shown(student(**other), root / "parts", resume=True)
     assert "4 groups read, 0 computed" in said
     assert_same_run(root / "filling", root / "parts")
@@ -143,7 +160,7 @@ def test_a_picture_s_feature_is_found_by_its_number_and_its_flip(mistake, root, 
     data, task, cache = prepared(root, tmp_path)
     assert isinstance(cache, ViewCache)
     batches = data.epoch(0)
-    assert cache.open(0, 0, batches)
+    cache.open(0, 0, batches)
     if mistake == "view":
         half = len(data.train)
         cache._rows = np.roll(cache._rows, half, axis=0)
@@ -159,7 +176,7 @@ def test_a_picture_s_feature_is_found_by_its_number_and_its_flip(mistake, root, 
 
 def test_features_are_those_of_fixed_groups_bit_for_bit(root, tmp_path):
     data, task, cache = prepared(root, tmp_path, **JITTER, data__store_size=20)
-    assert cache.open(0, 0, [data.train])
+    cache.open(0, 0, [data.train])
     asked = []
     for view in (False, True):
         for part in data.train.sort().values.split(16):

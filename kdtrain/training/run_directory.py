@@ -1,0 +1,106 @@
+"""How a run takes its directory: anew, to continue it, or to reuse what finished there.
+
+Every decision is made under the directory's lock, so that of two processes that begin there at the
+same moment the second one finds what the first one made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kdtrain.config import Config, ConfigError, settings
+from kdtrain.training import checkpoint
+from kdtrain.training.environment import check_device
+from kdtrain.training.journal.board import check_board
+from kdtrain.training.keys import differences
+from kdtrain.training.preparation import TrainingError, check_inputs
+
+CONFIG = checkpoint.run_file("config.yaml")
+
+
+@contextlib.contextmanager
+def opened(
+    config: Config, folder: Path, *, resume: bool, overwrite: bool
+) -> Iterator[dict[str, Any] | None]:
+    """Hold a run directory for training; yields the results of a run of this config that finished
+    there, and None where it is to be trained.
+
+    resume: an unfinished run there is continued. overwrite: what a run wrote there is removed.
+    Raises ConfigError where the directory holds something else than these say, or the config cannot
+    be trained here, TrainingError for a run that diverged, CheckpointError for a directory in use.
+    """
+    _check_owner(folder, resume, overwrite)  # before a lock file is written there
+    with checkpoint.lock(folder):
+        _check_owner(folder, resume, overwrite)
+        finished = None
+        if not overwrite and (folder / CONFIG).exists():
+            finished = _found(config, folder, resume)
+        if finished is None:
+            check_device(config)
+            check_board(config)
+            check_inputs(config, folder)
+        if overwrite:
+            clear(folder)
+        yield finished
+
+
+def has_files(folder: Path) -> bool:
+    """Anything but the lock and what a cut-short write left behind."""
+    return folder.exists() and any(not f.name.startswith(".") for f in folder.iterdir())
+
+
+def _check_owner(folder: Path, resume: bool, overwrite: bool) -> None:
+    if (folder / CONFIG).exists():
+        return
+    if resume:
+        raise ConfigError(f"{folder}: no run to resume there; leave --resume out to begin one")
+    if has_files(folder):
+        raise ConfigError(
+            f"{folder}: not a run folder, so --overwrite removes nothing there"
+            if overwrite
+            else f"{folder}: not empty and not a run folder; choose another --run-dir"
+        )
+
+
+def _found(config: Config, folder: Path, resume: bool) -> dict[str, Any] | None:
+    """The results of the run in a directory; None where it is unfinished and `resume` continues
+    it.
+    """
+    theirs = settings.to_flat(settings.build(settings.read_recipe(folder / CONFIG)))
+    lines = differences(config, theirs)
+    if lines:
+        raise ConfigError(
+            f"{folder}: holds a run of another config ({'; '.join(lines[:3])}"
+            f"{'; ...' if len(lines) > 3 else ''}); choose another --run-dir, "
+            "or pass --overwrite to throw it away"
+        )
+    if finished := checkpoint.read_json(folder / "results.json"):
+        return finished
+    if diverged := checkpoint.read_json(folder / "diverged.json"):
+        raise TrainingError(
+            f"{folder}: ended before: {diverged['message']} It would do so again; "
+            "--overwrite trains it anew, with other settings if you pass them"
+        )
+    if not resume:
+        raise ConfigError(
+            f"{folder}: holds an unfinished run; pass --resume to continue it "
+            "or --overwrite to throw it away"
+        )
+    return None
+
+
+def clear(folder: Path) -> None:
+    """Remove what a run wrote, and nothing else: first what says that it ended, last what says
+    that it is a run.
+    """
+    ends = ("results.json", "diverged.json")
+    names = [name for name in checkpoint.RUN_FILES if name not in (*ends, CONFIG)]
+    for path in [folder / name for name in (*ends, *names, CONFIG)]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

@@ -314,6 +314,15 @@ def test_a_budget_leaves_the_last_methods(folder, fake, tmp_path, capsys):
     assert "not run: over the budget" in capsys.readouterr().out
 
 
+def test_a_spent_budget_still_writes_the_table_of_what_is_finished(folder, fake, tmp_path, capsys):
+    words = ["--folder", str(folder), "--seeds", "1", "--jobs", "1", "--run-dir", str(tmp_path)]
+    assert main(["compare", "student", *words]) == 0
+    assert main(["compare", "student", "soft", *words, "--budget", "1.5"]) == 1
+    assert "the smallest, soft, needs about 2 minutes" in capsys.readouterr().err
+    assert cells(tmp_path)["accuracy", "student", "NN top-1"]["state"] == "done"
+    assert cells(tmp_path)["accuracy", "soft", "NN top-1"]["state"] == "not run"
+
+
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
 def test_a_budget_that_takes_nothing_says_how_much_is_needed(dry, folder, fake, tmp_path, capsys):
     root = tmp_path / "runs"

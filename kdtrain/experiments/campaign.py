@@ -177,8 +177,8 @@ def seconds_of(
 
 
 def show_campaign(campaign: Campaign[Run], console: Console) -> None:
-    """Print the groups in their order: runs, how many are finished, seconds of work, taken or not.
-    Raises BudgetError where the budget takes none that is not finished.
+    """Print the groups in their order: runs, how many are finished, seconds of work, taken or
+    not.
     """
     grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("group", "runs", "finished", "work", ""):
@@ -195,13 +195,17 @@ def show_campaign(campaign: Campaign[Run], console: Console) -> None:
         f"about {duration(campaign.clock_s)} on the clock with {campaign.jobs} jobs side by side "
         f"(from timed steps, with {START_S:g} s a run to start)"
     )
-    fresh = [g for g in campaign.taken if campaign.finished(g) < len(g.runs)]
-    if campaign.least is not None and not fresh:
-        label, needed_s = campaign.least
-        raise BudgetError(
-            f"--budget takes none of the groups: the smallest, {label}, needs about "
-            f"{math.ceil(needed_s / 6) / 10:g} minutes"
-        )
+
+
+def budget_problem(campaign: Campaign[Run]) -> BudgetError | None:
+    """The error of a budget that takes no group that is not finished, if it does."""
+    if campaign.least is None or any(campaign.finished(g) < len(g.runs) for g in campaign.taken):
+        return None
+    label, needed_s = campaign.least
+    return BudgetError(
+        f"--budget takes none of the groups: the smallest, {label}, needs about "
+        f"{math.ceil(needed_s / 6) / 10:g} minutes"
+    )
 
 
 def run_study(
@@ -220,7 +224,8 @@ def run_study(
 
     overview: draws the states of the runs in a terminal. write: reads the outcomes into tables,
     told whether all is done. dry_run: print the runs of the first seed, `first`, as YAML with their
-    cost, and the plan where the pictures are there; write nothing.
+    cost, and the plan where the pictures are there; write nothing. Raises BudgetError where the
+    budget takes no group that is not finished, after the tables of what is.
     """
     status = 0
     if dry_run:
@@ -235,12 +240,17 @@ def run_study(
         console.print(f"# no plan of all seeds without the pictures: {error}", markup=False)
         return status
     show_campaign(campaign, console)
+    problem = budget_problem(campaign)
+    if problem is not None and (dry_run or "reused" not in campaign.states.values()):
+        raise problem
     if dry_run:
         return status
     started = time.monotonic()
     status, outcomes = carry_out(campaign, root, lambda states: overview(campaign, states))
     write(campaign, outcomes, status != INTERRUPTED)
     console.print(f"{duration(time.monotonic() - started)} on the clock")
+    if problem is not None:
+        raise problem
     failed = [name for name, outcome in outcomes.items() if outcome.state == "failed"]
     for name in failed:
         console.print(f"error: {name} failed: {outcomes[name].note}", markup=False)

@@ -26,7 +26,7 @@ from kdtrain.experiments.comparison.picture import _spread
 from kdtrain.experiments.comparison.request import RunOf, groups, request_from, stages
 from kdtrain.experiments.scheduler import Outcome
 from kdtrain.models.network import FaceNetwork, seeded
-from kdtrain.reports.runs import count_text
+from kdtrain.reports import writing
 from kdtrain.training import checkpoint
 
 ONE = [{"epochs": 1, "lr": 0.05}]
@@ -314,6 +314,15 @@ def test_a_budget_leaves_the_last_methods(folder, fake, tmp_path, capsys):
     assert "not run: over the budget" in capsys.readouterr().out
 
 
+def test_a_spent_budget_still_writes_the_table_of_what_is_finished(folder, fake, tmp_path, capsys):
+    words = ["--folder", str(folder), "--seeds", "1", "--jobs", "1", "--run-dir", str(tmp_path)]
+    assert main(["compare", "student", *words]) == 0
+    assert main(["compare", "student", "soft", *words, "--budget", "1.5"]) == 1
+    assert "the smallest, soft, needs about 2 minutes" in capsys.readouterr().err
+    assert cells(tmp_path)["accuracy", "student", "NN top-1"]["state"] == "done"
+    assert cells(tmp_path)["accuracy", "soft", "NN top-1"]["state"] == "not run"
+
+
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
 def test_a_budget_that_takes_nothing_says_how_much_is_needed(dry, folder, fake, tmp_path, capsys):
     root = tmp_path / "runs"
@@ -362,7 +371,7 @@ def test_not_worse_is_held_by_a_method_that_is_level(folder, fake, tmp_path):
 def test_names_beside_a_plot_keep_their_order_and_distance():
     found = _spread([0.1, 0.11, 0.12, 0.97, 0.99], 0.05)
     assert found == pytest.approx([0.1, 0.15, 0.2, 0.95, 1.0])
-    assert [count_text(n) for n in (999, 77_300, 25_557_032)] == ["999", "77.3 k", "25.6 M"]
+    assert [writing.count(n) for n in (999, 77_300, 25_557_032)] == ["999", "77.3 k", "25.6 M"]
 
 
 def test_networks_take_turns_and_are_timed_without_their_heads(folder, monkeypatch):

@@ -79,14 +79,14 @@ class NinjaBuild(build_ext):
         build = Path(self.build_temp).resolve() / "native"
         build.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
-        (build / "build.ninja").write_text(self.ninja_file(compiler, output, build))
+        (build / "build.ninja").write_text(self.ninja_file(compiler, output))
         ninja = shutil.which(
             "ninja", path=f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ.get('PATH', '')}"
         )
         command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
         subprocess.run([*command, "-C", str(build)], check=True)
 
-    def ninja_file(self, compiler, output, build):
+    def ninja_file(self, compiler, output):
         """The build graph. Header dependencies are tracked by ninja, so a rebuild compiles what
         changed."""
         import pybind11

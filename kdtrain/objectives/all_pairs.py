@@ -30,7 +30,7 @@ class Scores(NamedTuple):
     """(G,) of two pictures of one person, not of one video, falling."""
     impostors: Tensor
     """(K,) the largest of two people, falling."""
-    count: int
+    num_impostors: int
     """Pairs of two people in all, M >= K."""
 
 
@@ -108,7 +108,7 @@ def tar(scores: Scores, impostors: int) -> float:
     score above the next impostor's. No interpolation; pairs that tie with that impostor are
     refused, as are the impostors.
     """
-    if impostors >= scores.count:
+    if impostors >= scores.num_impostors:
         return 1.0
     next_one = scores.impostors[impostors]
     return (scores.genuine > next_one).double().mean().item()
@@ -118,12 +118,16 @@ def metrics(scores: Scores) -> dict[str, float]:
     """tar_at_far_F_all for each F of FARS with at least LEAST impostors behind it, and both counts;
     {} where none has.
     """
-    behind = {far: accepted(far, scores.count) for far in FARS}
+    behind = {far: accepted(far, scores.num_impostors) for far in FARS}
     known = {far: k for far, k in behind.items() if k >= LEAST}
     if not known or not len(scores.genuine):
         return {}
     rates = {f"tar_at_far_{far:g}_all": tar(scores, k) for far, k in known.items()}
-    return {**rates, "pairs_genuine_all": len(scores.genuine), "pairs_impostor_all": scores.count}
+    return {
+        **rates,
+        "pairs_genuine_all": len(scores.genuine),
+        "pairs_impostor_all": scores.num_impostors,
+    }
 
 
 def curve(scores: Scores) -> tuple[Tensor, Tensor]:
@@ -132,7 +136,7 @@ def curve(scores: Scores) -> tuple[Tensor, Tensor]:
 
     The rates depend on the labels alone, so curves of several networks share them.
     """
-    most = min(accepted(CURVE_FAR, scores.count), len(scores.impostors) - 1)
+    most = min(accepted(CURVE_FAR, scores.num_impostors), len(scores.impostors) - 1)
     if most < LEAST or not len(scores.genuine):
         return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
     ends = torch.tensor([LEAST, most], dtype=torch.float64).log()
@@ -140,7 +144,7 @@ def curve(scores: Scores) -> tuple[Tensor, Tensor]:
     counts = torch.unique(steps.exp().round().long().clamp(LEAST, most))
     falling = -scores.genuine  # rising: the number above a threshold is a place in it
     above = torch.searchsorted(falling, -scores.impostors[counts])
-    return counts.double() / scores.count, above.double() / len(scores.genuine)
+    return counts.double() / scores.num_impostors, above.double() / len(scores.genuine)
 
 
 def _begin(ends: list[int], person: int) -> int:

@@ -49,12 +49,12 @@ def test_rates_are_those_of_scikit_learns_roc_over_all_pairs(videos, crossed):
     groups, gallery = groups if videos else None, gallery if crossed else None
     found = all_pairs.pair_scores(rows, labels, groups, gallery=gallery, part=1000)
     scores, same = literal(rows, labels, groups, gallery)
-    assert found.count == int((~same).sum())
+    assert found.num_impostors == int((~same).sum())
     assert len(found.genuine) == int(same.sum())
     far, tar, _ = roc_curve(same.numpy(), scores.numpy(), drop_intermediate=False)
     for target in (0.1, 0.03, 0.01, 0.004):
         expected = tar[far <= target].max()
-        assert all_pairs.tar(found, all_pairs.accepted(target, found.count)) == expected
+        assert all_pairs.tar(found, all_pairs.accepted(target, found.num_impostors)) == expected
         assert evaluate.tar_at_far(scores, same, target) == expected
     told = all_pairs.metrics(found)
     assert told["tar_at_far_0.01_all"] == tar[far <= 0.01].max()
@@ -64,7 +64,7 @@ def test_rates_are_those_of_scikit_learns_roc_over_all_pairs(videos, crossed):
 def test_a_rate_without_ten_impostors_behind_it_is_not_told():
     rows, labels, _ = a_set(1)
     found = all_pairs.pair_scores(rows, labels)
-    assert 1000 <= found.count < 10_000
+    assert 1000 <= found.num_impostors < 10_000
     names = set(all_pairs.metrics(found))
     assert names == {"tar_at_far_0.01_all", "pairs_genuine_all", "pairs_impostor_all"}
     few = all_pairs.pair_scores(rows[:12], labels[:12])
@@ -98,7 +98,7 @@ def test_ties_with_the_next_impostor_are_refused(pairs):
     found = all_pairs.Scores(falling[0], falling[1], len(impostors))
     for far in (0.0, 0.1, 0.29, 0.5, 1.0):
         expected = evaluate.tar_at_far(values, kinds, far)
-        assert all_pairs.tar(found, all_pairs.accepted(far, found.count)) == expected
+        assert all_pairs.tar(found, all_pairs.accepted(far, found.num_impostors)) == expected
 
 
 def test_as_many_are_accepted_as_the_rate_allows_whatever_floats_make_of_it():
@@ -113,9 +113,9 @@ def test_the_curve_is_the_rate_at_each_of_its_places():
     rows, labels, groups = a_set(3, pictures=150)
     found = all_pairs.pair_scores(rows, labels, groups)
     far, tar = all_pairs.curve(found)
-    assert far[0] == all_pairs.LEAST / found.count
+    assert far[0] == all_pairs.LEAST / found.num_impostors
     assert 0.09 < far[-1] <= all_pairs.CURVE_FAR
-    counts = (far * found.count).round().long().tolist()
+    counts = (far * found.num_impostors).round().long().tolist()
     assert [all_pairs.tar(found, k) for k in counts] == tar.tolist()
     assert bool((tar.diff() >= 0).all())
     other = all_pairs.curve(all_pairs.pair_scores(rows.flip(1) ** 3, labels, groups))

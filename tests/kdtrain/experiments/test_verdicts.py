@@ -139,7 +139,8 @@ def test_a_seed_that_one_arm_lacks_is_left_out_of_both() -> None:
 
 def test_a_later_seed_that_both_arms_lack_is_left_out() -> None:
     better, worse = np.full(50, 1.0), np.zeros(50)
-    one, both = compare([better], [worse]), compare([better, None], [worse, None])
+    one = compare([better], [worse], higher_is_better=True)
+    both = compare([better, None], [worse, None], higher_is_better=True)
     assert both == one
 
 

@@ -1,11 +1,11 @@
 """What the Triton kernels of all ops share: the GPUs they refuse, and backward's hand-over; the
 latter in the interpreter, or on a GPU if there is one."""
 
-from types import sys
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import SimpleNamespace
 import torch
 
 import kdkernels

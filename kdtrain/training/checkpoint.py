@@ -229,9 +229,7 @@ def sweep(folder: Path, pattern: str = "**/.*.tmp") -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
-    """A temporary file that takes the place of `path` at the end, and is removed where that is not
-    reached. Its folder is made.
-    """
+    """A temporary file that takes the place of `path` at the end, or is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent, f".{glob.escape(path.name)}.*.tmp")
     fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -248,9 +246,7 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def writing(path: Path, size: int) -> Iterator[None]:
-    """Inside, about `size` bytes are written to `path`. Where the system refuses, raises
-    CheckpointError with the room that is needed and the room that is there.
-    """
+    """Around a write of about `size` bytes to `path`. Raises CheckpointError: room needed, free."""
     try:
         yield
     except CheckpointError:
@@ -306,9 +302,7 @@ def _held(path: Path, how: int) -> IO[bytes]:
     """An empty file, locked: its owner's, until it is closed. how: of flock."""
     while True:
         # emptied only when it is ours
-        file = open(  # noqa: SIM115 - for the caller
-            path, "w+b", opener=lambda name, flags: os.open(name, flags & ~os.O_TRUNC, 0o666)
-        )
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         try:
             fcntl.flock(file, how)
             # its last owner may have moved or removed it before it let go

@@ -380,9 +380,8 @@ class Run:
             record["skipped_steps"] = self.optimisation.skipped
         self.journal.write("metrics", record)
         self.journal.write("timing", {**place, **self.clock.pace()})
-        now = time.monotonic()
-        if now - self._shown > PROGRESS_EVERY_S:
-            self._shown = now
+        if time.monotonic() - self._shown > PROGRESS_EVERY_S:
+            self._shown = time.monotonic()
             self.show(self.at.steps / self.clock.total)
 
     def _evaluate(self, phase: int, epoch: int, ends: bool) -> None:

@@ -178,15 +178,15 @@ class TeacherCache:
         In float16 a fresh answer is rounded too, so that it does not matter who asked first.
         """
         kept = {part: file.get(batch) for part, file in self._open.items()}
-        if all(value is not None for value in kept.values()):
+        found = {part: v.to(self.files.device) for part, v in kept.items() if v is not None}
+        if len(found) == len(kept):
             self.read += 1
-            found = {part: v.to(self.files.device) for part, v in kept.items() if v is not None}
-            return Guide(found.get("logits"), found.get("hidden"))
-        self.computed += 1
-        fresh = ask()
-        assert fresh is not None
-        values = {p: file.put(batch, getattr(fresh, p)) for p, file in self._open.items()}
-        return Guide(values.get("logits"), values.get("hidden"))
+        else:
+            self.computed += 1
+            fresh = ask()
+            assert fresh is not None
+            found = {part: f.put(batch, getattr(fresh, part)) for part, f in self._open.items()}
+        return Guide(found.get("logits"), found.get("hidden"))
 
     def summary(self) -> str:
         """How often the teacher was asked."""
@@ -274,7 +274,12 @@ class KeptFile:
         """The file of this header and size; another in its place is replaced."""
         for replace in (False, True):
             if replace or not self.path.exists():
-                self._make(header, size)
+                # of two makers at once the later wins; the other keeps its answers for itself
+                with checkpoint.replacing(self.path, sync=False) as file:
+                    if hasattr(os, "posix_fallocate"):
+                        os.posix_fallocate(file.fileno(), 0, size)
+                    file.truncate(size)
+                    file.write(header)
             fd = os.open(self.path, os.O_RDWR)
             found = bytearray(HEADER_BYTES)
             _read(fd, memoryview(found), 0)
@@ -283,14 +288,6 @@ class KeptFile:
             os.close(fd)
             self.say(f"teacher's answers: {self.path} is not what belongs there and is made anew")
         raise OSError(f"{self.path.name} changes while it is opened")
-
-    def _make(self, header: bytes, size: int) -> None:
-        # of two makers at the same moment the later wins; the other keeps its answers for itself
-        with checkpoint.replacing(self.path, sync=False) as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
-            file.truncate(size)
-            file.write(header)
 
 
 def _place(phase: int, epoch: int) -> str:

@@ -23,11 +23,13 @@ from kdtrain.models.backbones.iresnet import BLOCKS
 from kdtrain.models.backbones.mobilefacenet import SHAPES
 
 PREFIXES = {
-    "arcface_torch": ("module.", ""),
-    "adaface": ("model.", ""),
-    "cvlface": ("model.net.", "net.", ""),
+    "arcface_torch": dict.fromkeys(("module.", ""), (IRESNETS, MOBILE)),
+    "adaface": dict.fromkeys(("model.", ""), (IRS,)),
+    # its copy of arcface_torch's networks: without a prefix they are that project's own, in its
+    # colours
+    "cvlface": {**dict.fromkeys(("model.net.", "net."), (IRS, IRESNETS, MOBILE)), "": (IRS,)},
 }
-"""What the names of each layout's network begin with."""
+"""What the names of each layout's networks begin with, and the networks under each beginning."""
 HEAD = "head."
 NETWORKS = {
     "arcface_torch": "iresnet* and the MobileFaceNets",
@@ -105,19 +107,10 @@ def _layouts(state: Mapping[str, Tensor]) -> list[str]:
     return [
         layout
         for layout, prefixes in PREFIXES.items()
-        for prefix in prefixes
+        for prefix, families in prefixes.items()
         for first, names in FIRST.items()
-        if f"{prefix}{first}" in state and _has(layout, prefix, names)
+        if f"{prefix}{first}" in state and names in families
     ]
-
-
-def _has(layout: str, prefix: str, names: tuple[str, ...]) -> bool:
-    """Whether a layout has these networks under this prefix. CVLface's copy of arcface_torch's
-    networks is known by its prefix: without one they are arcface_torch's own, in its colours.
-    """
-    if layout == "cvlface":
-        return names is IRS or prefix != ""
-    return (names is IRS) == (layout == "adaface")
 
 
 def published(weights: Mapping[str, Tensor], name: str | None) -> Published:

@@ -25,7 +25,7 @@ COLORS = {"arcface_torch": "rgb", "adaface": "bgr"}
 SCALE = 64.0  # of the cosines, in the recipes of all three projects
 # rank of a shard in the names that the projects write
 RANK = re.compile(r"(checkpoint_gpu_|softmax_fc_gpu_|rank_|_rank)(\d+)")
-# what the shards' entries are called; None: the file is the weight itself
+# what the shards' entries are called
 HEAD_NAMES = ("weight", "partial_fc.weight", "classifier.weight", "kernel")
 # running statistics of AdaFace's margin, beside the weight
 HEAD_STATISTICS = ("t", "batch_mean", "batch_std")

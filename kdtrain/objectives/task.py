@@ -54,7 +54,7 @@ class Task(ABC):
     network: what is trained and saved. extra: modules that are trained but dropped afterwards.
     teacher: eval mode, no gradient, in neither state nor optimiser; None where no target needs it.
     gallery: another network's features of pictures (N,) by their place in the source, for
-    asymmetric evaluation (gallery.py); None without.
+    asymmetric evaluation (input_runs.py); None without.
     """
 
     metric: tuple[str, int]

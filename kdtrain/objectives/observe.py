@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kdkernels import nearest_neighbor
 from kdtrain.data.run_data import EvalBatch
 from kdtrain.models.network import NUM_POINTS, FaceNetwork, Outputs
 from kdtrain.objectives import all_pairs, evaluate
@@ -137,13 +138,14 @@ class Measured(NamedTuple):
 
 
 def pairs(rows: Tensor, labels: Tensor, gallery: Tensor | None = None) -> Measured:
-    """Accuracy in ten folds and TAR at FAR 0.01 of features (N, D) by cosine; nothing with too few
-    people. gallery (N, D): features of each pair's second picture, by another network.
+    """Accuracy in ten folds and TAR at FAR 0.01 of features (N, D) by cosine, on pairs that are the
+    same for every run; nothing with too few people for ten folds. gallery (N, D): features of each
+    pair's second picture, by another network.
     """
-    drawn = _pairs(labels)
-    if drawn is None:
+    counts = torch.unique(labels, return_counts=True)[1]
+    if int((counts > 1).sum()) < 2 * PAIR_FOLDS:
         return Measured({}, {}, {})
-    a, b, same = drawn
+    a, b, same = evaluate.make_pairs(labels, seed=0, folds=PAIR_FOLDS)
     ours, theirs = rows[a], (rows if gallery is None else gallery)[b]
     told = evaluate.pair_hits(ours, theirs, same, PAIR_FOLDS)
     mean, spread = evaluate.over_folds(told, PAIR_FOLDS)
@@ -157,11 +159,6 @@ def pairs(rows: Tensor, labels: Tensor, gallery: Tensor | None = None) -> Measur
     }
     samples = {"roc_far": far[kept].numpy(), "roc_tar": tar[kept].numpy()}
     return Measured(metrics, {"pair_accuracy": told.float()}, samples)
-
-
-def pair_metrics(rows: Tensor, labels: Tensor) -> dict[str, float]:
-    """The metrics of `pairs`."""
-    return pairs(rows, labels).metrics
 
 
 def every_pair(
@@ -190,7 +187,7 @@ def asymmetric(
     scale both to unit length before distances, as for nn_top1.
     """
     ours, theirs = (F.normalize(x, dim=1) if normalize else x for x in (rows, gallery))
-    hits = evaluate.cross_hits(ours, theirs, labels, groups, backend=backend)
+    hits = evaluate.nn_hits(ours, labels, groups, gallery=theirs, backend=backend)
     counts = ("nn_queries", "nn_lone", "pairs")  # as of the network by itself
     found = [pairs(rows, labels, gallery), every_pair(rows, labels, groups, gallery)]
     shares = evaluate.nn_shares(hits) | found[0].metrics | found[1].metrics
@@ -211,7 +208,7 @@ def neighbour_samples(rows: Tensor, seen: Seen, backend: str | None) -> dict[str
     if count < 2:
         return {}
     labels = seen.labels[:count]
-    distance, nearest = (t.cpu() for t in evaluate.neighbours(rows[:count], backend=backend))
+    distance, nearest = (t.cpu() for t in nearest_neighbor(rows[:count], backend=backend))
     _, person, pictures = torch.unique(labels, return_inverse=True, return_counts=True)
     with_mate = (pictures[person] > 1).nonzero()[:, 0]
     pool = with_mate if len(with_mate) else torch.arange(count)
@@ -275,16 +272,6 @@ def evenly(count: int, limit: int) -> Tensor:
     if count <= limit:
         return torch.arange(count)
     return torch.linspace(0, count - 1, limit, dtype=torch.float64).round().long()
-
-
-def _pairs(labels: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The split's verification pairs, the same for every run; None with too few people for ten
-    folds.
-    """
-    counts = torch.unique(labels, return_counts=True)[1]
-    if int((counts > 1).sum()) < 2 * PAIR_FOLDS:
-        return None
-    return evaluate.make_pairs(labels, seed=0, folds=PAIR_FOLDS)
 
 
 def _shrunk(pictures: Tensor) -> Tensor:

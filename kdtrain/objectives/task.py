@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kdkernels import kd_cross_entropy, sample_classes
 from kdtrain.config import TARGETS, Config, ConfigError
 from kdtrain.data.run_data import EvalBatch
 from kdtrain.models.mixture import TeacherMixture
@@ -24,15 +26,17 @@ from kdtrain.objectives.heads import (
     AdaFaceNorms,
     margin_of,
     move_centres,
-    streamed_objective,
+    scores_op,
+    soft_source,
     teacher_head_objective,
 )
 from kdtrain.objectives.observe import Seen, look
-from kdtrain.objectives.registry import MODULES, compared, losses_of, pairs_of
+from kdtrain.objectives.registry import MAPS, compared, losses_of, pairs_of
 from kdtrain.objectives.targets import (
     Guide,
     Objective,
     Pair,
+    WidthMap,
     softmax_objective,
     squared_objective,
     total,
@@ -92,10 +96,11 @@ class Task(ABC):
         for network in filter(None, (self.network, self.teacher)):
             network.arrange(channels_last=config.train.channels_last)
         self.extra = nn.ModuleDict()
-        for name, (keys, build) in MODULES.items():
+        for name, keys in MAPS.items():
             if self.teacher is not None and any(getattr(target, key) for key in keys):
+                widths = self.network.width, self.teacher.width
                 with seeded(config.seed + 1):
-                    self.extra[name] = build(self.network.width, self.teacher.width, target)
+                    self.extra[name] = WidthMap(name, keys, *widths, target)
         self.gallery: Callable[[Tensor], Tensor] | None = None
         self._norms = AdaFaceNorms() if config.head.margin == "adaface" else None
         if self._norms is not None:
@@ -103,7 +108,12 @@ class Task(ABC):
         if config.head.update != "gradient":
             self.network.classifier.requires_grad_(False)
         if config.head.update == "adaptive" and self.teacher is not None:
-            _same_width("head.update adaptive", self.network, self.teacher)
+            ours, theirs = self.network.width, self.teacher.width
+            if ours != theirs:
+                raise ConfigError(
+                    "head.update adaptive compares the two networks' features, and the student has "
+                    f"{ours}, the teacher {theirs}; give both the same model.embedding"
+                )
         self._samples: dict[str, np.ndarray] = {}
         self._items: dict[str, Tensor] = {}
 
@@ -213,37 +223,32 @@ class Task(ABC):
             return guide._replace(logits=self._run(self.teacher.classifier, guide.hidden))
 
     def _softmax(self, outputs: Outputs, labels: Tensor, guide: Guide | None) -> Objective | None:
-        """The classifier's hard and soft terms, with its margin and after its centres moved."""
-        head, target = self.config.head, self.target
+        """The classifier's hard and soft terms, with its margin and after its centres moved.
+
+        A streamed head forms its scores inside the op. head.sample: share of the classes over which
+        both softmaxes go, drawn anew from torch's random state (PartialFC, arXiv 2203.15565).
+        """
+        head, target, teacher = self.config.head, self.target, self.teacher
+        classifier = self.network.classifier
         if head.update == "adaptive":
             assert guide is not None
             assert guide.hidden is not None
-            move_centres(self.network.classifier.weight, outputs.hidden, guide.hidden, labels)
-        if head.streams:
-            return streamed_objective(
-                outputs.hidden,
-                self.network,
-                self.teacher,
-                guide,
-                labels,
-                margin_of(head, outputs.hidden, labels, self.teacher, guide, self._norms),
-                target=target,
-                margin_grad=head.margin_grad,
-                sample=head.sample,
-                backend=self.backend,
-            )
-        assert outputs.logits is not None
-        return softmax_objective(
-            outputs.logits,
-            None if guide is None else guide.logits,
-            labels,
-            gamma=target.gamma,
-            alpha=target.alpha,
-            temperature=target.temperature,
-            tau_squared=target.tau_squared,
-            label_smoothing=target.label_smoothing,
-            backend=self.backend,
-        )
+            move_centres(classifier.weight, outputs.hidden, guide.hidden, labels)
+        if not head.streams:
+            assert outputs.logits is not None
+            op = partial(kd_cross_entropy, outputs.logits, backend=self.backend)
+            theirs = None if guide is None else guide.logits
+            return softmax_objective(op, labels, theirs, target)
+        margin = margin_of(head, outputs.hidden, labels, teacher, guide, self._norms)
+        options: dict[str, Any] = {"margin_grad": head.margin_grad, "backend": self.backend}
+        if target.gamma:
+            options["margin"] = margin
+        if head.sample < 1 and (target.gamma or target.alpha):
+            options["classes"] = sample_classes(labels, len(classifier.weight), head.sample)
+        if target.alpha and guide is not None and teacher is not None:
+            options |= soft_source(guide, teacher)
+        op = scores_op(self.network, outputs.hidden)
+        return softmax_objective(op, labels, options.pop("teacher", None), target, **options)
 
     def _outputs(self, network: FaceNetwork, pictures: Tensor, *, scores: bool) -> Outputs:
         """A training pass: the feature in float32, as it is projected and normalised outside of
@@ -322,11 +327,3 @@ class Task(ABC):
     def _regression(self, outputs: Outputs, pictures: Tensor, points: Tensor | None) -> list[Pair]:
         """Phi where it is a squared distance."""
         return []
-
-
-def _same_width(what: str, network: FaceNetwork, teacher: FaceNetwork) -> None:
-    if network.width != teacher.width:
-        raise ConfigError(
-            f"{what} compares the two networks' features, and the student has {network.width}, "
-            f"the teacher {teacher.width}; give both the same model.embedding"
-        )

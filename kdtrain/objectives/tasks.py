@@ -36,7 +36,7 @@ class Classification(Task):
         return {
             "top1": seen.hits.double().mean().item(),
             "cross_entropy": seen.surprise.double().mean().item(),
-            **observe.pair_metrics(seen.hidden, seen.labels),
+            **observe.pairs(seen.hidden, seen.labels).metrics,
         }
 
     def floors(self, train: Iterable[EvalBatch], test: Iterable[EvalBatch]) -> dict[str, float]:
@@ -47,12 +47,12 @@ class Classification(Task):
         asked = observe.evenly(len(labels), FLOOR_QUERIES)
         gallery = ((evaluate.raw_pixels(b.pictures), b.labels) for b in train)
         share = evaluate.gallery_top1(pixels[asked], labels[asked], gallery, backend=self.backend)
-        return {"top1": share, **observe.pair_metrics(pixels, labels)}
+        return {"top1": share, **observe.pairs(pixels, labels).metrics}
 
     def untrained(self, test: Iterable[EvalBatch]) -> dict[str, float]:
         """The pairs' metrics; see Task.untrained."""
         seen = self._untrained(test)
-        return observe.pair_metrics(seen.hidden, seen.labels)
+        return observe.pairs(seen.hidden, seen.labels).metrics
 
 
 class Hint(Classification):
@@ -188,7 +188,8 @@ class Alignment(Task):
 
     def floors(self, train: Iterable[EvalBatch], test: Iterable[EvalBatch]) -> dict[str, float]:
         """nrmse and failure_rate of the training split's mean shape on every test crop, unseen."""
-        shape = evaluate.mean_shape(torch.cat([observe.true_points(batch)[1] for batch in train]))
+        points = torch.cat([observe.true_points(batch)[1] for batch in train])
+        shape = points.double().mean(0)
         errors = []
         for batch in test:
             true, _ = observe.true_points(batch)
@@ -261,9 +262,9 @@ class Verification(Task):
         self, hidden: Tensor, labels: Tensor, groups: Tensor | None, *, unit: bool
     ) -> dict[str, float]:
         rows = F.normalize(hidden, dim=1) if unit else hidden
-        nearest = evaluate.nn_top1(rows, labels, groups, backend=self.backend)
-        every = observe.every_pair(hidden, labels, groups)
-        return _measurable(nearest | observe.pair_metrics(hidden, labels) | every.metrics)
+        hits = evaluate.nn_hits(rows, labels, groups, backend=self.backend)
+        drawn, every = observe.pairs(hidden, labels), observe.every_pair(hidden, labels, groups)
+        return _measurable(evaluate.nn_shares(hits) | drawn.metrics | every.metrics)
 
 
 def _measurable(metrics: dict[str, float]) -> dict[str, float]:

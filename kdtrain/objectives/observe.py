@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from kdkernels import nearest_neighbor
 from kdtrain.data.run_data import EvalBatch
-from kdtrain.models.network import NUM_POINTS, FaceNetwork, Outputs
+from kdtrain.models.network import NUM_POINTS, FaceNetwork, Outputs, evaluating
 from kdtrain.objectives import all_pairs, evaluate
 
 PAIR_FOLDS = 10
@@ -74,27 +74,22 @@ def look(network: FaceNetwork, batches: Iterable[EvalBatch], device: torch.devic
     landmarks: list[Landmarks] = []
     shown: list[Tensor] = []
     room, side = GALLERY, 0
-    was_training = network.training
-    network.eval()
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                pictures, labels = batch.pictures.to(device), batch.labels.to(device)
-                outputs: Outputs = network(pictures)
-                assert outputs.logits is not None
-                surprise = F.cross_entropy(outputs.logits.float(), labels, reduction="none")
-                hits = evaluate.hits(outputs.logits, labels)
-                row = (hits.cpu(), surprise.cpu(), labels.cpu(), batch.indices.cpu())
-                rows.append((outputs.hidden.float(), *row))
-                if batch.groups is not None:
-                    groups.append(batch.groups.cpu())
-                if outputs.points is not None:
-                    landmarks.append(_landmarks(batch, outputs.points))
-                shown.append(_shrunk(pictures[:room]))
-                room -= len(shown[-1])
-                side = pictures.shape[-1]
-    finally:
-        network.train(was_training)
+    with evaluating(network):
+        for batch in batches:
+            pictures, labels = batch.pictures.to(device), batch.labels.to(device)
+            outputs: Outputs = network(pictures)
+            assert outputs.logits is not None
+            surprise = F.cross_entropy(outputs.logits.float(), labels, reduction="none")
+            hits = evaluate.hits(outputs.logits, labels)
+            row = (hits.cpu(), surprise.cpu(), labels.cpu(), batch.indices.cpu())
+            rows.append((outputs.hidden.float(), *row))
+            if batch.groups is not None:
+                groups.append(batch.groups.cpu())
+            if outputs.points is not None:
+                landmarks.append(_landmarks(batch, outputs.points))
+            shown.append(_shrunk(pictures[:room]))
+            room -= len(shown[-1])
+            side = pictures.shape[-1]
     if not rows:
         raise ValueError("evaluate: no picture to look at; the test split is empty")
     hidden, hits, surprise, labels, indices = map(torch.cat, zip(*rows, strict=True))

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from kdtrain.config import TARGETS, TargetConfig
 from kdtrain.models.network import Outputs
-from kdtrain.objectives.baselines import (
+from kdtrain.objectives.relations import (
     attention_pairs,
     cosine_loss,
     embedding_sides,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +20,7 @@ from kdkernels import kd_cross_entropy, sample_classes
 from kdtrain.config import TARGETS, Config, ConfigError
 from kdtrain.data.run_data import EvalBatch
 from kdtrain.models.mixture import TeacherMixture
-from kdtrain.models.network import FaceNetwork, Outputs, seeded
-from kdtrain.models.passes import Passes
+from kdtrain.models.network import FaceNetwork, Outputs, Passes, seeded
 from kdtrain.objectives.heads import (
     AdaFaceNorms,
     margin_of,
@@ -41,15 +40,6 @@ from kdtrain.objectives.targets import (
     squared_objective,
     total,
 )
-
-
-class StepResult(NamedTuple):
-    """One step's loss and what it consists of."""
-
-    loss: Tensor
-    """Scalar with gradient."""
-    terms: dict[str, Tensor]
-    """Unweighted detached float32 scalars on the device, the same names at every step."""
 
 
 class Task(ABC):
@@ -136,10 +126,12 @@ class Task(ABC):
         """
         if self.teacher is None or self.target.attention:
             return {}
-        needed = {}
-        if self._needs_teacher_logits and not self._keeps_features:
+        logits, target, needed = self._needs_teacher_logits, self.target, {}
+        if logits and not self._keeps_features:
             needed["logits"] = self.teacher.num_classes
-        if self._needs_teacher_feature or (self._needs_teacher_logits and self._keeps_features):
+        # of the feature the logits are formed, or the loss
+        formed = self._keeps_features if logits else target.alpha or target.teacher_head
+        if formed or target.needs_feature or self.config.head.needs_teacher:
             needed["hidden"] = self.teacher.width
         return needed
 
@@ -160,15 +152,6 @@ class Task(ABC):
         teacher = self.config.teacher
         return teacher.cache != "none" and teacher.cache_what == "features"
 
-    @property
-    def _needs_teacher_feature(self) -> bool:
-        from_feature = self.target.alpha or self.target.teacher_head
-        return bool(
-            self.target.needs_feature
-            or self.config.head.needs_teacher
-            or (from_feature and not self._needs_teacher_logits)
-        )
-
     def guide(self, pictures: Tensor) -> Guide | None:
         """The teacher's answer to a training batch (N, 3, t, t) of its own size, without gradient;
         None without a teacher.
@@ -187,8 +170,9 @@ class Task(ABC):
         points: Tensor | None = None,
         guide: Guide | None = None,
         teacher_pictures: Tensor | None = None,
-    ) -> StepResult:
-        """Loss of a training batch with its gradient graph.
+    ) -> Objective:
+        """Loss of a training batch with its gradient graph; terms are unweighted detached float32
+        scalars on the device, the same names at every step.
 
         pictures (N, 3, s, s) float in [0, 255]; labels (N,); points (N, 5, 2) landmarks in crop
         pixels, for alignment. guide: the teacher's answer where it is known already; else the
@@ -209,7 +193,7 @@ class Task(ABC):
         pairs = [*pairs_of(step), *self._regression(outputs, pictures, points)]
         squared, losses = squared_objective(pairs, self.backend), losses_of(step)
         metric = self._metric_loss(outputs, labels)
-        return StepResult(*total([metric, softmax, second, squared, losses]))
+        return total([metric, softmax, second, squared, losses])
 
     def _scored(self, guide: Guide | None) -> Guide | None:
         """The teacher's answer with the logits of its feature, where they are needed and were not

@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from kdkernels import batch_triplet_loss
 from kdtrain.config import Config
 from kdtrain.data.run_data import EvalBatch
-from kdtrain.models.network import FaceNetwork, Outputs, seeded
+from kdtrain.models.network import FaceNetwork, Outputs, evaluating, seeded
 from kdtrain.objectives import evaluate, observe
 from kdtrain.objectives.observe import Seen
 from kdtrain.objectives.targets import Guide, HintTarget, Objective, Pair, squared_objective, total
-from kdtrain.objectives.task import StepResult, Task
+from kdtrain.objectives.task import Task
 
 FLOOR_QUERIES = 5000
 CURVE_LIMIT = 0.3  # NRMSE up to which a report draws errors
@@ -83,13 +83,13 @@ class Hint(Classification):
         points: Tensor | None = None,
         guide: Guide | None = None,
         teacher_pictures: Tensor | None = None,
-    ) -> StepResult:
+    ) -> Objective:
         """target.hint r |r(student's maps) - teacher's maps|^2; see Task.step. A Guide has no maps,
         so the teacher is always asked, on the same pictures (Config sees to it).
         """
         ours, theirs = self._maps(pictures, self._run)
         pair = Pair("hint", ours, theirs, self.target.hint, self.target.hint_reduction)
-        return StepResult(*total([squared_objective([pair], self.backend)]))
+        return total([squared_objective([pair], self.backend)])
 
     def evaluate(self, batches: Iterable[EvalBatch]) -> dict[str, float]:
         """hint: the squared error, mean over a picture's elements (whatever the reduction) and over
@@ -132,15 +132,8 @@ class Hint(Classification):
     def _seen(self, batches: Iterable[EvalBatch]) -> Iterator[tuple[EvalBatch, Tensor, Tensor]]:
         """Each batch with the two maps that are compared, in eval mode and without gradient."""
         for batch in batches:
-            modes = self.network.training, self._hint.training
-            self.network.eval()
-            self._hint.eval()
-            try:
-                with torch.no_grad():
-                    ours, theirs = self._maps(batch.pictures.to(self.device))
-            finally:
-                self.network.train(modes[0])
-                self._hint.train(modes[1])
+            with evaluating(self.network, self._hint):
+                ours, theirs = self._maps(batch.pictures.to(self.device))
             yield batch, ours.float(), theirs.float()
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from kdtrain.models.backbones.base import wide
 from kdtrain.objectives.targets import Pair, halved
 
 SHORTEST = 1e-12  # length below which a vector has no direction
@@ -125,11 +126,6 @@ def unit(rows: Tensor) -> Tensor:
     lengths = rows.norm(dim=1, keepdim=True)
     nothing = lengths <= SHORTEST
     return (rows / lengths.masked_fill(nothing, 1)).masked_fill(nothing, 0)
-
-
-def wide(values: Tensor) -> Tensor:
-    """Values in float32 at least."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _scaled(squared: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from relations_by_hand import angle_by_hand, distance_by_hand
 from torch import nn
 
 from kdtrain.models.backbones.base import attention_map
-from kdtrain.objectives import baselines
-from kdtrain.objectives.baselines import (
+from kdtrain.objectives import relations
+from kdtrain.objectives.relations import (
     attention_pairs,
     cosine_loss,
     embedding_sides,
@@ -49,7 +49,7 @@ def test_relations_are_those_of_the_paper(loss, by_hand):
 
 @pytest.mark.parametrize("loss", RELATIONS.values())
 def test_relations_have_the_gradient_of_their_formula(loss, monkeypatch):
-    monkeypatch.setitem(baselines.ANGLES, "cpu", 60)  # two vertices at a time, and one left
+    monkeypatch.setitem(relations.ANGLES, "cpu", 60)  # two vertices at a time, and one left
     student, teacher = random(5, 3).requires_grad_(), random(5, 4, seed=1)
     assert torch.autograd.gradcheck(lambda s: loss(s, teacher), (student,))
     teacher.requires_grad_()
@@ -69,7 +69,7 @@ def test_relations_do_not_depend_on_scale_place_or_turn(loss):
 def test_angles_by_parts_are_the_angles_at_once(monkeypatch):
     student, teacher = random(9, 4).requires_grad_(), random(9, 4, seed=1)
     whole = torch.autograd.grad(rkd_angle(student, teacher), student)[0]
-    monkeypatch.setitem(baselines.ANGLES, "cpu", 1)
+    monkeypatch.setitem(relations.ANGLES, "cpu", 1)
     torch.testing.assert_close(
         torch.autograd.grad(rkd_angle(student, teacher), student)[0], whole, rtol=1e-12, atol=1e-14
     )

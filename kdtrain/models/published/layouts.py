@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kdtrain.config import ModelConfig
 from kdtrain.config.networks import IRESNETS, IRS, MOBILE
-from kdtrain.models.backbones.build import build_backbone
+from kdtrain.models.backbones import build_backbone
 from kdtrain.models.backbones.iresnet import BLOCKS
 from kdtrain.models.backbones.mobilefacenet import SHAPES
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from kdtrain.config.fields import ConfigError, require, setting
+from kdtrain.config.fields import ConfigError, check_settings, require, setting
 
 MARGINS: Mapping[str, float] = {
     "arcface": 0.5,
@@ -27,21 +27,21 @@ class HeadConfig:
     """linear: weight and bias. cosine: scale times the cosine of feature and weight, as networks
     for open sets of people are trained; its logits are never kept.
     """
-    scale: float = setting(64.0, cost="none")
+    scale: float = setting(64.0, cost="none", within="more than 0")
     "What cosines are multiplied by (cosine)."
     margin: Literal["none", "arcface", "cosface", "combined", "adaface", "distillation"] = "none"
     """What the label's logit loses in training (cosine): cos(theta + m), cos(theta) - m, both,
     AdaFace's by the feature's norm, or MarginDistillation's by the teacher's cosine with the label.
     """
-    m: float | None = setting(None, cost="none")
+    m: float | None = setting(None, cost="none", within="0 or more")
     """Size of the margin: an angle (arcface, combined, distillation's largest), else a cosine; null
     takes the paper's 0.5, 0.35, 0.3, 0.4, 0.5.
     """
-    m_cosine: float = setting(0.2, cost="none")
+    m_cosine: float = setting(0.2, cost="none", within="0 or more")
     "The part of combined that is taken off the cosine."
-    m_min: float = setting(0.2, cost="none")
+    m_min: float = setting(0.2, cost="none", within="0 or more")
     "Smallest angle of distillation, for a picture that the teacher puts far from its label."
-    h: float = setting(0.333, cost="none")
+    h: float = setting(0.333, cost="none", within="0 or more")
     "How fast AdaFace's margin follows the norm (adaface)."
     margin_grad: Literal["exact", "straight_through"] = "exact"
     "Gradient of the margin: its own, or 1, as InsightFace trains."
@@ -55,28 +55,17 @@ class HeadConfig:
     """
     streamed: bool = False
     """Never keep the logits of a linear head either; worth it where people are very many."""
-    sample: float = 1.0
+    sample: float = setting(1.0, within="0 < x <= 1")
     """Share of the people whose scores a step forms: those of the batch and others at random
     (PartialFC). 1 takes all; less needs a cosine or streamed head.
     """
 
     def __post_init__(self) -> None:
-        finite = math.isfinite(self.scale)
-        require(finite and self.scale > 0, "head.scale", "more than 0", self.scale)
-        for name in ("m", "m_cosine", "m_min", "h"):
-            value = getattr(self, name)
-            require(
-                value is None or (math.isfinite(value) and value >= 0),
-                f"head.{name}",
-                "0 or more" + (", or null" if name == "m" else ""),
-                value,
-            )
+        check_settings(self, "head.")
         if self.margin in ("arcface", "combined", "distillation"):
-            angle = self.size
-            require(angle <= math.pi, "head.m", "an angle of at most pi", angle)
+            require(self.size <= math.pi, "head.m", "an angle of at most pi", self.size)
         if self.margin == "distillation":
             require(self.m_min <= self.size, "head.m_min", f"at most {self.size}", self.m_min)
-        require(0 < self.sample <= 1, "head.sample", "0 < x <= 1", self.sample)
         if self.sample < 1 and not self.streams:
             raise ConfigError(
                 f"head.sample {self.sample:g} forms some of the scores, and a linear head keeps "

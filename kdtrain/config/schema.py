@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kdtrain.config.fields import ConfigError, check_settings, require, setting, settings_of
-from kdtrain.config.head import HeadConfig
-from kdtrain.config.networks import EMBEDDING, FACE_NETWORKS, NAMES, TIMM, is_known
+from kdtrain.config.networks import HeadConfig, ModelConfig
 from kdtrain.config.target import (
     TEACHER_WEIGHTS,
     TargetConfig,
@@ -125,66 +124,6 @@ class AugmentConfig:
             "0 < min <= max <= 1",
             (self.scale_min, self.scale_max),
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The network; every layer has 1 / divide of the channels that its name stands for."""
-
-    name: str = "resnet"
-    """resnet (depth, width and stem are its own) | mobilefacenet (the original, 1.2 M parameters) |
-    mbf | mbf_large (arcface_torch's) | iresnet18, 34, 50, 100 | ir18, 34, 50, 101 (AdaFace's and
-    CVLface's) | timm:NAME. Face networks (all but resnet and most of timm) are built for
-    data.input_size.
-    """
-    embedding: int | None = setting(None, within="at least 1")
-    """Width of an embedding layer between the pooled maps and the classifier; null: 512 for face
-    networks, none for resnet and timm.
-    """
-    color: Literal["rgb", "bgr"] = "rgb"
-    "Order of the colours that the weights want; pictures are RGB, the network turns them round."
-    depth: Literal[50, 14] = 50
-    "Bottleneck blocks (3, 4, 6, 3), or (1, 1, 1, 1) for small pictures and demos (resnet)."
-    width: int = 64
-    "Kernels of the first stage before division; 64 is ResNet-50's own (resnet)."
-    divide: Literal[1, 2, 4, 8] = setting(1, own=True)
-    "The papers' /2, /4, /8 students; timm's networks cannot be divided."
-    stem: Literal["imagenet", "small"] = "imagenet"
-    "imagenet: 7x7 stride 2 and 3x3 stride 2 max pooling; small: 3x3 stride 2 alone (resnet)."
-
-    def __post_init__(self) -> None:
-        check_settings(self, "model.")
-        require(
-            is_known(self.name), "model.name", f"one of {', '.join(NAMES)}, timm:NAME", self.name
-        )
-        require(
-            self.divide == 1 or not self.name.startswith(TIMM),
-            "model.divide",
-            f"1 for {self.name}: timm's networks have sizes under other names",
-            self.divide,
-        )
-        require(
-            self.width >= self.divide and self.width % self.divide == 0,
-            "model.width",
-            f"a multiple of model.divide ({self.divide})",
-            self.width,
-        )
-
-    @property
-    def embedding_width(self) -> int | None:
-        """Width of the embedding layer that embedding and name ask for; None for none."""
-        if self.embedding is None and self.name in FACE_NETWORKS:
-            return EMBEDDING
-        return self.embedding
-
-    def describe(self) -> str:
-        """The settings that decide which weights a network has, for messages."""
-        text = f"{self.name}, divide {self.divide}"
-        if self.name == "resnet":
-            text = f"depth {self.depth}, width {self.width}, divide {self.divide}"
-            text += f", stem {self.stem!r}"
-        width = self.embedding_width
-        return text + (f", embedding {width}" if width is not None else "")
 
 
 @dataclass(frozen=True, kw_only=True)

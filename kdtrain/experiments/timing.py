@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from kdtrain.config import SETTINGS, Config, ModelConfig, settings
-from kdtrain.config.head import HeadConfig
+from kdtrain.config.networks import HeadConfig
 from kdtrain.data import center, shrink
 from kdtrain.data.run_data import EvalBatch, training_views
 from kdtrain.models.mixture import TeacherMixture

@@ -73,9 +73,10 @@ def check_settings(section: Any, prefix: str) -> None:
         if typing.get_origin(kind) is Literal:
             known = typing.get_args(kind)
             require(value in known, key, f"one of {', '.join(map(str, known))}", value)
-        elif within is not None and not (value is None and item.default is None):
-            expected = within if item.default is not None else f"{within}, or null"
-            require(math.isfinite(value) and RANGES[within](value), key, expected, value)
+        elif within is not None:
+            nullable = item.default is None
+            holds = nullable if value is None else math.isfinite(value) and RANGES[within](value)
+            require(holds, key, f"{within}, or null" if nullable else within, value)
 
 
 class Setting(NamedTuple):

@@ -93,9 +93,7 @@ class DataConfig:
             self.store_size,
         )
         if self.kind != "synthetic":
-            require(
-                self.root is not None, "data.root", f"a folder, for data.kind {self.kind}", None
-            )
+            require(bool(self.root), "data.root", f"a folder, for data.kind {self.kind}", self.root)
 
     @property
     def crop_side(self) -> int:

@@ -12,7 +12,7 @@ from tiny_runs import assert_same_run, quiet, stop_after, tiny_config, train
 from tiny_tasks import make_config
 
 from kdtrain.config import ConfigError, ModelConfig, settings
-from kdtrain.config.head import HeadConfig
+from kdtrain.config.networks import HeadConfig
 from kdtrain.data.run_data import RunData
 from kdtrain.experiments import pipeline
 from kdtrain.experiments.estimate import Counts, estimate

@@ -14,7 +14,7 @@ from tiny_tasks import PEOPLE, make_batch, make_config
 from torch.nn import functional as F
 
 from kdtrain.config import Config, ConfigError, TeacherConfig
-from kdtrain.config.head import HeadConfig
+from kdtrain.config.networks import HeadConfig
 from kdtrain.models.network import FaceNetwork, inherit_head, network_from_state, seeded
 from kdtrain.objectives import heads
 from kdtrain.objectives import task as task_module

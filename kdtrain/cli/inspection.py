@@ -68,6 +68,6 @@ def show(config: Config, grid: Path) -> None:
             shown = [f"{key} {number(key, value)}" for key, value in floors.items()]
             say(f"            {name}: {', '.join(shown)}")
         sheet = io.BytesIO()
-        sample_grid(source, data.store).save(sheet, format="PNG")
+        sample_grid(data.store).save(sheet, format="PNG")
         write_bytes(grid, sheet.getvalue())
         say(f"grid        {grid}")

@@ -4,7 +4,7 @@ Knows no torch: the command line reads it before anything heavy is imported.
 """
 
 from kdtrain.config.fields import ConfigError, require
-from kdtrain.config.head import HeadConfig
+from kdtrain.config.networks import HeadConfig, ModelConfig
 from kdtrain.config.schema import (
     RUN_SETTINGS,
     SETTINGS,
@@ -12,7 +12,6 @@ from kdtrain.config.schema import (
     Config,
     DataConfig,
     EvalConfig,
-    ModelConfig,
     OptimConfig,
     Phase,
     TrainConfig,

@@ -5,16 +5,14 @@ settings.py turns YAML recipes and command-line keys into a Config.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
-from kdtrain.config.fields import ConfigError, require, setting, settings_of
-from kdtrain.config.head import HeadConfig
-from kdtrain.config.networks import EMBEDDING, FACE_NETWORKS, NAMES, TIMM, is_known
+from kdtrain.config.fields import ConfigError, check_settings, require, setting, settings_of
+from kdtrain.config.networks import HeadConfig, ModelConfig
 from kdtrain.config.target import (
     TEACHER_WEIGHTS,
     TargetConfig,
@@ -38,9 +36,9 @@ class DataConfig:
     """random by picture | identity (disjoint people) | identity:random (by picture, among the
     training people of identity) | file:NAME.csv:COLUMN, whose column holds train or test.
     """
-    test_fraction: float = 0.2
+    test_fraction: float = setting(0.2, within="0 < x < 1")
     "Share of the pictures (of the people, for identity) that is held out."
-    validation_fraction: float = 0.0
+    validation_fraction: float = setting(0.0, within="0 <= x < 1")
     """Share of the training pictures (of the training people, for identity) that is not trained on:
     evaluations, best/ and early stopping use it, and the test split is measured once, at the end.
     0 evaluates on the test split.
@@ -55,17 +53,17 @@ class DataConfig:
     """Side of the crop in stored pixels (with augment.crop jitter: in pixels that the window is
     sampled at), taken anywhere in training, from the centre in evaluation; null takes input_size.
     """
-    input_size: int = setting(32, cost="value")
+    input_size: int = setting(32, cost="value", within="at least 8")
     "Side of the network's input: the crop, averaged down to it where it is larger."
     cache: Literal["auto", "memory", "none"] = setting("auto", counted=False)
     "Keep resized pictures in memory; auto does so up to 2 GiB."
-    workers: int = setting(0, counted=False)
+    workers: int = setting(0, counted=False, within="0 or more")
     "Threads that decode pictures ahead when they are not kept in memory."
-    identities: int = 350
+    identities: int = setting(350, within="at least 2")
     "Number of identities (synthetic only)."
-    images_per_identity: int = 20
+    images_per_identity: int = setting(20, within="at least 2")
     "Images of each identity (synthetic only)."
-    noise: float = 0.04
+    noise: float = setting(0.04, within="0 <= x < 1")
     "Share of pictures with a wrong label (synthetic only)."
     synthetic_seed: int = 0
     "Seed of the drawn faces (synthetic only)."
@@ -73,6 +71,7 @@ class DataConfig:
     "Landmark list inside root (celeba); null takes list_landmarks_align_celeba.txt."
 
     def __post_init__(self) -> None:
+        check_settings(self, "data.")
         by_file = self.split.startswith("file:") and self.split.count(":") >= 2
         require(
             by_file or self.split in ("random", "identity", "identity:random"),
@@ -80,10 +79,6 @@ class DataConfig:
             "random, identity, identity:random or file:NAME.csv:COLUMN",
             self.split,
         )
-        require(0 < self.test_fraction < 1, "data.test_fraction", "0 < x < 1", self.test_fraction)
-        held_out = self.validation_fraction
-        require(0 <= held_out < 1, "data.validation_fraction", "0 <= x < 1", held_out)
-        require(self.input_size >= 8, "data.input_size", "at least 8", self.input_size)
         require(
             self.crop_side >= self.input_size,
             "data.crop_size",
@@ -97,19 +92,8 @@ class DataConfig:
             f"at least data.{crop} ({self.crop_side})",
             self.store_size,
         )
-        require(self.workers >= 0, "data.workers", "0 or more", self.workers)
-        require(self.identities >= 2, "data.identities", "at least 2", self.identities)
-        require(
-            self.images_per_identity >= 2,
-            "data.images_per_identity",
-            "at least 2",
-            self.images_per_identity,
-        )
-        require(0 <= self.noise < 1, "data.noise", "0 <= x < 1", self.noise)
         if self.kind != "synthetic":
-            require(
-                self.root is not None, "data.root", f"a folder, for data.kind {self.kind}", None
-            )
+            require(bool(self.root), "data.root", f"a folder, for data.kind {self.kind}", self.root)
 
     @property
     def crop_side(self) -> int:
@@ -131,6 +115,7 @@ class AugmentConfig:
     "Largest crop side as a fraction of the picture's (jitter)."
 
     def __post_init__(self) -> None:
+        check_settings(self, "augment.")
         require(
             0 < self.scale_min <= self.scale_max <= 1,
             "augment.scale_min, augment.scale_max",
@@ -140,87 +125,14 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The network; every layer has 1 / divide of the channels that its name stands for."""
-
-    name: str = "resnet"
-    """resnet (depth, width and stem are its own) | mobilefacenet (the original, 1.2 M parameters) |
-    mbf | mbf_large (arcface_torch's) | iresnet18, 34, 50, 100 | ir18, 34, 50, 101 (AdaFace's and
-    CVLface's) | timm:NAME. Face networks (all but resnet and most of timm) are built for
-    data.input_size.
-    """
-    embedding: int | None = None
-    """Width of an embedding layer between the pooled maps and the classifier; null: 512 for face
-    networks, none for resnet and timm.
-    """
-    color: Literal["rgb", "bgr"] = "rgb"
-    "Order of the colours that the weights want; pictures are RGB, the network turns them round."
-    depth: Literal[50, 14] = 50
-    "Bottleneck blocks (3, 4, 6, 3), or (1, 1, 1, 1) for small pictures and demos (resnet)."
-    width: int = 64
-    "Kernels of the first stage before division; 64 is ResNet-50's own (resnet)."
-    divide: Literal[1, 2, 4, 8] = setting(1, own=True)
-    "The papers' /2, /4, /8 students; timm's networks cannot be divided."
-    stem: Literal["imagenet", "small"] = "imagenet"
-    "imagenet: 7x7 stride 2 and 3x3 stride 2 max pooling; small: 3x3 stride 2 alone (resnet)."
-
-    def __post_init__(self) -> None:
-        require(
-            is_known(self.name), "model.name", f"one of {', '.join(NAMES)}, timm:NAME", self.name
-        )
-        for name, known in (
-            ("color", ("rgb", "bgr")),
-            ("depth", (50, 14)),
-            ("divide", (1, 2, 4, 8)),
-            ("stem", ("imagenet", "small")),
-        ):
-            value = getattr(self, name)
-            require(value in known, f"model.{name}", f"one of {', '.join(map(str, known))}", value)
-        require(
-            self.embedding is None or self.embedding >= 1,
-            "model.embedding",
-            "at least 1, or null",
-            self.embedding,
-        )
-        require(
-            self.divide == 1 or not self.name.startswith(TIMM),
-            "model.divide",
-            f"1 for {self.name}: timm's networks have sizes under other names",
-            self.divide,
-        )
-        require(
-            self.width >= self.divide and self.width % self.divide == 0,
-            "model.width",
-            f"a multiple of model.divide ({self.divide})",
-            self.width,
-        )
-
-    @property
-    def embedding_width(self) -> int | None:
-        """Width of the embedding layer that embedding and name ask for; None for none."""
-        if self.embedding is None and self.name in FACE_NETWORKS:
-            return EMBEDDING
-        return self.embedding
-
-    def describe(self) -> str:
-        """The settings that decide which weights a network has, for messages."""
-        text = f"{self.name}, divide {self.divide}"
-        if self.name == "resnet":
-            text = f"depth {self.depth}, width {self.width}, divide {self.divide}"
-            text += f", stem {self.stem!r}"
-        width = self.embedding_width
-        return text + (f", embedding {width}" if width is not None else "")
-
-
-@dataclass(frozen=True, kw_only=True)
 class TripletConfig:
     """The triplet loss of verification and its identity-balanced batches."""
 
-    weight: float = setting(1.0, cost="switch")
+    weight: float = setting(1.0, cost="switch", within="0 or more")
     """Weight of the triplet loss. 0 leaves verification to the softmax loss (target.gamma) and its
     margin, in ordinary batches: how face recognition is mostly trained.
     """
-    margin: float = setting(0.4, cost="none")
+    margin: float = setting(0.4, cost="none", within="0 or more")
     "lambda of eq. 8."
     mining: Literal["hard", "semihard", "all"] = "semihard"
     "Which triplets of the batch count."
@@ -230,36 +142,26 @@ class TripletConfig:
     "mean over the mined triplets, nonzero over those with a positive hinge."
     normalize: bool = True
     "Scale features to unit length first."
-    identities: int = 32
+    identities: int = setting(32, within="at least 2")
     "Identities of a batch."
-    images_per_identity: int = 4
+    images_per_identity: int = setting(4, within="at least 2")
     "Images of each identity in a batch."
 
     def __post_init__(self) -> None:
-        finite = math.isfinite(self.weight)
-        require(finite and self.weight >= 0, "triplet.weight", "0 or more", self.weight)
-        require(self.margin >= 0, "triplet.margin", "0 or more", self.margin)
-        require(self.identities >= 2, "triplet.identities", "at least 2", self.identities)
-        require(
-            self.images_per_identity >= 2,
-            "triplet.images_per_identity",
-            "at least 2",
-            self.images_per_identity,
-        )
+        check_settings(self, "triplet.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
     """A stretch of epochs at one learning rate."""
 
-    epochs: int
+    epochs: int = setting(within="at least 1")
     "Passes over the training pictures."
-    lr: float
+    lr: float = setting(within="more than 0")
     "Learning rate."
 
     def __post_init__(self) -> None:
-        require(self.epochs >= 1, "optim.phases: epochs", "at least 1", self.epochs)
-        require(math.isfinite(self.lr) and self.lr > 0, "optim.phases: lr", "more than 0", self.lr)
+        check_settings(self, "optim.phases: ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,71 +174,63 @@ class OptimConfig:
     """Learning rate within a phase: its lr throughout, or half a cosine from it down to
     final_lr_fraction of it.
     """
-    final_lr_fraction: float = setting(0.0, cost="none")
+    final_lr_fraction: float = setting(0.0, cost="none", within="0 <= x <= 1")
     "Share of the phase's lr at which its cosine ends."
     warmup_epochs: float = setting(0.0, cost="none")
     "Epochs at the start of the run over which the learning rate rises linearly from 0."
-    batch_size: int = 256
+    batch_size: int = setting(256, within="at least 2")
     """Images of a batch; verification takes triplet.identities x triplet.images_per_identity
     instead.
     """
-    accumulate: int = setting(1, cost="none")
+    accumulate: int = setting(1, cost="none", within="at least 1")
     """Batches of a step, whose mean gradient it takes. Batch normalisation and the mining of
     triplets see one batch at a time.
     """
     momentum: float = setting(0.9, cost="none")
     "Nesterov momentum."
-    weight_decay: float = setting(5e-4, cost="none")
+    weight_decay: float = setting(5e-4, cost="none", within="0 or more")
     "L2 penalty on every parameter that no_decay does not exempt."
     no_decay: Literal["none", "norm_and_bias"] = "none"
     "Parameters without the penalty: none, or those of the normalisations and all biases."
-    clip_norm: float | None = setting(None, cost="switch")
+    clip_norm: float | None = setting(None, cost="switch", within="more than 0")
     "Scale the gradient down to at most this norm; null leaves it."
-    ema: float | None = setting(None, cost="switch")
+    ema: float | None = setting(None, cost="switch", within="0 < x < 1")
     """Decay of the running average of the weights, which is then what is evaluated and kept (last/
     has the trained weights too, to resume from); null keeps the trained weights.
     """
 
     def __post_init__(self) -> None:
+        check_settings(self, "optim.")
         require(len(self.phases) > 0, "optim.phases", "at least one {epochs, lr}", self.phases)
-        require(self.batch_size >= 2, "optim.batch_size", "at least 2", self.batch_size)
         require(0 < self.momentum < 1, "optim.momentum", "0 < x < 1 (Nesterov)", self.momentum)
-        require(self.accumulate >= 1, "optim.accumulate", "at least 1", self.accumulate)
-        final, warmup = self.final_lr_fraction, self.warmup_epochs
-        require(0 <= final <= 1, "optim.final_lr_fraction", "0 <= x <= 1", final)
         epochs = sum(phase.epochs for phase in self.phases)
         require(
-            0 <= warmup <= epochs,
+            0 <= self.warmup_epochs <= epochs,
             "optim.warmup_epochs",
             f"from 0 to the epochs of all phases ({epochs})",
-            warmup,
+            self.warmup_epochs,
         )
-        ema = self.ema
-        require(ema is None or 0 < ema < 1, "optim.ema", "0 < x < 1, or null", ema)
-        require(self.weight_decay >= 0, "optim.weight_decay", "0 or more", self.weight_decay)
-        clip = self.clip_norm
-        require(clip is None or clip > 0, "optim.clip_norm", "more than 0, or null", clip)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Where and how a run computes, and when it stops; none of it changes what is optimised."""
 
-    threads: int = setting(0, counted=False, cost="none")
+    threads: int = setting(0, counted=False, cost="none", within="0 or more")
     "Processor threads; 0 leaves torch's own choice."
     device: str = "cpu"
     "torch device, as cpu or cuda:0."
     deterministic: bool = True
     "Deterministic algorithms only; exact resume needs it."
-    log_every: int = setting(10, counted=False, cost="none")
+    log_every: int = setting(10, counted=False, cost="none", within="at least 1")
     "Steps between two lines of metrics.jsonl; terms are read from the device only then."
-    eval_every: int = setting(1, cost="none")
+    eval_every: int = setting(1, cost="none", within="at least 1")
     "Epochs between two evaluations; the end of each phase is always evaluated."
-    early_stop: int | None = setting(None, cost="none")
+    early_stop: int | None = setting(None, cost="none", within="at least 1")
     """Stop after this many evaluations in a row without a better metric on the pictures that
     data.validation_fraction holds out; null trains every epoch.
     """
-    save_every: int = setting(200, counted=False, cost="none")
+    save_every: int = setting(200, counted=False, cost="none", within="at least 1")
     "Steps between two checkpoints; the end of each epoch always saves one."
     drop_last: bool = setting(True, cost="none")
     "Leave out the last batch of an epoch when it is not full."
@@ -352,11 +246,7 @@ class TrainConfig:
     "Also write the journal's numbers for TensorBoard, in RUN/tensorboard (extra tensorboard)."
 
     def __post_init__(self) -> None:
-        require(self.threads >= 0, "train.threads", "0 or more", self.threads)
-        for name in ("log_every", "eval_every", "save_every"):
-            require(getattr(self, name) >= 1, f"train.{name}", "at least 1", getattr(self, name))
-        stop = self.early_stop
-        require(stop is None or stop >= 1, "train.early_stop", "at least 1, or null", stop)
+        check_settings(self, "train.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from kdtrain.config.fields import ConfigError, require, setting
+from kdtrain.config.fields import ConfigError, check_settings, require, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,8 @@ class Target:
 def _weight(name: str, words: str, reads: str, **more: Any) -> float:
     """The field that weighs a target, with the target's row but for its key."""
     row = {"name": name, "words": words, "reads": reads, **more}
-    return field(default=0.0, metadata={"target": row, "cost": "switch", "own": True})
+    said = {"target": row, "cost": "switch", "own": True, "within": "0 or more"}
+    return field(default=0.0, metadata=said)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ class TargetConfig:
     "Weight of the soft target: cross-entropy with the teacher's softened prediction."
     beta: float = _weight("hidden", "hidden", "feature", form="hidden_reduction")
     "Weight of the hidden target: squared distance of the pooled features."
-    gamma: float = setting(1.0, cost="switch", own=True)
+    gamma: float = setting(1.0, cost="switch", own=True, within="0 or more")
     """Weight of the softmax loss with the labels: the task loss of classification, the joint
     softmax elsewhere. 0 leaves classification to its targets (to the hidden one alone: the
     classifier stays untrained, and top1 says so).
@@ -102,13 +103,13 @@ class TargetConfig:
     regressor. A stage of its own, without any other term; the student's layers above keep their
     values.
     """
-    temperature: float = setting(3.0, cost="none")
+    temperature: float = setting(3.0, cost="none", within="more than 0")
     "Temperature of the soft target."
     tau_squared: bool = setting(False, cost="none", own=True)
     """Multiply the soft targets by temperature^2 (Hinton et al. 2015); teacher_head's by its
     own temperature's.
     """
-    teacher_head_temperature: float | None = None
+    teacher_head_temperature: float | None = setting(None, within="more than 0")
     "Temperature of the soft target through the teacher's classifier; null takes temperature."
     teacher_head_proj: Literal["linear", "none"] = "linear"
     """Learnt map of the student's feature onto the teacher's before its classifier, where widths
@@ -132,36 +133,21 @@ class TargetConfig:
     "Residual stage whose output is the hint, in student and teacher."
     hint_reduction: Literal["batchmean", "mean", "sum"] = "batchmean"
     "The same for the hint."
-    label_smoothing: float = 0.0
+    label_smoothing: float = setting(0.0, within="0 <= x < 1")
     "Share of the label's probability that is spread over all classes."
 
     def __post_init__(self) -> None:
-        weights = {name: getattr(self, name) for name in ("gamma", *TEACHER_WEIGHTS)}
-        for name, value in weights.items():
-            require(math.isfinite(value) and value >= 0, f"target.{name}", "0 or more", value)
+        check_settings(self, "target.")
         others = [
-            f"target.{name} is {value:g}"
-            for name, value in weights.items()
-            if value and name != "hint"
+            f"target.{name} is {getattr(self, name):g}"
+            for name in ("gamma", *TEACHER_WEIGHTS)
+            if getattr(self, name) and name != "hint"
         ]
         if self.hint and others:
             raise ConfigError(
                 f"target.hint: a hint is a stage of its own, but {', '.join(others)}: set these "
                 "weights to 0 (target.gamma too), and give them to a run with init_from this one"
             )
-        finite = math.isfinite(self.temperature)
-        require(
-            finite and self.temperature > 0, "target.temperature", "more than 0", self.temperature
-        )
-        own = self.teacher_head_temperature
-        require(
-            own is None or (math.isfinite(own) and own > 0),
-            "target.teacher_head_temperature",
-            "more than 0, or null",
-            own,
-        )
-        smooth = self.label_smoothing
-        require(0 <= smooth < 1, "target.label_smoothing", "0 <= x < 1", smooth)
 
     @property
     def weighed(self) -> list[Target]:

@@ -1,23 +1,20 @@
 """Labelled face pictures: sources, splits, the picture store, transforms and samplers."""
 
 from kdtrain.data.build import build_source
-from kdtrain.data.celeba import read_celeba
-from kdtrain.data.folder import read_folder
-from kdtrain.data.grid import sample_grid
-from kdtrain.data.resize import area_average, shrink
 from kdtrain.data.samplers import balanced_batches, left_out, random_batches
 from kdtrain.data.source import DataError, FaceSource
 from kdtrain.data.split import hold_out, split_indices, training_labels
-from kdtrain.data.store import PictureStore
+from kdtrain.data.store import PictureStore, sample_grid
 from kdtrain.data.synthetic.source import synthetic_faces
 from kdtrain.data.transforms import (
     Frame,
+    area_average,
     augment,
     center,
     fixed_views,
+    shrink,
     to_original,
     uncrop,
-    whole_view,
 )
 
 __all__ = [
@@ -34,8 +31,6 @@ __all__ = [
     "hold_out",
     "left_out",
     "random_batches",
-    "read_celeba",
-    "read_folder",
     "sample_grid",
     "shrink",
     "split_indices",
@@ -43,5 +38,4 @@ __all__ = [
     "to_original",
     "training_labels",
     "uncrop",
-    "whole_view",
 ]

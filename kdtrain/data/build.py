@@ -1,21 +1,22 @@
-"""From the data section of a config to the source that it describes."""
+"""From the data section of a config to the source that it describes: synthetic faces, or pictures
+in one of two layouts.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from kdtrain.config import DataConfig
-from kdtrain.data.celeba import read_celeba
-from kdtrain.data.folder import read_folder
-from kdtrain.data.source import FaceSource
+from kdtrain.data.lists import Listed, assemble, read_table
+from kdtrain.data.source import DataError, FaceSource, Issues
 from kdtrain.data.synthetic.source import synthetic_faces
+
+PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
 
 
 def build_source(config: DataConfig) -> FaceSource:
-    """Returns the FaceSource that a config's data section describes (its attributes as in
-    DataConfig).
-
-    kind: "synthetic" (identities, images_per_identity, synthetic_seed, store_size), "celeba" or
-    "folder" (root, landmark_file, split, on_error, workers). Raises DataError or ValueError naming
-    what is missing or malformed.
+    """Returns the FaceSource that a config's data section describes. Raises DataError or ValueError
+    naming what is missing or malformed.
     """
     if config.kind == "synthetic":
         if config.split.startswith("file:"):
@@ -28,16 +29,69 @@ def build_source(config: DataConfig) -> FaceSource:
             seed=config.synthetic_seed,
             size=config.store_size,
         )
-    readers = {"celeba": read_celeba, "folder": read_folder}
-    if config.kind not in readers:
-        raise ValueError(f"data.kind: expected synthetic, celeba or folder, got {config.kind!r}")
-    if not config.root:
-        raise ValueError(f"data.root: kind {config.kind!r} needs the folder of the pictures")
-    split_file = config.split.split(":")[1] if config.split.startswith("file:") else None
-    return readers[config.kind](
-        config.root,
-        landmark_file=config.landmark_file,
-        split_file=split_file,
-        on_error=config.on_error,
-        workers=config.workers,
-    )
+    issues, root = Issues(on_error=config.on_error), Path(config.root or "")
+    if config.kind == "celeba":
+        listed, point_file = _celeba(root, config.landmark_file, issues)
+    else:
+        listed = _folder(root, issues)
+        point_file = None if config.landmark_file is None else root / config.landmark_file
+    return assemble(config, listed, point_file, issues)
+
+
+def _celeba(
+    root: Path, landmark_file: str | None, issues: Issues
+) -> tuple[dict[str, Listed], Path | None]:
+    """The pictures of a folder in CelebA's layout, and the file of their landmarks:
+    img_align_celeba beside identity_CelebA and list_landmarks_align_celeba; lists may be .txt
+    (CelebA's own) or .csv (the mirrors').
+
+    The identity list decides which pictures there are; ids need not be contiguous.
+    """
+    identity_file = _list_file(root, "identity_CelebA")
+    if identity_file is None:
+        raise DataError(
+            f"{root}: expected identity_CelebA.txt or identity_CelebA.csv in this folder"
+        )
+    folder = root / "img_align_celeba"
+    if (folder / "img_align_celeba").is_dir():  # one mirror's archive nests the folder in itself
+        folder = folder / "img_align_celeba"
+    if not folder.is_dir():
+        raise DataError(f"{root}: expected the pictures in the folder img_align_celeba")
+
+    listed = {}
+    for name, (number, parts) in read_table(identity_file, issues, fields=1).rows.items():
+        where = f"{identity_file}:{number}"
+        if parts[0].isdecimal():
+            listed[name] = Listed(str(int(parts[0])), folder / name, where)
+        else:
+            issues.report(f"{where}: expected an integer identity for {name}, got {parts[0]!r}")
+    if landmark_file is None:
+        return listed, _list_file(root, "list_landmarks_align_celeba")
+    if not (root / landmark_file).exists():
+        raise DataError(f"{root / landmark_file}: no such landmark file (data.landmark_file)")
+    return listed, root / landmark_file
+
+
+def _list_file(root: Path, stem: str) -> Path | None:
+    """root/stem.txt or root/stem.csv, whichever is there first."""
+    return next((p for p in (root / f"{stem}.txt", root / f"{stem}.csv") if p.exists()), None)
+
+
+def _folder(root: Path, issues: Issues) -> dict[str, Listed]:
+    """The pictures root/<identity>/<picture>, in sorted order; other files and hidden ones are
+    ignored. A folder without a picture is an issue, as torchvision's ImageFolder has it.
+    """
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder (data.root)")
+    listed = {}
+    for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
+        files = sorted(
+            p
+            for p in folder.iterdir()
+            if p.suffix.lower() in PICTURE_SUFFIXES and not p.name.startswith(".")
+        )
+        if not files:
+            issues.report(f"{folder}: no picture in this identity's folder")
+        for path in files:
+            listed[f"{folder.name}/{path.name}"] = Listed(folder.name, path, str(folder))
+    return listed

@@ -7,12 +7,15 @@ the rows), .csv the mirrors' (commas, a header). Blank lines and a byte order ma
 
 import csv
 import sys
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from kdtrain.config import DataConfig
 from kdtrain.config.program import regular
 from kdtrain.data.source import (
     LANDMARKS,
@@ -39,9 +42,13 @@ class Table:
     rows: dict[str, tuple[int, list[str]]]
 
 
-def find_list(root: Path, stem: str) -> Path | None:
-    """Returns root/stem.txt or root/stem.csv, whichever is there first, or None."""
-    return next((p for p in (root / f"{stem}.txt", root / f"{stem}.csv") if p.exists()), None)
+class Listed(NamedTuple):
+    """A picture that a source lists."""
+
+    identity: str
+    path: Path
+    where: str
+    """Where it is listed."""
 
 
 def read_table(path: Path, issues: Issues, *, fields: int | None = None) -> Table:
@@ -118,53 +125,51 @@ def read_points(path: Path, issues: Issues) -> dict[str, list[float]]:
 
 
 def assemble(
-    name: str,
-    root: Path,
-    pictures: dict[str, tuple[str, Path, str]],
-    *,
-    points: tuple[Path, dict[str, list[float]]] | None,
-    split_file: str | None,
-    issues: Issues,
-    workers: int,
+    config: DataConfig, listed: dict[str, Listed], point_file: Path | None, issues: Issues
 ) -> FaceSource:
-    """Returns the FaceSource of listed pictures, after the checks that every file source shares.
+    """Returns the FaceSource of listed pictures, by name, after the checks that every file source
+    shares.
 
-    pictures: name -> (identity, picture file, where it is listed). points: the landmark file and
-    its rows, or None. index.csv in root, if any, gives the groups (its columns `video` within an
-    identity) and its columns as splits, and so does split_file. A picture without file, landmarks
-    or row in a table is an issue; with on_error "skip" every picture is decoded once here, so that
-    the set that remains is sound.
+    point_file: list of their landmarks. index.csv in data.root, if any, gives the groups (its
+    columns `video` within an identity) and its columns as splits, and so does the file that
+    data.split names; the first column of each is a picture's name. A picture without file,
+    landmarks or row in a table is an issue; with on_error "skip" every picture is decoded once
+    here, so that the set that remains is sound.
     """
-    wanted = {split_file} if split_file else set()
+    points = None if point_file is None else read_points(point_file, issues)
+    root = Path(config.root or "")
+    wanted = {config.split.split(":")[1]} if config.split.startswith("file:") else set()
     if (root / "index.csv").exists():
         wanted.add("index.csv")
     tables: dict[str, Table] = {}
     for file in sorted(wanted):
         fields = 1 if file.endswith(".txt") else None
         tables[file] = read_table(root / file, issues, fields=fields)
+    needed: list[tuple[Path | None, Container[str]]] = [(t.path, t.rows) for t in tables.values()]
+    needed += [] if points is None else [(point_file, points)]
 
     probed = probe_pictures(
-        [path for _, path, _ in pictures.values()], full=issues.on_error == "skip", workers=workers
+        [picture.path for picture in listed.values()],
+        full=config.on_error == "skip",
+        workers=config.workers,
     )
     kept: list[str] = []
     sizes: list[tuple[int, int]] = []
-    for (picture, (_, _, listed)), size in zip(pictures.items(), probed, strict=True):
-        missing = [table.path for table in tables.values() if picture not in table.rows]
-        if points is not None and picture not in points[1]:
-            missing.append(points[0])
+    for (name, (_, _, where)), size in zip(listed.items(), probed, strict=True):
+        missing = [path for path, rows in needed if name not in rows]
         if isinstance(size, str):
-            issues.report(f"{listed}: {size}")
+            issues.report(f"{where}: {size}")
         elif missing:
-            issues.report(f"{missing[0]}: no row for {picture}, which is listed in {listed}")
+            issues.report(f"{missing[0]}: no row for {name}, which is listed in {where}")
         else:
-            kept.append(picture)
+            kept.append(name)
             sizes.append(size)
     if not kept:
         raise DataError(
             f"{root}: no usable picture; first problem: {[*issues.messages, 'none listed'][0]}"
         )
 
-    identities = [pictures[picture][0] for picture in kept]
+    identities = [listed[name].identity for name in kept]
     labels, class_names = number_classes(identities)
     splits = {file: _columns(table, kept) for file, table in tables.items()}
     videos = splits.get("index.csv", {}).get("video")
@@ -173,13 +178,13 @@ def assemble(
         keys = list(zip(identities, videos, strict=True))
         number = {key: k for k, key in enumerate(dict.fromkeys(keys))}
         groups = torch.tensor([number[key] for key in keys], dtype=torch.int64)
-    paths = [pictures[picture][1] for picture in kept]
+    paths = [listed[name].path for name in kept]
     return FaceSource(
-        name=name,
+        name=config.kind,
         names=kept,
         labels=labels,
         class_names=class_names,
-        landmarks=_stack(points[1], kept) if points is not None else None,
+        landmarks=None if points is None else _stack(points, kept),
         sizes=torch.tensor(sizes, dtype=torch.int64),
         groups=groups,
         skipped=issues.messages,

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -17,20 +17,21 @@ from torch import Tensor
 from kdtrain.config import Config, DataConfig
 from kdtrain.config.program import name_bytes
 from kdtrain.data.build import build_source
-from kdtrain.data.resize import area_average, shrink
 from kdtrain.data.samplers import balanced_batches, random_batches
 from kdtrain.data.source import FaceSource
 from kdtrain.data.split import hold_out, split_indices, training_labels
 from kdtrain.data.store import PictureStore
-from kdtrain.data.transforms import Frame, augment, center, to_original, whole_view
+from kdtrain.data.transforms import area_average, augment, center, shrink, to_original
 
 EVAL_BATCH = 256
+_SOURCE_SETTINGS = (
+    *("kind", "root", "on_error", "identities", "images_per_identity", "synthetic_seed"),
+    *("store_size", "landmark_file", "workers"),
+)
 
 
 class Batch(NamedTuple):
-    """One training step's input on the device, and the seconds spent waiting for its pictures
-    (augmentation is computing, not waiting).
-    """
+    """One training step's input on the device: one crop and flip of each of B pictures."""
 
     pictures: Tensor
     """(B, 3, s, s) float32 in [0, 255]."""
@@ -38,11 +39,12 @@ class Batch(NamedTuple):
     """(B,) int64."""
     points: Tensor | None
     """(B, 5, 2) landmarks in pixels of the crop."""
-    waited_s: float
     flipped: Tensor
     """(B,) bool: which are mirrored."""
-    teacher_pictures: Tensor | None = None
+    teacher_pictures: Tensor | None
     """(B, 3, t, t): the same crops as the teacher sees them, where it reads another size."""
+    waited_s: float = 0.0
+    """Seconds spent waiting for the pictures (augmentation is computing, not waiting)."""
 
     @property
     def seen(self) -> Tensor:
@@ -70,22 +72,15 @@ class EvalBatch:
     """Maps (N, 5, 2) crop pixels to original ones: a scale and an offset per picture and axis."""
 
 
-class Views(NamedTuple):
-    """One crop and flip of each of B pictures, at the size of either network."""
-
-    pictures: Tensor
-    """(B, 3, s, s) float32 in [0, 255]."""
-    points: Tensor | None
-    """(B, 5, 2) landmarks in pixels of `pictures`."""
-    flipped: Tensor
-    """(B,) bool: which are mirrored."""
-    teacher_pictures: Tensor | None
-    """(B, 3, t, t); None where there is no teacher, or it reads `pictures`."""
-
-
-def training_views(
-    stored: Tensor, points: Tensor | None, indices: Tensor, config: Config, phase: int, epoch: int
-) -> Views:
+def training_batch(
+    stored: Tensor,
+    labels: Tensor,
+    points: Tensor | None,
+    indices: Tensor,
+    config: Config,
+    phase: int,
+    epoch: int,
+) -> Batch:
     """The augmented crops of stored pictures (B, 3, S, S) uint8, for student and teacher; see
     data.augment and data.shrink.
     """
@@ -103,48 +98,26 @@ def training_views(
     theirs = None
     if config.teacher.run is not None and config.teacher_side != config.data.input_size:
         theirs, _, _ = shrink(crops, None, frame, config.teacher_side)
-    return Views(pictures, smaller, frame.flipped, theirs)
+    return Batch(pictures, labels, smaller, frame.flipped, theirs)
 
 
 def shared_source(data: DataConfig, sources: dict[DataConfig, FaceSource]) -> FaceSource:
     """The source of a data section, from `sources` where one was read alike before: how pictures
     are split, resized and kept makes no other source.
     """
-    read = DataConfig(
-        kind=data.kind,
-        root=data.root,
-        split=data.split if data.split.startswith("file:") else "random",
-        on_error=data.on_error,
-        identities=data.identities,
-        images_per_identity=data.images_per_identity,
-        synthetic_seed=data.synthetic_seed,
-        store_size=data.store_size,
-        input_size=data.store_size,
-        landmark_file=data.landmark_file,
-        workers=data.workers,
-    )
+    kept = {name: getattr(data, name) for name in _SOURCE_SETTINGS}
+    split = data.split if data.split.startswith("file:") else "random"
+    read = DataConfig(**kept, split=split, input_size=data.store_size)
     if read not in sources:
         sources[read] = build_source(read)
     return sources[read]
 
 
-def split(source: FaceSource, config: Config) -> tuple[Tensor, Tensor]:
-    """Training and test indices; identity:random is the random split within the training people of
-    identity.
-    """
-    data = config.data
-    if data.split != "identity:random":
-        return split_indices(source, data)
-    people, _ = split_indices(source, replace(data, split="identity"))
-    train, test = split_indices(source, replace(data, split="random"))
-    return train[torch.isin(train, people)], test[torch.isin(test, people)]
-
-
 def parts(source: FaceSource, config: Config) -> tuple[Tensor, Tensor, Tensor]:
-    """Training, validation and test indices: `split` with data.validation_fraction of the first
-    part held out.
+    """Training, validation and test indices: split_indices with data.validation_fraction of the
+    first part held out.
     """
-    train, test = split(source, config)
+    train, test = split_indices(source, config.data)
     train, validation = hold_out(source, train, config.data)
     return train, validation, test
 
@@ -209,10 +182,9 @@ class RunData:
         if following is not None:
             self.store.prefetch(following)
         points = None if self.points is None else self.points[indices].to(self.device)
-        views = training_views(stored.to(self.device), points, indices, self.config, phase, epoch)
-        labels = self.labels[indices].to(self.device)
-        pictures, points, flipped, theirs = views
-        return Batch(pictures, labels, points, waited_s, flipped, theirs)
+        stored, labels = stored.to(self.device), self.labels[indices].to(self.device)
+        batch = training_batch(stored, labels, points, indices, self.config, phase, epoch)
+        return batch._replace(waited_s=waited_s)
 
     def teacher_view(self, indices: Tensor, mirrored: bool) -> Tensor:
         """What the teacher sees of the pictures `indices` where training has no other views of them
@@ -220,7 +192,7 @@ class RunData:
         """
         data = self.config.data
         stored = self.store.get(indices).to(self.device)
-        crops = whole_view(stored, mirrored, input_size=data.crop_side, config=self.config.augment)
+        crops, _, _ = center(stored, None, data.crop_side, self.config.augment, mirrored=mirrored)
         side = self.config.teacher_side
         return crops if side == data.crop_side else area_average(crops, side)
 
@@ -240,7 +212,7 @@ class RunData:
                 indices=part,
                 groups=None if source.groups is None else source.groups[part],
                 to_original=partial(
-                    _to_original, frame=frame, sizes=sizes, store_size=data.store_size
+                    to_original, frame=frame, sizes=sizes, store_size=data.store_size
                 ),
                 sizes=sizes,
             )
@@ -276,7 +248,3 @@ class RunData:
             "skipped": len(self.source.skipped),
             "identities_key": identities_key(self.source.class_names, self.config.data),
         }
-
-
-def _to_original(points: Tensor, *, frame: Frame, sizes: Tensor, store_size: int) -> Tensor:
-    return to_original(points, frame, sizes, store_size)

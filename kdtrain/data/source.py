@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -32,10 +31,6 @@ class Issues:
     on_error: str = "raise"
     messages: list[str] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        if self.on_error not in ("raise", "skip"):
-            raise ValueError(f"data.on_error: expected 'raise' or 'skip', got {self.on_error!r}")
-
     def report(self, message: str) -> None:
         """Raises DataError(message) or keeps the message, by on_error."""
         if self.on_error == "raise":
@@ -45,7 +40,7 @@ class Issues:
 
 @dataclass(kw_only=True)
 class FaceSource:
-    """N pictures of C people. Nothing is decoded until `load`.
+    """N pictures of C people. Nothing is decoded until `read`.
 
     names: one per picture, for errors and the fingerprint. labels: (N,) int64, 0..C-1 without gaps;
     class_names: C. landmarks: (N, 5, 2) float32 or None, x and y in original pixels, order lefteye,
@@ -54,7 +49,8 @@ class FaceSource:
     hold pixel indices are read as index + 0.5. sizes: (N, 2) int64 original width and height.
     groups: (N,) int64 or None, the video a frame comes from, unique over the whole set. skipped:
     messages of what on_error "skip" left out. splits: file name -> column -> one value per picture.
-    read: picture number -> Pillow picture, RGB. read_batch, where the source has one: int64 (B,) ->
+    read: picture number -> Pillow picture, RGB; DataError naming a file that
+    cannot be read. read_batch, where the source has one: int64 (B,) ->
     uint8 (B, 3, H, W).
     """
 
@@ -84,12 +80,6 @@ class FaceSource:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
-
-    def load(self, picture: int) -> np.ndarray:
-        """Returns picture number `picture` as uint8 (H, W, 3), RGB. Raises DataError naming a file
-        that cannot be read.
-        """
-        return np.array(self.read(picture))
 
     def fingerprint(self) -> str:
         """Returns a hex digest of names, sizes, labels and landmarks: the same set read again gives

@@ -2,6 +2,8 @@
 sets.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -19,27 +21,23 @@ def split_indices(source: FaceSource, config: DataConfig) -> tuple[Tensor, Tenso
     split_seed and the labels.
 
     "random": test_fraction of the pictures, but every class keeps at least one for training.
-    "identity": test_fraction of the people, so no person is on both sides. "file:NAME:COLUMN": the
-    column says train or test (CelebA's 0 and 2; validation pictures, 1, are in neither); COLUMN of
-    a list without header is `partition`. Raises ValueError for an unknown split, DataError for a
-    bad column or value, and when either side is empty.
+    "identity": test_fraction of the people, so no person is on both sides. "identity:random": the
+    random split within the training people of identity. "file:NAME:COLUMN": the column says train
+    or test (CelebA's 0 and 2; validation pictures, 1, are in neither); COLUMN of a list without
+    header is `partition`. Raises DataError for a bad column or value, and when either side is
+    empty.
     """
-    fraction = config.test_fraction
-    if config.split in ("random", "identity") and not 0 < fraction < 1:
-        raise ValueError(f"data.test_fraction: expected a number between 0 and 1, got {fraction}")
-    if config.split == "random":
-        is_test = _random_split(source.labels, source.num_classes, fraction, config.split_seed)
-    elif config.split == "identity":
-        order = counter_permutation(source.num_classes, config.split_seed, _STREAM_IDENTITY)
-        chosen = torch.zeros(source.num_classes, dtype=torch.bool)
-        chosen[order[: max(1, round(fraction * source.num_classes))]] = True
-        is_test = chosen[source.labels]
-    elif config.split.startswith("file:"):
+    if config.split.startswith("file:"):
         return _file_split(source, config.split)
-    else:
-        raise ValueError(
-            f"data.split: expected random, identity or file:NAME:COLUMN, got {config.split!r}"
-        )
+    if config.split == "identity:random":
+        people, _ = split_indices(source, replace(config, split="identity"))
+        train, test = split_indices(source, replace(config, split="random"))
+        return train[torch.isin(train, people)], test[torch.isin(test, people)]
+    by_identity = config.split == "identity"
+    drawn = _identity_split if by_identity else _random_split
+    stream = _STREAM_IDENTITY if by_identity else _STREAM_RANDOM
+    fraction, seed = config.test_fraction, config.split_seed
+    is_test = drawn(source.labels, source.num_classes, fraction, seed, stream)
     return _checked(~is_test, is_test, config.split)
 
 
@@ -55,15 +53,8 @@ def hold_out(source: FaceSource, train: Tensor, config: DataConfig) -> tuple[Ten
     if fraction == 0:
         return train, train[:0]
     people, label = torch.unique(source.labels[train], return_inverse=True)
-    if config.split == "identity":
-        order = counter_permutation(len(people), config.split_seed, _STREAM_VALIDATION)
-        chosen = torch.zeros(len(people), dtype=torch.bool)
-        chosen[order[: max(1, round(fraction * len(people)))]] = True
-        held_out = chosen[label]
-    else:
-        held_out = _random_split(
-            label, len(people), fraction, config.split_seed, stream=_STREAM_VALIDATION
-        )
+    drawn = _identity_split if config.split == "identity" else _random_split
+    held_out = drawn(label, len(people), fraction, config.split_seed, _STREAM_VALIDATION)
     if held_out.all() or not held_out.any():
         raise DataError(
             f"data.validation_fraction: {fraction} of {len(train)} training pictures of "
@@ -84,13 +75,18 @@ def training_labels(source: FaceSource, train: Tensor, config: DataConfig) -> Te
     labels = source.labels.clone()
     if config.kind != "synthetic" or config.noise == 0:
         return labels
-    if not 0 <= config.noise < 1:
-        raise ValueError(f"data.noise: expected a number in [0, 1), got {config.noise}")
     hit = counter_uniform(config.synthetic_seed, _STREAM_NOISE, train, draws=1)[:, 0] < config.noise
     wrong = train[hit]
     step = 1 + counter_hash(config.synthetic_seed, _STREAM_WRONG, wrong) % (source.num_classes - 1)
     labels[wrong] = (labels[wrong] + step) % source.num_classes
     return labels
+
+
+def _identity_split(
+    labels: Tensor, num_classes: int, fraction: float, seed: int, stream: int
+) -> Tensor:
+    order = counter_permutation(num_classes, seed, stream)
+    return torch.isin(labels, order[: max(1, round(fraction * num_classes))])
 
 
 def _random_split(

@@ -6,9 +6,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
+from kdtrain.data.counter import counter_permutation
 from kdtrain.data.source import FaceSource
 
 MEMORY_LIMIT_BYTES = 2 << 30  # "auto" keeps a set up to this size in memory
@@ -17,6 +18,8 @@ _READ_AHEAD = 2  # batches waiting at most
 # Pictures that a worker decodes at a time. A future for each picture wakes the training thread and
 # takes its interpreter lock 64 times a batch; larger parts leave a worker idle at a batch's end.
 _PART = 16
+_STREAM_GRID = 41
+_COLOURS = ("#40ff40", "#40c0ff", "#ffff40", "#ff8040", "#ff60ff")  # one per landmark
 
 
 class PictureStore:
@@ -32,12 +35,6 @@ class PictureStore:
     def __init__(
         self, source: FaceSource, size: int, cache: str = "auto", workers: int = 0
     ) -> None:
-        if cache not in ("auto", "memory", "none"):
-            raise ValueError(f"PictureStore: cache must be auto, memory or none, got {cache!r}")
-        if size < 1 or workers < 0:
-            raise ValueError(
-                f"PictureStore: expected size >= 1 and workers >= 0, got {size} and {workers}"
-            )
         self.source = source
         self.size = size
         self._pool = ThreadPoolExecutor(workers) if workers else None
@@ -49,10 +46,6 @@ class PictureStore:
             for chunk in torch.arange(source.num_pictures).split(_CHUNK):
                 pictures[chunk] = self._decode(chunk)
             self._pictures = pictures
-
-    @property
-    def in_memory(self) -> bool:
-        return self._pictures is not None
 
     def get(self, indices: Tensor) -> Tensor:
         """Returns pictures (B, 3, size, size), uint8 on the CPU, of the source's numbers `indices`
@@ -112,3 +105,33 @@ class PictureStore:
                 picture = picture.resize((self.size, self.size), Image.Resampling.BILINEAR)
             loaded[place] = np.asarray(picture)
         return torch.from_numpy(loaded).permute(0, 3, 1, 2).contiguous()
+
+
+def sample_grid(store: PictureStore, people: int = 10, pictures: int = 8) -> Image.Image:
+    """Returns a sheet for people to look at: a row of `pictures` store pictures for each of
+    `people` people, enlarged to about 96 pixels.
+
+    People are drawn among all, pictures are each person's first. Landmarks, where the source has
+    them, are dots (left eye green, right eye blue, nose yellow, left mouth corner orange, right one
+    pink).
+    """
+    source, size = store.source, store.size
+    scale = max(1, round(96 / size))
+    side = size * scale
+    points = None if source.landmarks is None else store.landmarks_in_store() * scale
+    chosen = counter_permutation(source.num_classes, 0, _STREAM_GRID)[:people].sort().values
+    sheet = Image.new("RGB", (pictures * side, len(chosen) * side), "#202020")
+    draw = ImageDraw.Draw(sheet)
+    radius = max(1, round(side / 64))
+    for row, person in enumerate(chosen.tolist()):
+        own = (source.labels == person).nonzero()[:pictures, 0]
+        for column, (index, picture) in enumerate(zip(own.tolist(), store.get(own), strict=True)):
+            left, top = column * side, row * side
+            tile = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+            sheet.paste(tile.resize((side, side), Image.Resampling.NEAREST), (left, top))
+            if points is None:
+                continue
+            corner = torch.tensor([left, top])
+            for colour, (x, y) in zip(_COLOURS, (points[index] + corner).tolist(), strict=True):
+                draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=colour)
+    return sheet

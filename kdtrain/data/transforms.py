@@ -6,6 +6,7 @@ and a resumed run see the same crops, and a teacher's answers to them can be kep
 """
 
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 from torch import Tensor
@@ -50,8 +51,8 @@ def augment(
     pictures' numbers in their source, on any device. config (AugmentConfig): crop "random" is an s
     x s window at a uniform whole-pixel place; "jitter" a square of side S * u, u uniform in
     [scale_min, scale_max], at a uniform place within the picture, resampled bilinearly; flip
-    mirrors half of the pictures and swaps left and right landmarks. Raises ValueError for shapes,
-    an input_size larger than the store for "random", or a bad scale range.
+    mirrors half of the pictures and swaps left and right landmarks. Raises ValueError for shapes
+    and for an input_size larger than the store for "random".
     """
     _check(pictures, landmarks, config, input_size, "augment")
     if indices.shape != (len(pictures),):
@@ -76,12 +77,18 @@ def augment(
 
 
 def center(
-    pictures: Tensor, landmarks: Tensor | None, input_size: int, config: AugmentConfig
+    pictures: Tensor,
+    landmarks: Tensor | None,
+    input_size: int,
+    config: AugmentConfig,
+    *,
+    mirrored: bool = False,
 ) -> tuple[Tensor, Tensor | None, Frame]:
-    """Returns what augment returns, for evaluation: the centre crop, never flipped.
+    """Returns what augment returns, for evaluation: the centre crop, flipped where `mirrored`.
 
     crop "random": the middle s x s window (an odd rest goes right and down); "jitter": the middle
-    square of mean side S * (scale_min + scale_max) / 2. Raises ValueError as augment does.
+    square of mean side S * (scale_min + scale_max) / 2. Where fixed_views is not None, these are
+    the crops of augment. Raises ValueError as augment does.
     """
     _check(pictures, landmarks, config, input_size, "center")
     side, count = pictures.shape[-1], len(pictures)
@@ -94,7 +101,7 @@ def center(
     frame = Frame(
         scale=torch.full((count,), scale, device=device),
         offset=torch.full((count, 2), corner, device=device),
-        flipped=torch.zeros(count, dtype=torch.bool, device=device),
+        flipped=torch.full((count,), mirrored, device=device),
         input_size=input_size,
     )
     return _crop(pictures, landmarks, frame, config.crop == "random")
@@ -116,22 +123,41 @@ def fixed_views(config: AugmentConfig, store_size: int, crop_size: int) -> int |
     return (1 + bool(config.flip)) if whole else None
 
 
-def whole_view(
-    pictures: Tensor, mirrored: bool, *, input_size: int, config: AugmentConfig
-) -> Tensor:
-    """Returns the crops (B, 3, s, s) of augment where fixed_views is not None, all of them mirrored
-    or none. Raises ValueError as augment does.
+def shrink(
+    crops: Tensor, landmarks: Tensor | None, frame: Frame, side: int
+) -> tuple[Tensor, Tensor | None, Frame]:
+    """Returns what augment and center return, of the same windows and flips at `side` pixels.
+
+    Crops as area_average makes them, landmarks in the new pixels; crops of that size already come
+    back as they are. Raises ValueError for a side that is larger than the crop's.
     """
-    _check(pictures, None, config, input_size, "whole_view")
-    side, count, device = pictures.shape[-1], len(pictures), pictures.device
-    scale = 1.0 if config.crop == "random" else side / input_size
-    frame = Frame(
-        scale=torch.full((count,), scale, device=device),
-        offset=torch.zeros(count, 2, device=device),
-        flipped=torch.full((count,), mirrored, device=device),
-        input_size=input_size,
+    if side == frame.input_size:
+        return crops, landmarks, frame
+    factor = side / frame.input_size
+    smaller = Frame(
+        scale=frame.scale / factor, offset=frame.offset, flipped=frame.flipped, input_size=side
     )
-    return _crop(pictures, None, frame, config.crop == "random")[0]
+    return area_average(crops, side), None if landmarks is None else landmarks * factor, smaller
+
+
+def area_average(pictures: Tensor, side: int) -> Tensor:
+    """Returns pictures (B, C, S, S) at side x side pixels: each the mean of the area it covers.
+
+    A pixel of the result spans S / side pixels of the picture, and one that it covers in part
+    counts by that part: the mean of blocks where S is a multiple of side, antialiased at every
+    ratio. Weights are whole numbers and the division comes last, so that sums of whole values up
+    to 255 are exact for S up to 256 and a mirrored picture gives the mirrored result. Elementwise:
+    a picture's bits do not depend on its batch. Raises ValueError for a side larger than S.
+    """
+    size = pictures.shape[-1]
+    if not 0 < side <= size:
+        raise ValueError(
+            f"area_average: side must be from 1 to the pictures' {size} pixels, as they are never "
+            f"enlarged; got {side}"
+        )
+    whole, part = size // gcd(size, side), side // gcd(size, side)
+    rows = _sums(_sums(pictures, side, whole, part, 2), side, whole, part, 3)
+    return rows / (whole * whole)
 
 
 def uncrop(points: Tensor, frame: Frame) -> Tensor:
@@ -162,17 +188,9 @@ def _check(
             f"{who}: landmarks must be ({len(pictures)}, 5, 2), got {tuple(landmarks.shape)}"
         )
     side = pictures.shape[-1]
-    if config.crop == "random":
-        if not 0 < input_size <= side:
-            raise ValueError(
-                f"{who}: data.input_size must be at most data.store_size {side}, got {input_size}"
-            )
-    elif config.crop != "jitter":
-        raise ValueError(f"{who}: augment.crop must be random or jitter, got {config.crop!r}")
-    elif not 0 < config.scale_min <= config.scale_max <= 1:
+    if config.crop == "random" and not 0 < input_size <= side:
         raise ValueError(
-            f"{who}: expected 0 < augment.scale_min <= augment.scale_max <= 1, got "
-            f"{config.scale_min} and {config.scale_max}"
+            f"{who}: data.input_size must be at most data.store_size {side}, got {input_size}"
         )
 
 
@@ -229,3 +247,24 @@ def _sample(pictures: Tensor, places: Tensor, axis: int) -> Tensor:
     low = low.long()
     first = _take(pictures, low, axis)
     return first + (_take(pictures, (low + 1).clamp(max=last), axis) - first) * part
+
+
+def _sums(pictures: Tensor, side: int, whole: int, part: int, axis: int) -> Tensor:
+    """Weighted sums along an axis: pixel i of `side` covers [i * whole, (i + 1) * whole) on a scale
+    on which pixel j of the picture covers [j * part, (j + 1) * part).
+    """
+    start = torch.arange(side, device=pictures.device) * whole
+    first = start // part
+    shape = [1] * pictures.dim()
+    shape[axis] = side
+    total = None
+    for step in range((whole + part - 2) // part + 1):  # the most pixels that one can touch
+        place = first + step
+        low, high = place * part, (place + 1) * part
+        weight = (torch.minimum(high, start + whole) - torch.maximum(low, start)).clamp(min=0)
+        # where nothing is left to cover the weight is 0, at the last pixel too
+        taken = pictures.index_select(axis, place.clamp(max=pictures.shape[axis] - 1))
+        taken = taken * weight.to(pictures.dtype).reshape(shape)
+        total = taken if total is None else total + taken
+    assert total is not None
+    return total

@@ -27,8 +27,8 @@ from kdtrain.experiments.campaign import Order
 from kdtrain.experiments.scheduler import Outcome
 from kdtrain.experiments.selection import CANDIDATES, WIDTH, Arm, Selection
 from kdtrain.training import checkpoint, keys
+from kdtrain.training.input_runs import run_config, same_set
 from kdtrain.training.journal import journal
-from kdtrain.training.lineage import run_config, same_set
 
 VALIDATION = 0.2
 """data.validation_fraction of the arms, where neither the recipe nor the command line sets one."""

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from kdtrain.config import SETTINGS, Config, ModelConfig, settings
-from kdtrain.config.head import HeadConfig
+from kdtrain.config.networks import HeadConfig
 from kdtrain.data import center, shrink
-from kdtrain.data.run_data import EvalBatch, training_views
+from kdtrain.data.run_data import EvalBatch, training_batch
 from kdtrain.models.mixture import TeacherMixture
 from kdtrain.models.network import FaceNetwork, count_parameters, multiply_adds, seeded
 from kdtrain.objectives.observe import look
@@ -220,8 +220,9 @@ class _Trial:
         self.task.network.train()
         self.task.extra.train()
         started = now(self.device)
-        views = training_views(
+        batch = training_batch(
             stored.to(self.device),
+            labels.to(self.device),
             None if points is None else points.to(self.device),
             torch.arange(len(labels)),
             self.config,
@@ -231,7 +232,7 @@ class _Trial:
         # a rate at which random labels cannot make the weights infinite within a few steps
         self.optimisation.begin(1e-6)
         loss = self.task.step(
-            views.pictures, labels.to(self.device), views.points, guide, views.teacher_pictures
+            batch.pictures, batch.labels, batch.points, guide, batch.teacher_pictures
         ).loss
         self.optimisation.backward(loss)
         between = now(self.device)

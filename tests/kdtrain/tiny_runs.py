@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 import kdtrain
-from kdtrain.config import Config, settings
+from kdtrain.config import Config, DataConfig, settings
+from kdtrain.data import FaceSource, build_source
 from kdtrain.training import checkpoint, engine
 from kdtrain.training.journal.journal import Screen
 
@@ -37,6 +38,16 @@ TASK_KEYS: dict[str, dict[str, Any]] = {
     "alignment": {"target.gamma": 0.0, "augment.crop": "jitter", "optim.clip_norm": 1.0},
     "verification": {},
 }
+
+
+def read_celeba(root: Path, **keys: Any) -> FaceSource:
+    """The source of a folder in CelebA's layout."""
+    return build_source(DataConfig(kind="celeba", root=str(root), **keys))
+
+
+def read_folder(root: Path, **keys: Any) -> FaceSource:
+    """The source of root/<identity>/<picture>."""
+    return build_source(DataConfig(kind="folder", root=str(root), **keys))
 
 
 def tiny_config(task: str = "classification", **keys: Any) -> Config:

@@ -105,7 +105,7 @@ def write(
     found = table(comparison, setting, NAME)
     order.console.print(plain(found, WIDTH), markup=False)
     drawn = picture(comparison, found)
-    written = files.write(found, order.root / "tables", png=drawn, subject="Methods", width=WIDTH)
+    written = files.write(found, order.root / "tables", drawn, subject="Methods", width=WIDTH)
     order.console.print(f"table: {written['html']}, and as text, Markdown, CSV and PNG beside it")
 
 

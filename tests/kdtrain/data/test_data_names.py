@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import TINY, quiet
+from tiny_runs import TINY, quiet, read_celeba, read_folder
 
 from kdtrain.cli import main
 from kdtrain.config import build, settings
 from kdtrain.config.program import printable
-from kdtrain.data import DataError, read_celeba, read_folder
+from kdtrain.data import DataError
 from kdtrain.data.run_data import identities_key
 from kdtrain.reports.report import report
 from kdtrain.training import checkpoint, engine
@@ -110,7 +110,7 @@ def test_lists_name_the_same_files_as_the_folder_has(celeba):
     (celeba / "list_landmarks_align_celeba.csv").write_bytes(points(b"1"))
     source = read_celeba(celeba)
     assert [os.fsencode(name) for name in source.names] == [b"1.png", LATIN + b".png"]
-    assert source.load(1).shape == (20, 20, 3)
+    assert np.array(source.read(1)).shape == (20, 20, 3)
     (celeba / "list_landmarks_align_celeba.csv").write_bytes(points(b"1") + b"\n" + GBK + b",1")
     with pytest.raises(DataError, match="celeba.csv:4: expected a picture and 10 field") as caught:
         read_celeba(celeba)
@@ -155,7 +155,7 @@ def test_an_image_that_became_a_fifo_is_an_issue_when_it_is_loaded(folder):
     (folder / "a" / "1.png").unlink()
     os.mkfifo(folder / "a" / "1.png")
     with pytest.raises(DataError, match=r"1.png: cannot read this picture: expected a file"):
-        source.load(source.names.index("a/1.png"))
+        source.read(source.names.index("a/1.png"))
 
 
 @pytest.mark.parametrize("make", NO_FILES.values(), ids=NO_FILES)
@@ -166,7 +166,9 @@ def test_an_image_that_became_a_fifo_is_an_issue_when_it_is_loaded(folder):
 def test_a_list_that_is_no_file_is_an_error_and_never_opened(celeba, name, make):
     (celeba / name).unlink(missing_ok=True)
     make(celeba / name)
-    asked = {"l.csv": {"landmark_file": name}, "s.csv": {"split_file": name}}.get(name, {})
+    asked = {"l.csv": {"landmark_file": name}, "s.csv": {"split": f"file:{name}:half"}}.get(
+        name, {}
+    )
     for on_error in ("raise", "skip"):
         with pytest.raises(DataError, match=f"{name}: cannot read this list: expected a file"):
             read_celeba(celeba, on_error=on_error, **asked)

@@ -165,8 +165,6 @@ def test_center_crop_is_the_middle_and_never_flipped():
     ("change", "message"),
     [
         ({"input_size": 37}, "input_size"),
-        ({"config": config("zoom")}, "random or jitter"),
-        ({"config": config("jitter", scale_min=0.9, scale_max=0.8)}, "scale_min"),
         ({"landmarks": torch.zeros(2, 4, 2)}, "landmarks"),
         ({"pictures": torch.zeros(2, 3, 36, 30, dtype=torch.uint8)}, "pictures"),
         ({"indices": torch.arange(3)}, "indices"),

@@ -12,7 +12,7 @@ from tiny_runs import assert_same_run, quiet, stop_after, tiny_config, train
 from tiny_tasks import make_config
 
 from kdtrain.config import ConfigError, ModelConfig, settings
-from kdtrain.config.head import HeadConfig
+from kdtrain.config.networks import HeadConfig
 from kdtrain.data.run_data import RunData
 from kdtrain.experiments import pipeline
 from kdtrain.experiments.estimate import Counts, estimate
@@ -177,7 +177,7 @@ def test_kept_answers_belong_to_every_teacher_its_weight_and_the_temperature(roo
         data = RunData(config)
         task = prepare_task(config, data, root / "x", quiet())
         cache = prepare_cache(config, data, task, tmp_path / "x", quiet())
-        folders.append(cache.folder)
+        folders.append(cache.files.folder)
     assert len(set(folders)) == len(folders)
 
 

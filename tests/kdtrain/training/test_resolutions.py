@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from kdtrain.config import ConfigError, settings
 from kdtrain.data import area_average, augment, center, shrink, uncrop
-from kdtrain.data.run_data import RunData, training_views
+from kdtrain.data.run_data import RunData, training_batch
 from kdtrain.experiments.estimate import Counts, estimate
 from kdtrain.objectives.task import Task
 from kdtrain.training import checkpoint, keys
@@ -104,7 +104,7 @@ def test_student_and_teacher_see_the_same_window_and_flip(sides, seed):
         teacher__input_size=theirs,
     )
     stored, indices = whole_pictures(8, STORE, seed % 97), torch.arange(50, 58)
-    views = training_views(stored, None, indices, config, phase=1, epoch=2)
+    views = training_batch(stored, indices, None, indices, config, phase=1, epoch=2)
     place = {"seed": seed, "phase": 1, "epoch": 2, "config": config.augment}
     _, _, draw = augment(stored, None, indices, input_size=crop, **place)
     rounding = {"rtol": 2**-23, "atol": 0}
@@ -120,7 +120,7 @@ def test_student_and_teacher_see_the_same_window_and_flip(sides, seed):
 @pytest.mark.parametrize("mistake", ["flip", "offset", "no antialiasing"])
 def test_the_comparison_of_windows_notices_a_mistake(mistake):
     config, stored, indices = student(), whole_pictures(8, STORE), torch.arange(8)
-    views = training_views(stored, None, indices, config, phase=0, epoch=0)
+    views = training_batch(stored, indices, None, indices, config, phase=0, epoch=0)
     centre = {"seed": 0, "phase": 0, "epoch": 0, "config": config.augment}
     _, _, draw = augment(stored, None, indices, input_size=16, **centre)
     assert torch.equal(views.pictures.double(), window(stored, draw, 16, 8))

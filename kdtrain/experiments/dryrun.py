@@ -153,9 +153,7 @@ def network_of(
 
 
 def count(
-    config: Config,
-    given: Published | None = None,
-    sources: dict[DataConfig, FaceSource] | None = None,
+    config: Config, given: Published | None, sources: dict[DataConfig, FaceSource]
 ) -> Counts | str:
     """Classes and pictures that the run would see, or what is missing to know them.
 
@@ -166,7 +164,7 @@ def count(
     if given is not None:
         return _published(config, given, "")
     if is_there(data):
-        return counted(config, {} if sources is None else sources)
+        return counted(config, sources)
     known = PUBLISHED.get(re.sub("[^a-z0-9]", "", Path(data.root or "").name.lower()))
     if known is None and data.kind == "celeba":
         known = PUBLISHED["celeba"]

@@ -273,35 +273,35 @@ def test_wall_time_of_graphs_worked_by_hand():
 
 def test_pictures_that_are_not_there_count_as_published_or_as_stated():
     recipe = settings.read_recipe(settings.recipe_path("paper/cls_teacher"))
-    counts = dryrun.count(settings.build(recipe))
+    counts = dryrun.count(settings.build(recipe), None, {})
     assert isinstance(counts, Counts)
     assert (counts.classes, counts.train, counts.test) == (10575, 395531, 98883)
     assert "no folder casia-webface: counted as published" in counts.note
-    counts = dryrun.count(settings.build({**recipe, "data.root": "x/MS_Celeb_1M"}))
+    counts = dryrun.count(settings.build({**recipe, "data.root": "x/MS_Celeb_1M"}), None, {})
     assert isinstance(counts, Counts)
     assert counts.classes == 100_000
     alignment = settings.read_recipe(settings.recipe_path("paper/ali_teacher"))
-    counts = dryrun.count(settings.build({**alignment, "data.root": "elsewhere"}))
+    counts = dryrun.count(settings.build({**alignment, "data.root": "elsewhere"}), None, {})
     assert isinstance(counts, Counts)
     assert counts.classes == 10177
     own = settings.build({**recipe, "data.root": "own-pictures"})
-    missing = dryrun.count(own)
+    missing = dryrun.count(own, None, {})
     assert isinstance(missing, str)
     assert "no folder own-pictures" in missing
     assert "--classes N --pictures N" in missing
-    counts = dryrun.count(own, dryrun.Published("given", 50, 1000))
+    counts = dryrun.count(own, dryrun.Published("given", 50, 1000), {})
     assert isinstance(counts, Counts)
     assert (counts.classes, counts.train, counts.test) == (50, 800, 200)
 
 
 def test_pictures_that_are_there_are_counted_batches_included():
     config = tiny_config("verification", data__identities=8, data__images_per_identity=5)
-    counts = dryrun.count(config)
+    counts = dryrun.count(config, None, {})
     assert isinstance(counts, Counts)
     assert (counts.classes, counts.train, counts.test) == (8, 24, 16)
     data = RunData(config)
     assert counts.epoch_batches == len(data.epoch(0))
-    counts = dryrun.count(tiny_config(data__validation_fraction=0.25))
+    counts = dryrun.count(tiny_config(data__validation_fraction=0.25), None, {})
     assert isinstance(counts, Counts)
     assert (counts.train, counts.validation) == (18, 6)
 

@@ -142,7 +142,8 @@ def train(argv: Sequence[str]) -> int:
     if results["status"] == "reused":
         name = results["metric"]["name"]
         value = number(name, results["metrics"].get(name))
-        print(f"{run_dir}: finished before, reused: {name} {value} (--overwrite trains it anew)")
+        told = f"{run_dir}: finished before, reused: {name} {value} (--overwrite trains it anew)"
+        print(printable(told))
         return 0
     _print_results(results, f"{run_dir}: finished")
     return 0

@@ -37,8 +37,6 @@ class Backbone(nn.Module, ABC):
 
     def __init__(self, color: str) -> None:
         super().__init__()
-        if color not in ("rgb", "bgr"):
-            raise ValueError(f"FaceNetwork: model.color must be 'rgb' or 'bgr', got {color!r}")
         self.color = color
 
     @abstractmethod
@@ -105,8 +103,6 @@ class SizedBackbone(StagedBackbone):
 
     def __init__(self, color: str, input_size: int) -> None:
         super().__init__(color)
-        if input_size < 1:
-            raise ValueError(f"FaceNetwork: input_size must be at least 1, got {input_size}")
         self.side = -(-input_size // 16)  # after four layers of stride 2
 
     def extra_repr(self) -> str:

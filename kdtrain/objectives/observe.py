@@ -92,17 +92,12 @@ def look(network: FaceNetwork, batches: Iterable[EvalBatch], device: torch.devic
             side = pictures.shape[-1]
     if not rows:
         raise ValueError("evaluate: no picture to look at; the test split is empty")
-    hidden, hits, surprise, labels, indices = map(torch.cat, zip(*rows, strict=True))
     return Seen(
-        hidden,
-        hits,
-        surprise,
-        labels,
-        indices,
-        torch.cat(groups) if groups else None,
-        Landmarks(*map(torch.cat, zip(*landmarks, strict=True))) if landmarks else None,
-        torch.cat(shown),
-        side,
+        *map(torch.cat, zip(*rows, strict=True)),
+        groups=torch.cat(groups) if groups else None,
+        landmarks=Landmarks(*map(torch.cat, zip(*landmarks, strict=True))) if landmarks else None,
+        shown=torch.cat(shown),
+        side=side,
     )
 
 

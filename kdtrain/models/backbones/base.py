@@ -132,6 +132,8 @@ def chain(**layers: nn.Module | None) -> nn.Sequential:
     return nn.Sequential(OrderedDict((n, m) for n, m in layers.items() if m is not None))
 
 
-def embedding_layer(channels: int, width: int) -> nn.Sequential:
-    """Linear without bias, and a batch normalisation: how MobileFaceNets end."""
+def embedding_layer(channels: int, width: int | None) -> nn.Module:
+    """Linear without bias, and a batch normalisation: how MobileFaceNets end. None: no layer."""
+    if width is None:
+        return nn.Identity()
     return chain(linear=nn.Linear(channels, width, bias=False), norm=nn.BatchNorm1d(width))

@@ -17,7 +17,7 @@ import reprlib
 import typing
 from collections.abc import Iterable, Mapping
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -127,12 +127,8 @@ def recipe_names() -> list[str]:
     """Names of the packaged recipes, as two-cores/cls_teacher; those in a folder of a preset are no
     stages of its pipeline.
     """
-    files = sorted(RECIPES.glob("*/**/*.yaml"))
-    return [
-        f.relative_to(RECIPES).with_suffix("").as_posix()
-        for f in files
-        if not f.name.startswith("_")
-    ]
+    files = sorted(RECIPES.glob("*/**/[!_]*.yaml"))
+    return [f.relative_to(RECIPES).with_suffix("").as_posix() for f in files]
 
 
 def preset_names() -> list[str]:
@@ -142,12 +138,9 @@ def preset_names() -> list[str]:
 
 def head_comment(path: Path) -> str:
     """The comment that opens a recipe."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        lines.append(line.lstrip("#").strip())
-    return "\n".join(lines)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comment = takewhile(lambda line: line.startswith("#"), lines)
+    return "\n".join(line.lstrip("#").strip() for line in comment)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from kdtrain.config import DataConfig
 from kdtrain.config.program import regular
@@ -37,7 +36,6 @@ class Table:
     those fields.
     """
 
-    path: Path
     columns: list[str]
     rows: dict[str, tuple[int, list[str]]]
 
@@ -98,7 +96,7 @@ def read_table(path: Path, issues: Issues, *, fields: int | None = None) -> Tabl
         issues.report(
             f"{path}:{announced[0]}: announces {announced[1]} rows, the file has {len(split)}"
         )
-    return Table(path=path, columns=columns, rows=rows)
+    return Table(columns=columns, rows=rows)
 
 
 def read_points(path: Path, issues: Issues) -> dict[str, list[float]]:
@@ -145,7 +143,9 @@ def assemble(
     for file in sorted(wanted):
         fields = 1 if file.endswith(".txt") else None
         tables[file] = read_table(root / file, issues, fields=fields)
-    needed: list[tuple[Path | None, Container[str]]] = [(t.path, t.rows) for t in tables.values()]
+    needed: list[tuple[Path | None, Container[str]]] = [
+        (root / f, t.rows) for f, t in tables.items()
+    ]
     needed += [] if points is None else [(point_file, points)]
 
     probed = probe_pictures(
@@ -178,13 +178,16 @@ def assemble(
         keys = list(zip(identities, videos, strict=True))
         number = {key: k for k, key in enumerate(dict.fromkeys(keys))}
         groups = torch.tensor([number[key] for key in keys], dtype=torch.int64)
+    landmarks = None
+    if points is not None:  # the files hold pixel indices; see FaceSource
+        landmarks = torch.tensor([points[name] for name in kept]).reshape(-1, 5, 2) + 0.5
     paths = [listed[name].path for name in kept]
     return FaceSource(
         name=config.kind,
         names=kept,
         labels=labels,
         class_names=class_names,
-        landmarks=None if points is None else _stack(points, kept),
+        landmarks=landmarks,
         sizes=torch.tensor(sizes, dtype=torch.int64),
         groups=groups,
         skipped=issues.messages,
@@ -196,11 +199,6 @@ def assemble(
 def _columns(table: Table, names: list[str]) -> dict[str, list[str]]:
     columns = table.columns or ["partition"]  # list_eval_partition.txt has no header
     return {column: [table.rows[name][1][k] for name in names] for k, column in enumerate(columns)}
-
-
-def _stack(points: dict[str, list[float]], names: list[str]) -> Tensor:
-    values = torch.tensor([points[name] for name in names], dtype=torch.float32)
-    return values.reshape(-1, 5, 2) + 0.5  # the files hold pixel indices; see FaceSource
 
 
 def _fields(line: str, where: str) -> list[str]:

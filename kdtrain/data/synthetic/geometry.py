@@ -15,6 +15,11 @@ from torch import Tensor
 VIEW = 2.15  # side of a picture, in head units
 
 
+def plane(values: Tensor) -> Tensor:
+    """Returns (N, 1, 1) float32 of one value per picture, (N,) float64."""
+    return values.float().reshape(-1, 1, 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Surface:
     """What each pixel of (N, H, H) sees.
@@ -133,9 +138,6 @@ def trace(face: dict[str, Tensor], turn: Tensor, side: int) -> Surface:
         [face["head_width"], torch.ones_like(face["head_width"]), face["head_depth"]], -1
     )
     form = turn_vectors(turn / axes[:, None] ** 2, turn)
-
-    def plane(values: Tensor) -> Tensor:
-        return values.float().reshape(-1, 1, 1)
 
     ticks = ((torch.arange(side, dtype=torch.float64) + 0.5) / side - 0.5) * VIEW
     screen_x = ticks.float().reshape(1, 1, side) - plane(face["shift_x"])

@@ -115,14 +115,13 @@ def train(argv: Sequence[str]) -> int:
     check_dry_run(options)
     path = settings.recipe_path(options["recipe"])
     config = settings.build({**settings.read_recipe(path), **overrides})
+    run_dir = Path(options.get("run_dir") or default_run_dir(options["recipe"], path))
     if options.get("dry_run"):
-        run_dir = Path(options.get("run_dir") or default_run_dir(options["recipe"], path))
         from kdtrain.experiments import dryrun
 
         return dryrun.show_run(config, run_dir, path.parent, options)
     if options.get("resume") and options.get("overwrite"):
         raise UsageError("--resume and --overwrite exclude each other")
-    run_dir = Path(options.get("run_dir") or default_run_dir(options["recipe"], path))
     resume, overwrite = bool(options.get("resume")), bool(options.get("overwrite"))
 
     from kdtrain.training import engine

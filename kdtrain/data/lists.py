@@ -7,7 +7,6 @@ the rows), .csv the mirrors' (commas, a header). Blank lines and a byte order ma
 
 import csv
 import sys
-from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -61,12 +60,11 @@ def read_table(path: Path, issues: Issues, *, fields: int | None = None) -> Tabl
         text = regular(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise DataError(f"{path}: cannot read this list: {error}") from error
-    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
-    lines = [(number, line) for number, line in lines if line]
-    if path.suffix == ".csv":
-        split = [(number, _fields(line, f"{path}:{number}")) for number, line in lines]
-    else:
-        split = [(number, line.split()) for number, line in lines]
+    split: list[tuple[int, list[str]]] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            parts = _fields(line, f"{path}:{number}") if path.suffix == ".csv" else line.split()
+            split.append((number, parts))
 
     announced = None
     if split and len(split[0][1]) == 1 and split[0][1][0].isdecimal():
@@ -136,17 +134,16 @@ def assemble(
     """
     points = None if point_file is None else read_points(point_file, issues)
     root = Path(config.root or "")
-    wanted = {config.split.split(":")[1]} if config.split.startswith("file:") else set()
+    files = {config.split.split(":")[1]} if config.split.startswith("file:") else set()
     if (root / "index.csv").exists():
-        wanted.add("index.csv")
-    tables: dict[str, Table] = {}
-    for file in sorted(wanted):
-        fields = 1 if file.endswith(".txt") else None
-        tables[file] = read_table(root / file, issues, fields=fields)
-    needed: list[tuple[Path | None, Container[str]]] = [
-        (root / f, t.rows) for f, t in tables.items()
-    ]
-    needed += [] if points is None else [(point_file, points)]
+        files.add("index.csv")
+    tables = {
+        file: read_table(root / file, issues, fields=1 if file.endswith(".txt") else None)
+        for file in sorted(files)
+    }
+    needed = [(root / file, set(table.rows)) for file, table in tables.items()]
+    if point_file is not None and points is not None:
+        needed.append((point_file, set(points)))
 
     probed = probe_pictures(
         [picture.path for picture in listed.values()],
@@ -203,7 +200,7 @@ def _columns(table: Table, names: list[str]) -> dict[str, list[str]]:
 
 def _fields(line: str, where: str) -> list[str]:
     try:
-        return [field.strip() for field in next(csv.reader([line]))]
+        return [field.strip() for field in next(csv.reader([line.strip()]))]
     except csv.Error as error:
         raise DataError(f"{where}: cannot read this line: {error}") from None
 

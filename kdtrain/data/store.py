@@ -129,9 +129,7 @@ def sample_grid(store: PictureStore, people: int = 10, pictures: int = 8) -> Ima
             sheet.paste(tile.resize((side, side), Image.Resampling.NEAREST), (left, top))
             if points is None:
                 continue
-            corner = torch.tensor([left, top])
-            for colour, (x, y) in zip(
-                _COLOURS, (points[index] * scale + corner).tolist(), strict=True
-            ):
+            dots = points[index] * scale + torch.tensor([left, top])
+            for colour, (x, y) in zip(_COLOURS, dots.tolist(), strict=True):
                 draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=colour)
     return sheet

@@ -228,11 +228,7 @@ def _paint_eyes(scene: _Scene, skin: Tensor, across: Tensor) -> None:
     squared = (side - gaze) ** 2 + (up + 0.012 - cue["gaze_y"]) ** 2
     _blend(skin, opening * _edge((1 - squared / cue["iris"] ** 2) * 0.035, pixel), colour["iris"])
     pupil = 0.45 * cue["iris"]
-    _blend(
-        skin,
-        opening * _edge((1 - squared / pupil**2) * 0.015, pixel),
-        _grey(0.04),
-    )
+    _blend(skin, opening * _edge((1 - squared / pupil**2) * 0.015, pixel), _grey(0.04))
     lash = (1 - (up + upper).abs() * 38).clamp_(min=0) * _edge(arch + 0.1, 0.2)
     _blend(skin, lash * 0.75, _grey(0.10))
     fold = (1 - (up + upper + 0.045).abs() * 40).clamp_(min=0) * _edge(arch, 0.3)

@@ -44,28 +44,22 @@ LENGTH, DEPTH, VALUES = 100_000, 12, 10_000
 """Bounds of a YAML file: characters, nested levels, values with aliases written out."""
 
 
-@cache
+_BY_KEY = {setting.key: setting for setting in SETTINGS}
+
+
 def keys() -> tuple[str, ...]:
     """Every dotted key of the schema, in its order."""
-    return tuple(setting.key for setting in SETTINGS)
-
-
-@cache
-def _nullable() -> frozenset[str]:
-    """The keys that may be null."""
-    return frozenset(s.key for s in SETTINGS if type(None) in typing.get_args(s.kind))
+    return tuple(_BY_KEY)
 
 
 def add_keys(parser: ArgumentParser) -> None:
     """Add one option per key of the schema, with its default and help, grouped by section."""
-    sections = {item.name: item for item in dataclasses.fields(Config)}
-    groups = {}
-    for setting in SETTINGS:
-        key = setting.key
+    owners, groups = typing.get_type_hints(Config), {}
+    for key, setting in _BY_KEY.items():
         section = key.partition(".")[0] if "." in key else "run"
         if section not in groups:
-            owner = typing.get_type_hints(Config)[section] if section in sections else Config
-            groups[section] = parser.add_argument_group(section, inspect.getdoc(owner))
+            text = inspect.getdoc(owners.get(section, Config))
+            groups[section] = parser.add_argument_group(section, text)
         groups[section].add_argument(
             f"--{key}", type=setting.kind, default=setting.default, help=setting.text
         )
@@ -292,15 +286,15 @@ def _typed(flat: Mapping[str, Any]) -> dict[str, Any]:
     unknown key and a value of the wrong type.
     """
     for key, value in flat.items():
-        if key in keys():
-            if value is None and key not in _nullable():  # the parser takes null for any type
-                raise ConfigError(f"{key}: expected a value, got null")
-            _check_numbers(key, value)
-            continue
-        if any(known.startswith(f"{key}.") for known in keys()):
-            got = reprlib.repr(value)
-            raise ConfigError(f"{key}: expected a mapping of its keys, got {got}")
-        raise ConfigError(unknown(key))
+        if key not in _BY_KEY:
+            if any(known.startswith(f"{key}.") for known in _BY_KEY):
+                got = reprlib.repr(value)
+                raise ConfigError(f"{key}: expected a mapping of its keys, got {got}")
+            raise ConfigError(unknown(key))
+        # the parser takes null for any type
+        if value is None and type(None) not in typing.get_args(_BY_KEY[key].kind):
+            raise ConfigError(f"{key}: expected a value, got null")
+        _check_numbers(key, value)
     parser = _key_parser()
     try:
         # a copy: the parser puts objects of its own in the place of mappings
@@ -333,7 +327,7 @@ def _key_parser() -> ArgumentParser:
 def to_flat(config: Config) -> dict[str, Any]:
     """Every dotted key with its plain value; `build` of it gives an equal Config."""
     tree = dataclasses.asdict(config)
-    return {key: value for key, value in flatten(tree).items() if key in keys()}
+    return {key: value for key, value in flatten(tree).items() if key in _BY_KEY}
 
 
 def to_yaml(config: Config) -> str:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from kdtrain.config import DataConfig
 from kdtrain.data.source import FaceSource
 from kdtrain.data.synthetic.geometry import landmarks
 from kdtrain.data.synthetic.parameters import person_parameters, picture_parameters
@@ -28,15 +29,17 @@ def draw_faces(seed: int, people: Tensor, pictures: Tensor) -> dict[str, Tensor]
     return {**person_parameters(seed, people), **picture_parameters(seed, people, pictures)}
 
 
-def synthetic_faces(
-    *, identities: int, images_per_identity: int, seed: int, size: int
-) -> FaceSource:
-    """Returns a FaceSource of synthetic faces, size x size pixels: identities times
+def synthetic_faces(config: DataConfig) -> FaceSource:
+    """Returns a FaceSource of synthetic faces, data.store_size pixels on a side: identities times
     images_per_identity images.
 
-    Picture i of identity p depends on (seed, p, i) and size only: not on how many others there are,
-    nor on batches. Raises ValueError for a size under 16.
+    Picture i of identity p depends on (synthetic_seed, p, i) and the size only: not on how many
+    others there are, nor on batches. Raises ValueError for a size under 16, and for a split file.
     """
+    identities, images_per_identity = config.identities, config.images_per_identity
+    seed, size = config.synthetic_seed, config.store_size
+    if config.split.startswith("file:"):
+        raise ValueError(f"data.split: synthetic faces have no split file, got {config.split!r}")
     if size < 16:
         raise ValueError(f"synthetic_faces: size must be at least 16, got {size}")
     person_of = torch.arange(identities).repeat_interleave(images_per_identity)

@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import read_folder
+from tiny_runs import read_folder, synthetic
 
 from kdtrain.data import DataError
 from kdtrain.data.store import PictureStore
-from kdtrain.data.synthetic.source import synthetic_faces
 
 
 @pytest.fixture
@@ -104,7 +103,7 @@ def test_landmarks_are_scaled_by_width_and_height(folder):
 
 
 def test_synthetic_faces_of_another_size_are_resized():
-    source = synthetic_faces(identities=2, images_per_identity=2, seed=0, size=48)
+    source = synthetic(identities=2, images_per_identity=2, synthetic_seed=0, size=48)
     small, whole = PictureStore(source, 24), PictureStore(source, 48, "none")
     indices = torch.tensor([3, 1])
     assert small.get(indices).shape == (2, 3, 24, 24)

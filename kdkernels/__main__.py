@@ -1,7 +1,10 @@
 """`python -m kdkernels`: the backends of each op here, and why the rest is missing."""
 
 import importlib.metadata
+import os
 import platform
+import signal
+import sys
 
 import torch
 
@@ -49,4 +52,8 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    try:
+        print(table(), flush=True)
+    except BrokenPipeError:  # nobody reads: end as SIGPIPE would, without a traceback at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)

@@ -16,8 +16,9 @@ from kdkernels.native import extension, matrix
 
 
 def _pad(size: int) -> int:
-    """csrc's pad_up: with whole blocks of 16 the GEMM gives the same bits at any number of
-    threads."""
+    """csrc's pad_up: whole blocks of 16, for the same bits at any number of threads where MKL gives
+    them (docs/ops.md, "Bits").
+    """
     return (size + 15) // 16 * 16
 
 

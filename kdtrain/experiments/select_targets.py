@@ -44,8 +44,8 @@ from kdtrain.experiments.selection import (
     write,
 )
 from kdtrain.training import checkpoint, keys
+from kdtrain.training.input_runs import run_config, same_set
 from kdtrain.training.journal import journal
-from kdtrain.training.lineage import run_config, same_set
 
 VALIDATION = 0.2
 """data.validation_fraction of the arms, where neither the recipe nor the command line sets one."""

@@ -174,12 +174,12 @@ def _differences(where: str, a: Scores, b: Scores, sign: float) -> np.ndarray | 
     rows = []
     for number, (one, other) in enumerate(zip(a, b, strict=True)):
         arrays = [_checked(where, array) for array in (one, other) if array is not None]
-        for array in arrays + rows[:1]:
-            if len(array) != len(arrays[0]):
-                raise ValueError(
-                    f"{where}: all arrays must be over the same test items, got {len(arrays[0])} "
-                    f"and {len(array)} items (seed number {number})"
-                )
+        lengths = [len(array) for array in arrays + rows[:1]]
+        if len(set(lengths)) > 1:
+            raise ValueError(
+                f"{where}: all arrays must be over the same test items, got {lengths[0]} "
+                f"and {next(n for n in lengths if n != lengths[0])} items (seed number {number})"
+            )
         if len(arrays) == 2 and not np.isnan(row := sign * (arrays[0] - arrays[1])).all():
             rows.append(row)
     if not rows:

@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdtrain.config import HeadConfig, ModelConfig
+from kdtrain.config import ConfigError, HeadConfig, ModelConfig, TrainConfig
+from kdtrain.models.backbones import build_backbone
 from kdtrain.models.backbones.base import Backbone
-from kdtrain.models.backbones.build import build_backbone
 
 NUM_POINTS = 5
 INPUT_SIZE = 112  # pixels: what published face networks read
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Outputs(NamedTuple):
@@ -142,6 +143,46 @@ class FaceNetwork(nn.Module):
         return Outputs(hidden, self.classifier(hidden) if scores else None, points)
 
 
+class Passes:
+    """Calls networks under train.precision (torch.autocast: weights stay float32) and
+    train.compile.
+
+    For training: evaluation runs networks as they are, in float32. Losses stay outside and take
+    what comes out as it is.
+    """
+
+    def __init__(self, train: TrainConfig) -> None:
+        self._dtype = DTYPES.get(train.precision)
+        self._compile = train.compile
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+
+    def __call__(self, run: Callable[..., Any], pictures: Tensor, *options: Any) -> Any:
+        """run(pictures, *options); run: a network, or one of its methods.
+
+        Raises ConfigError where train.compile fails.
+        """
+        # a context of its own for each call: the casts it keeps were made with or without gradient
+        with torch.autocast(pictures.device.type, self._dtype, enabled=self._dtype is not None):
+            if not self._compile:
+                return run(pictures, *options)
+            from torch._dynamo.exc import TorchDynamoException
+
+            try:
+                if run not in self._compiled:
+                    # static shapes: kernels for any shape would depend on which ones came first,
+                    # and a resumed run meets them in another order. The network is wrapped, not
+                    # changed, so that its state dict keeps its names.
+                    self._compiled[run] = torch.compile(run, dynamic=False)
+                return self._compiled[run](pictures, *options)
+            except TorchDynamoException as error:
+                said = " ".join(str(error).split("\n\n")[0].split())  # the rest is advice to torch
+                raise ConfigError(
+                    f"train.compile: torch.compile cannot compile the network here ({said}); on a "
+                    "processor it needs a C++ compiler, on a GPU Triton. Install it, or set "
+                    "train.compile to false"
+                ) from error
+
+
 def needs_contiguous(network: nn.Module) -> bool:
     """True where training `network` in channels_last would corrupt this process' memory.
 
@@ -178,6 +219,20 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradient inside; every module is in the mode it was in afterwards."""
+    modes = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.train(mode)
 
 
 def network_from_state(
@@ -285,20 +340,16 @@ def multiply_adds(network: FaceNetwork, input_size: int, *, heads: bool = True) 
 
     counted = network if heads else network.backbone
     layers = [m for m in counted.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    hooks = [layer.register_forward_hook(count) for layer in layers]
     shapes = {
         name: tensor.to("meta")
         for name, tensor in (*network.named_parameters(), *network.named_buffers())
     }
-    was_training = network.training
-    try:
-        network.eval()
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(network))
+        for layer in layers:
+            stack.enter_context(layer.register_forward_hook(count))
         picture = torch.empty(1, 3, input_size, input_size, device="meta")
         torch.func.functional_call(network, shapes, (picture,))
-    finally:
-        network.train(was_training)
-        for hook in hooks:
-            hook.remove()
     return total
 
 

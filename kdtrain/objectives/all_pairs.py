@@ -57,13 +57,15 @@ def pair_scores(
     people, sizes = torch.unique(labels, return_inverse=True, return_counts=True)[1:]
     order = people.argsort(stable=True)  # pairs of one person then lie beside the diagonal
     ends = sizes.cumsum(0).tolist()
+    begins = [0, *ends]
     people, place = people[order].to(ours.device), order.to(ours.device)
     ours = ours[place]
     theirs = ours if gallery is None else theirs[place]
     videos = None if groups is None else groups.to(ours.device)[place]
     total = len(order)
     count = (total**2 - int(sizes.square().sum())) // (2 if gallery is None else 1)
-    wanted = _wanted(count)
+    # those behind the largest of FARS, more for the curve, and the next one
+    wanted = 1 + max(accepted(max(FARS), count), min(accepted(CURVE_FAR, count), KEPT))
     genuine: list[Tensor] = []
     kept: list[Tensor] = []
     bound = float("-inf")
@@ -73,7 +75,7 @@ def pair_scores(
         first = 0 if gallery is not None else start
         scores = ours[start:stop] @ theirs[first:].T  # (R, C)
         end = ends[int(people[stop - 1])]
-        low = start if gallery is None else _begin(ends, int(people[start]))
+        low = start if gallery is None else begins[int(people[start])]
         band = scores[:, low - first : end - first]  # whoever is not in it is somebody else
         column = torch.arange(low, end, device=ours.device)
         row = torch.arange(start, stop, device=ours.device)[:, None]
@@ -145,15 +147,3 @@ def curve(scores: Scores) -> tuple[Tensor, Tensor]:
     falling = -scores.genuine  # rising: the number above a threshold is a place in it
     above = torch.searchsorted(falling, -scores.impostors[counts])
     return counts.double() / scores.num_impostors, above.double() / len(scores.genuine)
-
-
-def _begin(ends: list[int], person: int) -> int:
-    """Place of a person's first picture."""
-    return ends[person - 1] if person else 0
-
-
-def _wanted(count: int) -> int:
-    """Impostors to keep of `count`: those behind the largest of FARS, more for the curve, and the
-    next one.
-    """
-    return 1 + max(accepted(max(FARS), count), min(accepted(CURVE_FAR, count), KEPT))

@@ -17,8 +17,6 @@ from torch.nn import functional as F
 
 from kdkernels import nearest_neighbor
 
-NORMALIZERS = ("interocular", "diagonal", "side")
-
 
 def hits(logits: Tensor, labels: Tensor) -> Tensor:
     """(N,) whether the largest of a row's scores (N, C) is its label's; of equal scores the lowest
@@ -29,29 +27,20 @@ def hits(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.argmax(1) == labels) & ~logits.isnan().any(1)
 
 
-def top1(logits: Tensor, labels: Tensor) -> float:
-    """Share of rows that are `hits`. ValueError when there is no row."""
-    _need_rows("top1", len(logits))
-    return hits(logits, labels).double().mean().item()
-
-
 def normalizer(true: Tensor, sizes: Tensor, kind: str = "interocular") -> Tensor:
     """(N,) length in original pixels that landmark errors are divided by.
 
     true (N, 5, 2) landmarks, eyes first; sizes (N, 2) picture width and height. interocular:
     distance of the two eyes (Wu et al. 2015). diagonal: that of the landmarks' bounding box. side:
-    sqrt(width * height) of the picture. ValueError for another kind or a length that is not
-    positive.
+    sqrt(width * height) of the picture. ValueError for a length that is not positive.
     """
     true = true.double()
     if kind == "interocular":
         length = (true[:, 0] - true[:, 1]).norm(dim=1)
     elif kind == "diagonal":
         length = (true.amax(1) - true.amin(1)).norm(dim=1)
-    elif kind == "side":
-        length = sizes.double().prod(1).sqrt()
     else:
-        raise ValueError(f"normalizer: expected one of {', '.join(NORMALIZERS)}, got {kind!r}")
+        length = sizes.double().prod(1).sqrt()
     if not bool((length > 0).all()):
         row = int((~(length > 0)).nonzero()[0, 0])
         raise ValueError(
@@ -77,25 +66,16 @@ def nrmse_per_picture(
     predicted: Tensor, true: Tensor, sizes: Tensor, kind: str = "interocular"
 ) -> Tensor:
     """(N,) sqrt(mean_i e_i^2) / d: e_i the distances of `per_point_error`, d the picture's
-    `normalizer`.
-    """
-    return per_point_error(predicted, true).square().mean(1).sqrt() / normalizer(true, sizes, kind)
-
-
-def nrmse(predicted: Tensor, true: Tensor, sizes: Tensor, kind: str = "interocular") -> float:
-    """Normalised root mean squared error: mean over pictures of `nrmse_per_picture`. Lower is
-    better.
+    `normalizer`. The normalised root mean squared error is their mean over pictures.
 
     All points in the original pixel frame, after crop and resize are undone: the aspect ratio
     matters.
     """
-    _need_rows("nrmse", len(true))
-    return nrmse_per_picture(predicted, true, sizes, kind).mean().item()
+    return per_point_error(predicted, true).square().mean(1).sqrt() / normalizer(true, sizes, kind)
 
 
 def failure_rate(errors: Tensor, limit: float = 0.1) -> float:
     """Share of pictures whose error (N,) is above `limit` or not a number."""
-    _need_rows("failure_rate", len(errors))
     return (~(errors <= limit)).double().mean().item()
 
 
@@ -106,7 +86,6 @@ def ced(errors: Tensor, limit: float = 0.1, steps: int = 101) -> tuple[Tensor, T
     The area is the exact integral of the step curve over [0, limit], divided by limit: 1 when every
     error is 0.
     """
-    _need_rows("ced", len(errors))
     errors = errors.double().nan_to_num(nan=float("inf"))
     thresholds = torch.linspace(0, limit, steps, dtype=torch.float64)
     below = torch.searchsorted(errors.sort().values, thresholds, right=True).double() / len(errors)
@@ -114,87 +93,34 @@ def ced(errors: Tensor, limit: float = 0.1, steps: int = 101) -> tuple[Tensor, T
     return thresholds, below, area
 
 
-def neighbours(rows: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
-    """Squared Euclidean distance (N,) and index (N,) of each row's nearest other row, of (N, D)
-    with N >= 2.
-    """
-    distance, index = nearest_neighbor(rows, backend=backend)
-    return distance, index
-
-
-def nn_top1(
-    features: Tensor, labels: Tensor, groups: Tensor | None = None, *, backend: str | None = None
-) -> dict[str, float]:
-    """Leave-one-out nearest-neighbour accuracy by Euclidean distance within one set.
-
-    features (N, D), labels (N,). A lone query, whose person has no other picture, can never be
-    right: it is left out of the accuracy, counted in "lone", and stays in the gallery of the
-    others. Returns "nn_top1" (nan without a query), "nn_queries", "nn_lone". With groups (N,), the
-    video that a picture comes from, also "nn_top1_other_video", "nn_queries_other_video",
-    "nn_lone_other_video": there pictures of the query's own video are no neighbours. ValueError for
-    fewer than two rows.
-    """
-    return nn_shares(nn_hits(features, labels, groups, backend=backend))
-
-
 def nn_hits(
-    features: Tensor, labels: Tensor, groups: Tensor | None = None, *, backend: str | None = None
-) -> dict[str, Tensor]:
-    """What `nn_top1` is the mean of: float32 (N,), 1 where the nearest row is the query's person, 0
-    where it is not, nan for a lone query.
-
-    "nn_top1", and with groups "nn_top1_other_video".
-    """
-    nearest = neighbours(features, backend=backend)[1]
-    return _nn_hits(nearest, features, features, labels, groups, backend)
-
-
-def nn_shares(hits: dict[str, Tensor]) -> dict[str, float]:
-    """`nn_top1`'s result from `nn_hits`."""
-    result: dict[str, float] = {}
-    for name, hit in hits.items():
-        asked = hit[~hit.isnan()]
-        share = asked.double().mean().item() if len(asked) else float("nan")
-        suffix = name.removeprefix("nn_top1")
-        result[name] = share
-        result[f"nn_queries{suffix}"] = len(asked)
-        result[f"nn_lone{suffix}"] = len(hit) - len(asked)
-    return result
-
-
-def cross_hits(
     queries: Tensor,
-    gallery: Tensor,
     labels: Tensor,
     groups: Tensor | None = None,
     *,
+    gallery: Tensor | None = None,
     backend: str | None = None,
 ) -> dict[str, Tensor]:
-    """`nn_hits` across two networks: each query's nearest row among another network's features of
-    the same pictures, but its own picture's (with groups also: its own video's).
+    """Whether each query's nearest row by Euclidean distance, leave-one-out, is the query's person:
+    "nn_top1", float32 (N,), 1 or 0, nan for a lone query, whose person has no other picture. It can
+    never be right, and stays in the gallery of the others.
 
-    queries, gallery (N, D): row i is picture i in both. Returns float32 (N,) as nn_hits does,
-    "nn_top1" and with groups "nn_top1_other_video". ValueError for shapes that differ.
+    queries (N, D) features, labels (N,). With groups (N,), the video that a picture comes from,
+    also "nn_top1_other_video": there pictures of the query's own video are no neighbours. gallery
+    (N, D): another network's features of the same pictures, among which the queries are looked up
+    in place of their own. ValueError for fewer than two rows, or shapes that differ.
     """
-    if queries.shape != gallery.shape:
+    if gallery is None:
+        gallery = queries
+        nearest = nearest_neighbor(queries, backend=backend)[1]
+    elif queries.shape != gallery.shape:
         raise ValueError(
-            "cross_hits: queries and gallery must be features of the same pictures and of one "
+            "nn_hits: queries and gallery must be features of the same pictures and of one "
             f"width, got {tuple(queries.shape)} and {tuple(gallery.shape)}"
         )
-    own = torch.arange(len(queries), device=queries.device)
-    nearest = _nearest_other_group(queries, gallery, own, backend)
-    return _nn_hits(nearest, queries, gallery, labels, groups, backend)
-
-
-def _nn_hits(
-    nearest: Tensor,
-    queries: Tensor,
-    gallery: Tensor,
-    labels: Tensor,
-    groups: Tensor | None,
-    backend: str | None,
-) -> dict[str, Tensor]:
-    """`nn_hits` from each query's nearest gallery row but its own, (N,)."""
+    else:
+        own = torch.arange(len(queries), device=queries.device)
+        nearest = _nearest_other_group(queries, gallery, own, backend)
 
     def hit(nearest: Tensor, mates: Tensor) -> Tensor:
         return torch.where(mates > 0, (labels[nearest] == labels).float(), float("nan"))
@@ -209,6 +135,21 @@ def _nn_hits(
         mates = mates + 1 - torch.bincount(video)[video]
         others = _nearest_other_group(queries, gallery, groups, backend)
         result["nn_top1_other_video"] = hit(others, mates)
+    return result
+
+
+def nn_shares(hits: dict[str, Tensor]) -> dict[str, float]:
+    """The means of `nn_hits` without the lone queries, which are counted apart: "nn_top1" (nan
+    without a query), "nn_queries" and "nn_lone", and the same for other videos.
+    """
+    result: dict[str, float] = {}
+    for name, hit in hits.items():
+        asked = hit[~hit.isnan()]
+        share = asked.double().mean().item() if len(asked) else float("nan")
+        suffix = name.removeprefix("nn_top1")
+        result[name] = share
+        result[f"nn_queries{suffix}"] = len(asked)
+        result[f"nn_lone{suffix}"] = len(hit) - len(asked)
     return result
 
 
@@ -327,13 +268,6 @@ def best_threshold(scores: Tensor, same: Tensor) -> float:
     return (0.5 * (scores[cut - 1] + scores[cut])).item()
 
 
-def pair_accuracy(
-    features_a: Tensor, features_b: Tensor, same: Tensor, folds: int = 10
-) -> tuple[float, float]:
-    """`over_folds` of `pair_hits`."""
-    return over_folds(pair_hits(features_a, features_b, same, folds), folds)
-
-
 def over_folds(told: Tensor, folds: int = 10) -> tuple[float, float]:
     """Mean and population standard deviation over contiguous folds of the share of pairs (P,) that
     are told right.
@@ -351,12 +285,10 @@ def pair_hits(features_a: Tensor, features_b: Tensor, same: Tensor, folds: int =
     """
     count = len(same)
     if not 2 <= folds <= count:
-        raise ValueError(
-            f"pair_accuracy: folds must be between 2 and the {count} pairs, got {folds}"
-        )
+        raise ValueError(f"pair_hits: folds must be between 2 and the {count} pairs, got {folds}")
     scores, same = cosine(features_a, features_b).cpu(), same.bool().cpu()
     if not bool(scores.isfinite().all()):
-        raise ValueError("pair_accuracy: features must be finite, got nan or inf in them")
+        raise ValueError("pair_hits: features must be finite, got nan or inf in them")
     told = torch.empty(count, dtype=torch.bool)
     for fold in torch.arange(count).tensor_split(folds):
         others = torch.ones(count, dtype=torch.bool)
@@ -386,14 +318,6 @@ def roc(scores: Tensor, same: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return far.double(), tar, torch.cat([scores.new_full((1,), float("inf")), scores[last]])
 
 
-def tar_at_far(scores: Tensor, same: Tensor, target: float) -> float:
-    """True accept rate at the lowest threshold whose false accept rate is at most `target`; no
-    interpolation.
-    """
-    far, tar, _ = roc(scores, same)
-    return tar[far <= target].max().item()
-
-
 def raw_pixels(pictures: Tensor, side: int = 32) -> Tensor:
     """(N, 3 * s * s) pixels as features; a picture wider than `side` is averaged down to it."""
     pictures = pictures.float()
@@ -415,7 +339,6 @@ def gallery_top1(
     gallery: any number of (rows (M, D), labels (M,)), looked at one after the other and not kept.
     Ties go to the first.
     """
-    _need_rows("gallery_top1", len(queries))
     labels = labels.to(queries.device)
     best = queries.new_full((len(queries),), float("inf"), dtype=torch.float32)
     found = torch.full_like(labels, -1)
@@ -425,16 +348,3 @@ def gallery_top1(
         best = torch.where(closer, distance, best)
         found = torch.where(closer, row_labels.to(found)[index], found)
     return (found == labels).double().mean().item()
-
-
-def mean_shape(points: Tensor) -> Tensor:
-    """(5, 2) average of training landmarks (N, 5, 2) in the crop's frame: the prediction that never
-    looks.
-    """
-    _need_rows("mean_shape", len(points))
-    return points.double().mean(0)
-
-
-def _need_rows(function: str, rows: int) -> None:
-    if rows == 0:
-        raise ValueError(f"{function}: at least one row is needed, got none")

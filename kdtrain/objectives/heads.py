@@ -8,7 +8,9 @@ logits of either network.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +22,10 @@ from kdkernels import (
     CosFace,
     adaface_margin,
     linear_kd_cross_entropy,
-    sample_classes,
 )
 from kdtrain.config import HeadConfig, TargetConfig
 from kdtrain.models.network import CosineClassifier, FaceNetwork
-from kdtrain.objectives.targets import Guide, Objective, weighed_softmax, width_map
+from kdtrain.objectives.targets import Guide, Objective
 
 Margin = ArcFace | CosFace | CombinedMargin
 NORM_MEAN, NORM_STD, NORM_RATE = 20.0, 100.0, 0.01  # AdaFace's start and rate of its averages
@@ -56,77 +57,32 @@ class AdaFaceNorms(nn.Module):
         self.std.lerp_(norms.std(), NORM_RATE)
 
 
-class TeacherHead(nn.Module):
-    """P K_S, what the teacher's classifier reads of the student: P is a learnt linear map where the
-    widths differ, else the feature itself.
-
-    The published TH-KD (arXiv 2201.06945) needs equal widths; P, targets.width_map's, is ours.
+def scores_op(network: FaceNetwork, hidden: Tensor) -> Callable[..., Any]:
+    """linear_kd_cross_entropy on the class scores that a network's classifier gives of a feature
+    (N, K).
     """
-
-    def __init__(self, student_width: int, teacher_width: int, *, projection: str) -> None:
-        super().__init__()
-        self.projection = width_map(
-            student_width, teacher_width, setting="target.teacher_head_proj",
-            projection=projection, weights="target.teacher_head",
-        )  # fmt: skip
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(N, K_S) -> (N, K_T)."""
-        return self.projection(hidden)
-
-
-def streamed_objective(
-    hidden: Tensor,
-    network: FaceNetwork,
-    teacher: FaceNetwork | None,
-    guide: Guide | None,
-    labels: Tensor,
-    margin: Margin | None,
-    *,
-    target: TargetConfig,
-    margin_grad: str = "exact",
-    sample: float = 1.0,
-    backend: str | None = None,
-) -> Objective | None:
-    """gamma H(softmax(s'), y) + alpha [tau^2] H(softmax(s / tau), softmax(t / tau)) from the
-    feature, s the scores of the network's classifier and s' those with a margin.
-
-    hidden (N, K) of the student. guide: the teacher's answer; its logits where they are there, else
-    its classifier on its feature. sample: share of the people over whom both softmaxes go, drawn
-    anew from torch's random state (PartialFC, arXiv 2203.15565). Terms as softmax_objective's; None
-    where both weights are 0.
-    """
-    gamma, alpha = target.gamma, target.alpha
-    if not (gamma or alpha):
-        return None
-    head, cosine = network.classifier, isinstance(network.classifier, CosineClassifier)
-    asked = labels if gamma else None
-    of_teacher = soft_source(guide, teacher) if alpha else None
-    teacher_scale = None
-    if isinstance(of_teacher, tuple) and teacher is not None:
-        teacher_scale = getattr(teacher.classifier, "scale", None)
-    classes = None
-    if sample < 1:
-        classes = sample_classes(labels, len(head.weight), sample)
-    return weighed_softmax(
-        partial(linear_kd_cross_entropy, hidden, head.weight, asked),
-        hard=asked is not None,
-        soft=of_teacher is not None,
-        gamma=gamma,
-        alpha=alpha,
-        label_smoothing=target.label_smoothing,
-        classes=classes,
+    head = network.classifier
+    return partial(
+        linear_kd_cross_entropy,
+        hidden,
+        head.weight,
         bias=head.bias,
-        teacher=of_teacher,
-        normalize=cosine,
-        scale=head.scale if isinstance(head, CosineClassifier) else 1.0,
-        teacher_scale=teacher_scale,
-        margin=margin if asked is not None else None,
-        margin_grad=margin_grad,
-        temperature=target.temperature,
-        tau_squared=target.tau_squared,
-        backend=backend,
+        normalize=isinstance(head, CosineClassifier),
+        scale=getattr(head, "scale", 1.0),
     )
+
+
+def soft_source(guide: Guide, teacher: FaceNetwork) -> dict[str, Any]:
+    """A teacher as linear_kd_cross_entropy takes it: its logits where they were asked for, else its
+    feature, classifier and scale.
+    """
+    if guide.logits is not None:
+        return {"teacher": guide.logits}
+    assert guide.hidden is not None
+    head = teacher.classifier
+    bias = () if head.bias is None else (head.bias,)
+    scale = getattr(head, "scale", None)
+    return {"teacher": (guide.hidden, head.weight, *bias), "teacher_scale": scale}
 
 
 def teacher_head_objective(
@@ -139,20 +95,13 @@ def teacher_head_objective(
     """target.teacher_head [tau^2] H(softmax(h / tau), softmax(t / tau)), h the teacher's frozen
     classifier on the student's feature: TH-KD (arXiv 2201.06945).
 
-    The paper's term is the KL divergence, whose gradient is the same. mapped (N, K_T): what
-    TeacherHead gives. tau: target.teacher_head_temperature, else target.temperature. Term
+    The paper's term is the KL divergence, whose gradient is the same. mapped (N, K_T): the feature
+    by targets.WidthMap. tau: target.teacher_head_temperature, else target.temperature. Term
     "teacher_head" is the cross-entropy.
     """
-    head = teacher.classifier
-    cosine = isinstance(head, CosineClassifier)
-    loss, record = linear_kd_cross_entropy(
-        mapped,
-        head.weight,
-        None,
-        bias=head.bias,
-        teacher=soft_source(guide, teacher),
-        normalize=cosine,
-        scale=head.scale if isinstance(head, CosineClassifier) else 1.0,
+    loss, record = scores_op(teacher, mapped)(
+        target=None,
+        **soft_source(guide, teacher),
         temperature=target.teacher_head_temperature or target.temperature,
         alpha=target.teacher_head,
         tau_squared=target.tau_squared,
@@ -160,22 +109,6 @@ def teacher_head_objective(
         backend=backend,
     )
     return Objective(loss, {"teacher_head": record.soft})
-
-
-def soft_source(
-    guide: Guide | None, teacher: FaceNetwork | None
-) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor] | None:
-    """The teacher's logits where they were asked for, else its feature and classifier, as
-    linear_kd_cross_entropy takes them.
-    """
-    if guide is None or guide.logits is not None:
-        return None if guide is None else guide.logits
-    assert guide.hidden is not None
-    assert teacher is not None
-    head = teacher.classifier
-    if head.bias is None:
-        return guide.hidden, head.weight
-    return guide.hidden, head.weight, head.bias
 
 
 def margin_of(

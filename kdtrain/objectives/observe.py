@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kdkernels import nearest_neighbor
 from kdtrain.data.run_data import EvalBatch
-from kdtrain.models.network import NUM_POINTS, FaceNetwork, Outputs
+from kdtrain.models.network import NUM_POINTS, FaceNetwork, Outputs, evaluating
 from kdtrain.objectives import all_pairs, evaluate
 
 PAIR_FOLDS = 10
@@ -73,27 +74,22 @@ def look(network: FaceNetwork, batches: Iterable[EvalBatch], device: torch.devic
     landmarks: list[Landmarks] = []
     shown: list[Tensor] = []
     room, side = GALLERY, 0
-    was_training = network.training
-    network.eval()
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                pictures, labels = batch.pictures.to(device), batch.labels.to(device)
-                outputs: Outputs = network(pictures)
-                assert outputs.logits is not None
-                surprise = F.cross_entropy(outputs.logits.float(), labels, reduction="none")
-                hits = evaluate.hits(outputs.logits, labels)
-                row = (hits.cpu(), surprise.cpu(), labels.cpu(), batch.indices.cpu())
-                rows.append((outputs.hidden.float(), *row))
-                if batch.groups is not None:
-                    groups.append(batch.groups.cpu())
-                if outputs.points is not None:
-                    landmarks.append(_landmarks(batch, outputs.points))
-                shown.append(_shrunk(pictures[:room]))
-                room -= len(shown[-1])
-                side = pictures.shape[-1]
-    finally:
-        network.train(was_training)
+    with evaluating(network):
+        for batch in batches:
+            pictures, labels = batch.pictures.to(device), batch.labels.to(device)
+            outputs: Outputs = network(pictures)
+            assert outputs.logits is not None
+            surprise = F.cross_entropy(outputs.logits.float(), labels, reduction="none")
+            hits = evaluate.hits(outputs.logits, labels)
+            row = (hits.cpu(), surprise.cpu(), labels.cpu(), batch.indices.cpu())
+            rows.append((outputs.hidden.float(), *row))
+            if batch.groups is not None:
+                groups.append(batch.groups.cpu())
+            if outputs.points is not None:
+                landmarks.append(_landmarks(batch, outputs.points))
+            shown.append(_shrunk(pictures[:room]))
+            room -= len(shown[-1])
+            side = pictures.shape[-1]
     if not rows:
         raise ValueError("evaluate: no picture to look at; the test split is empty")
     hidden, hits, surprise, labels, indices = map(torch.cat, zip(*rows, strict=True))
@@ -137,13 +133,14 @@ class Measured(NamedTuple):
 
 
 def pairs(rows: Tensor, labels: Tensor, gallery: Tensor | None = None) -> Measured:
-    """Accuracy in ten folds and TAR at FAR 0.01 of features (N, D) by cosine; nothing with too few
-    people. gallery (N, D): features of each pair's second picture, by another network.
+    """Accuracy in ten folds and TAR at FAR 0.01 of features (N, D) by cosine, on pairs that are the
+    same for every run; nothing with too few people for ten folds. gallery (N, D): features of each
+    pair's second picture, by another network.
     """
-    drawn = _pairs(labels)
-    if drawn is None:
+    counts = torch.unique(labels, return_counts=True)[1]
+    if int((counts > 1).sum()) < 2 * PAIR_FOLDS:
         return Measured({}, {}, {})
-    a, b, same = drawn
+    a, b, same = evaluate.make_pairs(labels, seed=0, folds=PAIR_FOLDS)
     ours, theirs = rows[a], (rows if gallery is None else gallery)[b]
     told = evaluate.pair_hits(ours, theirs, same, PAIR_FOLDS)
     mean, spread = evaluate.over_folds(told, PAIR_FOLDS)
@@ -157,11 +154,6 @@ def pairs(rows: Tensor, labels: Tensor, gallery: Tensor | None = None) -> Measur
     }
     samples = {"roc_far": far[kept].numpy(), "roc_tar": tar[kept].numpy()}
     return Measured(metrics, {"pair_accuracy": told.float()}, samples)
-
-
-def pair_metrics(rows: Tensor, labels: Tensor) -> dict[str, float]:
-    """The metrics of `pairs`."""
-    return pairs(rows, labels).metrics
 
 
 def every_pair(
@@ -190,7 +182,7 @@ def asymmetric(
     scale both to unit length before distances, as for nn_top1.
     """
     ours, theirs = (F.normalize(x, dim=1) if normalize else x for x in (rows, gallery))
-    hits = evaluate.cross_hits(ours, theirs, labels, groups, backend=backend)
+    hits = evaluate.nn_hits(ours, labels, groups, gallery=theirs, backend=backend)
     counts = ("nn_queries", "nn_lone", "pairs")  # as of the network by itself
     found = [pairs(rows, labels, gallery), every_pair(rows, labels, groups, gallery)]
     shares = evaluate.nn_shares(hits) | found[0].metrics | found[1].metrics
@@ -211,7 +203,7 @@ def neighbour_samples(rows: Tensor, seen: Seen, backend: str | None) -> dict[str
     if count < 2:
         return {}
     labels = seen.labels[:count]
-    distance, nearest = (t.cpu() for t in evaluate.neighbours(rows[:count], backend=backend))
+    distance, nearest = (t.cpu() for t in nearest_neighbor(rows[:count], backend=backend))
     _, person, pictures = torch.unique(labels, return_inverse=True, return_counts=True)
     with_mate = (pictures[person] > 1).nonzero()[:, 0]
     pool = with_mate if len(with_mate) else torch.arange(count)
@@ -275,16 +267,6 @@ def evenly(count: int, limit: int) -> Tensor:
     if count <= limit:
         return torch.arange(count)
     return torch.linspace(0, count - 1, limit, dtype=torch.float64).round().long()
-
-
-def _pairs(labels: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The split's verification pairs, the same for every run; None with too few people for ten
-    folds.
-    """
-    counts = torch.unique(labels, return_counts=True)[1]
-    if int((counts > 1).sum()) < 2 * PAIR_FOLDS:
-        return None
-    return evaluate.make_pairs(labels, seed=0, folds=PAIR_FOLDS)
 
 
 def _shrunk(pictures: Tensor) -> Tensor:

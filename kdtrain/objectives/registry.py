@@ -13,18 +13,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kdtrain.config import TARGETS, TargetConfig
 from kdtrain.models.network import Outputs
-from kdtrain.objectives.baselines import (
-    EmbeddingTarget,
+from kdtrain.objectives.relations import (
     attention_pairs,
     cosine_loss,
+    embedding_sides,
     rkd_angle,
     rkd_distance,
 )
-from kdtrain.objectives.heads import TeacherHead
-from kdtrain.objectives.targets import Guide, HiddenTarget, Objective, Pair
+from kdtrain.objectives.targets import Guide, Objective, Pair
 
 
 class Step(NamedTuple):
@@ -32,14 +32,23 @@ class Step(NamedTuple):
 
     student: Outputs
     teacher: Guide
-    mapped: Mapping[str, tuple[Tensor, Tensor]]
-    """Features of student and teacher as a module of MODULES made them comparable, by its name."""
+    mapped: dict[str, tuple[Tensor, Tensor]]
+    """Features of student and teacher that a module of MAPS made comparable, by its name."""
     target: TargetConfig
 
 
-def _hidden(step: Step) -> list[Pair]:
-    target = step.target
-    return [Pair("hidden", *step.mapped["hidden"], target.beta, target.hidden_reduction)]
+def compared(student: Outputs, teacher: Guide, extra: nn.ModuleDict, target: TargetConfig) -> Step:
+    """The step whose targets `target` weighs, with the features that the modules in `extra` map."""
+    step = Step(student, teacher, {}, target)
+    if "hidden" in extra:
+        ours, theirs = _features(step)
+        ours = extra["hidden"](ours)
+        if target.hidden_normalize:
+            ours, theirs = F.normalize(ours, dim=1), F.normalize(theirs, dim=1)
+        step.mapped["hidden"] = ours, theirs
+    if "embedding" in extra:
+        step.mapped["embedding"] = embedding_sides(extra["embedding"], *_features(step))
+    return step
 
 
 def _logits(step: Step) -> list[Pair]:
@@ -49,67 +58,34 @@ def _logits(step: Step) -> list[Pair]:
     return [Pair("logits", ours, theirs, target.logits, target.logits_reduction)]
 
 
-def _embedding_l2(step: Step) -> list[Pair]:
-    weight = step.target.embedding_l2
-    return [Pair("embedding_l2", *step.mapped["embedding"], weight, "batchmean")]
-
-
-def _attention(step: Step) -> list[Pair]:
-    weight = step.target.attention
-    return attention_pairs(step.student.attention, step.teacher.attention, weight)
-
-
 def _features(step: Step) -> tuple[Tensor, Tensor]:
     assert step.teacher.hidden is not None
     return step.student.hidden, step.teacher.hidden
 
 
 PAIRS: Mapping[str, Callable[[Step], list[Pair]]] = {
-    "beta": _hidden,
+    "beta": lambda step: [
+        Pair("hidden", *step.mapped["hidden"], step.target.beta, step.target.hidden_reduction)
+    ],
     "logits": _logits,
-    "embedding_l2": _embedding_l2,
-    "attention": _attention,
+    "embedding_l2": lambda step: [
+        Pair("embedding_l2", *step.mapped["embedding"], step.target.embedding_l2, "batchmean")
+    ],
+    "attention": lambda step: attention_pairs(
+        step.student.attention, step.teacher.attention, step.target.attention
+    ),
 }
 LOSSES: Mapping[str, Callable[[Step], Tensor]] = {
     "embedding_cosine": lambda step: cosine_loss(*step.mapped["embedding"]),
     "rkd_distance": lambda step: rkd_distance(*_features(step)),
     "rkd_angle": lambda step: rkd_angle(*_features(step)),
 }
-ELSEWHERE = ("alpha", "teacher_head", "hint")
-"""Targets whose term is formed by the task itself."""
-MODULES: Mapping[str, tuple[tuple[str, ...], Callable[[int, int, TargetConfig], nn.Module]]] = {
-    "hidden": (
-        ("beta",),
-        lambda student, teacher, target: HiddenTarget(
-            student, teacher, projection=target.hidden_proj, normalize=target.hidden_normalize
-        ),
-    ),
-    "embedding": (
-        ("embedding_l2", "embedding_cosine"),
-        lambda student, teacher, target: EmbeddingTarget(
-            student, teacher, projection=target.embedding_proj
-        ),
-    ),
-    "teacher_head": (
-        ("teacher_head",),
-        lambda student, teacher, target: TeacherHead(
-            student, teacher, projection=target.teacher_head_proj
-        ),
-    ),
+MAPS: Mapping[str, tuple[str, ...]] = {
+    "hidden": ("beta",),
+    "embedding": ("embedding_l2", "embedding_cosine"),
+    "teacher_head": ("teacher_head",),
 }
-"""Modules that are trained with the student and dropped afterwards: the targets that need each, and
-how it is built from the widths of student and teacher.
-"""
-
-
-def compared(student: Outputs, teacher: Guide, extra: nn.ModuleDict, target: TargetConfig) -> Step:
-    """The step whose targets `target` weighs, with the features that its modules map."""
-    mapped = {
-        name: extra[name](student.hidden, teacher.hidden)
-        for name in ("hidden", "embedding")
-        if name in extra
-    }
-    return Step(student, teacher, mapped, target)
+"""The targets that read the student's feature by each targets.WidthMap."""
 
 
 def pairs_of(step: Step | None) -> list[Pair]:

@@ -9,15 +9,14 @@ device: nothing waits for them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdkernels import hidden_l2, kd_cross_entropy
-from kdtrain.config import ConfigError
+from kdkernels import hidden_l2
+from kdtrain.config import ConfigError, TargetConfig
 
 
 class Objective(NamedTuple):
@@ -54,59 +53,27 @@ class Pair(NamedTuple):
 
 
 def softmax_objective(
-    student: Tensor,
-    teacher: Tensor | None,
-    labels: Tensor | None,
-    *,
-    gamma: float,
-    alpha: float,
-    temperature: float = 3.0,
-    tau_squared: bool = False,
-    label_smoothing: float = 0.0,
-    backend: str | None = None,
+    op: Callable[..., Any], labels: Tensor, teacher: Any, target: TargetConfig, **options: Any
 ) -> Objective | None:
-    """gamma H(softmax(s), y) + alpha [tau^2] H(softmax(s / tau), softmax(t / tau)) by one
-    kd_cross_entropy call (eq. 2).
+    """gamma H(softmax(s), y) + alpha [tau^2] H(softmax(s / tau), softmax(t / tau)) by one call of a
+    cross-entropy op of kdkernels (eq. 2).
 
-    student, teacher (N, C) logits; labels (N,). A part of weight 0 is not computed; None when both
-    are 0. Terms: "hard" and "top1" with labels; "soft" and "teacher_entropy" with a teacher (soft -
-    teacher_entropy is the KL).
+    op: kd_cross_entropy on the student's logits (N, C), or linear_kd_cross_entropy on its feature
+    and classifier. teacher: as the op takes it; labels (N,). A part of weight 0 is not computed;
+    None when both are 0. Terms: "hard" and "top1" with labels; "soft" and "teacher_entropy" with a
+    teacher (soft - teacher_entropy is the KL).
     """
-    labels = labels if gamma else None
-    teacher = teacher if alpha else None
-    if labels is None and teacher is None:
+    hard, soft = target.gamma > 0, target.alpha > 0 and teacher is not None
+    if not (hard or soft):
         return None
-    return weighed_softmax(
-        partial(kd_cross_entropy, student, teacher, labels, temperature=temperature),
-        hard=labels is not None,
-        soft=teacher is not None,
-        gamma=gamma,
-        alpha=alpha,
-        tau_squared=tau_squared,
-        label_smoothing=label_smoothing,
-        backend=backend,
-    )
-
-
-def weighed_softmax(
-    op: Callable[..., Any],
-    *,
-    hard: bool,
-    soft: bool,
-    gamma: float,
-    alpha: float,
-    label_smoothing: float,
-    **options: Any,
-) -> Objective:
-    """gamma and alpha on the two terms of a cross-entropy op of kdkernels, and what it records.
-
-    op: the op on its tensors; hard, soft: whether labels and a teacher are among them. options: its
-    others. Terms as `softmax_objective`'s.
-    """
     # the op gives its hard term the weight 1, so gamma is put in front of both
     loss, record = op(
-        alpha=alpha / gamma if hard else alpha,
-        label_smoothing=label_smoothing if hard else 0.0,
+        target=labels if hard else None,
+        teacher=teacher if soft else None,
+        alpha=target.alpha / target.gamma if hard else target.alpha,
+        temperature=target.temperature,
+        tau_squared=target.tau_squared,
+        label_smoothing=target.label_smoothing if hard else 0.0,
         return_terms=True,
         **options,
     )
@@ -117,7 +84,7 @@ def weighed_softmax(
     if soft:
         terms["soft"] = record.soft
         terms["teacher_entropy"] = record.entropy
-    return Objective(gamma * loss if hard and gamma != 1 else loss, terms)
+    return Objective(target.gamma * loss if hard and target.gamma != 1 else loss, terms)
 
 
 def squared_objective(pairs: Sequence[Pair], backend: str | None = None) -> Objective | None:
@@ -163,50 +130,31 @@ def _per_batchmean(pair: Pair) -> float:
     )
 
 
-def width_map(
-    student_width: int, teacher_width: int, *, setting: str, projection: str, weights: str
-) -> nn.Module:
-    """P: a linear map without bias where the widths differ, else the feature itself. It is trained
-    with the student and dropped afterwards.
+class WidthMap(nn.Module):
+    """P: a linear map without bias where the widths of student and teacher differ, else the feature
+    itself. It is trained with the student and dropped afterwards.
 
-    setting: the config's name of `projection`, which is linear or none. weights: the settings that
-    do without P when they are 0. ConfigError for "none" where the widths differ.
-    """
-    if student_width == teacher_width:
-        return nn.Identity()
-    if projection == "none":
-        raise ConfigError(
-            f"{setting} none: the student has {student_width} features, the teacher "
-            f"{teacher_width}; set {setting} to linear, or {weights} to 0"
-        )
-    return nn.Linear(student_width, teacher_width, bias=False)
-
-
-class HiddenTarget(nn.Module):
-    """Psi of eq. 7 and 9: |P K_S - K_T|^2 with a learnt linear map P where the widths differ.
-
-    The paper leaves open how 256 features meet 2048; P is `width_map`'s. normalize scales P K_S and
-    K_T to unit length first.
+    name: target.{name}_proj says whether P may be learnt. keys: the weights under target that do
+    without P when they are 0. ConfigError for "none" where the widths differ. The papers leave open
+    how 256 features meet 2048 (the hidden target) or want equal widths (TH-KD, arXiv 2201.06945).
     """
 
     def __init__(
-        self, student_width: int, teacher_width: int, *, projection: str, normalize: bool
+        self, name: str, keys: Sequence[str], student: int, teacher: int, target: TargetConfig
     ) -> None:
         super().__init__()
-        if projection not in ("linear", "none"):
-            raise ValueError(f"HiddenTarget: projection must be linear or none, got {projection!r}")
-        self.normalize = normalize
-        self.projection = width_map(
-            student_width, teacher_width,
-            setting="target.hidden_proj", projection=projection, weights="target.beta",
-        )  # fmt: skip
+        setting = f"target.{name}_proj"
+        if student != teacher and getattr(target, f"{name}_proj") == "none":
+            raise ConfigError(
+                f"{setting} none: the student has {student} features, the teacher {teacher}; set "
+                f"{setting} to linear, or target.{' and target.'.join(keys)} to 0"
+            )
+        same = student == teacher
+        self.projection = nn.Identity() if same else nn.Linear(student, teacher, bias=False)
 
-    def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """The two (N, K_T) tensors to be compared, from features (N, K_S) and (N, K_T)."""
-        projected = self.projection(student)
-        if self.normalize:
-            return F.normalize(projected, dim=1), F.normalize(teacher, dim=1)
-        return projected, teacher
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(N, K_S) -> (N, K_T)."""
+        return self.projection(hidden)
 
 
 class HintTarget(nn.Module):

@@ -9,43 +9,37 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kdkernels import kd_cross_entropy, sample_classes
 from kdtrain.config import TARGETS, Config, ConfigError
 from kdtrain.data.run_data import EvalBatch
 from kdtrain.models.mixture import TeacherMixture
-from kdtrain.models.network import FaceNetwork, Outputs, seeded
-from kdtrain.models.passes import Passes
+from kdtrain.models.network import FaceNetwork, Outputs, Passes, seeded
 from kdtrain.objectives.heads import (
     AdaFaceNorms,
     margin_of,
     move_centres,
-    streamed_objective,
+    scores_op,
+    soft_source,
     teacher_head_objective,
 )
 from kdtrain.objectives.observe import Seen, look
-from kdtrain.objectives.registry import MODULES, compared, losses_of, pairs_of
+from kdtrain.objectives.registry import MAPS, compared, losses_of, pairs_of
 from kdtrain.objectives.targets import (
     Guide,
     Objective,
     Pair,
+    WidthMap,
     softmax_objective,
     squared_objective,
     total,
 )
-
-
-class StepResult(NamedTuple):
-    """One step's loss and what it consists of."""
-
-    loss: Tensor
-    """Scalar with gradient."""
-    terms: dict[str, Tensor]
-    """Unweighted detached float32 scalars on the device, the same names at every step."""
 
 
 class Task(ABC):
@@ -54,7 +48,7 @@ class Task(ABC):
     network: what is trained and saved. extra: modules that are trained but dropped afterwards.
     teacher: eval mode, no gradient, in neither state nor optimiser; None where no target needs it.
     gallery: another network's features of pictures (N,) by their place in the source, for
-    asymmetric evaluation (gallery.py); None without.
+    asymmetric evaluation (input_runs.py); None without.
     """
 
     metric: tuple[str, int]
@@ -92,10 +86,11 @@ class Task(ABC):
         for network in filter(None, (self.network, self.teacher)):
             network.arrange(channels_last=config.train.channels_last)
         self.extra = nn.ModuleDict()
-        for name, (keys, build) in MODULES.items():
+        for name, keys in MAPS.items():
             if self.teacher is not None and any(getattr(target, key) for key in keys):
+                widths = self.network.width, self.teacher.width
                 with seeded(config.seed + 1):
-                    self.extra[name] = build(self.network.width, self.teacher.width, target)
+                    self.extra[name] = WidthMap(name, keys, *widths, target)
         self.gallery: Callable[[Tensor], Tensor] | None = None
         self._norms = AdaFaceNorms() if config.head.margin == "adaface" else None
         if self._norms is not None:
@@ -103,7 +98,12 @@ class Task(ABC):
         if config.head.update != "gradient":
             self.network.classifier.requires_grad_(False)
         if config.head.update == "adaptive" and self.teacher is not None:
-            _same_width("head.update adaptive", self.network, self.teacher)
+            ours, theirs = self.network.width, self.teacher.width
+            if ours != theirs:
+                raise ConfigError(
+                    "head.update adaptive compares the two networks' features, and the student has "
+                    f"{ours}, the teacher {theirs}; give both the same model.embedding"
+                )
         self._samples: dict[str, np.ndarray] = {}
         self._items: dict[str, Tensor] = {}
 
@@ -126,10 +126,12 @@ class Task(ABC):
         """
         if self.teacher is None or self.target.attention:
             return {}
-        needed = {}
-        if self._needs_teacher_logits and not self._keeps_features:
+        logits, target, needed = self._needs_teacher_logits, self.target, {}
+        if logits and not self._keeps_features:
             needed["logits"] = self.teacher.num_classes
-        if self._needs_teacher_feature or (self._needs_teacher_logits and self._keeps_features):
+        # of the feature the logits are formed, or the loss
+        formed = self._keeps_features if logits else target.alpha or target.teacher_head
+        if formed or target.needs_feature or self.config.head.needs_teacher:
             needed["hidden"] = self.teacher.width
         return needed
 
@@ -150,15 +152,6 @@ class Task(ABC):
         teacher = self.config.teacher
         return teacher.cache != "none" and teacher.cache_what == "features"
 
-    @property
-    def _needs_teacher_feature(self) -> bool:
-        from_feature = self.target.alpha or self.target.teacher_head
-        return bool(
-            self.target.needs_feature
-            or self.config.head.needs_teacher
-            or (from_feature and not self._needs_teacher_logits)
-        )
-
     def guide(self, pictures: Tensor) -> Guide | None:
         """The teacher's answer to a training batch (N, 3, t, t) of its own size, without gradient;
         None without a teacher.
@@ -177,8 +170,9 @@ class Task(ABC):
         points: Tensor | None = None,
         guide: Guide | None = None,
         teacher_pictures: Tensor | None = None,
-    ) -> StepResult:
-        """Loss of a training batch with its gradient graph.
+    ) -> Objective:
+        """Loss of a training batch with its gradient graph; terms are unweighted detached float32
+        scalars on the device, the same names at every step.
 
         pictures (N, 3, s, s) float in [0, 255]; labels (N,); points (N, 5, 2) landmarks in crop
         pixels, for alignment. guide: the teacher's answer where it is known already; else the
@@ -199,7 +193,7 @@ class Task(ABC):
         pairs = [*pairs_of(step), *self._regression(outputs, pictures, points)]
         squared, losses = squared_objective(pairs, self.backend), losses_of(step)
         metric = self._metric_loss(outputs, labels)
-        return StepResult(*total([metric, softmax, second, squared, losses]))
+        return total([metric, softmax, second, squared, losses])
 
     def _scored(self, guide: Guide | None) -> Guide | None:
         """The teacher's answer with the logits of its feature, where they are needed and were not
@@ -213,37 +207,32 @@ class Task(ABC):
             return guide._replace(logits=self._run(self.teacher.classifier, guide.hidden))
 
     def _softmax(self, outputs: Outputs, labels: Tensor, guide: Guide | None) -> Objective | None:
-        """The classifier's hard and soft terms, with its margin and after its centres moved."""
-        head, target = self.config.head, self.target
+        """The classifier's hard and soft terms, with its margin and after its centres moved.
+
+        A streamed head forms its scores inside the op. head.sample: share of the classes over which
+        both softmaxes go, drawn anew from torch's random state (PartialFC, arXiv 2203.15565).
+        """
+        head, target, teacher = self.config.head, self.target, self.teacher
+        classifier = self.network.classifier
         if head.update == "adaptive":
             assert guide is not None
             assert guide.hidden is not None
-            move_centres(self.network.classifier.weight, outputs.hidden, guide.hidden, labels)
-        if head.streams:
-            return streamed_objective(
-                outputs.hidden,
-                self.network,
-                self.teacher,
-                guide,
-                labels,
-                margin_of(head, outputs.hidden, labels, self.teacher, guide, self._norms),
-                target=target,
-                margin_grad=head.margin_grad,
-                sample=head.sample,
-                backend=self.backend,
-            )
-        assert outputs.logits is not None
-        return softmax_objective(
-            outputs.logits,
-            None if guide is None else guide.logits,
-            labels,
-            gamma=target.gamma,
-            alpha=target.alpha,
-            temperature=target.temperature,
-            tau_squared=target.tau_squared,
-            label_smoothing=target.label_smoothing,
-            backend=self.backend,
-        )
+            move_centres(classifier.weight, outputs.hidden, guide.hidden, labels)
+        if not head.streams:
+            assert outputs.logits is not None
+            op = partial(kd_cross_entropy, outputs.logits, backend=self.backend)
+            theirs = None if guide is None else guide.logits
+            return softmax_objective(op, labels, theirs, target)
+        margin = margin_of(head, outputs.hidden, labels, teacher, guide, self._norms)
+        options: dict[str, Any] = {"margin_grad": head.margin_grad, "backend": self.backend}
+        if target.gamma:
+            options["margin"] = margin
+        if head.sample < 1 and (target.gamma or target.alpha):
+            options["classes"] = sample_classes(labels, len(classifier.weight), head.sample)
+        if target.alpha and guide is not None and teacher is not None:
+            options |= soft_source(guide, teacher)
+        op = scores_op(self.network, outputs.hidden)
+        return softmax_objective(op, labels, options.pop("teacher", None), target, **options)
 
     def _outputs(self, network: FaceNetwork, pictures: Tensor, *, scores: bool) -> Outputs:
         """A training pass: the feature in float32, as it is projected and normalised outside of
@@ -322,11 +311,3 @@ class Task(ABC):
     def _regression(self, outputs: Outputs, pictures: Tensor, points: Tensor | None) -> list[Pair]:
         """Phi where it is a squared distance."""
         return []
-
-
-def _same_width(what: str, network: FaceNetwork, teacher: FaceNetwork) -> None:
-    if network.width != teacher.width:
-        raise ConfigError(
-            f"{what} compares the two networks' features, and the student has {network.width}, "
-            f"the teacher {teacher.width}; give both the same model.embedding"
-        )

@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from kdkernels import batch_triplet_loss
 from kdtrain.config import Config
 from kdtrain.data.run_data import EvalBatch
-from kdtrain.models.network import FaceNetwork, Outputs, seeded
+from kdtrain.models.network import FaceNetwork, Outputs, evaluating, seeded
 from kdtrain.objectives import evaluate, observe
 from kdtrain.objectives.observe import Seen
 from kdtrain.objectives.targets import Guide, HintTarget, Objective, Pair, squared_objective, total
-from kdtrain.objectives.task import StepResult, Task
+from kdtrain.objectives.task import Task
 
 FLOOR_QUERIES = 5000
 CURVE_LIMIT = 0.3  # NRMSE up to which a report draws errors
@@ -36,7 +36,7 @@ class Classification(Task):
         return {
             "top1": seen.hits.double().mean().item(),
             "cross_entropy": seen.surprise.double().mean().item(),
-            **observe.pair_metrics(seen.hidden, seen.labels),
+            **observe.pairs(seen.hidden, seen.labels).metrics,
         }
 
     def floors(self, train: Iterable[EvalBatch], test: Iterable[EvalBatch]) -> dict[str, float]:
@@ -47,12 +47,12 @@ class Classification(Task):
         asked = observe.evenly(len(labels), FLOOR_QUERIES)
         gallery = ((evaluate.raw_pixels(b.pictures), b.labels) for b in train)
         share = evaluate.gallery_top1(pixels[asked], labels[asked], gallery, backend=self.backend)
-        return {"top1": share, **observe.pair_metrics(pixels, labels)}
+        return {"top1": share, **observe.pairs(pixels, labels).metrics}
 
     def untrained(self, test: Iterable[EvalBatch]) -> dict[str, float]:
         """The pairs' metrics; see Task.untrained."""
         seen = self._untrained(test)
-        return observe.pair_metrics(seen.hidden, seen.labels)
+        return observe.pairs(seen.hidden, seen.labels).metrics
 
 
 class Hint(Classification):
@@ -83,13 +83,13 @@ class Hint(Classification):
         points: Tensor | None = None,
         guide: Guide | None = None,
         teacher_pictures: Tensor | None = None,
-    ) -> StepResult:
+    ) -> Objective:
         """target.hint r |r(student's maps) - teacher's maps|^2; see Task.step. A Guide has no maps,
         so the teacher is always asked, on the same pictures (Config sees to it).
         """
         ours, theirs = self._maps(pictures, self._run)
         pair = Pair("hint", ours, theirs, self.target.hint, self.target.hint_reduction)
-        return StepResult(*total([squared_objective([pair], self.backend)]))
+        return total([squared_objective([pair], self.backend)])
 
     def evaluate(self, batches: Iterable[EvalBatch]) -> dict[str, float]:
         """hint: the squared error, mean over a picture's elements (whatever the reduction) and over
@@ -132,15 +132,8 @@ class Hint(Classification):
     def _seen(self, batches: Iterable[EvalBatch]) -> Iterator[tuple[EvalBatch, Tensor, Tensor]]:
         """Each batch with the two maps that are compared, in eval mode and without gradient."""
         for batch in batches:
-            modes = self.network.training, self._hint.training
-            self.network.eval()
-            self._hint.eval()
-            try:
-                with torch.no_grad():
-                    ours, theirs = self._maps(batch.pictures.to(self.device))
-            finally:
-                self.network.train(modes[0])
-                self._hint.train(modes[1])
+            with evaluating(self.network, self._hint):
+                ours, theirs = self._maps(batch.pictures.to(self.device))
             yield batch, ours.float(), theirs.float()
 
 
@@ -188,7 +181,8 @@ class Alignment(Task):
 
     def floors(self, train: Iterable[EvalBatch], test: Iterable[EvalBatch]) -> dict[str, float]:
         """nrmse and failure_rate of the training split's mean shape on every test crop, unseen."""
-        shape = evaluate.mean_shape(torch.cat([observe.true_points(batch)[1] for batch in train]))
+        points = torch.cat([observe.true_points(batch)[1] for batch in train])
+        shape = points.double().mean(0)
         errors = []
         for batch in test:
             true, _ = observe.true_points(batch)
@@ -261,9 +255,9 @@ class Verification(Task):
         self, hidden: Tensor, labels: Tensor, groups: Tensor | None, *, unit: bool
     ) -> dict[str, float]:
         rows = F.normalize(hidden, dim=1) if unit else hidden
-        nearest = evaluate.nn_top1(rows, labels, groups, backend=self.backend)
-        every = observe.every_pair(hidden, labels, groups)
-        return _measurable(nearest | observe.pair_metrics(hidden, labels) | every.metrics)
+        hits = evaluate.nn_hits(rows, labels, groups, backend=self.backend)
+        drawn, every = observe.pairs(hidden, labels), observe.every_pair(hidden, labels, groups)
+        return _measurable(evaluate.nn_shares(hits) | drawn.metrics | every.metrics)
 
 
 def _measurable(metrics: dict[str, float]) -> dict[str, float]:

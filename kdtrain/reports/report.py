@@ -114,8 +114,7 @@ def _doubts(
     notes = []
     for title, task, metric in columns:
         teachers = [s for s in _of_task(stages, task) if s.name in taught]
-        judged = {teacher.name: teacher.beats_floor(metric) for teacher in teachers}
-        beats = {name: verdict for name, verdict in judged.items() if verdict is not None}
+        beats = {s.name: good for s in teachers if (good := s.beats_floor(metric)) is not None}
         if beats and not any(beats.values()):
             notes.append((title, "its teacher does not beat the floor"))
             continue

@@ -22,7 +22,8 @@ import pickle
 import shutil
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,6 +37,11 @@ WEIGHTS = "weights.safetensors"
 STATE = "state.pt"
 CHECKSUMS = "checksums.json"
 LAST, BEST = "last", "best"
+UNREADABLE = (
+    *(SafetensorError, RuntimeError, EOFError, OSError, pickle.UnpicklingError),
+    *(LookupError, ValueError, TypeError, AttributeError),  # the unpickler's, on any rubbish
+)
+"""What reading weights or state raises where they are damaged."""
 
 RUN_FILES: list[str] = []
 """Names in a run directory that a run writes: what --overwrite removes."""
@@ -53,9 +59,7 @@ for _name in (LAST, BEST):
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint or run folder that is missing, damaged, in use or without room; the message says
-    what to do.
-    """
+    """A checkpoint or run folder that is missing, damaged, in use or without room; what to do."""
 
 
 def save(
@@ -107,38 +111,31 @@ def recover(folder: Path) -> None:
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights of a checkpoint, on the CPU. Raises CheckpointError when there are none or they
-    are damaged.
-    """
-    path = _whole(folder) / WEIGHTS
-    if not path.is_file():
-        raise CheckpointError(f"{folder}: no {WEIGHTS} there; train that run first")
-    _verify(path)
-    try:
-        return load(path.read_bytes())  # load_file takes no path that is not UTF-8
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from None
+    """The weights of a checkpoint, on the CPU. Raises CheckpointError where none or damaged."""
+    # load_file takes no path that is not UTF-8
+    return _read(folder, WEIGHTS, "; train that run first", lambda path: load(path.read_bytes()))
 
 
 def load_state(folder: Path) -> dict[str, Any]:
     """The state saved beside the weights. Raises CheckpointError when it is missing or damaged."""
-    path = _whole(folder) / STATE
+    reader = partial(torch.load, map_location="cpu", weights_only=True)
+    return _read(folder, STATE, ", nothing to resume from", reader)
+
+
+def _read(folder: Path, name: str, otherwise: str, reader: Callable[[Path], Any]) -> Any:
+    """What `reader` makes of a checkpoint's file; otherwise: said where it is not there."""
+    path = _whole(folder) / name
     if not path.is_file():
-        raise CheckpointError(f"{folder}: no {STATE} there, nothing to resume from")
+        raise CheckpointError(f"{folder}: no {name} there{otherwise}")
     _verify(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        *(RuntimeError, EOFError, OSError, pickle.UnpicklingError),
-        *(LookupError, ValueError, TypeError, AttributeError),  # the unpickler's, on any rubbish
-    ) as error:
+        return reader(path)
+    except UNREADABLE as error:
         raise _damaged(path, error) from None
 
 
 def run_weights(run: Path) -> Path:
-    """The checkpoint folder of a run folder: RUN/last, or RUN itself when it is a checkpoint
-    (RUN/best).
-    """
+    """The checkpoint of a run folder: RUN/last, or RUN itself when it is one (RUN/best)."""
     for folder in (_whole(run / "last"), run):
         if (folder / WEIGHTS).is_file():
             return folder
@@ -149,9 +146,7 @@ def run_weights(run: Path) -> Path:
 
 
 def run_of(run: Path) -> Path:
-    """The run folder that `run` is or, as RUN/best, is a checkpoint of: where config.yaml lies;
-    `run` itself where it lies in neither.
-    """
+    """Where config.yaml lies: `run`, or the run that it is a checkpoint of; else `run` itself."""
     return next((f for f in (run, run.parent) if (f / "config.yaml").is_file()), run)
 
 
@@ -176,9 +171,7 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file, by their checksums; none where it is missing. Raises
-    CheckpointError where it is damaged.
-    """
+    """The arrays of an .npz file, {} where it is missing. Raises CheckpointError for damage."""
     if not path.is_file():
         return {}
     try:
@@ -194,13 +187,6 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 def write_json(path: Path, values: Any) -> None:
     """Replace a JSON file; see write_text."""
     write_text(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
-
-
-def write_progress(path: Path, values: Any) -> None:
-    """Replace a JSON file that only a watcher reads: whole at every moment, but not forced to
-    disk.
-    """
-    write_bytes(path, json.dumps(values).encode(), sync=False)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -243,9 +229,7 @@ def sweep(folder: Path, pattern: str = "**/.*.tmp") -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
-    """A temporary file that takes the place of `path` at the end, and is removed where that is not
-    reached. Its folder is made.
-    """
+    """A temporary file that takes the place of `path` at the end, or is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent, f".{glob.escape(path.name)}.*.tmp")
     fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -262,9 +246,7 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def writing(path: Path, size: int) -> Iterator[None]:
-    """Inside, about `size` bytes are written to `path`. Where the system refuses, raises
-    CheckpointError with the room that is needed and the room that is there.
-    """
+    """Around a write of about `size` bytes to `path`. Raises CheckpointError: room needed, free."""
     try:
         yield
     except CheckpointError:
@@ -320,9 +302,7 @@ def _held(path: Path, how: int) -> IO[bytes]:
     """An empty file, locked: its owner's, until it is closed. how: of flock."""
     while True:
         # emptied only when it is ours
-        file = open(  # noqa: SIM115 - for the caller
-            path, "w+b", opener=lambda name, flags: os.open(name, flags & ~os.O_TRUNC, 0o666)
-        )
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         try:
             fcntl.flock(file, how)
             # its last owner may have moved or removed it before it let go
@@ -338,9 +318,7 @@ def _held(path: Path, how: int) -> IO[bytes]:
 
 
 def _whole(folder: Path) -> Path:
-    """Where a reader finds the whole checkpoint; unlike recover it changes nothing, as its owner
-    may be saving.
-    """
+    """Where a reader finds the whole checkpoint; changes nothing, as its owner may be saving."""
     fresh, previous = _siblings(folder)
     if folder.exists() or not previous.exists():
         return folder

@@ -9,24 +9,22 @@ last/, metrics.jsonl and the metrics of results.json as an uninterrupted one.
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kdtrain.config import Config, program, settings
-from kdtrain.data.run_data import Batch, RunData
+from kdtrain.data.run_data import RunData
 from kdtrain.models.network import count_parameters, inherit, multiply_adds, network_from_state
-from kdtrain.objectives.targets import Guide
 from kdtrain.objectives.task import Task
 from kdtrain.objectives.tasks import build_task
-from kdtrain.training import checkpoint, divergence, keys
+from kdtrain.training import checkpoint, keys, outcome
 from kdtrain.training.checkpoint import BEST, LAST, run_file
 from kdtrain.training.environment import (
     check_device,
@@ -35,11 +33,10 @@ from kdtrain.training.environment import (
     random_state,
     restore_random,
 )
-from kdtrain.training.history import History
+from kdtrain.training.input_runs import Gallery, check_gallery
 from kdtrain.training.journal.journal import (
     Clock,
     Journal,
-    NonFinite,
     Screen,
     Terms,
     duration,
@@ -48,12 +45,11 @@ from kdtrain.training.journal.journal import (
     unit,
 )
 from kdtrain.training.optimization import Optimisation, learning_rate
+from kdtrain.training.outcome import History
 from kdtrain.training.preparation import (
     TrainingError,
     check_data,
-    check_gallery,
     check_inputs,
-    open_gallery,
     prepare_cache,
     prepare_task,
     without_teacher,
@@ -70,11 +66,8 @@ class Interrupted(KeyboardInterrupt):
     """The run was asked to stop; its checkpoint is saved."""
 
 
-@dataclass(frozen=True)
-class Position:
-    """Where a run stands: the epoch counted over all phases, the next batch in it, and the
-    optimiser's steps so far.
-    """
+class Position(NamedTuple):
+    """Epoch counted over all phases, the next batch in it, and the optimiser's steps so far."""
 
     epoch: int = 0
     batch: int = 0
@@ -138,7 +131,7 @@ def evaluate(config: Config, run: Path) -> dict[str, Any]:
         inherit(task.network, trained.state_dict())
         task.to(data.device)
         if gallery is not None:
-            task.gallery = open_gallery(gallery, data, task)
+            task.gallery = Gallery(gallery, data)
         metrics = task.evaluate(data.evaluation(data.test))
         floors = task.floors(data.evaluation(data.train), data.evaluation(data.test))
         if trained.num_classes != data.source.num_classes:
@@ -169,23 +162,16 @@ class Run:
         self.config, self.folder, self.data, self.task = config, folder, data, task
         self.key, self.stop, self.screen = key, stop, screen
         self.scaled = config.train.precision == "float16"
+        device, phases = data.device.type, config.optim.phases
         self.optimisation = Optimisation(
-            task.network,
-            task.extra,
-            config.optim,
-            device=data.device.type,
-            scaled=self.scaled,
+            task.network, task.extra, config.optim, device=device, scaled=self.scaled
         )
-        self.schedule = [
-            (place, epoch)
-            for place, phase in enumerate(config.optim.phases)
-            for epoch in range(phase.epochs)
-        ]
+        self.schedule = [(i, epoch) for i, p in enumerate(phases) for epoch in range(p.epochs)]
         torch.manual_seed(config.seed)
         self.at = Position()
         self.terms = Terms()
         self.history = History(*task.metric, config.train.early_stop)
-        self.journal: Journal | None = None
+        self.journal: Journal  # opened by begin or resume
         self.answers = prepare_cache(config, data, task, folder, screen)
         self._batches = data.epoch(0)
         self._start_clock({})
@@ -220,17 +206,15 @@ class Run:
                     if self.at.steps % config.train.save_every == 0 and not epoch_ends:
                         self.save()
                 self.save()  # before the evaluation, so that a kill during it repeats only it
-            phase_ends = epoch + 1 == config.optim.phases[phase].epochs
-            if phase_ends or (epoch + 1) % config.train.eval_every == 0:
-                self._evaluate(phase, epoch)
+            ends = epoch + 1 == config.optim.phases[phase].epochs
+            if ends or (epoch + 1) % config.train.eval_every == 0:
+                self._evaluate(phase, epoch, ends)
                 if self.history.is_stale():
                     return
             self.at = Position(count + 1, 0, self.at.steps)
 
     def _step(self, count: int) -> float:
-        """One step of the optimiser from `at`, by the mean gradient of its batches; its learning
-        rate.
-        """
+        """One step of the optimiser from `at` by its batches' mean gradient; its learning rate."""
         (phase, epoch), first = self.schedule[count], self.at.batch
         end = min(first + self.config.optim.accumulate, len(self._batches))
         done, here = first / len(self._batches), (end - first) / len(self._batches)
@@ -242,7 +226,10 @@ class Run:
         for place in range(first, end):
             following = self._batches[place + 1] if place + 1 < len(self._batches) else None
             batch = self.data.batch(self._batches[place], phase, epoch, following)
-            guide, seen = self._guide(place, batch), batch.teacher_pictures
+            guide, seen = None, batch.teacher_pictures
+            if self.answers is not None:
+                ask = partial(self.task.guide, batch.seen)
+                guide = self.answers.guide(place, ask, batch.flipped)
             result = self.task.step(batch.pictures, batch.labels, batch.points, guide, seen)
             found = {"loss": result.loss, **result.terms}
             if end - first > 1:
@@ -257,20 +244,19 @@ class Run:
         more = self.optimisation.step(self.at.steps)
         if more is not None:
             self.terms.add(self.at.steps, {**terms, **more})
-        elif self.optimisation.skipped_in_a_row >= divergence.MAX_SKIPPED:
-            raise self._diverged(self.at.steps, divergence.by_overflow())
+        elif self.optimisation.skipped_in_a_row >= outcome.MAX_SKIPPED:
+            raise self._diverged(self.at.steps, outcome.by_overflow())
         return rate
 
     def save(self) -> None:
-        """Write last/ after checking that every loss since the last line and every weight is
-        finite.
-        """
-        assert self.journal is not None
-        self._check(self.terms.read())
+        """Write last/ once every loss since the last line and every weight is finite."""
+        self._check_terms()
         network, extra = self.task.network.state_dict(), self.task.extra.state_dict()
-        self._check_finite({**network, **extra, **self.optimisation.momenta()})
+        name = outcome.not_finite({**network, **extra, **self.optimisation.momenta()})
+        if name is not None:
+            raise self._diverged(self.at.steps, outcome.by_weight(name, self._names(0)))
         state = {
-            "at": dataclasses.asdict(self.at),
+            "at": self.at._asdict(),
             **self.optimisation.state(),
             "extra": dict(extra),
             "random": random_state(self.data.device),
@@ -296,8 +282,8 @@ class Run:
                 "it continues, but not as it would have ended"
             )
         for name, value in environment(self.config).items():
-            if state["environment"].get(name) != value:
-                was = state["environment"].get(name)
+            was = state["environment"].get(name)
+            if was != value:
                 self.screen.say(
                     f"warning: {name} was {was}, is {value}; the last bits of the result may differ"
                 )
@@ -325,11 +311,10 @@ class Run:
             metrics = last["test"] if "test" in last else self._test(last["phase"])
         ended = self.history.ended(self._epoch(), len(self.schedule))
         floors = task.floors(data.evaluation(data.train), data.evaluation(data.test))
-        networks = {"student" if task.teacher is not None else "network": task.network}
-        sides = dict.fromkeys(networks, config.data.input_size)
+        own = task.network, config.data.input_size
+        networks = {"network": own}
         if task.teacher is not None:
-            networks["teacher"] = task.teacher
-            sides["teacher"] = config.teacher_side
+            networks = {"student": own, "teacher": (task.teacher, config.teacher_side)}
         results = {
             "status": "finished",
             "task": config.task,
@@ -344,8 +329,8 @@ class Run:
             "units": {n: unit(n) for n in (*metrics, *floors)},
             "steps": self.at.steps,
             "skipped_steps": self.optimisation.skipped,
-            "parameters": {k: count_parameters(n) for k, n in networks.items()},
-            "multiply_adds": {k: multiply_adds(n, sides[k]) for k, n in networks.items()},
+            "parameters": {k: count_parameters(n) for k, (n, _) in networks.items()},
+            "multiply_adds": {k: multiply_adds(n, side) for k, (n, side) in networks.items()},
             "data": data.summary(),
             "key": self.key,
             **self.clock.summary(),
@@ -365,20 +350,14 @@ class Run:
 
     def show(self, share: float) -> None:
         """Tell people and a watching pipeline how far the run is."""
-        name, _ = self.task.metric
+        name, left_s = self.history.metric, self.clock.left_s()
         latest = self.history.latest.get(name)
-        progress = {
-            "share": share,
-            "epoch": self._epoch(),
-            "epochs": len(self.schedule),
-            "metric": name,
-            "value": latest,
-            "left_s": self.clock.left_s(),
-        }
-        checkpoint.write_progress(self.folder / PROGRESS, plain(progress))
-        note = (
-            f"epoch {progress['epoch']}/{progress['epochs']}, {duration(progress['left_s'])} left"
-        )
+        epochs = {"epoch": self._epoch(), "epochs": len(self.schedule)}
+        progress = {"share": share, **epochs, "metric": name, "value": latest, "left_s": left_s}
+        # only a watcher reads it: whole at every moment, but not forced to disk
+        content = json.dumps(plain(progress)).encode()
+        checkpoint.write_bytes(self.folder / PROGRESS, content, sync=False)
+        note = f"epoch {epochs['epoch']}/{epochs['epochs']}, {duration(left_s)} left"
         if latest is not None:
             note += f", {name} {number(name, latest)}"
         self.screen.update(share, note)
@@ -387,74 +366,57 @@ class Run:
         """Close the journal and the teacher's kept answers."""
         if self.answers is not None:
             self.answers.close()
-        if self.journal is not None:
-            self.journal.close()
-
-    def _guide(self, place: int, batch: Batch) -> Guide | None:
-        """The teacher's answer where answers are kept; None leaves the question to the step."""
-        if self.answers is None:
-            return None
-        return self.answers.guide(place, partial(self.task.guide, batch.seen), batch.flipped)
-
-    def _write(self, name: str, record: Mapping[str, Any]) -> None:
-        assert self.journal is not None
-        self.journal.write(name, record)
+        self.journal.close()
 
     def _start_clock(self, spent: Mapping[str, float]) -> None:
         steps = -(-len(self._batches) // self.config.optim.accumulate)
         self.clock = Clock(len(self.schedule) * steps, self.at.steps, spent)
 
     def _log(self, phase: int, epoch: int, lr: float) -> None:
-        self._check(self.terms.read())
+        self._check_terms()
         place = {"step": self.at.steps, "phase": phase, "epoch": epoch}
         record = {"kind": "train", **place, "lr": lr, **self.terms.take()}
         if self.scaled:
             record["skipped_steps"] = self.optimisation.skipped
-        self._write("metrics", record)
-        self._write("timing", {**place, **self.clock.pace()})
-        now = time.monotonic()
-        if now - self._shown > PROGRESS_EVERY_S:
-            self._shown = now
+        self.journal.write("metrics", record)
+        self.journal.write("timing", {**place, **self.clock.pace()})
+        if time.monotonic() - self._shown > PROGRESS_EVERY_S:
+            self._shown = time.monotonic()
             self.show(self.at.steps / self.clock.total)
 
-    def _evaluate(self, phase: int, epoch: int) -> None:
-        name, _ = self.task.metric
+    def _evaluate(self, phase: int, epoch: int, ends: bool) -> None:
+        name, validates = self.history.metric, len(self.data.validation) > 0
         metrics = self._measure(self.data.held_out)
-        ends = epoch + 1 == self.config.optim.phases[phase].epochs
         place = {"step": self.at.steps, "phase": phase, "epoch": epoch, "phase_ends": ends}
-        if len(self.data.validation):
+        if validates:
             place["split"] = "validation"
         record = {**place, "metrics": metrics}
         if self.history.add(record):
             checkpoint.save(self.folder / BEST, self.optimisation.weights())
-        self._write("metrics", {"kind": "eval", **place, **metrics})
+        self.journal.write("metrics", {"kind": "eval", **place, **metrics})
         self.screen.say(
             f"epoch {self.at.epoch + 1}/{len(self.schedule)}  "
             f"{name} {number(name, metrics.get(name))}  {duration(self.clock.left_s())} left"
         )
         # before a checkpoint tells of this evaluation
-        if len(self.data.validation) and (ends or self.history.is_stale()):
+        if validates and (ends or self.history.is_stale()):
             self._write_items(f"validation_phase{phase}")
-        if ends and len(self.data.validation):
+        if ends and validates:
             record["test"] = self._test(phase)
         elif ends:
             self._write_items(f"phase{phase}")
 
     def _test(self, phase: int) -> dict[str, Any]:
-        """Metrics on the test split beside those on the validation part; nothing is chosen by
-        them.
-        """
-        name, _ = self.task.metric
+        """Metrics on the test split beside a validation part's; nothing is chosen by them."""
+        name = self.history.metric
         metrics = self._measure(self.data.test)
         self._write_items(f"phase{phase}")
-        self._write("metrics", {"kind": "test", "step": self.at.steps, **metrics})
+        self.journal.write("metrics", {"kind": "test", "step": self.at.steps, **metrics})
         self.screen.say(f"test split: {name} {number(name, metrics.get(name))}")
         return metrics
 
     def _write_items(self, name: str) -> None:
-        """What each picture gave at the end of a phase, or where training stopped in it:
-        phase<i> of the test split, validation_phase<i> of the validation part.
-        """
+        """What each picture gave at the end of a phase, or where training stopped in it."""
         checkpoint.write_arrays(self.folder / ITEMS / f"{name}.npz", self.task.items())
 
     def _epoch(self) -> int:
@@ -469,15 +431,11 @@ class Run:
         self.clock.apart(time.perf_counter() - started)
         return plain(metrics)
 
-    def _check(self, found: NonFinite | None) -> None:
+    def _check_terms(self) -> None:
+        found = self.terms.read()
         if found is not None:
             names = self._names(self.at.steps - found.step)
-            raise self._diverged(found.step, divergence.by_term(found, names))
-
-    def _check_finite(self, tensors: Mapping[str, Tensor]) -> None:
-        name = divergence.not_finite(tensors)
-        if name is not None:
-            raise self._diverged(self.at.steps, divergence.by_weight(name, self._names(0)))
+            raise self._diverged(found.step, outcome.by_term(found, names))
 
     def _names(self, back: int) -> str:
         """The pictures of the step that lies `back` steps before the last one of this epoch."""
@@ -488,4 +446,4 @@ class Run:
     def _diverged(self, step: int, why: tuple[str, str]) -> TrainingError:
         phase, epoch = self.schedule[self.at.epoch]
         place = {"key": self.key, "phase": phase, "epoch": epoch}
-        return divergence.diverged(self.folder, step, why, {**place, **self.clock.summary()})
+        return outcome.diverged(self.folder, step, why, {**place, **self.clock.summary()})

@@ -1,6 +1,4 @@
-"""What a run computes in: torch's settings, random state, and a record of everything that its last
-bits depend on.
-"""
+"""torch's settings, random state, and a record of everything that a run's last bits depend on."""
 
 from __future__ import annotations
 
@@ -52,13 +50,13 @@ def check_device(config: Config) -> None:
 
 @contextlib.contextmanager
 def computing(config: Config) -> Iterator[None]:
-    """Threads, denormals and determinism as the config says; torch's own settings come back
-    afterwards.
-    """
+    """Threads, denormals and determinism as the config says; torch's own come back afterwards."""
     flushing = sys.float_info.min / 2 == 0  # torch does not say
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
-    filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    # whose filling of new tensors with NaN is a sweep over each that nothing needs
+    mode: Any = torch.utils.deterministic
+    filling = mode.fill_uninitialized_memory
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # worker threads inherit the flag from the thread that starts them, so it is set first
     torch.set_flush_denormal(True)
@@ -67,20 +65,13 @@ def computing(config: Config) -> Iterator[None]:
     try:
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
-        _fill_uninitialized(False)
+        mode.fill_uninitialized_memory = False
         yield
     finally:
         torch.set_flush_denormal(flushing)
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic)
-        _fill_uninitialized(filling)
-
-
-def _fill_uninitialized(fill: bool) -> None:
-    """Whether deterministic mode fills new tensors with NaN: a sweep over each that nothing
-    needs.
-    """
-    torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+        mode.fill_uninitialized_memory = filling
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

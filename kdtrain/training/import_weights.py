@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
@@ -19,7 +17,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from kdtrain.config import ConfigError, settings
 from kdtrain.config.networks import EMBEDDING
 from kdtrain.models.network import count_parameters, multiply_adds, network_from_state
-from kdtrain.models.published.layouts import published, split_state
+from kdtrain.models.published.layouts import inner, published, split_state
 from kdtrain.training import checkpoint
 from kdtrain.training.run_directory import clear, has_files
 
@@ -27,7 +25,7 @@ COLORS = {"arcface_torch": "rgb", "adaface": "bgr"}
 SCALE = 64.0  # of the cosines, in the recipes of all three projects
 # rank of a shard in the names that the projects write
 RANK = re.compile(r"(checkpoint_gpu_|softmax_fc_gpu_|rank_|_rank)(\d+)")
-# what the shards' entries are called; None: the file is the weight itself
+# what the shards' entries are called
 HEAD_NAMES = ("weight", "partial_fc.weight", "classifier.weight", "kernel")
 # running statistics of AdaFace's margin, beside the weight
 HEAD_STATISTICS = ("t", "batch_mean", "batch_std")
@@ -38,20 +36,11 @@ class PublishedError(ValueError):
 
 
 class _Inert:
-    """Stands for an object that a checkpoint holds beside tensors and plain values, and does
-    nothing.
-    """
+    """Stands for an object that a checkpoint holds beside tensors and plain values."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
     def __setstate__(self, _: Any) -> None: ...
-
-
-class Head(NamedTuple):
-    """A classifier's weight (C, K), and the files it came from."""
-
-    weight: Tensor
-    files: list[Path]
 
 
 def write_run(
@@ -84,16 +73,14 @@ def write_run(
         raise PublishedError(f"{weights}, read as --layout {layout}: {error}") from None
     lines = [f"{weights}: {found.name}, {found.embedding} values, {16 * found.side} pixels a side"]
     lines += found.notes
-    classifier = Head(torch.zeros(0, found.embedding), [])
     if head is not None or own_head:
-        classifier = read_head(head, own_head, weights, found.embedding, classes)
-    if classifier.files:
-        people = len(classifier.weight)
-        lines.append(f"head: {people:,} people, of {', '.join(map(str, classifier.files))}")
+        classifier, files = read_head(head, own_head, weights, found.embedding, classes)
+        lines.append(f"head: {len(classifier):,} people, of {', '.join(map(str, files))}")
         dropped = sorted(set(own_head) & set(HEAD_STATISTICS)) if head is None else []
         if dropped:
             lines.append(f"left out, as only its own training reads them: {', '.join(dropped)}")
     else:
+        classifier, files = torch.zeros(0, found.embedding), []
         lines.append("no head: features and relations can be targets, soft targets cannot")
     order = color or COLORS.get(layout) or _color_beside(weights)
     lines.append(f"colours: {order}")
@@ -113,7 +100,7 @@ def write_run(
             "data.store_size": 16 * found.side,
         }
     )
-    state = {**found.weights, "classifier.weight": classifier.weight}
+    state = {**found.weights, "classifier.weight": classifier}
     made = network_from_state(
         config.model, state, head=config.head, input_size=config.data.input_size
     )
@@ -137,7 +124,7 @@ def write_run(
             "imported": {
                 "layout": layout,
                 "weights": weights.name,
-                "head": [file.name for file in classifier.files],
+                "head": [file.name for file in files],
             },
             "key": hashlib.sha256(stored + text.encode()).hexdigest()[:16],
         }
@@ -176,10 +163,7 @@ def read_file(path: Path) -> Any:
             held = torch.load(path, map_location="cpu", weights_only=True)
     except PublishedError:
         raise
-    except (
-        *(SafetensorError, RuntimeError, EOFError, OSError, pickle.UnpicklingError),
-        *(LookupError, ValueError, TypeError, AttributeError),  # the unpickler's, on any rubbish
-    ) as error:
+    except checkpoint.UNREADABLE as error:
         # torch's reason stands before its last line, which points to its documentation
         said = [line for line in str(error).splitlines() if line and "documentation" not in line]
         message = said[-1] if said else type(error).__name__
@@ -198,8 +182,9 @@ def read_head(
     weights: Path,
     width: int,
     classes: int | None,
-) -> Head:
-    """The classifier of a file, or of all shards of which it is one, in the order of their ranks.
+) -> tuple[Tensor, list[Path]]:
+    """The classifier (people, width) of a file, or of all shards of which it is one, in the order
+    of their ranks; and the files that it came from.
 
     own: the head in the file of weights itself, taken where path is None. width: features that it
     must read. classes: people, where the last shard ends in rows that stand for nobody (CVLface
@@ -235,7 +220,7 @@ def read_head(
             f"{files[0]}: the classifier holds NaN or infinity, first in its row "
             f"{int(finite.int().argmin())} of {len(weight)} (rows over all files, from 0)"
         )
-    return Head(weight, files)
+    return weight, files
 
 
 def shards(path: Path) -> list[Path]:
@@ -262,24 +247,19 @@ def _head_weight(file: object, path: Path) -> Tensor:
     """The weight (C, K) in a file of a head."""
     if isinstance(file, Tensor):
         return file
-    for key in ("state_dict_softmax_fc", "state_dict"):
-        if isinstance(file, Mapping) and isinstance(file.get(key), Mapping):
-            file = file[key]
-    if isinstance(file, Mapping):
-        for name in HEAD_NAMES:
-            for key in (name, f"head.{name}"):
-                if isinstance(file.get(key), Tensor):
-                    # AdaFace's kernel has a column for each person
-                    return file[key].T if name == "kernel" else file[key]
+    state = inner(file, "state_dict_softmax_fc", "state_dict")
+    for name in HEAD_NAMES if isinstance(state, Mapping) else ():
+        for key in (name, f"head.{name}"):
+            if isinstance(state.get(key), Tensor):
+                # AdaFace's kernel has a column for each person
+                return state[key].T if name == "kernel" else state[key]
     raise PublishedError(f"{path}: no classifier in it (one of {', '.join(HEAD_NAMES)})")
 
 
 def _color_beside(weights: Path) -> str:
     """The colour order that CVLface writes beside its weights: color_space in model.yaml."""
     files = [weights.with_suffix(".yaml"), weights.with_name("config.json")]
-    for file in files:
-        if not file.is_file():
-            continue
+    for file in filter(Path.is_file, files):
         tree = settings.read_yaml(file)
         inside = tree.get("conf", tree)
         space = inside.get("color_space") if isinstance(inside, Mapping) else None

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from kdtrain.config import SETTINGS, AugmentConfig, Config, run_folder
+from kdtrain.config import SETTINGS, Config, run_folder
 from kdtrain.config.settings import to_flat
 from kdtrain.data import fixed_views
 from kdtrain.training.checkpoint import WEIGHTS, CheckpointError, read_json, run_weights
@@ -27,7 +27,7 @@ def run_key(config: Config, inputs: Mapping[str, str], data: str) -> str:
 
     inputs: key of each run that the config names, by the name of the input (config.RUN_SETTINGS).
     """
-    settings = _counted(to_flat(config))
+    settings = _counted(config)
     record = {"settings": settings, "inputs": dict(inputs), "data": data, "sources": source_hash()}
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -58,51 +58,42 @@ def input_key(folder: Path) -> str:
     return results["key"]
 
 
-def differences(ours: Config, theirs: Mapping[str, Any]) -> list[str]:
-    """'optim.batch_size: 64 here, 32 there' for every setting of the key in which a config differs
-    from dotted keys.
-    """
-    lines, there = [], _counted(theirs)
-    for key, value in _counted(to_flat(ours)).items():
-        if there.get(key) != value:
-            lines.append(f"{key}: {value} here, {there.get(key)} there")
-    return lines
+def differences(ours: Config, theirs: Config) -> list[str]:
+    """'optim.batch_size: 64 here, 32 there' for every setting of the key that differs."""
+    there = _counted(theirs)
+    return [
+        f"{key}: {value} here, {there[key]} there"
+        for key, value in _counted(ours).items()
+        if there[key] != value
+    ]
 
 
-def _counted(flat: Mapping[str, Any]) -> dict[str, Any]:
+def _counted(config: Config) -> dict[str, Any]:
     """The settings that count. Answers kept in float32 are the teacher's own, bit for bit, so they
     count as none kept (of features: those of whole batches, with a classifier that is not compiled
     by itself); so does any cache of a run without a teacher. Sizes that are left to another
     setting count as it does, and the teacher's not at all without one; equal weights count as none.
     """
     uncounted = [setting.key for setting in SETTINGS if not setting.counted]
-    counted = {key: value for key, value in flat.items() if key not in uncounted}
-    cache = "none" if flat.get("teacher.run") is None else flat.get("teacher.cache", "none")
-    what = flat.get("teacher.cache_what", "outputs")
-    exact = what == "outputs" or not (flat.get("train.compile") or _has_fixed_views(flat))
-    if cache == "none" or (cache == "float32" and exact):
+    counted = {key: value for key, value in to_flat(config).items() if key not in uncounted}
+    data, teacher = config.data, config.teacher
+    cache, what = teacher.cache, teacher.cache_what
+    views = fixed_views(config.augment, data.store_size, data.crop_side)
+    exact = what == "outputs" or not (config.train.compile or views is not None)
+    if teacher.run is None or cache == "none" or (cache == "float32" and exact):
         cache, what = "none", "outputs"
     counted |= {"teacher.cache": cache, "teacher.cache_what": what}
-    side = flat.get("data.input_size")
-    counted["data.crop_size"] = flat.get("data.crop_size") or side
-    theirs = None if flat.get("teacher.run") is None else flat.get("teacher.input_size")
-    counted["teacher.input_size"] = theirs or side
-    weights = flat.get("teacher.weights")
-    counted["teacher.weights"] = None if weights is None or len(set(weights)) == 1 else weights
+    counted["data.crop_size"] = data.crop_side
+    side = data.input_size if teacher.run is None else config.teacher_side
+    counted["teacher.input_size"] = side
+    if teacher.weights is not None and len(set(teacher.weights)) == 1:
+        counted["teacher.weights"] = None
     return counted
-
-
-def _has_fixed_views(flat: Mapping[str, Any]) -> bool:
-    section = {k.partition(".")[2]: v for k, v in flat.items() if k.startswith("augment.")}
-    crop = flat["data.crop_size"] or flat["data.input_size"]
-    return fixed_views(AugmentConfig(**section), flat["data.store_size"], crop) is not None
 
 
 @cache
 def source_hash() -> str:
-    """Hash of the sources of HASHED_ROOMS and of kdkernels, its compiled module included, and of
-    torch's version.
-    """
+    """Hash of the sources of HASHED_ROOMS and kdkernels, compiled ones too, and torch's version."""
     import torch
 
     digest = hashlib.sha256(torch.__version__.encode())

@@ -92,17 +92,12 @@ class Average:
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, the network has the averaged parameters; its own come back bit by bit."""
-        parameters = dict(self._network.named_parameters())
-        own = {name: p.detach().clone() for name, p in parameters.items()}
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(self._values[name])
+        own = {n: p.detach().clone() for n, p in self._network.named_parameters()}
+        self._network.load_state_dict(self._values, strict=False)
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, parameter in parameters.items():
-                    parameter.copy_(own[name])
+            self._network.load_state_dict(own, strict=False)
 
 
 class Optimisation:
@@ -181,11 +176,9 @@ class Optimisation:
 
     def momenta(self) -> dict[str, Tensor]:
         """Every momentum by a name for messages."""
-        found = {}
-        for place, values in self._optimizer.state_dict()["state"].items():
-            if values.get("momentum_buffer") is not None:
-                found[f"momentum of parameter {place}"] = values["momentum_buffer"]
-        return found
+        states = self._optimizer.state_dict()["state"].items()
+        found = {f"momentum of parameter {i}": s.get("momentum_buffer") for i, s in states}
+        return {name: values for name, values in found.items() if values is not None}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs beside `weights`."""

@@ -15,7 +15,7 @@ from typing import Any
 from kdtrain.config import Config, ConfigError, settings
 from kdtrain.training import checkpoint
 from kdtrain.training.environment import check_device
-from kdtrain.training.journal.board import check_board
+from kdtrain.training.journal.journal import check_board
 from kdtrain.training.keys import differences
 from kdtrain.training.preparation import TrainingError, check_inputs
 
@@ -67,11 +67,8 @@ def _check_owner(folder: Path, resume: bool, overwrite: bool) -> None:
 
 
 def _found(config: Config, folder: Path, resume: bool) -> dict[str, Any] | None:
-    """The results of the run in a directory; None where it is unfinished and `resume` continues
-    it.
-    """
-    theirs = settings.to_flat(settings.build(settings.read_recipe(folder / CONFIG)))
-    lines = differences(config, theirs)
+    """The results of the run in a directory; None where it is unfinished and to be resumed."""
+    lines = differences(config, settings.build(settings.read_recipe(folder / CONFIG)))
     if lines:
         raise ConfigError(
             f"{folder}: holds a run of another config ({'; '.join(lines[:3])}"
@@ -94,9 +91,7 @@ def _found(config: Config, folder: Path, resume: bool) -> dict[str, Any] | None:
 
 
 def clear(folder: Path) -> None:
-    """Remove what a run wrote, and nothing else: first what says that it ended, last what says
-    that it is a run.
-    """
+    """Remove only what a run wrote: first what says that it ended, last that it is a run."""
     ends = ("results.json", "diverged.json")
     names = [name for name in checkpoint.RUN_FILES if name not in (*ends, CONFIG)]
     for path in [folder / name for name in (*ends, *names, CONFIG)]:

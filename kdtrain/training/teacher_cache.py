@@ -31,6 +31,7 @@ import shutil
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,9 @@ from kdtrain.training.checkpoint import amount
 from kdtrain.training.environment import environment
 from kdtrain.training.keys import source_hash
 
-PARTS = ("logits", "hidden")
 FORMAT = 2
 HEADER_BYTES = 4096
-ENTRY = struct.Struct(
-    "<II"
-)  # code of the answer's own dtype, CRC-32 of the block, begun with the code
+ENTRY = struct.Struct("<II")  # code of the answer's dtype, CRC-32 of the block begun with the code
 DTYPES = {1: torch.float32, 2: torch.bfloat16, 3: torch.float16}
 STORED = {"float32": torch.float32, "float16": torch.float16}
 
@@ -61,9 +59,7 @@ class CacheError(RuntimeError):
 
 @contextlib.contextmanager
 def using(path: Path, size: int = 0) -> Iterator[None]:
-    """Inside, a file of the cache is read, or `size` bytes are written to it. Raises CacheError
-    where the system refuses.
-    """
+    """Around reading a file of the cache, or writing `size` bytes to it. Raises CacheError."""
     try:
         yield
     except OSError as error:
@@ -74,10 +70,7 @@ def using(path: Path, size: int = 0) -> Iterator[None]:
 
 
 def identity(config: Config, data: RunData, teacher: nn.Module) -> dict[str, Any]:
-    """What the answer to a batch depends on, beside phase, epoch and the pictures in it: the
-    teacher's weights, the pictures, their crops, and how, on what and by which versions it is
-    computed.
-    """
+    """What the answer to a batch depends on, beside phase, epoch and the pictures in it."""
     # what is computed with the weights, the order of colours too
     digest = hashlib.sha256(repr(teacher).encode())
     for name, tensor in teacher.state_dict().items():
@@ -102,45 +95,65 @@ def identity(config: Config, data: RunData, teacher: nn.Module) -> dict[str, Any
     }
 
 
-class TeacherCache:
-    """The answers of one teacher to the batches of one run, an epoch at a time."""
+class OwnedFiles:
+    """The files of one owner in the cache."""
 
     def __init__(
         self,
         folder: Path,
         owner: Mapping[str, Any],
-        widths: Mapping[str, int],
         dtype: str,
         device: torch.device | str,
         say: Callable[[str], None],
     ) -> None:
-        """folder: holds the folders of all teachers. owner: what `identity` gives. widths: which
-        outputs are kept ("logits", "hidden"), and their values a picture. dtype: float32, or
-        float16. device: where answers are wanted. say: takes lines for people.
+        """folder: holds the folders of all teachers. owner: what `identity` gives. dtype: float32,
+        or float16. device: where answers are wanted. say: takes lines for people.
         """
-        assert set(widths) <= set(PARTS)
-        self.owner, self.widths, self.dtype = dict(owner), dict(widths), dtype
-        name = hashlib.sha256(json.dumps(self.owner, sort_keys=True).encode()).hexdigest()[:16]
+        self.owner, self.dtype, self.device, self.say = owner, dtype, torch.device(device), say
+        name = hashlib.sha256(json.dumps(owner, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = folder / name
-        self.device, self.say = torch.device(device), say
+
+    def check_room(self, values: Mapping[str, int]) -> None:
+        """Say once how much room the files of these patterns take, by the values of each; those
+        that another student kept already take none. Raises CacheError where the disk has it not.
+        """
+        total = missing = 0
+        for pattern, count in values.items():
+            size = count * STORED[self.dtype].itemsize
+            total += size
+            missing += 0 if any(self.folder.glob(f"{pattern}.{self.dtype}")) else size
+        with using(self.folder, missing):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.sweep(self.folder.parent, "*/.*.tmp")
+            free = shutil.disk_usage(self.folder).free
+        if missing > free:
+            raise CacheError(
+                f"teacher.cache {self.dtype}: {amount(missing)} more are needed in {self.folder} "
+                f"and {amount(free)} are free; set teacher.cache none, or teacher.cache_dir to a "
+                "folder on a larger disk"
+            )
+        there = f", {amount(total - missing)} of it there already" if missing < total else ""
+        self.say(f"teacher's answers: {amount(total)} in {self.folder}{there}")
+
+
+class TeacherCache:
+    """The answers of one teacher to the batches of one run, an epoch at a time."""
+
+    def __init__(self, files: OwnedFiles, widths: Mapping[str, int]) -> None:
+        """widths: which outputs are kept ("logits", "hidden"), and their values a picture."""
+        self.files, self.widths = files, widths
         self.read = self.computed = 0
-        self._files: dict[str, KeptFile] = {}
+        self._open: dict[str, KeptFile] = {}
 
     def reserve(self, pictures: int, phases: Sequence[int]) -> None:
         """Say once how much room a whole run takes. Raises CacheError where the disk has it not.
 
-        pictures: rows of an epoch; phases: epochs of each. Epochs that another student kept
-        already take none.
+        pictures: rows of an epoch; phases: epochs of each.
         """
-        bytes_each = {p: pictures * w * STORED[self.dtype].itemsize for p, w in self.widths.items()}
-        total = missing = 0
-        for part, bytes_ in bytes_each.items():
-            for phase, epochs in enumerate(phases):
-                for epoch in range(epochs):
-                    name = f"{_place(phase, epoch)}_*.{part}.{self.dtype}"
-                    total += bytes_
-                    missing += 0 if any(self.folder.glob(name)) else bytes_
-        self.say(room(self.folder, self.dtype, total, missing))
+        places = [_place(phase, e) for phase, epochs in enumerate(phases) for e in range(epochs)]
+        self.files.check_room(
+            {f"{p}_*.{part}": pictures * w for part, w in self.widths.items() for p in places}
+        )
 
     def open(self, phase: int, epoch: int, batches: Sequence[Tensor]) -> None:
         """Turn to an epoch. batches: its index lists, (B,) int64 each."""
@@ -150,13 +163,10 @@ class TeacherCache:
             digest.update(struct.pack("<q", len(batch)) + batch.numpy().tobytes())
         order = digest.hexdigest()
         sizes = [len(batch) for batch in batches]
-        belongs = {"format": FORMAT, "phase": phase, "epoch": epoch, "order": order}
         for part, width in self.widths.items():
-            stem = f"{_place(phase, epoch)}_{order[:8]}"
-            path = self.folder / f"{stem}.{part}.{self.dtype}"
-            shape = {"part": part, "width": width, "dtype": self.dtype}
-            header = json.dumps({**belongs, **shape, **self.owner}).encode().ljust(HEADER_BYTES)
-            self._files[part] = KeptFile(path, header, sizes, width, self.dtype, self.say)
+            name = f"{_place(phase, epoch)}_{order[:8]}.{part}"
+            belongs = {"phase": phase, "epoch": epoch, "order": order, "part": part}
+            self._open[part] = KeptFile(self.files, name, belongs, sizes, width)
 
     def guide(
         self, batch: int, ask: Callable[[], Guide | None], flipped: Tensor | None = None
@@ -167,16 +177,16 @@ class TeacherCache:
 
         In float16 a fresh answer is rounded too, so that it does not matter who asked first.
         """
-        kept = {part: file.get(batch) for part, file in self._files.items()}
-        if all(value is not None for value in kept.values()):
+        kept = {part: file.get(batch) for part, file in self._open.items()}
+        found = {part: v.to(self.files.device) for part, v in kept.items() if v is not None}
+        if len(found) == len(kept):
             self.read += 1
-            found = {part: v.to(self.device) for part, v in kept.items() if v is not None}
-            return Guide(found.get("logits"), found.get("hidden"))
-        self.computed += 1
-        fresh = ask()
-        assert fresh is not None
-        values = {p: file.put(batch, getattr(fresh, p)) for p, file in self._files.items()}
-        return Guide(values.get("logits"), values.get("hidden"))
+        else:
+            self.computed += 1
+            fresh = ask()
+            assert fresh is not None
+            found = {part: f.put(batch, getattr(fresh, part)) for part, f in self._open.items()}
+        return Guide(found.get("logits"), found.get("hidden"))
 
     def summary(self) -> str:
         """How often the teacher was asked."""
@@ -184,9 +194,9 @@ class TeacherCache:
 
     def close(self) -> None:
         """Let go of the epoch's files."""
-        for file in self._files.values():
+        for file in self._open.values():
             file.close()
-        self._files = {}
+        self._open = {}
 
 
 class KeptFile:
@@ -194,30 +204,27 @@ class KeptFile:
 
     def __init__(
         self,
-        path: Path,
-        header: bytes,
+        files: OwnedFiles,
+        name: str,
+        belongs: Mapping[str, Any],
         sizes: Sequence[int],
         width: int,
-        dtype: str,
-        say: Callable[[str], None],
     ) -> None:
-        assert len(header) == HEADER_BYTES, "a longer header needs more room"
-        self.path, self.width, self.dtype, self.say = path, width, STORED[dtype], say
-        self.sizes = sizes
-        row = width * self.dtype.itemsize
-        place = HEADER_BYTES + ENTRY.size * len(sizes)
-        self.places = []
-        for size in sizes:
-            self.places.append(place)
-            place += size * row
-        with using(path, place):
-            self.fd = self._open(header, place)
+        """belongs: what the header says beside the owner. sizes: rows of each batch or group."""
+        self.path, self.say = files.folder / f"{name}.{files.dtype}", files.say
+        self.sizes, self.width, self.dtype = sizes, width, STORED[files.dtype]
+        shape = {"width": width, "dtype": files.dtype}
+        header = json.dumps({"format": FORMAT, **belongs, **shape, **files.owner}).encode()
+        assert len(header) <= HEADER_BYTES, "a longer header needs more room"
+        blocks = [size * width * self.dtype.itemsize for size in sizes]
+        begin = HEADER_BYTES + ENTRY.size * len(sizes)
+        *self.places, end = accumulate(blocks, initial=begin)
+        with using(self.path, end):
+            self.fd = self._open(header.ljust(HEADER_BYTES), end)
         self.complained = False
 
     def get(self, batch: int) -> Tensor | None:
-        """The kept answer (B, width) in the dtype that the teacher gave it; None where there is
-        none.
-        """
+        """The kept answer (B, width) in the dtype that the teacher gave it, or None."""
         table = bytearray(ENTRY.size)
         with using(self.path):
             _read(self.fd, memoryview(table), HEADER_BYTES + ENTRY.size * batch)
@@ -230,14 +237,15 @@ class KeptFile:
         with using(self.path):
             whole = _read(self.fd, content, self.places[batch])
         if code not in DTYPES or not whole or zlib.crc32(content, code) != checksum:
-            self._complain(f"the answer to batch {batch} is damaged and is computed again")
+            if not self.complained:
+                text = f"the answer to batch {batch} is damaged and is computed again"
+                self.say(f"teacher's answers: {self.path}: {text}")
+            self.complained = True
             return None
         return value.to(DTYPES[code])
 
     def put(self, batch: int, answer: Tensor) -> Tensor:
-        """Keep an answer (B, width); returns it as `get` will. Raises CacheError where float16
-        cannot hold it.
-        """
+        """Keep an answer (B, width); returns it as `get` will. Raises CacheError."""
         codes = [code for code, dtype in DTYPES.items() if dtype == answer.dtype]
         expected = (self.sizes[batch], self.width)
         if not codes or answer.shape != expected:
@@ -263,12 +271,15 @@ class KeptFile:
         os.close(self.fd)
 
     def _open(self, header: bytes, size: int) -> int:
-        """The file of this header and size, made where there is none and replaced where another is
-        in its place.
-        """
+        """The file of this header and size; another in its place is replaced."""
         for replace in (False, True):
             if replace or not self.path.exists():
-                self._make(header, size)
+                # of two makers at once the later wins; the other keeps its answers for itself
+                with checkpoint.replacing(self.path, sync=False) as file:
+                    if hasattr(os, "posix_fallocate"):
+                        os.posix_fallocate(file.fileno(), 0, size)
+                    file.truncate(size)
+                    file.write(header)
             fd = os.open(self.path, os.O_RDWR)
             found = bytearray(HEADER_BYTES)
             _read(fd, memoryview(found), 0)
@@ -277,39 +288,6 @@ class KeptFile:
             os.close(fd)
             self.say(f"teacher's answers: {self.path} is not what belongs there and is made anew")
         raise OSError(f"{self.path.name} changes while it is opened")
-
-    def _make(self, header: bytes, size: int) -> None:
-        """An empty file with its room reserved, put in place whole. Of two makers at the same
-        moment the later wins; the other then keeps its answers for itself.
-        """
-        with checkpoint.replacing(self.path, sync=False) as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
-            file.truncate(size)
-            file.write(header)
-
-    def _complain(self, text: str) -> None:
-        if not self.complained:
-            self.say(f"teacher's answers: {self.path}: {text}")
-            self.complained = True
-
-
-def room(folder: Path, dtype: str, total: int, missing: int) -> str:
-    """What people are told of the room that answers take, all and missing ones in bytes; makes the
-    folder. Raises CacheError where the disk has less than is missing, or the folder cannot be used.
-    """
-    with using(folder, missing):
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.sweep(folder.parent, "*/.*.tmp")
-        free = shutil.disk_usage(folder).free
-    if missing > free:
-        raise CacheError(
-            f"teacher.cache {dtype}: {amount(missing)} more are needed in {folder} "
-            f"and {amount(free)} are free; set teacher.cache none, or teacher.cache_dir to a "
-            "folder on a larger disk"
-        )
-    there = f", {amount(total - missing)} of it there already" if missing < total else ""
-    return f"teacher's answers: {amount(total)} in {folder}{there}"
 
 
 def _place(phase: int, epoch: int) -> str:

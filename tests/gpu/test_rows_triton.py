@@ -1,6 +1,7 @@
 """What the Triton kernels of all ops share: the GPUs they refuse, and backward's hand-over; the
 latter in the interpreter, or on a GPU if there is one."""
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -89,7 +90,9 @@ def test_every_op_asks_before_its_first_launch(op, monkeypatch):
 
     monkeypatch.setattr(triton_common, "on", refuse)
     monkeypatch.setattr(triton_common, "launch", launch)
-    monkeypatch.setattr("kdkernels.backends.AVAILABLE", {(op, "cpu"): ("triton", "eager")})
+    monkeypatch.setattr(
+        sys.modules["kdkernels.backends"], "AVAILABLE", {(op, "cpu"): ("triton", "eager")}
+    )
     x, labels = torch.randn(4, 6), torch.tensor([0, 0, 1, 1])
     arguments = {
         "kd_cross_entropy": (x, x, labels),

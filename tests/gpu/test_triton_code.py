@@ -66,9 +66,10 @@ def test_every_case_is_compiled_for_sm_90_and_every_kernel_for_every_target(op):
 @each_op
 def test_the_other_targets_have_every_kernel_in_every_dtype(op):
     found = found_for(op)
+    counted = {dtype_of(f.variant) for f in found if f.target == COUNTED}
     for target in TARGETS:
-        here = {dtype_of(f.variant) for f in found if f.target == target}
-        assert here == {dtype_of(f.variant) for f in found if f.target == COUNTED}, target
+        # a launcher may choose a kernel for one architecture that it does not choose for COUNTED
+        assert counted <= {dtype_of(f.variant) for f in found if f.target == target}, target
 
 
 def launched_by(module: ModuleType) -> set[tuple[str, str]]:

@@ -126,7 +126,7 @@ def tables(out: Path) -> None:
     files.write_all([one for one in made if one.name in DRAWN], out)
     for one in made:
         if one.name not in DRAWN:
-            files.write(one, out, png=b"")
+            files.write(one, out, b"")
     console, text = _console(120)
     for one in made:
         table_text.show(one, console)
@@ -155,7 +155,7 @@ def comparison(out: Path) -> None:
     setting += collect.about(results.values(), 2)
     made = comparison_collect.table(found, setting, compare.NAME)
     drawn = picture.picture(found, made)
-    files.write(made, out, png=drawn, subject="Methods", width=compare.WIDTH)
+    files.write(made, out, drawn, subject="Methods", width=compare.WIDTH)
     console, text = _console(120)
     console.print(compare._lengths_grid(request, lengths[False], False))
     _write(out / "lengths.txt", text())

@@ -1,6 +1,7 @@
 """Importing kdkernels: light, fork-safe, whole without the extension, loud with a broken one."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -64,6 +65,15 @@ def test_the_table_names_every_op_and_why_a_backend_is_missing():
         assert native_missing() in text
     else:
         assert kdkernels.isa() in text
+
+
+def test_a_closed_pipe_ends_the_table_without_a_traceback():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "kdkernels"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 @pytest.mark.parametrize("level", kdkernels.isa_levels())

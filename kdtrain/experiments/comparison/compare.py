@@ -128,7 +128,7 @@ def write(
     found = table(comparison, setting, NAME)
     console.print(plain(found, WIDTH), markup=False)
     drawn = picture(comparison, found)
-    written = files.write(found, root / "tables", png=drawn, subject="Methods", width=WIDTH)
+    written = files.write(found, root / "tables", drawn, subject="Methods", width=WIDTH)
     console.print(f"table: {written['html']}, and as text, Markdown, CSV and PNG beside it")
 
 

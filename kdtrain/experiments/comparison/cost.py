@@ -25,7 +25,7 @@ from kdtrain.experiments.timing import batch_pictures, now
 from kdtrain.models.network import FaceNetwork, count_parameters, multiply_adds
 from kdtrain.training import checkpoint
 from kdtrain.training.environment import environment
-from kdtrain.training.preparation import load_network
+from kdtrain.training.input_runs import load_network
 
 BATCHES = (1, 64)
 ROUNDS = 15

@@ -1,1 +1,30 @@
 """Backbones by name, with the stages and features that targets compare."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kdtrain.config import ModelConfig
+from kdtrain.config.networks import FACE_NETWORKS, MOBILE, TIMM
+from kdtrain.models.backbones.base import Backbone
+from kdtrain.models.backbones.iresnet import IResNet
+from kdtrain.models.backbones.mobilefacenet import MobileFaceNet
+from kdtrain.models.backbones.resnet import ResNet
+from kdtrain.models.backbones.timm_network import TimmNetwork
+
+
+def build_backbone(model: ModelConfig, input_size: int) -> Backbone:
+    """The network of `model` with weights drawn from torch's random state.
+
+    input_size: side of its pictures; resnet takes any others too. Raises ValueError for a network
+    that cannot be built.
+    """
+    width = model.embedding_width
+    common: dict[str, Any] = {"embedding": width, "color": model.color}
+    if model.name.startswith(TIMM):
+        name = model.name.removeprefix(TIMM)
+        return TimmNetwork(name, input_size=input_size, **common)
+    if model.name in FACE_NETWORKS:
+        network = MobileFaceNet if model.name in MOBILE else IResNet
+        return network(model.name, model.divide, input_size=input_size, **common)
+    return ResNet(model.depth, model.width // model.divide, model.stem, **common)

@@ -9,13 +9,18 @@ import torch
 from torch import Tensor, nn
 
 
+def wide(values: Tensor) -> Tensor:
+    """Values in float32 at least."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def attention_map(maps: Tensor) -> Tensor:
     """Where a network looks: the squared activations of maps (N, C, h, w), summed over channels.
 
     Q of attention transfer (Zagoruyko and Komodakis 2017, arXiv 1612.03928, section 3.1); (N, h, w)
     in float32 at least.
     """
-    return maps.to(torch.promote_types(maps.dtype, torch.float32)).square().sum(1)
+    return wide(maps).square().sum(1)
 
 
 class Backbone(nn.Module, ABC):
@@ -102,7 +107,7 @@ class SizedBackbone(StagedBackbone):
         super().__init__(color)
         if input_size < 1:
             raise ValueError(f"FaceNetwork: input_size must be at least 1, got {input_size}")
-        self.side = map_side(input_size)
+        self.side = -(-input_size // 16)  # after four layers of stride 2
 
     def extra_repr(self) -> str:
         """Colour order and input."""
@@ -124,11 +129,6 @@ class SizedBackbone(StagedBackbone):
                 "size that it was trained on, or train one for this size"
             )
         return maps
-
-
-def map_side(input_size: int) -> int:
-    """Side of the last maps after four layers of stride 2: ceil(input_size / 16)."""
-    return -(-input_size // 16)
 
 
 def chain(**layers: nn.Module | None) -> nn.Sequential:

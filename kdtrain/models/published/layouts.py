@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,16 +18,18 @@ from torch import Tensor
 
 from kdtrain.config import ModelConfig
 from kdtrain.config.networks import IRESNETS, IRS, MOBILE
-from kdtrain.models.backbones.build import build_backbone
+from kdtrain.models.backbones import build_backbone
 from kdtrain.models.backbones.iresnet import BLOCKS
 from kdtrain.models.backbones.mobilefacenet import SHAPES
 
 PREFIXES = {
-    "arcface_torch": ("module.", ""),
-    "adaface": ("model.", ""),
-    "cvlface": ("model.net.", "net.", ""),
+    "arcface_torch": dict.fromkeys(("module.", ""), (IRESNETS, MOBILE)),
+    "adaface": dict.fromkeys(("model.", ""), (IRS,)),
+    # its copy of arcface_torch's networks: without a prefix they are that project's own, in its
+    # colours
+    "cvlface": {**dict.fromkeys(("model.net.", "net."), (IRS, IRESNETS, MOBILE)), "": (IRS,)},
 }
-"""What the names of each layout's network begin with."""
+"""What the names of each layout's networks begin with, and the networks under each beginning."""
 HEAD = "head."
 NETWORKS = {
     "arcface_torch": "iresnet* and the MobileFaceNets",
@@ -43,7 +46,6 @@ FIRST = {
 LAST_CHANNELS = 512  # of the last maps of every network here
 COUNTER = "num_batches_tracked"
 
-Rename = Callable[[str], str | None]
 _UNIT = {"0": "conv", "1": "norm", "2": "slope"}
 _PARTS = {"0": "expand", "1": "depthwise", "2": "project"}
 
@@ -62,16 +64,21 @@ class Published(NamedTuple):
     """What people should know of the file."""
 
 
+def inner(file: object, *keys: str) -> object:
+    """What a loaded file holds below those of `keys`, one in the other, that it has."""
+    for key in keys:
+        if isinstance(file, Mapping) and isinstance(file.get(key), Mapping):
+            file = file[key]
+    return file
+
+
 def split_state(file: object, layout: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Weights of the network and of the head in a loaded file, each without its prefix.
 
     Raises ValueError where there is no state dict, something in it is neither, or the network is of
     another layout.
     """
-    state = file
-    for key in ("state_dict", "state_dict_backbone"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
+    state = inner(file, "state_dict", "state_dict_backbone")
     if not isinstance(state, Mapping) or not state:
         raise ValueError(f"it holds no state dict, but {type(state).__name__}")
     # every layout's last prefix is empty, as a network may be saved alone
@@ -100,19 +107,10 @@ def _layouts(state: Mapping[str, Tensor]) -> list[str]:
     return [
         layout
         for layout, prefixes in PREFIXES.items()
-        for prefix in prefixes
+        for prefix, families in prefixes.items()
         for first, names in FIRST.items()
-        if f"{prefix}{first}" in state and _has(layout, prefix, names)
+        if f"{prefix}{first}" in state and names in families
     ]
-
-
-def _has(layout: str, prefix: str, names: tuple[str, ...]) -> bool:
-    """Whether a layout has these networks under this prefix. CVLface's copy of arcface_torch's
-    networks is known by its prefix: without one they are arcface_torch's own, in its colours.
-    """
-    if layout == "cvlface":
-        return names is IRS or prefix != ""
-    return (names is IRS) == (layout == "adaface")
 
 
 def published(weights: Mapping[str, Tensor], name: str | None) -> Published:
@@ -121,14 +119,13 @@ def published(weights: Mapping[str, Tensor], name: str | None) -> Published:
     weights: as split_state gives them. name: the network they should be; None takes the one they
     fit. Raises ValueError where a name or shape has no counterpart, on either side.
     """
-    known = _candidates(weights)
-    found = {candidate: _renamed(weights, candidate) for candidate in known}
     unfit = {}
-    for candidate, (renamed, unknown) in found.items():
+    for candidate in _candidates(weights):
+        renamed, unfit[candidate] = _renamed(weights, candidate)
         width, side = _sizes(renamed, candidate)
-        if unknown or not width or not side:
-            lines = [*unknown, *([] if width and side else ["the last layers' sizes do not fit"])]
-            unfit[candidate] = lines
+        if not width or not side:
+            unfit[candidate].append("the last layers' sizes do not fit")
+        if unfit[candidate]:
             continue
         with torch.device("meta"):
             network = build_backbone(ModelConfig(name=candidate, embedding=width), 16 * side)
@@ -175,7 +172,13 @@ def _candidates(weights: Mapping[str, Tensor]) -> tuple[str, ...]:
 
 def _renamed(weights: Mapping[str, Tensor], name: str) -> tuple[dict[str, Tensor], list[str]]:
     """The weights under our names, and a line for each that has none."""
-    rename = _rename(name)
+    if name in MOBILE:
+        rename = partial(_mobile, plain_first=SHAPES[name].blocks[0] == 1)
+    elif name in IRESNETS:
+        rename = _iresnet
+    else:
+        counts = enumerate(BLOCKS[name.removeprefix("ir")])
+        rename = partial(_ir, places=[(stage, i) for stage, count in counts for i in range(count)])
     renamed, unknown = {}, []
     for theirs, tensor in weights.items():
         ours = rename(theirs)
@@ -186,16 +189,6 @@ def _renamed(weights: Mapping[str, Tensor], name: str) -> tuple[dict[str, Tensor
             kept = tensor.float() if tensor.is_floating_point() else tensor
             renamed[f"backbone.{ours}"] = kept.contiguous()
     return renamed, unknown
-
-
-def _rename(name: str) -> Rename:
-    if name in MOBILE:
-        return lambda theirs: _mobile(theirs, SHAPES[name].blocks[0] == 1)
-    if name in IRESNETS:
-        return _iresnet
-    counts = BLOCKS[name.removeprefix("ir")]
-    places = [(stage, block) for stage, count in enumerate(counts) for block in range(count)]
-    return lambda theirs: _ir(theirs, places)
 
 
 def _iresnet(theirs: str) -> str | None:
@@ -234,9 +227,7 @@ def _ir(theirs: str, places: list[tuple[int, int]]) -> str | None:
 
 
 def _mobile(theirs: str, plain_first: bool) -> str | None:
-    """Our name of a weight of arcface_torch's MobileFaceNet. plain_first: the second layer is a
-    convolution, not residual blocks.
-    """
+    """Our name of a weight of MobileFaceNet. plain_first: its second layer is a convolution."""
     place, _, tail = theirs.rpartition(".")
     place = place.replace("layers.", "")  # 3.0.1.2 of layers.3.layers.0.layers.1.layers.2
     ends = {"features.2": "embedding.linear", "features.3": "embedding.norm"}

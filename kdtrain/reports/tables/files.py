@@ -19,18 +19,14 @@ from kdtrain.training.checkpoint import write_bytes, write_text
 SUBJECT = "Distillation transfer"
 
 
-def page(
-    tables: Sequence[Table], pictures: Sequence[bytes] | None = None, subject: str = SUBJECT
-) -> str:
+def page(tables: Sequence[Table], pictures: Sequence[bytes], subject: str = SUBJECT) -> str:
     """The self-contained HTML of one or several tables: every trend at the top, then table by
-    table. pictures: their PNGs where they are drawn already. subject: what the page's title begins
-    with.
+    table. pictures: their PNGs. subject: what the page's title begins with.
     """
-    drawn = pictures if pictures is not None else [picture(table) for table in tables]
     return render(
         "tables.html.j2",
         title=f"{subject}: {', '.join(table.name for table in tables)}",
-        tables=list(zip(tables, map(data_uri, drawn), strict=True)),
+        tables=list(zip(tables, map(data_uri, pictures), strict=True)),
         colours=VERDICT_COLOURS,
         text=text,
     )
@@ -39,24 +35,23 @@ def page(
 def write(
     table: Table,
     folder: str | Path,
+    png: bytes,
     *,
-    png: bytes | None = None,
     subject: str = SUBJECT,
     width: int = text.TEXT_WIDTH,
 ) -> dict[str, Path]:
     """Write a table's files into `folder`, made if need be; return their paths by what they are.
 
     NAME.txt, NAME.md (shows NAME.png), NAME.csv (a line for each cell), NAME-trends.csv, NAME.png,
-    NAME.html (self-contained). png: its picture, where it is not the one of plot.py. subject: of
-    the page; width: characters of a line of text.
+    NAME.html (self-contained). png: its picture. subject: of the page; width: characters of a line
+    of text.
     """
-    drawn = picture(table) if png is None else png
     contents: dict[str, str | bytes] = {
         ".txt": text.plain(table, width),
-        ".md": text.markdown(table, figure=f"{table.name}.png"),
+        ".md": text.markdown(table),
         ".csv": text.cells_csv(table),
-        ".html": page([table], [drawn], subject),
-        ".png": drawn,
+        ".html": page([table], [png], subject),
+        ".png": png,
         "-trends.csv": text.trends_csv(table),
     }
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -76,7 +71,7 @@ def write_all(tables: Sequence[Table], folder: str | Path) -> dict[str, Path]:
     paths = {
         f"{table.name}.{kind}": path
         for table, png in zip(tables, pictures, strict=True)
-        for kind, path in write(table, folder, png=png).items()
+        for kind, path in write(table, folder, png).items()
     }
     paths["html"] = Path(folder) / "tables.html"
     write_text(paths["html"], page(tables, pictures))

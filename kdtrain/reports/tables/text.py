@@ -205,8 +205,8 @@ def plain(table: Table, width: int = TEXT_WIDTH) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def markdown(table: Table, *, figure: str | None = None) -> str:
-    """A table as Markdown, for docs. figure: a picture to show, a path beside the file."""
+def markdown(table: Table) -> str:
+    """A table as Markdown, for docs, with the picture beside the file."""
     parts = [f"## {table.name}: {_flat(table.title)}", _flat(table.source)]
     if table.notes:
         parts.append("\n".join(f"- **{_flat(note)}**" for note in table.notes))
@@ -219,8 +219,7 @@ def markdown(table: Table, *, figure: str | None = None) -> str:
         for row in rows:
             row[2] = f"**{row[2]}**"  # the verdict
         parts += ["### Trends", TRENDS_NOTE, _grid(trend_titles(table.trends), rows)]
-    if figure is not None:
-        parts.append(f"![{table.name}]({figure})")
+    parts.append(f"![{table.name}]({table.name}.png)")
     if table.setting:
         parts.append("\n".join(f"- {_flat(word)}: {_flat(text)}" for word, text in table.setting))
     return "\n\n".join(parts) + "\n"

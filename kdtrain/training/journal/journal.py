@@ -7,12 +7,14 @@ the same bytes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +23,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor
 
+from kdtrain.config import Config, ConfigError
 from kdtrain.config.program import printable
 from kdtrain.training.checkpoint import CheckpointError, run_file, writing
-from kdtrain.training.journal.board import TENSORBOARD, Board
 
+TENSORBOARD = run_file("tensorboard")
+PLACE = ("kind", "step", "phase", "epoch", "phase_ends", "split")
 LINES = {name: run_file(f"{name}.jsonl") for name in ("metrics", "timing")}
 
 
@@ -37,14 +41,11 @@ class NonFinite(NamedTuple):
 
 
 class Terms:
-    """Loss terms of the steps since the last line: device tensors until `read`, which transfers
-    them together.
-    """
+    """Loss terms of the steps since the last line, on the device until `read`."""
 
     def __init__(self) -> None:
         self._names: list[str] = []
         self._waiting: list[tuple[int, Tensor]] = []
-        self._steps: list[int] = []
         self._values: list[list[float]] = []
 
     def add(self, step: int, terms: Mapping[str, Tensor]) -> None:
@@ -59,51 +60,35 @@ class Terms:
         rows = torch.stack([row for _, row in self._waiting]).tolist()
         found = None
         for (step, _), row in zip(self._waiting, rows, strict=True):
-            self._steps.append(step)
             self._values.append(row)
-            bad = [
-                (name, v) for name, v in zip(self._names, row, strict=True) if not math.isfinite(v)
-            ]
-            # `loss` is the sum and so never the first cause
-            bad.sort(key=lambda item: item[0] == "loss")
+            bad = {n: v for n, v in zip(self._names, row, strict=True) if not math.isfinite(v)}
             if bad and found is None:
-                found = NonFinite(step, *bad[0])
+                # `loss` is the sum and so never the first cause
+                term = next((name for name in bad if name != "loss"), "loss")
+                found = NonFinite(step, term, bad[term])
         self._waiting.clear()
         return found
 
     def take(self) -> dict[str, float]:
-        """Means over the steps that were read since the last call, by term; nothing without a
-        step.
-        """
-        if not self._values:
-            return {}
-        means = {
-            name: math.fsum(column) / len(self._values)
-            for name, column in zip(self._names, zip(*self._values, strict=True), strict=True)
-        }
-        self._steps, self._values = [], []
-        return means
+        """Means over the steps that were read since the last call, by term; {} without a step."""
+        values, self._values = self._values, []
+        columns = zip(*values, strict=True)
+        return {n: math.fsum(c) / len(values) for n, c in zip(self._names, columns, strict=False)}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs to continue the present window (call `read` first)."""
-        return {"names": self._names, "steps": self._steps, "values": self._values}
+        return {"names": self._names, "values": self._values}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue the window of a checkpoint."""
-        self._names = list(state["names"])
-        self._steps = list(state["steps"])
-        self._values = [list(row) for row in state["values"]]
+        self._names, self._values = state["names"], state["values"]
 
 
 class Lines:
-    """An append-only file of JSON lines that can be cut back to the length a checkpoint
-    remembers.
-    """
+    """An append-only file of JSON lines, cut back to the length that a checkpoint remembers."""
 
     def __init__(self, path: Path, length: int | None = None) -> None:
-        """length: bytes to keep (None keeps all). Raises CheckpointError when the file is shorter
-        than that.
-        """
+        """length: bytes to keep, or None for all. Raises CheckpointError for a shorter file."""
         if length and (not path.exists() or path.stat().st_size < length):
             raise CheckpointError(
                 f"{path}: shorter than its checkpoint says; start again with --overwrite"
@@ -134,21 +119,57 @@ class Lines:
         self._file.close()
 
 
-class Journal:
-    """metrics.jsonl and timing.jsonl of a run folder and, if asked for, their view in
-    tensorboard/.
+def check_board(config: Config) -> None:
+    """Raises ConfigError when train.tensorboard is asked for and its package is missing."""
+    if not config.train.tensorboard:
+        return
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"train.tensorboard: {error}; install kdkernels[tensorboard], or set train.tensorboard "
+            "to false (metrics.jsonl holds the same numbers)"
+        ) from None
+
+
+class Board:
+    """Event files below `folder`: every number of a journal's record under KIND/NAME at its step.
+
+    Events of before are removed, to be written again from the journal: an event file cannot be cut
+    back to the checkpoint that a run continues from.
     """
 
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        shutil.rmtree(folder, ignore_errors=True)
+        self._writer, self._folder = SummaryWriter(str(folder)), folder
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Add a record; it has `step`, and `kind` unless it is one of timing."""
+        kind = record.get("kind", "timing")
+        for name, value in record.items():
+            if name not in PLACE and isinstance(value, (int, float)):
+                with writing(self._folder, 100):
+                    self._writer.add_scalar(f"{kind}/{name}", value, record["step"])
+
+    def close(self) -> None:
+        """Write what waits and close the files."""
+        self._writer.close()
+
+
+class Journal:
+    """metrics.jsonl and timing.jsonl of a run folder and, if asked for, tensorboard/."""
+
     def __init__(self, folder: Path, lengths: Mapping[str, int], board: bool) -> None:
-        """lengths: what `sync` returned for the checkpoint that the run continues from; empty
-        begins anew.
-        """
+        """lengths: what `sync` returned for the checkpoint to continue from; empty begins anew."""
         paths = {name: folder / file for name, file in LINES.items()}
         self._lines = {name: Lines(path, lengths.get(name, 0)) for name, path in paths.items()}
-        self._board: Board | None = None
-        if board:
-            kept = (record for path in paths.values() for record in read_lines(path))
-            self._board = Board(folder / TENSORBOARD, kept)
+        self._board = Board(folder / TENSORBOARD) if board else None
+        if self._board is not None:
+            for path in paths.values():
+                for record in read_lines(path):
+                    self._board.write(record)
 
     def write(self, name: str, record: Mapping[str, Any]) -> None:
         """Append a record to metrics or timing."""
@@ -171,15 +192,10 @@ class Journal:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a JSON-lines file; a last line cut short by a kill is left out."""
     records = []
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return []
-    for line in text.splitlines():
-        try:
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    with contextlib.suppress(ValueError):
+        for line in text.splitlines():
             records.append(json.loads(line))
-        except ValueError:
-            break
     return records
 
 
@@ -202,9 +218,7 @@ def unit(metric: str) -> str:
 
 
 def number(metric: str, value: float | None, digits: int = 2) -> str:
-    """A metric's value for people: '85.31 %', '1.2034 nats', '300', or '-' for none; digits: of a
-    percentage.
-    """
+    """'85.31 %', '1.2034 nats', '300', or '-' for none; digits: of a percentage."""
     if value is None:
         return "-"
     if unit(metric) == "fraction":
@@ -220,19 +234,15 @@ def duration(seconds: float) -> str:
 
 
 class Clock:
-    """Pace of this process: pictures per second, share of time spent waiting for data, time
-    left. Evaluations count for neither.
-    """
+    """Pictures per second, share of time spent waiting for data, time left; without evaluations."""
 
-    def __init__(
-        self, steps_total: int, steps_done: int, spent: Mapping[str, float] | None = None
-    ) -> None:
-        """spent: what `spent` returned when the run was last saved."""
+    def __init__(self, steps_total: int, steps_done: int, spent: Mapping[str, float]) -> None:
+        """spent: what `spent` returned when the run was last saved; empty at its begin."""
         self.started = time.perf_counter()
         self.total, self.first, self.done = steps_total, steps_done, steps_done
         self.data_s, self._apart_s, self._samples = 0.0, 0.0, 0
         self._window = (self.started, 0.0, 0)
-        self._before = dict(spent or {})
+        self._before = spent
 
     def step(self, pictures: int, data_s: float) -> None:
         """Count one training step."""
@@ -250,16 +260,10 @@ class Clock:
         """Pictures per second and the share spent on data since the last call."""
         now, (then, data_s, pictures) = time.perf_counter(), self._window
         self._window = (now, self.data_s, self._samples)
-        span = max(now - then, 1e-9)
-        return {
-            "samples_per_s": round((self._samples - pictures) / span, 1),
-            "wait_share": round(min(1.0, (self.data_s - data_s) / span), 4),
-        }
+        return _rates(now - then, self._samples - pictures, self.data_s - data_s)
 
     def spent(self) -> dict[str, float]:
-        """Totals of the run over every interruption: seconds, those apart from training, those
-        waiting for data, and samples.
-        """
+        """Totals over every interruption: seconds, of these apart or waiting, and samples."""
         here = {
             "seconds": self.elapsed_s(),
             "apart_s": self._apart_s,
@@ -269,16 +273,10 @@ class Clock:
         return {name: value + self._before.get(name, 0) for name, value in here.items()}
 
     def summary(self) -> dict[str, float]:
-        """The run's seconds, and pictures per second of training with the share of it that waited
-        for data.
-        """
+        """The run's seconds, and pace of its training."""
         spent = self.spent()
-        span = max(spent["seconds"] - spent["apart_s"], 1e-9)
-        return {
-            "seconds": round(spent["seconds"], 2),
-            "samples_per_s": round(spent["samples"] / span, 1),
-            "wait_share": round(min(1.0, spent["data_s"] / span), 4),
-        }
+        rates = _rates(spent["seconds"] - spent["apart_s"], spent["samples"], spent["data_s"])
+        return {"seconds": round(spent["seconds"], 2), **rates}
 
     def left_s(self) -> float:
         """Seconds to the last step at the pace so far (0 before the first step)."""
@@ -288,6 +286,14 @@ class Clock:
     def elapsed_s(self) -> float:
         """Seconds since this process began to train."""
         return time.perf_counter() - self.started
+
+
+def _rates(span_s: float, samples: float, data_s: float) -> dict[str, float]:
+    span_s = max(span_s, 1e-9)
+    return {
+        "samples_per_s": round(samples / span_s, 1),
+        "wait_share": round(min(1.0, data_s / span_s), 4),
+    }
 
 
 def console(file_width: int | None = None, stream: Any = None) -> Console:
@@ -309,13 +315,14 @@ class Screen:
         self._title = printable(title)
         self._bar: Progress | None = None
         if self._console.is_terminal:
-            columns: Sequence[Any] = (
+            self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
                 TextColumn("{task.percentage:>3.0f}%"),
                 TextColumn("{task.fields[note]}"),
+                console=self._console,
+                transient=True,
             )
-            self._bar = Progress(*columns, console=self._console, transient=True)
             self._task = self._bar.add_task(self._title, total=1.0, note="")
             self._bar.start()
 

@@ -137,6 +137,13 @@ def test_a_seed_that_one_arm_lacks_is_left_out_of_both() -> None:
     assert compare(better, [nothing, *worse[1:]], higher_is_better=True) == two
 
 
+def test_a_later_seed_that_both_arms_lack_is_left_out() -> None:
+    better, worse = np.full(50, 1.0), np.zeros(50)
+    one = compare([better], [worse], higher_is_better=True)
+    both = compare([better, None], [worse, None], higher_is_better=True)
+    assert both == one
+
+
 def test_what_was_not_measured_is_not_run_and_has_no_number() -> None:
     some = [np.array([1.0, 0.0])]
     nothing = [np.full(2, np.nan)]

@@ -23,7 +23,7 @@ from kdtrain.models.network import (
 )
 from kdtrain.training import keys
 from kdtrain.training.engine import Interrupted
-from kdtrain.training.preparation import load_network
+from kdtrain.training.input_runs import load_network
 
 SMALL = ("mobilefacenet", "mbf", "mbf_large", "iresnet18", "ir18")
 

@@ -17,8 +17,7 @@ from kdtrain.config import ConfigError
 from kdtrain.models.published.layouts import published
 from kdtrain.training import checkpoint, keys
 from kdtrain.training.import_weights import PublishedError, read_file, shards, write_run
-from kdtrain.training.lineage import run_config
-from kdtrain.training.preparation import load_network
+from kdtrain.training.input_runs import load_network, run_config
 
 WIDTH = 16
 

@@ -177,7 +177,7 @@ def test_kept_answers_belong_to_every_teacher_its_weight_and_the_temperature(roo
         data = RunData(config)
         task = prepare_task(config, data, root / "x", quiet())
         cache = prepare_cache(config, data, task, tmp_path / "x", quiet())
-        folders.append(cache.folder)
+        folders.append(cache.files.folder)
     assert len(set(folders)) == len(folders)
 
 

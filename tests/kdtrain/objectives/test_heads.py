@@ -17,6 +17,7 @@ from kdtrain.config import Config, ConfigError, TeacherConfig
 from kdtrain.config.networks import HeadConfig
 from kdtrain.models.network import FaceNetwork, inherit_head, network_from_state, seeded
 from kdtrain.objectives import heads
+from kdtrain.objectives import task as task_module
 from kdtrain.objectives.tasks import build_task
 from kdtrain.training import checkpoint, engine
 
@@ -290,8 +291,10 @@ def test_heads_that_do_not_fit_together_are_refused(options, message):
 def test_a_sample_of_the_people_is_drawn_anew_and_holds_those_of_the_batch(monkeypatch):
     config = head_config(kind="cosine", scale=16.0, sample=0.5, t_alpha=1.0)
     drawn = []
-    sample = heads.sample_classes
-    monkeypatch.setattr(heads, "sample_classes", lambda *a: drawn.append(sample(*a)) or drawn[-1])
+    sample = task_module.sample_classes
+    monkeypatch.setattr(
+        task_module, "sample_classes", lambda *a: drawn.append(sample(*a)) or drawn[-1]
+    )
     with seeded(3):
         task = build_task(config, 40, FaceNetwork(config.model, 40, head=config.head))
     pictures, labels, _ = make_batch()

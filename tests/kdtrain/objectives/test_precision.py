@@ -13,7 +13,7 @@ from kdtrain.config import ConfigError
 from kdtrain.config.settings import build
 from kdtrain.data.run_data import EvalBatch
 from kdtrain.objectives.tasks import build_task
-from kdtrain.training import checkpoint, divergence, engine
+from kdtrain.training import checkpoint, engine, outcome
 from kdtrain.training.engine import Interrupted
 from kdtrain.training.journal.journal import Screen, read_lines
 from kdtrain.training.optimization import Optimisation
@@ -175,7 +175,7 @@ def test_an_overflow_is_skipped_counted_and_no_divergence(tmp_path, monkeypatch)
 
 
 def test_a_gradient_that_overflows_at_every_scale_is_a_divergence(tmp_path, monkeypatch):
-    monkeypatch.setattr(divergence, "MAX_SKIPPED", 4)
+    monkeypatch.setattr(outcome, "MAX_SKIPPED", 4)
     _overflowing(monkeypatch, set(range(8, 100)))
     message = "step 11: the gradient of 4 steps in a row.*train.precision to bfloat16"
     with pytest.raises(TrainingError, match=message):

@@ -16,15 +16,15 @@ from kdtrain.experiments.selection import CANDIDATES
 from kdtrain.models.network import Outputs
 from kdtrain.objectives import registry
 from kdtrain.objectives.registry import compared, losses_of, pairs_of
-from kdtrain.objectives.targets import Guide, HiddenTarget
+from kdtrain.objectives.targets import Guide, WidthMap
 from kdtrain.objectives.tasks import build_task
 from kdtrain.reports import runs
 
 
 def test_every_target_has_its_mathematics_in_one_place():
-    places = [*registry.PAIRS, *registry.LOSSES, *registry.ELSEWHERE]
-    assert sorted(places) == sorted(TARGETS)
-    for keys, _ in registry.MODULES.values():
+    by_the_task = ["alpha", "teacher_head", "hint"]
+    assert sorted([*registry.PAIRS, *registry.LOSSES, *by_the_task]) == sorted(TARGETS)
+    for keys in registry.MAPS.values():
         assert set(keys) <= set(TARGETS)
 
 
@@ -67,8 +67,8 @@ def test_the_documentation_has_every_target_with_its_published_weight(key):
 def test_hidden_and_logit_pairs_carry_their_weights():
     student = Outputs(torch.randn(3, 8), torch.randn(3, 5), None)
     teacher = Guide(logits=torch.randn(3, 5), hidden=torch.randn(3, 8))
-    extra = nn.ModuleDict({"hidden": HiddenTarget(8, 8, projection="linear", normalize=False)})
     target = TargetConfig(beta=2.0, logits=0.5, hidden_reduction="mean", logits_reduction="sum")
+    extra = nn.ModuleDict({"hidden": WidthMap("hidden", ("beta",), 8, 8, target)})
     step = compared(student, teacher, extra, target)
     pairs = pairs_of(step)
     assert [(p.name, p.weight, p.reduction) for p in pairs] == [

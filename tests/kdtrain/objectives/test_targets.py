@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
+from kdkernels import kd_cross_entropy
+from kdtrain.config import TargetConfig
+from kdtrain.models.network import Outputs
+from kdtrain.objectives.registry import compared
 from kdtrain.objectives.targets import (
-    HiddenTarget,
+    Guide,
     Objective,
     Pair,
+    WidthMap,
     softmax_objective,
     squared_objective,
     total,
@@ -25,6 +33,10 @@ def soft_cross_entropy(student, teacher, temperature):
     return -(target * torch.log_softmax(student / temperature, 1)).sum(1).mean()
 
 
+def kd(student, **options):
+    return partial(kd_cross_entropy, student, **options)
+
+
 LABELS = torch.tensor([3, 0, 10, 4])
 
 
@@ -35,16 +47,8 @@ LABELS = torch.tensor([3, 0, 10, 4])
 )
 def test_the_softmax_part_is_gamma_hard_plus_alpha_soft(backend, gamma, alpha, tau_squared):
     student, teacher = random(4, 11).requires_grad_(), random(4, 11, seed=1)
-    part = softmax_objective(
-        student,
-        teacher,
-        LABELS,
-        gamma=gamma,
-        alpha=alpha,
-        temperature=3.0,
-        tau_squared=tau_squared,
-        backend=backend,
-    )
+    target = TargetConfig(gamma=gamma, alpha=alpha, tau_squared=tau_squared)
+    part = softmax_objective(kd(student, backend=backend), LABELS, teacher, target)
     assert part is not None
     hard, soft = F.cross_entropy(student, LABELS), soft_cross_entropy(student, teacher, 3.0)
     expected = gamma * hard + alpha * (9 if tau_squared else 1) * soft
@@ -67,7 +71,8 @@ def test_the_softmax_part_is_gamma_hard_plus_alpha_soft(backend, gamma, alpha, t
 
 def test_label_smoothing_reaches_the_hard_term_alone():
     student, teacher = random(4, 11), random(4, 11, seed=1)
-    part = softmax_objective(student, teacher, LABELS, gamma=1, alpha=1, label_smoothing=0.2)
+    target = TargetConfig(alpha=1.0, label_smoothing=0.2)
+    part = softmax_objective(kd(student), LABELS, teacher, target)
     assert part is not None
     torch.testing.assert_close(
         part.terms["hard"], F.cross_entropy(student, LABELS, label_smoothing=0.2)
@@ -77,22 +82,19 @@ def test_label_smoothing_reaches_the_hard_term_alone():
 
 def test_no_weight_means_no_softmax_part():
     logits = random(4, 11)
-    assert softmax_objective(logits, logits, LABELS, gamma=0, alpha=0) is None
-    assert softmax_objective(logits, None, LABELS, gamma=0, alpha=1) is None
+    none, soft = TargetConfig(gamma=0.0), TargetConfig(gamma=0.0, alpha=1.0)
+    assert softmax_objective(kd(logits), LABELS, logits, none) is None
+    assert softmax_objective(kd(logits), LABELS, None, soft) is None
 
 
-def test_a_softmax_part_is_one_call_of_the_fused_op(monkeypatch):
-    import kdtrain.objectives.targets as targets
-
+def test_a_softmax_part_is_one_call_of_the_fused_op():
     calls = []
-    original = targets.kd_cross_entropy
 
-    def counted(*args, **options):
+    def counted(**options):
         calls.append(options)
-        return original(*args, **options)
+        return kd_cross_entropy(random(4, 11), **options)
 
-    monkeypatch.setattr(targets, "kd_cross_entropy", counted)
-    softmax_objective(random(4, 11), random(4, 11), LABELS, gamma=1, alpha=1)
+    softmax_objective(counted, LABELS, random(4, 11), TargetConfig(alpha=1.0))
     assert len(calls) == 1
     assert calls[0]["return_terms"] is True
 
@@ -130,24 +132,27 @@ def test_an_unknown_reduction_names_the_pair():
         squared_objective([Pair("hidden", random(2, 3), random(2, 3), 1.0, "median")])
 
 
+def width_map(student, teacher, **target):
+    return WidthMap("hidden", ("beta",), student, teacher, TargetConfig(**target))
+
+
 def test_a_projection_is_learnt_only_where_widths_differ():
-    assert not list(HiddenTarget(8, 8, projection="linear", normalize=False).parameters())
-    target = HiddenTarget(8, 12, projection="linear", normalize=False)
+    assert not list(width_map(8, 8).parameters())
+    target = width_map(8, 12)
     assert [tuple(p.shape) for p in target.parameters()] == [(12, 8)]
-    ours, theirs = target(random(3, 8), random(3, 12))
-    assert ours.shape == theirs.shape == (3, 12)
+    assert target(random(3, 8)).shape == (3, 12)
 
 
 def test_without_a_projection_widths_must_agree():
     with pytest.raises(ValueError, match=r"the student has 8 features, the teacher 12"):
-        HiddenTarget(8, 12, projection="none", normalize=False)
-    with pytest.raises(ValueError, match="must be linear or none, got 'conv'"):
-        HiddenTarget(8, 8, projection="conv", normalize=False)
+        width_map(8, 12, hidden_proj="none")
 
 
 def test_normalized_hidden_targets_have_unit_length():
-    target = HiddenTarget(8, 12, projection="linear", normalize=True)
-    for side in target(random(3, 8), random(3, 12)):
+    extra = nn.ModuleDict({"hidden": width_map(8, 12)})
+    target = TargetConfig(beta=1.0, hidden_normalize=True)
+    student, teacher = Outputs(random(3, 8), None, None), Guide(None, random(3, 12))
+    for side in compared(student, teacher, extra, target).mapped["hidden"]:
         torch.testing.assert_close(side.norm(dim=1), torch.ones(3))
 
 

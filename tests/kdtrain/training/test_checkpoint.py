@@ -312,7 +312,7 @@ WRITERS = {
     "last": lambda path: checkpoint.save(path, LONG, {"value": 2.0}),
     "best": lambda path: checkpoint.save(path, {"w": torch.ones(3)}, LONG),
     "results.json": lambda path: checkpoint.write_json(path, "x" * 40_000),
-    "progress.json": lambda path: checkpoint.write_progress(path, "x" * 40_000),
+    "progress.json": lambda path: checkpoint.write_bytes(path, b"x" * 40_000, sync=False),
     "items.npz": lambda path: checkpoint.write_arrays(path, {"a": np.ones(5_000)}),
     "metrics.jsonl": lambda path: _line(path),
 }

@@ -11,9 +11,8 @@ from kdtrain.cli import main
 from kdtrain.config import ConfigError
 from kdtrain.data.run_data import RunData
 from kdtrain.objectives import evaluate, observe
-from kdtrain.objectives.tasks import build_task
 from kdtrain.training import checkpoint, engine, keys
-from kdtrain.training.preparation import load_network, open_gallery
+from kdtrain.training.input_runs import check_gallery, load_network
 
 KEYS = {
     "data__identities": 24,
@@ -78,10 +77,7 @@ def test_eval_takes_a_gallery_and_a_run_is_its_own_best_gallery(runs, capsys):
 
 def test_features_of_another_width_are_refused(runs):
     root, _ = runs
-    config = tiny_config("verification", **KEYS, model__width=16)
-    data = RunData(config)
-    task = build_task(config, data.source.num_classes)
     with pytest.raises(ConfigError, match="256 numbers and this network's 512.*model.embedding"):
-        open_gallery(root / "teacher", data, task)
+        check_gallery(root / "teacher", 512)
     with pytest.raises(ConfigError, match="eval.gallery: features are searched in task verif"):
         tiny_config("classification", eval__gallery="@teacher")

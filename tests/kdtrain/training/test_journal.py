@@ -128,7 +128,7 @@ def test_numbers_that_json_cannot_hold_become_null(tmp_path):
 def test_time_left_follows_the_pace_of_this_process(monkeypatch):
     now = iter([100.0, 110.0, 110.0])
     monkeypatch.setattr("kdtrain.training.journal.journal.time.perf_counter", lambda: next(now))
-    clock = Clock(steps_total=50, steps_done=30)
+    clock = Clock(steps_total=50, steps_done=30, spent={})
     for _ in range(5):
         clock.step(pictures=8, data_s=0.5)
     assert clock.left_s() == pytest.approx(15 * 10 / 5)

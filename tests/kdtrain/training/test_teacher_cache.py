@@ -23,7 +23,7 @@ from kdtrain.training import checkpoint, keys, teacher_cache
 from kdtrain.training.engine import Interrupted
 from kdtrain.training.journal.journal import Screen
 from kdtrain.training.preparation import prepare_cache, prepare_task
-from kdtrain.training.teacher_cache import CacheError, TeacherCache, identity
+from kdtrain.training.teacher_cache import CacheError, OwnedFiles, TeacherCache, identity
 
 BATCHES = [torch.tensor([4, 1, 7]), torch.tensor([2, 2])]
 # Imports once and forks a process for each run folder, before torch has computed.
@@ -205,8 +205,8 @@ def test_whatever_changes_an_answer_has_a_folder_of_its_own(keys, root, tmp_path
         torch.set_num_threads(config.train.threads)
         cache = prepare_cache(config, data, task, tmp_path / "run", quiet())
         assert cache is not None
-        assert cache.folder.parent == tmp_path / "teacher_cache"
-        folders.add(cache.folder)
+        assert cache.files.folder.parent == tmp_path / "teacher_cache"
+        folders.add(cache.files.folder)
     assert len(folders) == 2
 
 
@@ -221,8 +221,8 @@ def test_another_teacher_is_another_owner():
 
 def opened(folder: Path, said: list[str], dtype: str = "float32", **change) -> TeacherCache:
     """A cache of logits alone, at its first epoch."""
-    widths = {"logits": 3}
-    cache = TeacherCache(folder, {"teacher": "x"}, widths, dtype, "cpu", said.append)
+    files = OwnedFiles(folder, {"teacher": "x"}, dtype, "cpu", said.append)
+    cache = TeacherCache(files, {"logits": 3})
     cache.open(**{"phase": 0, "epoch": 0, "batches": BATCHES, **change})
     return cache
 
@@ -372,10 +372,8 @@ def test_only_a_cache_that_changes_numbers_makes_another_run():
     alone = [keys.run_key(tiny_config(teacher__cache=c), {}, "data") for c in ("none", "float16")]
     assert alone[0] == alone[1]
     half, exact = student(teacher__cache="float16"), student(teacher__cache="float32")
-    assert keys.differences(exact, settings.to_flat(student())) == []
-    assert keys.differences(half, settings.to_flat(exact)) == [
-        "teacher.cache: float16 here, none there"
-    ]
+    assert keys.differences(exact, student()) == []
+    assert keys.differences(half, exact) == ["teacher.cache: float16 here, none there"]
 
 
 def test_a_task_without_a_teacher_keeps_nothing(tmp_path):

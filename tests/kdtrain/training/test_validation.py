@@ -18,8 +18,8 @@ from kdtrain.experiments import pipeline
 from kdtrain.objectives.task import Task
 from kdtrain.training import checkpoint, engine
 from kdtrain.training.engine import Interrupted
-from kdtrain.training.history import History
 from kdtrain.training.journal.journal import Screen, read_lines
+from kdtrain.training.outcome import History
 
 
 @pytest.mark.parametrize("split", ["random", "identity", "identity:random"])

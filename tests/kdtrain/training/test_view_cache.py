@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_runs import assert_same_run, quiet, stop_after, tiny_config, train
 
-from kdtrain.config import ConfigError, settings
+from kdtrain.config import ConfigError
 from kdtrain.data import fixed_views
 from kdtrain.data.run_data import RunData
 from kdtrain.objectives.task import Task
@@ -206,7 +206,7 @@ def test_a_damaged_group_is_told_and_computed_again(root, tmp_path):
     path.write_bytes(content)
     said: list[str] = []
     _, _, again = prepared(root, tmp_path)
-    again.say = said.append
+    again.files.say = said.append
     again.open(0, 0, [data.train])
     assert (again.read, again.computed) == (3, 1)
     assert "damaged" in said[0]
@@ -228,7 +228,7 @@ def test_float16_keeps_half_the_bytes_and_rounds(root, tmp_path):
 
 def test_keys_tell_exact_features_from_rounded_ones():
     def counted(**own):
-        return keys._counted(settings.to_flat(student(**own)))
+        return keys._counted(student(**own))
 
     assert counted() == counted(**KEPT) == counted(teacher__cache="float32")
     half = {"teacher__cache": "float16"}
@@ -247,7 +247,7 @@ def test_what_cannot_be_kept_is_refused_by_name(root, tmp_path):
         fixed_views(SimpleNamespace(crop="elastic", flip=True), 16, 16)
     _, _, cache = prepared(root, tmp_path / "kept")
     (tmp_path / "kept").joinpath("file").write_text("")
-    cache.folder = tmp_path / "kept" / "file"
+    cache.files.folder = tmp_path / "kept" / "file"
     with pytest.raises(CacheError, match="set teacher.cache_dir to another folder"):
         cache.open(0, 0, [])
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from kdtrain.objectives.targets import Pair, halved, width_map
+from kdtrain.models.backbones.base import wide
+from kdtrain.objectives.targets import Pair, halved
 
 SHORTEST = 1e-12  # length below which a vector has no direction
 # Squared distance, in units of the two squared lengths, below which two features are the same: they
@@ -27,28 +28,18 @@ SAME = 1e-12
 ANGLES = {"cpu": 1 << 16, "cuda": 1 << 22}
 
 
-class EmbeddingTarget(nn.Module):
-    """n(P K_S) and n(K_T), what the embedding targets compare: n scales to unit length, P is a
-    learnt linear map where the widths differ.
-
-    P is targets.width_map's, as that of the hidden target.
+def embedding_sides(
+    projection: nn.Module, student: Tensor, teacher: Tensor
+) -> tuple[Tensor, Tensor]:
+    """n(P K_S) and n(K_T), what the embedding targets compare: (N, K_T) rows of unit length, from
+    features (N, K_S) and (N, K_T). P is targets.WidthMap's, as that of the hidden target.
     """
-
-    def __init__(self, student_width: int, teacher_width: int, *, projection: str) -> None:
-        super().__init__()
-        self.projection = width_map(
-            student_width, teacher_width, setting="target.embedding_proj", projection=projection,
-            weights="target.embedding_l2 and target.embedding_cosine",
-        )  # fmt: skip
-
-    def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """The two (N, K_T) tensors of unit rows, from features (N, K_S) and (N, K_T)."""
-        with torch.autocast(student.device.type, enabled=False):
-            return unit(self.projection(wide(student))), unit(wide(teacher))
+    with torch.autocast(student.device.type, enabled=False):
+        return unit(projection(wide(student))), unit(wide(teacher))
 
 
 def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """1 - cos(P K_S, K_T), mean over pictures, of the unit rows (N, D) that EmbeddingTarget gives.
+    """1 - cos(P K_S, K_T), mean over pictures, of the unit rows (N, D) of embedding_sides.
 
     Half of embedding_l2, as |a - b|^2 = 2 (1 - cos) of unit vectors. A row without direction has
     cosine 0.
@@ -135,11 +126,6 @@ def unit(rows: Tensor) -> Tensor:
     lengths = rows.norm(dim=1, keepdim=True)
     nothing = lengths <= SHORTEST
     return (rows / lengths.masked_fill(nothing, 1)).masked_fill(nothing, 0)
-
-
-def wide(values: Tensor) -> Tensor:
-    """Values in float32 at least."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _scaled(squared: Tensor) -> Tensor:

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 from relations_by_hand import angle_by_hand, distance_by_hand
+from torch import nn
 
 from kdtrain.models.backbones.base import attention_map
-from kdtrain.objectives import baselines
-from kdtrain.objectives.baselines import (
-    EmbeddingTarget,
+from kdtrain.objectives import relations
+from kdtrain.objectives.relations import (
     attention_pairs,
     cosine_loss,
+    embedding_sides,
     rkd_angle,
     rkd_distance,
     squared_distances,
@@ -48,7 +49,7 @@ def test_relations_are_those_of_the_paper(loss, by_hand):
 
 @pytest.mark.parametrize("loss", RELATIONS.values())
 def test_relations_have_the_gradient_of_their_formula(loss, monkeypatch):
-    monkeypatch.setitem(baselines.ANGLES, "cpu", 60)  # two vertices at a time, and one left
+    monkeypatch.setitem(relations.ANGLES, "cpu", 60)  # two vertices at a time, and one left
     student, teacher = random(5, 3).requires_grad_(), random(5, 4, seed=1)
     assert torch.autograd.gradcheck(lambda s: loss(s, teacher), (student,))
     teacher.requires_grad_()
@@ -68,7 +69,7 @@ def test_relations_do_not_depend_on_scale_place_or_turn(loss):
 def test_angles_by_parts_are_the_angles_at_once(monkeypatch):
     student, teacher = random(9, 4).requires_grad_(), random(9, 4, seed=1)
     whole = torch.autograd.grad(rkd_angle(student, teacher), student)[0]
-    monkeypatch.setitem(baselines.ANGLES, "cpu", 1)
+    monkeypatch.setitem(relations.ANGLES, "cpu", 1)
     torch.testing.assert_close(
         torch.autograd.grad(rkd_angle(student, teacher), student)[0], whole, rtol=1e-12, atol=1e-14
     )
@@ -99,8 +100,7 @@ def degenerate() -> list:
 
 def embedding(distance):
     def loss(student, teacher):
-        sides = EmbeddingTarget(6, 6, projection="linear")(student, teacher)
-        return distance(*sides)
+        return distance(*embedding_sides(nn.Identity(), student, teacher))
 
     return loss
 
@@ -158,7 +158,7 @@ def test_features_that_agree_to_their_last_bits_are_the_same():
 
 def test_embedding_l2_is_twice_the_cosine_loss_of_unit_vectors():
     student, teacher = random(5, 8), random(5, 8, seed=1)
-    ours, theirs = EmbeddingTarget(8, 8, projection="none")(student, teacher)
+    ours, theirs = embedding_sides(nn.Identity(), student, teacher)
     s, t = student.numpy(), teacher.numpy()
     cosines = (s * t).sum(1) / np.linalg.norm(s, axis=1) / np.linalg.norm(t, axis=1)
     assert cosine_loss(ours, theirs).item() == pytest.approx(1 - cosines.mean(), rel=1e-12)
@@ -216,11 +216,11 @@ def test_distances_are_float32_inside_autocast_and_of_16_bit_features(name):
             found = LOSSES[name](student, teacher)
         assert found.dtype == torch.float32
         assert torch.equal(found, expected)
-    target = EmbeddingTarget(6, 5, projection="linear")
-    expected = target(student.float(), teacher[:, :5].float())
+    projection = nn.Linear(6, 5, bias=False)
+    expected = embedding_sides(projection, student.float(), teacher[:, :5].float())
     maps = random(2, 3, 4, 4).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        found = target(student, teacher[:, :5])
+        found = embedding_sides(projection, student, teacher[:, :5])
         looks = attention_map(maps)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     torch.testing.assert_close(looks, maps.float().square().sum(1), rtol=0, atol=0)

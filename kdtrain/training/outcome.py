@@ -1,0 +1,117 @@
+"""How a run ends: its best evaluation, early stopping, and numbers that are no longer finite."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdtrain.training import checkpoint
+from kdtrain.training.journal.journal import NonFinite
+from kdtrain.training.preparation import TrainingError
+
+# 30 halvings make the scaler's first 65536 into 6e-5: a gradient that overflows then is lost
+MAX_SKIPPED = 30
+DIVERGED = checkpoint.run_file("diverged.json")
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds NaN or infinity, by one transfer from the device."""
+    finite = torch.stack([t.isfinite().all() for t in tensors.values()]).tolist()
+    return next((name for name, good in zip(tensors, finite, strict=True) if not good), None)
+
+
+def by_term(found: NonFinite, pictures: str) -> tuple[str, str]:
+    """Cause and advice for a loss term that is not finite; pictures: names of the step's."""
+    cause = f"loss term '{found.term}' is {found.value}; the batch was {pictures}"
+    return cause, "Lower optim.phases' lr, set optim.clip_norm, or give that term less weight."
+
+
+def by_weight(name: str, pictures: str) -> tuple[str, str]:
+    """Cause and advice for a weight, statistic or momentum that is not finite."""
+    cause = f"{name} is no longer finite though the loss was; the batch was {pictures}"
+    return cause, "Lower optim.phases' lr, or set optim.clip_norm."
+
+
+def by_overflow() -> tuple[str, str]:
+    """Cause and advice where the loss scaler skipped MAX_SKIPPED steps in a row."""
+    cause = (
+        f"the gradient of {MAX_SKIPPED} steps in a row overflowed float16 at every scale of the "
+        "loss"
+    )
+    return cause, "Set train.precision to bfloat16 or float32, or lower optim.phases' lr."
+
+
+def diverged(
+    folder: Path, step: int, why: tuple[str, str], record: Mapping[str, Any]
+) -> TrainingError:
+    """Writes diverged.json, which marks the run as ended, as the same run would diverge again.
+
+    why: cause and advice. record: what else the file says. Returns the error to raise.
+    """
+    cause, advice = why
+    standing = "No checkpoint had been saved yet."
+    if (folder / "last").exists():
+        standing = f"{folder / 'last'} holds the finite weights of an earlier step."
+    message = f"diverged at step {step}: {cause}. {standing} {advice}"
+    checkpoint.write_json(folder / DIVERGED, {"step": step, **record, "message": message})
+    return TrainingError(message)
+
+
+class History:
+    """Evaluation records in their order, from which all follows, so that a resumed run agrees."""
+
+    def __init__(self, metric: str, sign: int, patience: int | None) -> None:
+        """metric: name of the one that judges; sign: +1 where more is better, -1 where less is.
+        patience: evaluations without a better one after which `is_stale`; None for never.
+        """
+        self.metric, self._sign, self._patience = metric, sign, patience
+        self.records: list[dict[str, Any]] = []
+
+    def add(self, record: dict[str, Any]) -> bool:
+        """Keep a record with `step`, `metrics` and `phase_ends`; whether it is the best so far."""
+        earlier = self.best()
+        self.records.append(record)
+        return self.best() is not earlier
+
+    @property
+    def latest(self) -> dict[str, Any]:
+        """The metrics of the last evaluation; empty before the first."""
+        return self.records[-1]["metrics"] if self.records else {}
+
+    def best(self) -> dict[str, Any] | None:
+        """The record with the best metric so far, the earliest of equals; None if none has it."""
+        rated = [r for r in self.records if r["metrics"].get(self.metric) is not None]
+        return max(rated, key=lambda r: self._sign * r["metrics"][self.metric], default=None)
+
+    def phases(self) -> list[dict[str, Any]]:
+        """The records at the ends of phases."""
+        return [record for record in self.records if record["phase_ends"]]
+
+    def is_stale(self) -> bool:
+        """Whether the last `patience` evaluations brought no better metric.
+
+        ValueError where the metric could not be measured at all.
+        """
+        if self._patience is None or not self.records:
+            return False
+        best = self.best()
+        if best is None:
+            raise ValueError(
+                f"train.early_stop: {self.metric} cannot be measured on the validation pictures; "
+                "raise data.validation_fraction, or set train.early_stop to null"
+            )
+        return sum(r["step"] > best["step"] for r in self.records) >= self._patience
+
+    def ended(self, epoch: int, epochs: int) -> dict[str, Any]:
+        """Why training ended in epoch `epoch` of `epochs`, counted from 1."""
+        if epoch == epochs or not self.is_stale():
+            return {"by": "schedule", "epoch": epoch, "why": f"all {epochs} epochs trained"}
+        why = (
+            f"stopped early in epoch {epoch} of {epochs}: no better validation {self.metric} in "
+            f"{self._patience} evaluations"
+        )
+        return {"by": "early_stop", "epoch": epoch, "why": why}

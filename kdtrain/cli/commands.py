@@ -140,8 +140,8 @@ def train(argv: Sequence[str]) -> int:
         screen.close()
     if results["status"] == "reused":
         name = results["metric"]["name"]
-        value = number(name, results["metrics"].get(name))
-        print(f"{run_dir}: finished before, reused: {name} {value} (--overwrite trains it anew)")
+        reused = f"reused: {name} {number(name, results['metrics'].get(name))}"
+        print(printable(f"{run_dir}: finished before, {reused} (--overwrite trains it anew)"))
         return 0
     _print_results(results, f"{run_dir}: finished")
     return 0
@@ -265,7 +265,7 @@ def import_weights(argv: Sequence[str]) -> int:
         scale=options.get("scale") or SCALE,
         color=color,
     ):
-        print(line)
+        print(printable(line))
     return 0
 
 

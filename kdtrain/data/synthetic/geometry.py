@@ -121,9 +121,9 @@ def landmarks(face: dict[str, Tensor], size: int) -> Tensor:
         surface_points(face, -width, corner_y),
         surface_points(face, width, corner_y),
     ]
-    plane = [project_to_head_plane(point, turn) for point in on_surface]
-    plane.insert(2, nose_points(face, turn)[1])
-    return torch.stack([project_to_picture(point, face, size) for point in plane], 1)
+    in_plane = [project_to_head_plane(point, turn) for point in on_surface]
+    in_plane.insert(2, nose_points(face, turn)[1])
+    return torch.stack([project_to_picture(point, face, size) for point in in_plane], 1)
 
 
 def trace(face: dict[str, Tensor], turn: Tensor, side: int) -> Surface:

@@ -248,11 +248,12 @@ def _head_weight(file: object, path: Path) -> Tensor:
     if isinstance(file, Tensor):
         return file
     state = inner(file, "state_dict_softmax_fc", "state_dict")
-    for name in HEAD_NAMES if isinstance(state, Mapping) else ():
+    known = state if isinstance(state, Mapping) else {}
+    for name in HEAD_NAMES:
         for key in (name, f"head.{name}"):
-            if isinstance(state.get(key), Tensor):
+            if isinstance(weight := known.get(key), Tensor):
                 # AdaFace's kernel has a column for each person
-                return state[key].T if name == "kernel" else state[key]
+                return weight.T if name == "kernel" else weight
     raise PublishedError(f"{path}: no classifier in it (one of {', '.join(HEAD_NAMES)})")
 
 

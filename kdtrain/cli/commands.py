@@ -386,9 +386,7 @@ def _line(error: BaseException) -> str:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Errors whose message is written for users: our own classes, and ValueError or OSError raised
-    on purpose.
-    """
+    """Errors written for users: our own classes, and ValueError or OSError raised on purpose."""
     if type(error).__module__.startswith("kdtrain"):
         return True
     frames = traceback.extract_tb(error.__traceback__)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -24,6 +24,7 @@ from kdtrain.data import FaceSource
 from kdtrain.experiments import dryrun, pipeline
 from kdtrain.experiments.estimate import estimate
 from kdtrain.experiments.scheduler import Outcome, Overview, wall_time
+from kdtrain.training.journal import journal
 from kdtrain.training.journal.journal import duration
 
 START_S = 4.0  # of a run's process: start, imports, pictures; counted beside the timed steps
@@ -38,10 +39,25 @@ MARKS = {
     "stopped": ("‖", "yellow"),
 }
 LEGEND = "■ done  ▶ running  · waiting  ✗ diverged or failed  - skipped  blank: not planned"
-
-
+ENDED = ("reused", "diverged")
+"""The states of a run that has ended before."""
 Run = TypeVar("Run", bound=Hashable)
 """Names a run of a campaign."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """Where and how the runs of a command are trained."""
+
+    root: Path
+    jobs: int
+    budget_min: float | None = None
+    """Minutes on the clock; None: all that it takes."""
+    command: str = ""
+    """As it was given."""
+    dry_run: bool = False
+    """Print the runs of the first seed, their cost and the plan; write nothing."""
+    console: Console = field(default_factory=lambda: journal.console(file_width=120))
 
 
 class BudgetError(RuntimeError):
@@ -72,6 +88,7 @@ def grouped(found: Iterable[tuple[str, Iterable[Run]]]) -> list[Group[Run]]:
 class Campaign(Generic[Run]):
     """What is to be done: groups of runs with their states and seconds, and which are taken."""
 
+    order: Order
     groups: tuple[Group[Run], ...]
     stages: Mapping[Run, pipeline.Stage]
     """Of every run that is shown."""
@@ -83,27 +100,27 @@ class Campaign(Generic[Run]):
     taken: tuple[Group[Run], ...]
     clock_s: float
     """Estimated time of what is taken."""
-    jobs: int
     least: tuple[str, float] | None = None
     """Of the groups that the budget leaves the one that needs least: label, seconds on the clock
     with what is taken."""
 
     def finished(self, group: Group[Run]) -> int:
         """How many of a group's runs have ended before."""
-        return sum(self.states[run] in ("reused", "diverged") for run in group.runs)
+        return sum(self.states[run] in ENDED for run in group.runs)
+
+    def mark(self, run: Run, states: Mapping[str, str]) -> tuple[str, str]:
+        """What stands for a run in an overview, and its style."""
+        return MARKS.get(states.get(self.stages[run].name) or self.states[run], (" ", "white"))
 
 
 def make_campaign(
     groups: Sequence[Group[Run]],
     stages: Mapping[Run, pipeline.Stage],
-    root: Path,
-    *,
-    jobs: int,
-    budget_min: float | None,
+    order: Order,
     say: Callable[[str], None],
 ) -> Campaign[Run]:
     """Times a few steps of each distinct kind of run and takes groups, in order, while they fit
-    the budget (minutes on the clock; None: all).
+    the budget.
 
     stages: of the groups' runs and of whatever else is shown, inputs first. Raises ConfigError for
     runs that need landmarks of pictures that have none.
@@ -112,14 +129,14 @@ def make_campaign(
     ours = [run for group in groups for run in group.runs]
     if lost := pipeline.without_landmarks([stages[run] for run in ours], sources):
         raise ConfigError(f"{', '.join(lost)}: {pipeline.NO_LANDMARKS}; leave these out")
-    keys = pipeline.stage_keys(list(stages.values()), root, sources)
+    keys = pipeline.stage_keys(list(stages.values()), order.root, sources)
     states = {
-        run: pipeline.stage_state(root / stage.name, keys[stage.name])
+        run: pipeline.stage_state(order.root / stage.name, keys[stage.name])
         for run, stage in stages.items()
     }
-    open_runs = [run for run in ours if states[run] not in ("reused", "diverged")]
+    open_runs = [run for run in ours if states[run] not in ENDED]
     say(f"{len(ours)} runs in all, {len(ours) - len(open_runs)} finished before; timing steps")
-    seconds = seconds_of(open_runs, stages, threads_of(jobs), sources)
+    seconds = seconds_of(open_runs, stages, threads_of(order.jobs), sources)
     by_name = {stage.name: run for run, stage in stages.items()}
     have = {run for run, state in states.items() if state == "reused"}
     taken: list[Group[Run]] = []
@@ -129,28 +146,17 @@ def make_campaign(
         inputs = {by_name[name] for run in group.runs for name in stages[run].inputs}
         if not inputs <= have | set(group.runs):
             continue  # it starts from runs of a group that was left out
-        needed = _clock([*taken, group], stages, seconds, jobs)
-        if budget_min is None or needed <= 60 * budget_min:
+        found = [stages[run] for one in (*taken, group) for run in one.runs]
+        costs = {stage.name: seconds[stage.name] for stage in found if stage.name in seconds}
+        needed = wall_time(costs, {stage.name: stage.inputs for stage in found}, order.jobs)
+        if order.budget_min is None or needed <= 60 * order.budget_min:
             taken.append(group)
             have |= set(group.runs)
             clock = needed
         else:
             left.append((group.label, needed))
     least = min(left, key=lambda one: one[1], default=None)
-    return Campaign(tuple(groups), stages, keys, states, seconds, tuple(taken), clock, jobs, least)
-
-
-def _clock(
-    chosen: Sequence[Group[Run]],
-    stages: Mapping[Run, pipeline.Stage],
-    seconds: Mapping[str, float],
-    jobs: int,
-) -> float:
-    """Seconds on the clock until the open runs of these groups are done."""
-    found = [stages[run] for group in chosen for run in group.runs]
-    costs = {stage.name: seconds[stage.name] for stage in found if stage.name in seconds}
-    inputs = {stage.name: stage.inputs for stage in found}
-    return wall_time(costs, inputs, jobs) if costs else 0.0
+    return Campaign(order, tuple(groups), stages, keys, states, seconds, tuple(taken), clock, least)
 
 
 def seconds_of(
@@ -168,18 +174,16 @@ def seconds_of(
         config = stages[run].config
         planned = dryrun.planned(stages[run].name, config, Path(), configs)
         asked = (config.teacher.run or "", config.seed)
-        kept = config.teacher.cache != "none" and asked in answered
+        cost = estimate(
+            config, count(config), planned.teachers, threads=threads, answers_kept=asked in answered
+        )
         answered.add(asked)
-        own = config.train.threads or threads
-        cost = estimate(config, count(config), planned.teachers, threads=own, answers_kept=kept)
         found[planned.name] = START_S + cost.total_s
     return found
 
 
 def show_campaign(campaign: Campaign[Run], console: Console) -> None:
-    """Print the groups in their order: runs, how many are finished, seconds of work, taken or
-    not.
-    """
+    """Print the groups: runs, how many are finished, seconds of work, taken or not."""
     grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("group", "runs", "finished", "work", ""):
         grid.add_column(title, justify="left" if title in ("group", "") else "right")
@@ -192,8 +196,8 @@ def show_campaign(campaign: Campaign[Run], console: Console) -> None:
         grid.add_row(group.label, str(len(group.runs)), str(finished), shown, mark)
     console.print(grid)
     console.print(
-        f"about {duration(campaign.clock_s)} on the clock with {campaign.jobs} jobs side by side "
-        f"(from timed steps, with {START_S:g} s a run to start)"
+        f"about {duration(campaign.clock_s)} on the clock with {campaign.order.jobs} jobs side by "
+        f"side (from timed steps, with {START_S:g} s a run to start)"
     )
 
 
@@ -209,44 +213,41 @@ def budget_problem(campaign: Campaign[Run]) -> BudgetError | None:
 
 
 def run_study(
-    first: Sequence[pipeline.Stage],
+    first: Callable[[], Sequence[pipeline.Stage]],
     plan: Callable[[], Campaign[Run]],
     overview: Callable[[Campaign[Run], Mapping[str, str]], RenderableType],
     write: Callable[[Campaign[Run], Mapping[str, Outcome], bool], None],
-    root: Path,
-    *,
-    jobs: int,
-    console: Console,
-    dry_run: bool,
+    order: Order,
 ) -> int:
     """A command of many runs: plan, print it, train what was taken, write tables; exit status 0, 1
     (a run failed) or 130 (interrupted). A run that diverged is a result.
 
-    overview: draws the states of the runs in a terminal. write: reads the outcomes into tables,
-    told whether all is done. dry_run: print the runs of the first seed, `first`, as YAML with their
-    cost, and the plan where the pictures are there; write nothing. Raises BudgetError where the
-    budget takes no group that is not finished, after the tables of what is.
+    first: the runs of the first seed, which a dry run prints as YAML with their cost, and the plan
+    where the pictures are there. overview: draws the states of the runs in a terminal. write: reads
+    the outcomes into tables, told whether all is done. Raises BudgetError where the budget takes no
+    group that is not finished, after the tables of what is.
     """
-    status = 0
-    if dry_run:
-        status = dryrun.show_stages(first, root, jobs, {})
+    console, status, shown = order.console, 0, []
+    if order.dry_run:
+        shown = first()
+        status = dryrun.show_stages(shown, order.root, order.jobs, {})
     else:
-        root.mkdir(parents=True, exist_ok=True)
+        order.root.mkdir(parents=True, exist_ok=True)
     try:
         campaign = plan()
     except ValueError as error:
-        if not dry_run or all(pipeline.is_there(stage.config.data) for stage in first):
+        if not order.dry_run or all(pipeline.is_there(stage.config.data) for stage in shown):
             raise
         console.print(f"# no plan of all seeds without the pictures: {error}", markup=False)
         return status
     show_campaign(campaign, console)
     problem = budget_problem(campaign)
-    if problem is not None and (dry_run or "reused" not in campaign.states.values()):
+    if problem is not None and (order.dry_run or "reused" not in campaign.states.values()):
         raise problem
-    if dry_run:
+    if order.dry_run:
         return status
     started = time.monotonic()
-    status, outcomes = carry_out(campaign, root, lambda states: overview(campaign, states))
+    status, outcomes = carry_out(campaign, lambda states: overview(campaign, states))
     write(campaign, outcomes, status != INTERRUPTED)
     console.print(f"{duration(time.monotonic() - started)} on the clock")
     if problem is not None:
@@ -258,7 +259,7 @@ def run_study(
 
 
 def carry_out(
-    campaign: Campaign[Run], root: Path, overview: Overview | None = None
+    campaign: Campaign[Run], overview: Overview | None = None
 ) -> tuple[int, dict[str, Outcome]]:
     """Train what was taken: status as pipeline.run has it, and how each run ended. What was
     finished before and is only shown counts among them.
@@ -269,4 +270,5 @@ def carry_out(
         for run, stage in campaign.stages.items()
         if run in runs or campaign.states[run] == "reused"
     }
-    return pipeline.run(pipeline.ordered(wanted), root, jobs=campaign.jobs, overview=overview)
+    order = campaign.order
+    return pipeline.run(pipeline.ordered(wanted), order.root, jobs=order.jobs, overview=overview)

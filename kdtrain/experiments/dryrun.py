@@ -21,9 +21,10 @@ from kdtrain.config.program import threads_of
 from kdtrain.data import DataError, FaceSource, balanced_batches
 from kdtrain.data.run_data import parts, shared_source
 from kdtrain.experiments.estimate import Counts, Estimate, estimate
-from kdtrain.experiments.pipeline import Stage, is_there, lacks_landmarks
+from kdtrain.experiments.pipeline import Stage, is_there
 from kdtrain.experiments.scheduler import wall_time
-from kdtrain.experiments.timing import batch_pictures, network_size
+from kdtrain.experiments.timing import Size, batch_pictures, network_size
+from kdtrain.objectives.tasks import TASKS
 from kdtrain.reports import writing
 from kdtrain.training import checkpoint
 from kdtrain.training.environment import check_device, environment
@@ -51,24 +52,18 @@ PUBLISHED = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass
 class Planned:
-    """A run to be estimated."""
+    """A run, and what is known of it before it is trained."""
 
     name: str
     config: Config
-    inputs: tuple[str, ...] = ()
-    teachers: tuple[ModelConfig, ...] = ()
+    inputs: tuple[str, ...]
+    teachers: tuple[ModelConfig, ...]
     """Networks of the runs that it learns from."""
-    note: str = ""
-
-
-class Row(NamedTuple):
-    """What is known of a run; cost None where something is missing, which notes then say."""
-
-    run: Planned
-    cost: Estimate | None
     notes: list[str]
+    cost: Estimate | None = None
+    """None where something is missing, which notes then say."""
     fails: bool = False
     """The run would end in the error that notes say."""
 
@@ -93,46 +88,44 @@ def show_stages(stages: Sequence[Stage], root: Path, jobs: int, options: Mapping
     for stage in stages:
         needs = f" after {', '.join(stage.inputs)}" if stage.inputs else ""
         print(f"---\n# {stage.name}{needs}\n{settings.to_yaml(stage.config)}", end="", flush=True)
-        run = planned(stage.name, stage.config, root / stage.name, configs)
-        runs.append(replace(run, inputs=stage.inputs))
+        runs.append(planned(stage.name, stage.config, root / stage.name, configs, stage.inputs))
     return _show(runs, options, threads_of(jobs), jobs)
 
 
 def _show(runs: Sequence[Planned], options: Mapping[str, Any], threads: int, jobs: int) -> int:
-    """Print the table of `runs` as YAML comments, so that it can stand below a recipe; 1 where one
-    would fail.
-
-    options: the size of the whole data set, for every run, where the user states it. threads: of
-    each run that does not set its own. jobs: runs side by side.
-    """
+    """Print the table of `runs` as YAML comments; 1 where one would fail."""
     given = None
     if options.get("classes") is not None:
         given = Published("given", options["classes"], options["pictures"])
     sources: dict[DataConfig, FaceSource] = {}
-    rows = [_row(run, threads, given, sources) for run in runs]
-    lines = _table(rows)
-    lines += ["", *_summary(rows, threads, jobs)]
     notes: dict[str, list[str]] = {}
-    for row in rows:
-        for note in row.notes:
-            notes.setdefault(note, []).append(row.run.name)
+    for run in runs:
+        _estimate(run, threads, given, sources)
+        for note in run.notes:
+            notes.setdefault(note, []).append(run.name)
+    lines = [*_table(runs), "", *_summary(runs, threads, jobs)]
     lines += [f"{', '.join(names)}: {note}" for note, names in notes.items()]
     print("\n".join(f"# {line}".rstrip() for line in lines), flush=True)
-    lost = [row.run.name for row in rows if row.fails]
+    lost = [run.name for run in runs if run.fails]
     if lost:
-        text = f"{len(lost)} of {len(rows)} runs would fail, as said above: {', '.join(lost)}"
+        text = f"{len(lost)} of {len(runs)} runs would fail, as said above: {', '.join(lost)}"
         print(f"error: {text}", file=sys.stderr)
     return int(bool(lost))
 
 
 def planned(
-    name: str, config: Config, run_dir: Path, recipes: Mapping[str, Config] | Path
+    name: str,
+    config: Config,
+    run_dir: Path,
+    recipes: Mapping[str, Config] | Path,
+    inputs: tuple[str, ...] = (),
 ) -> Planned:
     """A run with the networks of its teachers; see network_of."""
     named = [run for run in (config.teacher.run, *config.teacher.more) if run is not None]
     found = [network_of(run, config, run_dir, recipes) for run in named]
     note = "; ".join(note for _, note in found if note)
-    return Planned(name=name, config=config, teachers=tuple(m for m, _ in found), note=note)
+    models = tuple(model for model, _ in found)
+    return Planned(name, config, inputs, models, [note] if note else [])
 
 
 def network_of(
@@ -160,9 +153,7 @@ def network_of(
 
 
 def count(
-    config: Config,
-    given: Published | None = None,
-    sources: dict[DataConfig, FaceSource] | None = None,
+    config: Config, given: Published | None, sources: dict[DataConfig, FaceSource]
 ) -> Counts | str:
     """Classes and pictures that the run would see, or what is missing to know them.
 
@@ -173,7 +164,7 @@ def count(
     if given is not None:
         return _published(config, given, "")
     if is_there(data):
-        return counted(config, {} if sources is None else sources)
+        return counted(config, sources)
     known = PUBLISHED.get(re.sub("[^a-z0-9]", "", Path(data.root or "").name.lower()))
     if known is None and data.kind == "celeba":
         known = PUBLISHED["celeba"]
@@ -187,11 +178,9 @@ def count(
 
 
 def counted(config: Config, sources: dict[DataConfig, FaceSource]) -> Counts:
-    """The same from the pictures themselves; raises DataError or ValueError where they are not, or
-    cannot serve the task.
-    """
+    """The same from the pictures; raises DataError or ValueError where they cannot serve."""
     source = shared_source(config.data, sources)
-    if lacks_landmarks(config, source):
+    if TASKS[config.task].needs_landmarks and source.landmarks is None:
         raise DataError(f"{source.name}: task {config.task} needs landmarks, which are not there")
     train, validation, test = parts(source, config)
     batches = None
@@ -216,61 +205,59 @@ def counter(sources: dict[DataConfig, FaceSource]) -> Callable[[Config], Counts]
 
 def _published(config: Config, size: Published, note: str) -> Counts:
     """The split of a data set of which only the size is known."""
-    data, pictures = config.data, size.pictures
-    test = round(data.test_fraction * pictures)
-    train = pictures - test
+    data = config.data
+    test = round(data.test_fraction * size.pictures)
+    train = size.pictures - test
     if data.split == "identity:random":
         train, test = (round((1 - data.test_fraction) * part) for part in (train, test))
     validation = round(data.validation_fraction * train)
     return Counts(size.people, train - validation, test, validation, note=note)
 
 
-def _row(
-    run: Planned,
-    threads: int,
-    given: Published | None,
-    sources: dict[DataConfig, FaceSource],
-) -> Row:
-    notes = [run.note] if run.note else []
+def _estimate(
+    run: Planned, threads: int, given: Published | None, sources: dict[DataConfig, FaceSource]
+) -> None:
+    """Fill in the cost of a run and what is to be said of it."""
+    config = run.config
     try:
-        counts = count(run.config, given, sources)
+        counts = count(config, given, sources)
     except ValueError as error:
-        return Row(run, None, [*notes, str(error)], fails=True)
+        run.notes.append(str(error))
+        run.fails = True
+        return
     if isinstance(counts, str):
-        return Row(run, None, [*notes, counts])
+        run.notes.append(counts)
+        return
     if counts.note:
-        notes.append(counts.note)
+        run.notes.append(counts.note)
     if sys.stderr.isatty():
         print(f"timing {run.name}", file=sys.stderr)
     elsewhere = True  # what this machine lacks another one may have
     try:
-        check_device(run.config)
+        check_device(config)
         elsewhere = False
-        own = run.config.train.threads or threads
-        cost = estimate(run.config, counts, run.teachers, threads=own)
+        run.cost = cost = estimate(config, counts, run.teachers, threads=threads)
     except ConfigError as error:
         # what can be said of a run that cannot be timed here
-        size = network_size(run.config, run.config.model, counts.classes)
-        words = f"{writing.count(size.parameters)} parameters"
-        words += f", {writing.count(size.multiply_adds)} multiply-adds"
-        return Row(run, None, [*notes, f"{error}; {words}"], fails=not elsewhere)
-    if run.config.teacher.cache != "none":
-        notes.append(
+        parameters, work = _counts(network_size(config, config.model, counts.classes))
+        run.notes.append(f"{error}; {parameters} parameters, {work} multiply-adds")
+        run.fails = not elsewhere
+        return
+    if config.teacher.cache != "none":
+        run.notes.append(
             "counted as if the teacher were asked at every step; a run that finds its answers "
             "in teacher.cache takes less"
         )
     if cost.scaled:
-        notes.append(
+        run.notes.append(
             f"timed on {cost.timed_batch} of {cost.batch} pictures a batch and scaled, as a "
             "whole batch takes too long or too much memory here"
         )
-    return Row(run, cost, notes)
 
 
-def _table(rows: Sequence[Row]) -> list[str]:
-    cells = [COLUMNS, *(_cells(row) for row in rows)]
-    unused = [k for k in range(len(COLUMNS)) if all(c[k] in ("", "-") for c in cells[1:])]
-    kept = [k for k in range(len(COLUMNS)) if k not in unused]
+def _table(runs: Sequence[Planned]) -> list[str]:
+    cells = [COLUMNS, *map(_cells, runs)]
+    kept = [k for k in range(len(COLUMNS)) if any(line[k] not in ("", "-") for line in cells[1:])]
     widths = {k: max(len(line[k]) for line in cells) for k in kept}
     return [
         "  ".join(
@@ -281,53 +268,49 @@ def _table(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    config, cost = row.run.config, row.cost
-    teacher = " + ".join(map(network_name, row.run.teachers))
+def _cells(run: Planned) -> tuple[str, ...]:
+    config, cost = run.config, run.cost
+    teacher = " + ".join(map(network_name, run.teachers))
     if teacher and config.teacher_side != config.data.input_size:
         teacher += f" at {config.teacher_side}"
-    head = (row.run.name, ", ".join(row.run.inputs), network_name(config.model))
-    head += (str(config.data.input_size),)
     batch = str(batch_pictures(config))
     if config.optim.accumulate > 1:
         batch = f"{config.optim.accumulate} x {batch}"
-    if cost is None:
-        return (*head, "-", "-", teacher, batch, "-", "-", "-", "-")
-    return (
-        *head,
-        writing.count(cost.parameters),
-        writing.count(cost.multiply_adds),
-        teacher,
-        batch,
-        f"{cost.steps:,}",
-        _bytes(cost.memory_bytes),
-        f"{cost.step_s:.3g} s",
-        long_duration(cost.total_s),
-    )
+    size, work = ("-",) * 2, ("-",) * 4
+    if cost is not None:
+        size = _counts(cost.size)
+        work = f"{cost.steps:,}", _bytes(cost.memory_bytes), f"{cost.step_s:.3g} s"
+        work += (long_duration(cost.total_s),)
+    network = network_name(config.model), str(config.data.input_size)
+    return (run.name, ", ".join(run.inputs), *network, *size, teacher, batch, *work)
 
 
-def _summary(rows: Sequence[Row], threads: int, jobs: int) -> list[str]:
-    config = rows[0].run.config
-    costs = {row.run.name: row.cost for row in rows if row.cost is not None}
+def _summary(runs: Sequence[Planned], threads: int, jobs: int) -> list[str]:
+    costs = {run.name: run.cost for run in runs if run.cost is not None}
     if not costs:
         return ["nothing could be timed"]
-    used = sorted({row.run.config.train.threads or threads for row in rows})
+    config = runs[0].config
+    used = sorted({run.config.train.threads or threads for run in runs})
     place = f"{config.train.device}, {environment(config)['device']}"
     lines = [
         f"timed here, one run at a time ({place}, threads: {', '.join(map(str, used))}), on random "
         "pictures; not counted: decoding,",
         "neighbour search and floors, and what jobs side by side cost each other",
     ]
-    if len(rows) > 1:
+    if len(runs) > 1:
         seconds = {name: cost.total_s for name, cost in costs.items()}
-        wall_s = wall_time(seconds, {row.run.name: row.run.inputs for row in rows}, jobs)
+        wall_s = wall_time(seconds, {run.name: run.inputs for run in runs}, jobs)
         steps = sum(cost.steps for cost in costs.values())
-        missing = f" ({len(rows) - len(costs)} unknown)" if len(costs) < len(rows) else ""
+        missing = f" ({len(runs) - len(costs)} unknown)" if len(costs) < len(runs) else ""
         lines.append(
             f"in all: {steps:,} steps, {long_duration(sum(seconds.values()))} of training in "
             f"{len(costs)} runs{missing}, {long_duration(wall_s)} on the clock with --jobs {jobs}"
         )
     return lines
+
+
+def _counts(size: Size) -> tuple[str, str]:
+    return writing.count(size.parameters), writing.count(size.multiply_adds)
 
 
 def network_name(model: ModelConfig) -> str:

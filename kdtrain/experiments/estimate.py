@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from kdtrain.config import Config, ConfigError, ModelConfig
-from kdtrain.experiments.timing import batch_pictures, network_size, timing
+from kdtrain.experiments.timing import Size, batch_pictures, network_size, timing
 from kdtrain.training.environment import check_device
 
 
@@ -36,14 +36,8 @@ class Counts(NamedTuple):
 class Estimate:
     """Size, memory and time of one run."""
 
-    parameters: int
+    size: Size
     """Of the trained network, heads included."""
-    multiply_adds: int
-    """Of its forward pass for one picture, convolutions and linear layers."""
-    teacher_parameters: int = 0
-    """Of the frozen teacher, or of all; 0 without one."""
-    teacher_multiply_adds: int = 0
-    """Of the teacher's forward pass for one picture, or of all teachers'."""
     memory_bytes: int
     """Of a training step: weights, gradients, optimiser state, the teacher's weights, and what the
     batch needs. On CUDA the peak of torch's allocations; on a CPU the tensors kept for backward
@@ -59,10 +53,9 @@ class Estimate:
     """Steps of the optimiser in all; early stopping may take fewer."""
     training_s: float
     """Seconds of these steps, pictures decoded beforehand."""
-    evaluations: int
-    """Evaluations; with a validation part that of the test split at the end of each phase too."""
     evaluation_s: float
-    """Seconds of their forward passes; neighbour search, pairs and floors are not counted."""
+    """Seconds of the evaluations' forward passes, with a validation part those of the test split at
+    the end of each phase too; neighbour search, pairs and floors are not counted."""
 
     @property
     def scaled(self) -> bool:
@@ -92,9 +85,9 @@ def estimate(
 
     teachers: networks of the runs that teacher.run and teacher.more name, in this order, each with
     a classifier for counts.classes. answers_kept: an earlier run with teacher.cache met the same
-    batches, so the teacher is not asked (reading is not counted). threads: processor threads that
-    the run will have (0: as torch has now). Several steps and evaluations are timed and the usual
-    one counts, so that a single one that other work delays does not (timing.usual).
+    batches, so the teacher is not asked (reading is not counted). threads: processor threads of a
+    run that does not set its own (0: as torch has now). Several steps and evaluations are timed and
+    the usual one counts, so that a single one that other work delays does not (timing.usual).
 
     What is timed once is not timed again in this process (timing.py). Threads, random state and
     torch's settings are afterwards as before; on CUDA torch's peak memory counter is reset. Raises
@@ -116,29 +109,22 @@ def estimate(
         )
     epochs = sum(phase.epochs for phase in config.optim.phases)
     count = epochs * -(-per_epoch // config.optim.accumulate)
-    own = network_size(config, config.model, counts.classes)
-    side = config.teacher_side
-    guides = [network_size(config, model, counts.classes, side) for model in teachers]
     kept = answers_kept and config.teacher.cache != "none"
-    timed = timing(config, counts.classes, teachers, kept, threads)
+    timed = timing(config, counts.classes, teachers, kept, config.train.threads or threads)
     share = batch / timed.pictures
-    rounds = _evaluations(config)
+    phases = config.optim.phases
+    # every train.eval_every epochs and at the end of each phase, where the test split is seen too
+    rounds = sum(-(-phase.epochs // config.train.eval_every) for phase in phases)
     seen = rounds * counts.test
     if counts.validation:
-        ends = len(config.optim.phases)  # at which the test split is measured too
-        seen = rounds * counts.validation + ends * counts.test
-        rounds += ends
+        seen = rounds * counts.validation + len(phases) * counts.test
     return Estimate(
-        parameters=own.parameters,
-        multiply_adds=own.multiply_adds,
-        teacher_parameters=sum(guide.parameters for guide in guides),
-        teacher_multiply_adds=sum(guide.multiply_adds for guide in guides),
+        size=network_size(config, config.model, counts.classes),
         memory_bytes=round(timed.fixed_bytes + share * timed.batch_bytes),
         batch=batch,
         timed_batch=timed.pictures,
         steps=count,
         training_s=epochs * per_epoch * share * timed.batch_s + count * timed.update_s,
-        evaluations=rounds,
         evaluation_s=seen * timed.picture_s,
     )
 
@@ -150,9 +136,3 @@ def batches_of_epoch(config: Config, counts: Counts) -> int:
     full, rest = divmod(counts.train, batch_pictures(config))
     drops = config.train.drop_last or config.balanced
     return full if drops else full + bool(rest)
-
-
-def _evaluations(config: Config) -> int:
-    """Evaluations during training: every train.eval_every epochs, and at the end of each phase."""
-    every = config.train.eval_every
-    return sum(-(-phase.epochs // every) for phase in config.optim.phases)

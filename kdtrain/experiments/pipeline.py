@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,15 @@ class Stage:
 
     @property
     def cost(self) -> float:
-        """A weight for the order of stages and the time left."""
-        return self.seconds or _cost(self.config)
+        """A weight for the order of stages and the time left: seconds, or a rough guess."""
+        if self.seconds:
+            return self.seconds
+        epochs = sum(phase.epochs for phase in self.config.optim.phases)
+        model = self.config.model
+        kernels = (model.width if model.name == "resnet" else 64) / model.divide
+        # a small network's time per picture is half overhead: measured 5.2, 1.2 and 0.9 ms at 32,
+        # 8 and 4 kernels
+        return epochs * (1 + (kernels / 14) ** 2) * (self.config.data.input_size / 32) ** 2
 
 
 def plan(
@@ -63,36 +70,48 @@ def plan(
 
     preset: a packaged one or a folder of recipes. common: dotted keys for every stage; special: by
     stage name, on top.
-    divide: the students' division of kernels. With data.split identity, classification is split by
-    picture among the training people (identity:random), as nobody can be classified without a
-    class. Raises ConfigError for an unknown preset, stage or key, an input that is not there, or a
-    circle.
+    divide: the students' division of kernels. Raises ConfigError for an unknown preset, stage or
+    key, an input that is not there, or a circle.
     """
     common = settings.in_full(common)
-    fixed = [key for key in ("task", *RUN_SETTINGS.values()) if key in common]
-    if fixed:
-        raise ConfigError(
-            f"{fixed[0]} is each stage's own; set it for one stage: --STAGE.{fixed[0]}"
-        )
+    for key in ("task", *RUN_SETTINGS.values()):
+        if key in common:
+            raise ConfigError(f"{key} is each stage's own; set it for one stage: --STAGE.{key}")
     recipes = {f.stem: settings.read_recipe(f) for f in stage_files(preset)}
-    unknown = [name for name in special if name not in recipes]
-    if unknown:
-        raise ConfigError(f"no stage {unknown[0]!r}; {settings.nearest(unknown[0], recipes)}")
+    for name in special:
+        if name not in recipes:
+            raise ConfigError(f"no stage {name!r}; {settings.nearest(name, recipes)}")
     stages = {}
     for name, recipe in recipes.items():
         flat = {**recipe, **common, **settings.in_full(special.get(name, {}))}
-        if flat.get("task") == "classification" and flat.get("data.split") == "identity":
-            flat["data.split"] = "identity:random"
         if divide is not None and flat.get("model.divide", 1) != 1:
             flat["model.divide"] = divide
-        try:
-            stages[name] = Stage(name, settings.build(flat))
-        except ConfigError as error:
-            raise ConfigError(f"stage {name}: {error}") from None
-        missing = [n for n in stages[name].inputs if n not in recipes]
-        if missing:
-            raise ConfigError(f"stage {name}: no stage {missing[0]!r} to take weights from")
+        stages[name] = make_stage(name, flat, f"stage {name}")
+        for needed in stages[name].inputs:
+            if needed not in recipes:
+                raise ConfigError(f"stage {name}: no stage {needed!r} to take weights from")
     return ordered(stages)
+
+
+def make_stage(name: str, flat: Mapping[str, Any], title: str) -> Stage:
+    """The stage of dotted keys. With data.split identity, classification is split by picture among
+    the training people (identity:random), as nobody can be classified without a class. Raises
+    ConfigError, which begins with the title.
+    """
+    if flat.get("task") == "classification" and flat.get("data.split") == "identity":
+        flat = {**flat, "data.split": "identity:random"}
+    try:
+        return Stage(name, settings.build(flat))
+    except ConfigError as error:
+        raise ConfigError(f"{title}: {error}") from None
+
+
+def rename_runs(flat: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
+    """Dotted keys with another name for every run that they name (config.RUN_SETTINGS)."""
+    found = {key: flat[key] for key in RUN_SETTINGS.values() if flat.get(key) is not None}
+    for key, named in found.items():
+        found[key] = [rename(run) for run in named] if isinstance(named, list) else rename(named)
+    return {**flat, **found}
 
 
 def stage_files(preset: str) -> list[Path]:
@@ -112,11 +131,6 @@ def is_there(data: DataConfig) -> bool:
     return data.kind == "synthetic" or Path(data.root or "").is_dir()
 
 
-def lacks_landmarks(config: Config, source: FaceSource) -> bool:
-    """Whether the task of a run needs landmarks that its pictures do not have."""
-    return TASKS[config.task].needs_landmarks and source.landmarks is None
-
-
 def without_landmarks(
     stages: Sequence[Stage], sources: dict[DataConfig, FaceSource]
 ) -> tuple[str, ...]:
@@ -130,16 +144,14 @@ def without_landmarks(
         lacking = False
         if TASKS[stage.config.task].needs_landmarks and is_there(stage.config.data):
             with contextlib.suppress(ValueError):  # which reading them for training says better
-                lacking = lacks_landmarks(stage.config, shared_source(stage.config.data, sources))
+                lacking = shared_source(stage.config.data, sources).landmarks is None
         if lacking or set(stage.inputs) & set(lost):
             lost.append(stage.name)
     return tuple(lost)
 
 
 def stage_keys(
-    stages: Sequence[Stage],
-    root: Path,
-    sources: dict[DataConfig, FaceSource] | None = None,
+    stages: Sequence[Stage], root: Path, sources: dict[DataConfig, FaceSource] | None = None
 ) -> dict[str, str]:
     """The key that each stage's run will have, worked out from the configs, the pictures and the
     inputs' keys. sources: those read before, and afterwards those read here (batches.py).
@@ -183,20 +195,21 @@ def run(
         recipes = root / "recipes"
         recipes.mkdir(exist_ok=True)
         wanted = stage_keys(stages, root, sources)
-        works, reused, lost = [], {}, {}
+        works: list[Work] = []
+        before: dict[str, Outcome] = {}
         for stage in stages:
             folder, key = root / stage.name, wanted[stage.name]
             state = "new" if overwrite else stage_state(folder, key)
             if state == "reused":
                 results = checkpoint.read_json(folder / "results.json") or {}
-                reused[stage.name] = Outcome("reused", "", results.get("seconds", 0.0))
+                before[stage.name] = Outcome("reused", "", results.get("seconds", 0.0))
                 if overview is None:
                     console.print(f"{stage.name}: reused, {headline(results)}")
                 continue
             if state == "diverged":
                 record = checkpoint.read_json(folder / "diverged.json") or {}
                 note = f"{record['message']} (--overwrite trains it anew)"
-                lost[stage.name] = Outcome("diverged", note, record.get("seconds", 0.0))
+                before[stage.name] = Outcome("diverged", note, record.get("seconds", 0.0))
                 console.print(f"{stage.name}: diverged before: {note}", markup=False)
                 continue
             if state in ("changed", "new"):
@@ -206,19 +219,17 @@ def run(
                 config = replace(config, train=replace(config.train, threads=threads))
             recipe = recipes / f"{stage.name}.yaml"
             checkpoint.write_text(recipe, settings.to_yaml(config))
-            inputs = tuple(name for name in stage.inputs if name not in reused)
-            resume = state == "resume"
+            resume, inputs = state == "resume", stage.inputs
             works.append(Work(stage.name, recipe, folder, inputs, resume, threads, stage.cost))
+        reused = sum(outcome.state == "reused" for outcome in before.values())
         if overview is not None and reused:
-            console.print(f"{len(reused)} of {len(stages)} runs were finished before")
-        status, outcomes = run_all(works, root, jobs, console, {**reused, **lost}, overview)
-    return status, {s.name: {**reused, **outcomes}[s.name] for s in stages}
+            console.print(f"{reused} of {len(stages)} runs were finished before")
+        status, outcomes = run_all(works, root, jobs, console, before, overview)
+    return status, {stage.name: outcomes[stage.name] for stage in stages}
 
 
 def stage_state(folder: Path, key: str) -> str:
-    """reused (finished under this key) | diverged (ended so under it) | resume (begun under it) |
-    changed (another key) | new.
-    """
+    """reused or diverged (ended under this key) | resume (begun under it) | changed | new."""
     results = checkpoint.read_json(folder / "results.json")
     diverged = checkpoint.read_json(folder / "diverged.json")
     begun = results or diverged or checkpoint.read_json(folder / "run.json")
@@ -230,9 +241,7 @@ def stage_state(folder: Path, key: str) -> str:
 
 
 def set_aside(folder: Path, place: Path, console: Console) -> None:
-    """Move a run folder that is to be trained anew out of the way, replacing an earlier one
-    there.
-    """
+    """Move a run folder that is to be trained anew to `place`, replacing an earlier one."""
     if not folder.exists() or all(f.name.startswith(".") for f in folder.iterdir()):
         return
     with checkpoint.lock(folder):  # a run that was begun by itself may be under way there
@@ -264,22 +273,10 @@ def finish(root: Path, outcomes: Mapping[str, Outcome]) -> None:
 
 
 def ordered(stages: Mapping[str, Stage]) -> list[Stage]:
-    """The heaviest chain of followers first: inputs come before what reads them, and two jobs end
-    together.
-    """
+    """Inputs before what reads them, the heaviest chain of followers first."""
     costs = {name: stage.cost for name, stage in stages.items()}
     try:
         names = longest_chain_first(costs, {name: s.inputs for name, s in stages.items()})
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return [stages[name] for name in names]
-
-
-def _cost(config: Config) -> float:
-    """A rough weight of a stage; only the display of time left uses it."""
-    epochs = sum(phase.epochs for phase in config.optim.phases)
-    width = config.model.width if config.model.name == "resnet" else 64
-    kernels = width / config.model.divide
-    # a small network's time per picture is half overhead: measured 5.2, 1.2 and 0.9 ms at 32, 8
-    # and 4 kernels
-    return epochs * (1 + (kernels / 14) ** 2) * (config.data.input_size / 32) ** 2

@@ -26,15 +26,13 @@ from kdtrain.training.checkpoint import read_json
 from kdtrain.training.journal.journal import duration, number
 
 POLL_S = 0.25
-# Draws the states of all works by name: reused, done, failed, skipped, stopped, running, waiting.
+# Draws the states of all works by name: those of an Outcome, running or waiting.
 Overview = Callable[[Mapping[str, str]], RenderableType]
 
 
 @dataclass(frozen=True)
 class Work:
-    """A stage to be trained: recipe file, run folder, the works it waits for, and a rough
-    weight.
-    """
+    """A stage to be trained: recipe, run folder, works it waits for, and a rough weight."""
 
     name: str
     recipe: Path
@@ -47,9 +45,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a stage ended: reused, done, diverged, failed, skipped or stopped; why; seconds of
-    training.
-    """
+    """How a stage ended: reused, done, diverged, failed, skipped, stopped; why; its seconds."""
 
     state: str
     note: str
@@ -101,18 +97,16 @@ def wall_time(
     if jobs < 1:
         raise ValueError(f"wall_time: jobs must be at least 1, got {jobs}")
     waiting = longest_chain_first(seconds, inputs)
-    ends: dict[str, float] = {}
     running: dict[str, float] = {}
     now = 0.0
     while waiting or running:
+        open_ones = {*waiting, *running}
         for name in list(waiting):
-            needs = [n for n in inputs.get(name, ()) if n in seconds]
-            if len(running) < jobs and all(ends.get(n, now + 1) <= now for n in needs):
+            if len(running) < jobs and open_ones.isdisjoint(inputs.get(name, ())):
                 waiting.remove(name)
                 running[name] = now + seconds[name]
         now = min(running.values())
-        for name in [n for n, end in running.items() if end == now]:
-            ends[name] = running.pop(name)
+        running = {name: end for name, end in running.items() if end > now}
     return now
 
 
@@ -131,11 +125,9 @@ def run_all(
     stage failed or diverged; those that need it are skipped, others run on) or 130 (interrupted),
     and the outcomes, `before` among them.
     """
-    waiting = {work.name: work for work in works}
-    running: dict[str, _Child] = {}
-    outcomes: dict[str, Outcome] = dict(before or {})
+    runs = _Runs(works, console, overview, before or {})
+    waiting, running, outcomes = runs.waiting, runs.running, runs.outcomes
     (root / "logs").mkdir(exist_ok=True)
-    view = _View(works, console, overview, waiting, running, outcomes)
     asked_to_stop = False
 
     def on_signal(*_: Any) -> None:
@@ -145,7 +137,7 @@ def run_all(
         asked_to_stop = True
         for child in running.values():
             child.process.send_signal(signal.SIGINT)
-        view.say("stopping: each stage saves its checkpoint (press again to stop at once)")
+        runs.say("stopping: each stage saves its checkpoint (press again to stop at once)")
 
     earlier = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -156,8 +148,8 @@ def run_all(
                     child.log.close()
                     outcomes[name] = _outcome(child, code)
                     del running[name]
-                    view.ended(child.work)
-            _skip(waiting, outcomes)
+                    runs.ended(child.work)
+            runs.skip()
             for work in list(waiting.values()):
                 if asked_to_stop or len(running) >= jobs:
                     break
@@ -166,18 +158,17 @@ def run_all(
                     running[work.name] = _start(work, root)
             if asked_to_stop and not running:
                 break
-            view.update()
+            runs.update()
             if running:
                 time.sleep(POLL_S)
     finally:
         for child in running.values():
             child.process.kill()
             child.process.wait()
-        view.close()
+        runs.close()
         for number, handler in earlier.items():
             signal.signal(number, handler)
-    for name in waiting:
-        outcomes[name] = Outcome("stopped", "not begun", 0.0)
+    outcomes |= dict.fromkeys(waiting, Outcome("stopped", "not begun", 0.0))
     states = {outcome.state for outcome in outcomes.values()}
     if asked_to_stop or "stopped" in states:
         return INTERRUPTED, outcomes
@@ -230,33 +221,20 @@ def _outcome(child: _Child, code: int) -> Outcome:
     return Outcome("failed", note, 0.0)
 
 
-def _skip(waiting: dict[str, Work], outcomes: dict[str, Outcome]) -> None:
-    """Drop the works whose inputs will never be there."""
-    for name, work in list(waiting.items()):
-        lost = [n for n in work.inputs if n in outcomes and outcomes[n].state != "done"]
-        if lost:
-            state = outcomes[lost[0]].state
-            verb = state if state in ("failed", "diverged") else f"was {state}"
-            outcomes[name] = Outcome("skipped", f"needs {lost[0]}, which {verb}", 0.0)
-            del waiting[name]
-
-
-class _View:
-    """One live table in a terminal, else a line per event, of works that run_all moves from
-    waiting to running to outcomes.
-    """
+class _Runs:
+    """The works of run_all, as a live table in a terminal, else as a line per event."""
 
     def __init__(
         self,
         works: Sequence[Work],
         console: Console,
         overview: Overview | None,
-        waiting: Mapping[str, Work],
-        running: Mapping[str, _Child],
-        outcomes: Mapping[str, Outcome],
+        before: Mapping[str, Outcome],
     ) -> None:
         self._works, self._console, self._overview = works, console, overview
-        self._waiting, self._running, self._outcomes = waiting, running, outcomes
+        self.waiting = {work.name: work for work in works}
+        self.running: dict[str, _Child] = {}
+        self.outcomes = dict(before)
         self._progress: dict[str, Mapping[str, Any]] = {}
         self._ended = 0
         self._left = ""
@@ -266,11 +244,22 @@ class _View:
             self._live = Live(console=console, refresh_per_second=4, transient=True)
             self._live.start()
 
+    def skip(self) -> None:
+        """Drop the works whose inputs will never be there."""
+        for name, work in list(self.waiting.items()):
+            ended = ((n, self.outcomes[n].state) for n in work.inputs if n in self.outcomes)
+            lost = next((one for one in ended if one[1] not in ("done", "reused")), None)
+            if lost is not None:
+                verb = lost[1] if lost[1] in ("failed", "diverged") else f"was {lost[1]}"
+                note = f"needs {lost[0]}, which {verb}"
+                self.outcomes[name] = Outcome("skipped", note, 0.0)
+                del self.waiting[name]
+
     def say(self, text: str) -> None:
         self._console.print(printable(text), markup=False)
 
     def ended(self, work: Work) -> None:
-        outcome = self._outcomes[work.name]
+        outcome = self.outcomes[work.name]
         note = f": {outcome.note}" if outcome.note else ""
         if outcome.state == "done":
             results = read_json(work.folder / "results.json") or {}
@@ -285,14 +274,14 @@ class _View:
     def update(self) -> None:
         self._progress = {
             name: read_json(child.work.folder / "progress.json") or {}
-            for name, child in self._running.items()
+            for name, child in self.running.items()
         }
         left_s = self._left_s()
         self._left = f", about {duration(left_s)} left" if left_s else ""
         if self._live is not None:
             self._live.update(self._drawn())
             return
-        for name, child in self._running.items():
+        for name, child in self.running.items():
             epoch = self._progress[name].get("epoch", 0)
             if epoch > child.shown:
                 child.shown = epoch
@@ -305,32 +294,29 @@ class _View:
     def _drawn(self) -> RenderableType:
         table = Table.grid(padding=(0, 2))
         for work in self._works:
-            if work.name in self._running:
+            if work.name in self.running:
                 progress = self._progress[work.name]
                 bar = ProgressBar(1.0, progress.get("share", 0.0), width=20)
                 table.add_row(work.name, bar, _note(progress))
             elif self._overview is None:
-                ended = self._outcomes.get(work.name)
+                ended = self.outcomes.get(work.name)
                 table.add_row(work.name, "", "waiting" if ended is None else ended.state)
         table.add_row("", "", f"{duration(time.monotonic() - self._started)} gone{self._left}")
         if self._overview is None:
             return table
-        states = {name: outcome.state for name, outcome in self._outcomes.items()}
-        states |= dict.fromkeys(self._running, "running") | dict.fromkeys(self._waiting, "waiting")
+        states = {name: outcome.state for name, outcome in self.outcomes.items()}
+        states |= dict.fromkeys(self.running, "running") | dict.fromkeys(self.waiting, "waiting")
         return Group(self._overview(states), table)
 
     def _left_s(self) -> float:
-        """Time left from the cost of what is done and the time it took; 0 while nothing is
-        known.
-        """
+        """Time left from the cost of what is done; 0 while nothing is known."""
         costs = {work.name: work.cost for work in self._works}
         shares = {name: p.get("share", 0.0) for name, p in self._progress.items()}
-        done = sum(costs[n] for n, o in self._outcomes.items() if o.state == "done")
-        done += sum(costs[n] * share for n, share in shares.items())
+        under_way = sum(costs[n] * share for n, share in shares.items())
+        done = under_way + sum(costs[n] for n, o in self.outcomes.items() if o.state == "done")
         if done <= 0:
             return 0.0
-        rest = sum(work.cost for work in self._waiting.values())
-        rest += sum(costs[n] * (1 - share) for n, share in shares.items())
+        rest = sum(costs[n] for n in (*self.waiting, *shares)) - under_way
         return rest * (time.monotonic() - self._started) / done
 
 

@@ -19,30 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
-from kdtrain.config import (
-    RUN_SETTINGS,
-    Config,
-    ConfigError,
-    TeacherConfig,
-    named_runs,
-    run_folder,
-    settings,
-)
+from kdtrain.config import Config, ConfigError, TeacherConfig, named_runs, run_folder, settings
 from kdtrain.config.program import INTERRUPTED
-from kdtrain.experiments import pipeline
+from kdtrain.experiments import pipeline, selection
+from kdtrain.experiments.campaign import Order
 from kdtrain.experiments.scheduler import Outcome
-from kdtrain.experiments.selection import (
-    CANDIDATES,
-    WIDTH,
-    Arm,
-    Selection,
-    check,
-    judge,
-    table,
-    write,
-)
+from kdtrain.experiments.selection import CANDIDATES, WIDTH, Arm, Selection
 from kdtrain.training import checkpoint, keys
 from kdtrain.training.input_runs import run_config, same_set
 from kdtrain.training.journal import journal
@@ -73,8 +56,7 @@ class Study:
         """The config with the weights of `chosen` and 0 for the other candidates; without teacher
         where neither a target nor the head needs it any more.
         """
-        weights = {name: w if name in chosen else 0.0 for name, w in self.weights.items()}
-        fields = {CANDIDATES[name].key: weight for name, weight in weights.items()}
+        fields = {CANDIDATES[n].key: w if n in chosen else 0.0 for n, w in self.weights.items()}
         target = dataclasses.replace(self.config.target, **fields)
         is_asked = target.needs_teacher or self.config.head.needs_teacher
         teacher = self.config.teacher if is_asked else TeacherConfig()
@@ -83,9 +65,9 @@ class Study:
     def stages(self, arms: Sequence[Sequence[str]]) -> list[pipeline.Stage]:
         """A stage for each arm (a tuple of targets) and seed, seeds first."""
         return [
-            pipeline.Stage(stage_name(arm, seed), dataclasses.replace(config, seed=seed))
+            pipeline.Stage(stage_name(arm, seed), dataclasses.replace(self.weighed(arm), seed=seed))
             for seed in self.seeds
-            for arm, config in ((arm, self.weighed(arm)) for arm in arms)
+            for arm in arms
         ]
 
     @property
@@ -127,22 +109,22 @@ def plan(
         )
     keys_of = {name: f"target.{row.key}" for name, row in CANDIDATES.items()}
     given = {name: _number(flat.get(key, 0.0), key) for name, key in keys_of.items()}
+    names = [name for name, weight in given.items() if weight > 0] or ["soft", "hidden"]
     if targets is not None:
         names = [name.strip() for name in targets.split(",")]
-        for name in names:
-            if name not in CANDIDATES:
-                raise ConfigError(f"--targets: no {name!r}; {settings.nearest(name, CANDIDATES)}")
-    else:
-        names = [name for name, weight in given.items() if weight > 0] or ["soft", "hidden"]
-    weights = {
-        name: given[name] or CANDIDATES[name].published for name in CANDIDATES if name in names
-    }
+    for name in names:
+        if name not in CANDIDATES:
+            raise ConfigError(f"--targets: no {name!r}; {settings.nearest(name, CANDIDATES)}")
+    weights = {name: given[name] or CANDIDATES[name].published for name in given if name in names}
+    flat |= {keys_of[name]: weight for name, weight in weights.items()}
     key = "data.validation_fraction"
-    final = settings.build({**flat, **_keys(weights)}).data.validation_fraction
+    final = settings.build(flat).data.validation_fraction
     held_out = final if key in overrides or final > 0 else VALIDATION
-    config = settings.build({**flat, **_keys(weights), key: held_out})
+    config = settings.build({**flat, key: held_out})
     require_inputs(config, root, recipe, {**overrides, key: held_out})
-    study = Study(root, _with_folders(config, root), weights, range(1, seeds + 1), final)
+    # folders for @NAME, as the arms lie one folder deeper than `root`
+    flat = pipeline.rename_runs(settings.to_flat(config), lambda run: str(run_folder(run, root)))
+    study = Study(root, settings.build(flat), weights, range(1, seeds + 1), final)
     try:
         study.weighed(())
     except ConfigError as error:
@@ -153,9 +135,7 @@ def plan(
 
 
 def require_inputs(config: Config, root: Path, recipe: Path, overrides: Mapping[str, Any]) -> None:
-    """Raises ConfigError, with the commands to run first, where a setting names a run that is not
-    finished.
-    """
+    """Raises ConfigError, with the commands to run first, for a named run not finished."""
     for setting, folder in keys.input_folders(config, root).items():
         problem = _problem(folder)
         if problem is None:
@@ -163,9 +143,9 @@ def require_inputs(config: Config, root: Path, recipe: Path, overrides: Mapping[
         named = config.runs()[setting]
         if not named.startswith("@") or (folder / "diverged.json").exists():
             raise ConfigError(f"{setting}: {problem}")
-        data = {key: value for key, value in overrides.items() if key.startswith("data.")}
-        extra = [f"--{key} {shlex.quote(str(value))}" for key, value in data.items()]
-        commands = training_commands(named[1:], folder, recipe.parent, " ".join(extra))
+        data = ((key, str(value)) for key, value in overrides.items() if key.startswith("data."))
+        extra = " ".join(f"--{key} {shlex.quote(value)}" for key, value in data)
+        commands = training_commands(named[1:], folder, recipe.parent, extra)
         raise ConfigError(
             f"{setting} {named}: no finished run in {folder}; train it first: "
             f"{'; then '.join(commands)}"
@@ -194,59 +174,61 @@ def training_commands(name: str, folder: Path, recipes: Path, extra: str) -> lis
     return [*commands, f"python -m kdtrain train {shown} --run-dir {folder} {extra}".rstrip()]
 
 
-def run(
-    study: Study,
-    out: Path,
-    *,
-    jobs: int = 1,
-    keep_inconclusive: bool = False,
-    overwrite: bool = False,
-    command: str = "",
-) -> int:
+def run(study: Study, out: Path, order: Order, *, keep_inconclusive: bool, overwrite: bool) -> int:
     """Train the arms, judge, and write table and recipe; 0 done, 1 a stage failed, 130 interrupted.
 
-    overwrite: train finished runs anew. command: as the user gave it, for the files. Raises
-    SelectionError where no baseline is left, CheckpointError for run folders in use.
+    overwrite: train finished runs anew. Raises SelectionError where no baseline is left,
+    CheckpointError for run folders in use.
     """
     console = journal.console(file_width=WIDTH)
+
+    def trained(arms: Sequence[Sequence[str]]) -> tuple[int, dict[str, Outcome]]:
+        """pipeline.run, where a diverged run is a result and any other failure is named."""
+        stages = study.stages(arms)
+        status, outcomes = pipeline.run(stages, study.root, jobs=order.jobs, overwrite=overwrite)
+        if status == INTERRUPTED:
+            return status, outcomes
+        ended = ("done", "reused", "diverged")
+        failed = {name: one for name, one in outcomes.items() if one.state not in ended}
+        for name, outcome in failed.items():
+            console.print(f"error: {name} {outcome.state}: {outcome.note}", markup=False)
+        return int(bool(failed)), outcomes
+
     singles = [(), *((name,) for name in study.weights)]
     console.print(
         f"{len(singles) * len(study.seeds)} runs: none, {', '.join(study.weights)}"
         f"; seeds 1 to {len(study.seeds)}; judged on the {study.split} split"
     )
-    status, outcomes = _train(study, singles, jobs, overwrite, console)
+    status, outcomes = trained(singles)
     if status:
         return status
-    arms = {arm: read_arm(study, arm, outcomes) for arm in singles}
-    none = arms[()]
+    none, *arms = (read_arm(study, arm, outcomes) for arm in singles)
     if none.diverged:
         raise SelectionError(
             f"{stage_name((), none.diverged[0])} diverged: without targets the recipe does not "
             "train, so there is nothing to compare with; lower optim.phases' lr, or set "
             "optim.clip_norm"
         )
-    results = checkpoint.read_json(study.root / stage_name((), study.seeds[0]) / "results.json")
-    assert results is not None  # it was read for the arm
-    metric = results["metric"]
+    metric = _results(study.root / stage_name((), study.seeds[0]))["metric"]
     higher = metric["higher_is_better"]
-    judged = [judge(a, none, higher, keep_inconclusive) for arm, a in arms.items() if arm]
-    kept = tuple(j.arm.name for j in judged if j.kept)
+    judged = [selection.judge(arm, none, higher, keep_inconclusive) for arm in arms]
+    kept = tuple(one.arm.name for one in judged if one.kept)
     checked = None
     if len(kept) > 1:
         console.print(f"a check of {' and '.join(kept)} together")
-        status, more = _train(study, [kept], jobs, overwrite, console)
+        status, more = trained([kept])
         if status:
             return status
-        checked = check(read_arm(study, kept, more), none, judged, higher)
-    selection = Selection(
-        study.split, metric["name"], higher, none, judged, checked, leaks(study), command
+        checked = selection.check(read_arm(study, kept, more), none, judged, higher)
+    evidence = Selection(
+        study.split, metric["name"], higher, none, judged, checked, leaks(study), order.command
     )
     final = study.weighed(kept)
     data = dataclasses.replace(final.data, validation_fraction=study.final_validation)
-    write(selection, dataclasses.replace(final, data=data), study.root, out)
-    console.print(table(selection))
+    selection.write(evidence, dataclasses.replace(final, data=data), study.root, out)
+    console.print(selection.table(evidence))
     console.print()
-    for line in selection.remarks():
+    for line in evidence.remarks():
         console.print(line, markup=False)
     console.print(f"evidence: {study.root / 'select-targets.txt'}, .csv; recipe: {out}")
     return 0
@@ -276,7 +258,7 @@ def read_arm(study: Study, chosen: Sequence[str], outcomes: Mapping[str, Outcome
 
 def read_items(folder: Path, split: str) -> tuple[dict[str, np.ndarray], str]:
     """The per-picture results at the end of a run on a split, and the name of its metric."""
-    results = checkpoint.read_json(folder / "results.json") or {}
+    results = _results(folder)
     name = results["metric"]["name"]
     told = results["metrics" if split == "test" else "validation"].get(name)
     if told is None:
@@ -287,8 +269,7 @@ def read_items(folder: Path, split: str) -> tuple[dict[str, np.ndarray], str]:
     # the last phase that was begun: an early stop leaves none of those after it
     stem = "phase" if split == "test" else "validation_phase"
     files = (folder / "items").glob(f"{stem}*.npz")
-    path = max(files, key=lambda file: int(file.stem.removeprefix(stem)), default=None)
-    if path is not None:
+    for path in sorted(files, key=lambda file: int(file.stem.removeprefix(stem)))[-1:]:
         items = checkpoint.read_arrays(path)
         if np.isclose(np.nanmean(items[name], dtype=np.float64), told, rtol=1e-5):  # of float32
             return items, name
@@ -296,6 +277,10 @@ def read_items(folder: Path, split: str) -> tuple[dict[str, np.ndarray], str]:
         f"{folder}: items/ does not hold the pictures that {name} {told} of the {split} split is "
         "the mean of; pass --overwrite to train it anew"
     )
+
+
+def _results(folder: Path) -> dict[str, Any]:
+    return checkpoint.read_json(folder / "results.json") or {}
 
 
 def leaks(study: Study) -> list[str]:
@@ -326,20 +311,6 @@ def leaks(study: Study) -> list[str]:
     return notes
 
 
-def _train(
-    study: Study, arms: Sequence[Sequence[str]], jobs: int, overwrite: bool, console: Console
-) -> tuple[int, dict[str, Outcome]]:
-    """pipeline.run, where a diverged run is a result and any other failure is named."""
-    stages = study.stages(arms)
-    status, outcomes = pipeline.run(stages, study.root, jobs=jobs, overwrite=overwrite)
-    if status == INTERRUPTED:
-        return status, outcomes
-    failed = {n: o for n, o in outcomes.items() if o.state not in ("done", "reused", "diverged")}
-    for name, outcome in failed.items():
-        console.print(f"error: {name} {outcome.state}: {outcome.note}", markup=False)
-    return (1 if failed else 0), outcomes
-
-
 def _problem(folder: Path) -> str | None:
     """Why a run cannot be read as an input, or None where it can."""
     try:
@@ -347,22 +318,6 @@ def _problem(folder: Path) -> str | None:
     except checkpoint.CheckpointError as error:
         return str(error)
     return None
-
-
-def _with_folders(config: Config, root: Path) -> Config:
-    """The config with folders for @NAME, as the arms lie one folder deeper than `root`."""
-
-    def folders(named: Any) -> Any:
-        if isinstance(named, list):
-            return [folders(run) for run in named]
-        return None if named is None else str(run_folder(named, root))
-
-    flat = settings.to_flat(config)
-    return settings.build(flat | {key: folders(flat[key]) for key in RUN_SETTINGS.values()})
-
-
-def _keys(weights: Mapping[str, float]) -> dict[str, float]:
-    return {f"target.{CANDIDATES[name].key}": weight for name, weight in weights.items()}
 
 
 def _number(value: Any, key: str) -> float:

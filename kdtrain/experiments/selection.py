@@ -13,7 +13,6 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from rich import box
@@ -22,7 +21,8 @@ from rich.table import Table
 
 from kdtrain.config import TARGETS, Config, settings
 from kdtrain.experiments.verdicts import Scores, compare
-from kdtrain.reports.tables.data import Verdict
+from kdtrain.reports.tables.data import Verdict, VerdictState
+from kdtrain.reports.writing import direction
 from kdtrain.training import checkpoint
 
 CANDIDATES = {row.name: row for row in TARGETS.values() if not row.alone}
@@ -34,7 +34,6 @@ RULE = (
     "diverged in any seed: 0."
 )
 WIDTH = 200  # of what is no terminal: the table takes what it needs
-State = Literal["held", "reversed", "inconclusive", "diverged"]
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,12 @@ class Judged:
     arm: Arm
     verdict: Verdict
     """The difference is positive where the target helps, whichever way the metric points."""
-    state: State
     kept: bool
+
+    @property
+    def state(self) -> VerdictState:
+        """The verdict's, or diverged where any seed did."""
+        return "diverged" if self.arm.diverged else self.verdict.state
 
     @property
     def weight(self) -> float:
@@ -96,12 +99,10 @@ def judge(arm: Arm, none: Arm, higher_is_better: bool, keep_inconclusive: bool =
     if arm.pictures and list(arm.pictures) != list(none.pictures):
         raise ValueError(f"judge: {arm.name} and {none.name} were measured on different pictures")
     verdict = compare(arm.scores, none.scores, higher_is_better=higher_is_better)
-    if arm.diverged:
-        return Judged(arm, verdict, "diverged", False)
-    if verdict.state == "not run":
+    if verdict.state == "not run" and not arm.diverged:
         raise ValueError(f"judge: no picture was measured in both {arm.name} and none")
-    kept = verdict.state == "held" or (keep_inconclusive and verdict.state == "inconclusive")
-    return Judged(arm, verdict, verdict.state, kept)
+    wanted = ("held", "inconclusive") if keep_inconclusive else ("held",)
+    return Judged(arm, verdict, not arm.diverged and verdict.state in wanted)
 
 
 @dataclass(frozen=True)
@@ -141,15 +142,8 @@ class Selection:
     command: str
 
     @property
-    def kept(self) -> dict[str, float]:
-        """The targets that stay, with their weights."""
-        return {one.arm.name: one.weight for one in self.judged if one.kept}
-
-    @property
     def lines(self) -> list[tuple[Arm, Judged | None, str]]:
-        """Each arm, its verdict and the weight that it gets: none, each target alone, all that are
-        kept together.
-        """
+        """Each arm, its verdict and its weight: none, each target, all that are kept."""
         alone = [(one.arm, one, f"{one.weight:g}") for one in self.judged]
         together = [self.check.judged] if self.check is not None else []
         return [(self.none, None, ""), *alone, *((one.arm, one, "") for one in together)]
@@ -180,9 +174,18 @@ HEADS = ("target", "weight", "per seed", "mean", "points", "95 %", "agree", "ver
 
 def rows(selection: Selection) -> list[tuple[str, ...]]:
     """The evidence as text: a row for none, each target, and all that are kept together."""
-    found = [_row(*line) for line in selection.lines]
-    if selection.check is not None:
-        found[-1] = ("together", "", *found[-1][2:])
+    found = []
+    for arm, judged, then in selection.lines:
+        name, weight = arm.name, " + ".join(f"{w:g}" for w in arm.weights.values())
+        if selection.check is not None and judged is selection.check.judged:
+            name, weight = "together", ""
+        per_seed = " ".join("diverged" if v is None else f"{v:.1f}" for v in arm.per_seed)
+        told = ("",) * 4
+        if judged is not None:
+            v = judged.verdict
+            agreeing = f"{v.agreeing}/{v.seeds}" if v.seeds else "-"
+            told = _difference(v), _interval(v), agreeing, judged.state
+        found.append((name, weight, per_seed, arm.average, *told, then))
     return found
 
 
@@ -190,23 +193,15 @@ def table(selection: Selection) -> Table:
     """The evidence as a rich table."""
     first, last = selection.none.seeds[0], selection.none.seeds[-1]
     seeds = f"seeds {first} to {last}" if first != last else f"seed {first}"
-    better = "higher" if selection.higher_is_better else "lower"
-    shown = Table(
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        show_edge=False,
-        padding=(0, 1, 0, 0),
-        title=f"{selection.metric} % ({better} is better), {len(selection.none.pictures)} pictures "
-        f"of the {selection.split} split, {seeds}; points: gain over none",
-    )
+    title = f"{selection.metric} % ({direction(not selection.higher_is_better)}), "
+    title += f"{len(selection.none.pictures)} pictures of the {selection.split} split, {seeds}; "
+    title += "points: gain over none"
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, title=title)
+    shown.padding = (0, 1, 0, 0)
     wraps = {"per seed": 4, "95 %": 6}  # in a narrow terminal: to one number a line
     for head in HEADS:
-        shown.add_column(
-            head,
-            justify="left" if head in ("target", "verdict") else "right",
-            no_wrap=head not in wraps,
-            min_width=wraps.get(head),
-        )
+        side = "left" if head in ("target", "verdict") else "right"
+        shown.add_column(head, justify=side, no_wrap=head not in wraps, min_width=wraps.get(head))
     for row in rows(selection):
         shown.add_row(*row)
     return shown
@@ -232,18 +227,14 @@ def csv_text(selection: Selection) -> str:
     heads = ("points", "low", "high", "agreeing", "seeds", "images", "verdict", "weight")
     writer.writerow(["arm", "split", "metric", *seeds, *heads])
     for arm, judged, weight in selection.lines:
-        tail: Sequence[object] = [""] * len(heads)
+        numbers, counts = arm.per_seed, ("",) * 8
         if judged is not None:
             v = judged.verdict
-            numbers = map(_unrounded, (v.difference, v.low, v.high))
-            tail = [*numbers, v.agreeing, v.seeds, v.items, judged.state, weight]
-        values = map(_unrounded, arm.per_seed)
-        writer.writerow([arm.name, selection.split, selection.metric, *values, *tail])
+            numbers = [*numbers, v.difference, v.low, v.high]
+            counts = (v.agreeing, v.seeds, v.items, judged.state, weight)
+        values = ("" if value is None else f"{value:.6f}" for value in numbers)
+        writer.writerow([arm.name, selection.split, selection.metric, *values, *counts])
     return stream.getvalue()
-
-
-def _unrounded(value: float | None) -> str:
-    return "" if value is None else f"{value:.6f}"
 
 
 def recipe_text(selection: Selection, config: Config) -> str:
@@ -258,17 +249,6 @@ def write(selection: Selection, config: Config, root: Path, out: Path) -> None:
     checkpoint.write_text(root / "select-targets.txt", text(selection))
     checkpoint.write_text(root / "select-targets.csv", csv_text(selection))
     checkpoint.write_text(out, recipe_text(selection, config))
-
-
-def _row(arm: Arm, judged: Judged | None, then: str) -> tuple[str, ...]:
-    per_seed = " ".join("diverged" if v is None else f"{v:.1f}" for v in arm.per_seed)
-    weight = " + ".join(f"{w:g}" for w in arm.weights.values())
-    if judged is None:
-        return arm.name, weight, per_seed, arm.average, "", "", "", "", then
-    v = judged.verdict
-    agreeing = f"{v.agreeing}/{v.seeds}" if v.seeds else "-"
-    told = (_difference(v), _interval(v), agreeing, judged.state, then)
-    return (arm.name, weight, per_seed, arm.average, *told)
 
 
 def _difference(verdict: Verdict) -> str:

@@ -11,11 +11,10 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +49,7 @@ class Size:
 
     parameters: int
     multiply_adds: int
+    """Of its forward pass for one picture, convolutions and linear layers."""
     activations: int
     """Bytes kept for backward by one picture in float32, as far as its batch grows them."""
 
@@ -84,9 +84,7 @@ def batch_pictures(config: Config) -> int:
 
 
 def network_size(config: Config, model: ModelConfig, classes: int, side: int | None = None) -> Size:
-    """Size of a network at the config's input, or at `side` pixels; nothing is allocated or
-    computed (meta tensors).
-    """
+    """Size of a network at the config's input, or at `side` pixels, from meta tensors."""
     side = config.data.input_size if side is None else side
     landmarks = TASKS[config.task].needs_landmarks
     return _size(model, classes, landmarks, side, config.head)
@@ -130,8 +128,10 @@ def _measure(
 ) -> Timing:
     device = torch.device(config.train.device)
     computed = replace(config, train=replace(config.train, threads=threads))
-    with computing(computed), _same_random(device):
-        before = _allocated(device)
+    on_cuda = device.type == "cuda"
+    # torch's random state is afterwards as before, on the processor and on the device
+    with computing(computed), torch.random.fork_rng([device] if on_cuda else []):
+        before = torch.cuda.memory_allocated(device) if on_cuda else 0
         task = build_task(config, classes, _guide(config, classes, teachers))
         trial = _Trial(config, task.to(device), device, kept)
         most = _fitting(config, classes, teachers)
@@ -144,10 +144,10 @@ def _measure(
             pictures, needed, _ = trial.kept_bytes(most)  # also warms up this batch
             times.clear()
         fixed = trial.fixed_bytes()
-        if device.type == "cuda":
+        if on_cuda:
             torch.cuda.reset_peak_memory_stats(device)
         batch_s, update_s = _repeated(lambda: trial.step(most), 2 if slow else STEPS, times)
-        if device.type == "cuda":
+        if on_cuda:
             needed = max(0, torch.cuda.max_memory_allocated(device) - before - fixed)
         seen = min(EVAL_PICTURES, pictures)
         if not slow:
@@ -199,6 +199,8 @@ class _Trial:
     def __init__(self, config: Config, task: Task, device: torch.device, kept: bool) -> None:
         """kept: the teacher is not asked, its answers are there (teacher.cache)."""
         self.config, self.task, self.device = config, task, device
+        self.modules: list[nn.Module] = [task.network, task.extra]
+        self.modules += [] if task.teacher is None else [task.teacher]
         self.kept = kept and bool(task.guide_widths)
         self.optimisation = Optimisation(
             task.network,
@@ -211,9 +213,7 @@ class _Trial:
         self.taken = 0
 
     def step(self, most: int) -> tuple[float, float]:
-        """Seconds of augmentation, forward, loss and backward, and of the optimiser, of one step on
-        about `most` pictures.
-        """
+        """Seconds of forward and backward, and of the optimiser, on about `most` pictures."""
         labels = self._labels(most)
         stored, points = self._pictures(len(labels))
         guide = self._answers(len(labels)) if self.kept else None
@@ -241,24 +241,19 @@ class _Trial:
         return between - started, now(self.device) - between
 
     def kept_bytes(self, most: int) -> tuple[int, int, tuple[float, float]]:
-        """Pictures of a step on about `most`, bytes that they need beside the weights, and what
-        `step` returns.
-        """
-        teachers = [] if self.task.teacher is None else [self.task.teacher]
-        modules = [self.task.network, self.task.extra, *teachers]
-        times, sizes = _saved_bytes(lambda: self.step(most), modules)
+        """Pictures of a step, bytes that they need beside the weights, and `step`'s times."""
+        times, sizes = _saved_bytes(lambda: self.step(most), self.modules)
         pictures = len(self._labels(most))
-        logits = sum(network.num_classes for network in (self.task.network, *teachers))
+        logits = self.task.network.num_classes
+        if self.task.teacher is not None:
+            logits += self.task.teacher.num_classes
         needed = sum(sizes) + 2 * max(sizes, default=0) + 4 * logits * pictures
         return pictures, needed, times
 
     def fixed_bytes(self) -> int:
         """Weights, gradients and optimiser state, after a step."""
-        held = [t for m in (self.task.network, self.task.extra) for t in _tensors(m)]
-        if self.task.teacher is not None:
-            held += _tensors(self.task.teacher)
-        trained = [p for m in (self.task.network, self.task.extra) for p in m.parameters()]
-        held += [p.grad for p in trained if p.grad is not None]
+        held = [tensor for module in self.modules for tensor in _tensors(module)]
+        held += [tensor.grad for tensor in held if tensor.grad is not None]
         held += self.optimisation.momenta().values()
         average = 0
         if self.config.optim.ema is not None:
@@ -284,11 +279,9 @@ class _Trial:
         return now(self.device) - started
 
     def _labels(self, most: int) -> Tensor:
-        """Labels of at most a full step's pictures and about `most`; people x pictures where the
-        task's batches are.
-        """
-        whole, alike = batch_pictures(self.config), 1
-        wanted = max(LEAST, min(most, whole))
+        """Labels of about `most` pictures; identities x pictures where the batches are."""
+        whole = batch_pictures(self.config)
+        wanted, alike = max(LEAST, min(most, whole)), 1
         if self.config.balanced:
             alike = min(self.config.triplet.images_per_identity, wanted // 2)
         else:
@@ -298,13 +291,11 @@ class _Trial:
 
     def _pictures(self, count: int) -> tuple[Tensor, Tensor | None]:
         """Random uint8 (count, 3, S, S), and landmarks (count, 5, 2) where the task needs them."""
-        side = self.config.data.store_size
-        shape = (count, 3, side, side)
+        shape = (count, 3, *[self.config.data.store_size] * 2)
         stored = torch.randint(0, 256, shape, generator=self.random, dtype=torch.uint8)
-        points = None
-        if self.task.needs_landmarks:
-            points = side * (0.2 + 0.6 * torch.rand(count, 5, 2, generator=self.random))
-        return stored, points
+        if not self.task.needs_landmarks:
+            return stored, None
+        return stored, shape[-1] * (0.2 + 0.6 * torch.rand(count, 5, 2, generator=self.random))
 
     def _answers(self, count: int) -> Guide:
         """Random answers of the teacher, of what the targets read."""
@@ -324,9 +315,7 @@ def now(device: torch.device) -> float:
 
 
 def _fitting(config: Config, classes: int, teachers: Sequence[ModelConfig]) -> int:
-    """Pictures of the largest batch that keeps within TIMED_BYTES (on CUDA: half of what is
-    free).
-    """
+    """Pictures of the largest batch within TIMED_BYTES; on CUDA half of what is free."""
     device = torch.device(config.train.device)
     limit = TIMED_BYTES
     if device.type == "cuda":
@@ -341,9 +330,7 @@ def _fitting(config: Config, classes: int, teachers: Sequence[ModelConfig]) -> i
 
 
 def _saved_bytes(run: Callable[[], T], modules: Sequence[nn.Module]) -> tuple[T, list[int]]:
-    """What `run` returns, and the bytes of each storage that it keeps for backward, without those
-    of the modules themselves.
-    """
+    """What `run` returns, and the bytes of each storage kept for backward."""
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -358,15 +345,3 @@ def _saved_bytes(run: Callable[[], T], modules: Sequence[nn.Module]) -> tuple[T,
 
 def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
-
-
-def _allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
-@contextmanager
-def _same_random(device: torch.device) -> Iterator[None]:
-    """torch's random state is afterwards as before, on the processor and on the device."""
-    devices: list[Any] = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        yield

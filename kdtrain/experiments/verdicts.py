@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -31,18 +32,11 @@ None where that seed has no result. An empty sequence: the arm was not run."""
 
 RESAMPLES = 10_000
 LEVEL = 0.95
-MARGIN_POINTS = 2.0
+MARGIN_POINTS = 2.0  # "about neutral", "not worse": no difference larger than this
 DRAWN_AT_ONCE = 1 << 20  # items: 8 MB each of places, mixed rows and picked values
 
 
-def compare(
-    better: Scores,
-    worse: Scores,
-    *,
-    higher_is_better: bool,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Verdict:
+def compare(better: Scores, worse: Scores, *, higher_is_better: bool) -> Verdict:
     """Whether one arm does better than another: held, reversed, inconclusive or not run.
 
         D[s, i] = better[s][i] - worse[s][i]   (worse - better where lower is better)
@@ -52,77 +46,43 @@ def compare(
     (None, or nan throughout) is left out; then every item that is nan in either arm in any of the
     remaining seeds; not run when nothing is left. One seed resamples items alone
     (`Verdict.seeds == 1`). The same arguments give the same verdict. Raises ValueError for arms
-    of different numbers of seeds, arrays that are not (n,), n that differ, infinite scores,
-    resamples below 1.
+    of different numbers of seeds, arrays that are not (n,), n that differ, infinite scores.
     """
-    sign = 1.0 if higher_is_better else -1.0
-    paired = _differences("compare", better, worse, sign)
-    return _verdict(paired, 0.0, math.inf, resamples, seed, strictly=True)
+    paired = _differences("compare", better, worse, 1.0 if higher_is_better else -1.0)
+    return _verdict(paired, 0.0, math.inf, operator.gt)
 
 
-def neutral(
-    a: Scores,
-    b: Scores,
-    *,
-    margin_points: float = MARGIN_POINTS,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Verdict:
+def neutral(a: Scores, b: Scores) -> Verdict:
     """Whether two arms are about level: held, reversed, inconclusive or not run.
 
-    held: the whole 95 % interval of the mean of a - b lies within +-margin_points; reversed: the
+    held: the whole 95 % interval of the mean of a - b lies within +-MARGIN_POINTS; reversed: the
     whole interval lies outside, on one side; inconclusive: it crosses an end. `difference` is
     a - b in points; `agreeing` counts the seeds whose mean lies within the margin. Everything else
-    as in `compare`. Raises ValueError also when the margin is not positive.
+    as in `compare`.
     """
-    _require_margin("neutral", margin_points)
-    paired = _differences("neutral", a, b, 1.0)
-    found = _verdict(paired, -margin_points, margin_points, resamples, seed)
-    return replace(found, margin=margin_points)
+    found = _verdict(_differences("neutral", a, b, 1.0), -MARGIN_POINTS, MARGIN_POINTS)
+    return replace(found, margin=MARGIN_POINTS)
 
 
-def at_least(
-    better: Scores,
-    worse: Scores,
-    *,
-    margin_points: float = MARGIN_POINTS,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Verdict:
+def at_least(better: Scores, worse: Scores) -> Verdict:
     """Whether one arm does no worse than another, where more is better: held, reversed,
     inconclusive or not run.
 
-    held: the whole 95 % interval of the mean of better - worse lies above -margin_points;
+    held: the whole 95 % interval of the mean of better - worse lies above -MARGIN_POINTS;
     reversed: the whole interval lies below it; inconclusive: it crosses. `agreeing` counts the
     seeds whose mean lies above. Everything else as in `neutral`.
     """
-    _require_margin("at_least", margin_points)
-    paired = _differences("at_least", better, worse, 1.0)
-    found = _verdict(paired, -margin_points, math.inf, resamples, seed)
-    return replace(found, margin=margin_points, one_sided=True)
-
-
-def _require_margin(where: str, margin_points: float) -> None:
-    if not margin_points > 0:
-        raise ValueError(f"{where}: margin_points must be positive, got {margin_points}")
+    found = _verdict(_differences("at_least", better, worse, 1.0), -MARGIN_POINTS, math.inf)
+    return replace(found, margin=MARGIN_POINTS, one_sided=True)
 
 
 def _verdict(
-    paired: np.ndarray | None,
-    least: float,
-    most: float,
-    resamples: int,
-    seed: int,
-    *,
-    strictly: bool = False,
+    paired: np.ndarray | None, least: float, most: float, above: Callable[..., Any] = operator.ge
 ) -> Verdict:
-    """Whether the interval of the mean of (S, n) differences lies from `least` to `most`, in
-    points: held; reversed: wholly on one side; else inconclusive. strictly: above `least`.
-    """
+    """The verdict of (S, n) differences by `least` to `most` points; above: > or >=."""
     if paired is None:
         return Verdict("not run")
-    low, high = _interval(paired, resamples, seed)
-    above = operator.gt if strictly else operator.ge
+    low, high = _interval(paired)
     state: VerdictState = "inconclusive"
     if above(low, least) and high <= most:
         state = "held"
@@ -147,17 +107,9 @@ def pooled(arms: Sequence[Scores]) -> list[np.ndarray | None]:
     each side over the settings, then `compare`. A seed that one of the arms lacks is None; an item
     that is nan in one of them is nan. Raises ValueError when numbers of seeds or items differ.
     """
-    if not arms:
-        return []
-    if len({len(arm) for arm in arms}) > 1:
-        raise ValueError(f"pooled: arms must have as many seeds, got {[len(arm) for arm in arms]}")
     joined: list[np.ndarray | None] = []
     for scores in zip(*arms, strict=True):
         known = [_checked("pooled", array) for array in scores if array is not None]
-        if len({len(array) for array in known}) > 1:
-            raise ValueError(
-                f"pooled: arrays must have one length, got {[len(array) for array in known]}"
-            )
         joined.append(np.mean(known, axis=0) if len(known) == len(arms) else None)
     return joined
 
@@ -198,16 +150,14 @@ def _checked(where: str, array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _interval(paired: np.ndarray, resamples: int, seed: int) -> tuple[float, float]:
+def _interval(paired: np.ndarray) -> tuple[float, float]:
     """Ends of the percentile interval of the mean of (S, n) differences, in points."""
-    if resamples < 1:
-        raise ValueError(f"resamples must be at least 1, got {resamples}")
     seeds, items = paired.shape
-    generator = np.random.default_rng(seed)
-    shares = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
-    means = np.empty(resamples)
+    generator = np.random.default_rng(0)
+    shares = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES) / seeds
+    means = np.empty(RESAMPLES)
     step = max(1, DRAWN_AT_ONCE // items)
-    for start in range(0, resamples, step):
+    for start in range(0, RESAMPLES, step):
         mixed = shares[start : start + step] @ paired  # (R, n): the mean over the drawn seeds
         places = generator.integers(items, size=mixed.shape)
         means[start : start + step] = np.take_along_axis(mixed, places, axis=1).mean(axis=1)

@@ -29,14 +29,14 @@ from kdtrain.cli import commands as cli
 from kdtrain.cli import inspection
 from kdtrain.config import Config, program, settings
 from kdtrain.config.settings import build, read_recipe
-from kdtrain.experiments import campaign, dryrun, pipeline, select_targets
+from kdtrain.experiments import campaign, dryrun, pipeline, select_targets, study
 from kdtrain.experiments.comparison import collect as comparison_collect
 from kdtrain.experiments.comparison import compare, cost, picture
 from kdtrain.experiments.comparison import request as comparison_request
 from kdtrain.experiments.estimate import Counts, Estimate
 from kdtrain.experiments.scheduler import Outcome
 from kdtrain.experiments.selection import Selection, check, judge, table, write
-from kdtrain.experiments.tables import collect, reproduce
+from kdtrain.experiments.tables import reproduce
 from kdtrain.experiments.tables.paper import table_specs
 from kdtrain.experiments.tables.stages import Request, RunOf, groups
 from kdtrain.experiments.timing import network_size
@@ -119,10 +119,10 @@ def tables(out: Path) -> None:
     the tables of DRAWN have an image and are on the page of all tables.
     """
     results = {run: _result(RUNS / "tables" / run.name) for run in runs_of_tables()}
-    collection = collect.Collection(TABLES_REQUEST, results)
+    collection = reproduce.Collection(TABLES_REQUEST, results)
     setting = [("command", "python -m kdtrain reproduce all"), ("scale", "two-cores")]
-    setting += collect.about(results.values(), 2)
-    made = [collect.table(spec, collection, setting) for spec in table_specs(True).values()]
+    setting += study.about(results.values(), 2)
+    made = [reproduce.table(spec, collection, setting) for spec in table_specs(True).values()]
     files.write_all([one for one in made if one.name in DRAWN], out)
     for one in made:
         if one.name not in DRAWN:
@@ -139,12 +139,12 @@ def comparison(out: Path) -> None:
     stages = comparison_request.stages(request)
     results = {run: _result(RUNS / "comparison" / stage.name) for run, stage in stages.items()}
     configs = {run: stage.config for run, stage in stages.items()}
-    lengths = {False: cost.lengths(request, configs, False)}
+    lengths = cost.lengths(request, configs)
     networks = dict.fromkeys(cost.network_key(config) for config in configs.values())
     sizes, speeds = {}, {}
     for number, key in enumerate(networks, 1):
         model, side = json.loads(key)
-        sizes[key] = cost.Size(f"ResNet-14/{model['divide']}", side, 9000 * number, 700, 10**6 // 4)
+        sizes[key] = cost.Size(f"ResNet-14/{model['divide']}", side, 9000 * number, 10**6 // 4)
         speeds[key] = {
             batch: cost.Quartiles(low=90.5 * batch / number, median=100.5 * batch / number,
                                   high=120.5 * batch / number)
@@ -152,12 +152,12 @@ def comparison(out: Path) -> None:
         }  # fmt: skip
     found = comparison_collect.Comparison(request, results, configs, lengths, sizes, speeds)
     setting = [("command", "python -m kdtrain compare"), ("recipes", request.folder)]
-    setting += collect.about(results.values(), 2)
+    setting += study.about(results.values(), 2)
     made = comparison_collect.table(found, setting, compare.NAME)
     drawn = picture.picture(found, made)
     files.write(made, out, drawn, subject="Methods", width=compare.WIDTH)
     console, text = _console(120)
-    console.print(compare._lengths_grid(request, lengths[False], False))
+    console.print(compare._lengths_grid(request, lengths, False))
     _write(out / "lengths.txt", text())
 
 
@@ -209,12 +209,11 @@ def dry_runs(out: Path) -> None:
         with _printed(out / "pipeline.txt"):
             stages = pipeline.plan("demo", SMALL, {})
             dryrun.show_stages(stages, Path("runs/demo"), 2, {})
-        options = {"jobs": 2, "budget_min": 2.0, "command": "", "dry_run": True}
         with _printed(out / "reproduce.txt"):
             request = Request(("table3",), seeds=(1,), widths=(8,), common=SMALL)
-            reproduce.main(request, Path("runs/tables"), **options)
+            reproduce.main(request, _dry("runs/tables"))
         with _printed(out / "compare.txt"):
-            compare.main(_comparison_request(), Path("runs/comparison"), **options)
+            compare.main(_comparison_request(), _dry("runs/comparison"))
 
 
 def recipes(out: Path) -> None:
@@ -305,13 +304,17 @@ def _report(runs: Path, out: Path, command: str) -> None:
     _write(out / "report.html", re.sub("(<dt>written</dt><dd>)[^<]*", r"\1DATE", page))
 
 
-def _result(folder: Path) -> collect.Result:
-    return collect.Result.read(folder, KEY, "no space left" if folder.name == FAILED else "")
+def _result(folder: Path) -> study.Result:
+    return study.Result.read(folder, KEY, "no space left" if folder.name == FAILED else "")
 
 
 def _comparison_request() -> comparison_request.Request:
     with contextlib.chdir(RECIPES):
         return comparison_request.request_from(COMPARE_OPTIONS, {}, None)
+
+
+def _dry(root: str) -> campaign.Order:
+    return campaign.Order(Path(root), 2, 2.0, dry_run=True)
 
 
 def _outcomes(study: select_targets.Study, arm: tuple[str, ...]) -> dict[str, Outcome]:
@@ -342,14 +345,12 @@ def _estimate(config: Config, counts: Counts, *_: Any, **__: Any) -> Estimate:
     size = network_size(config, config.model, counts.classes)
     steps = sum(p.epochs for p in config.optim.phases) * (counts.train // config.optim.batch_size)
     return Estimate(
-        parameters=size.parameters,
-        multiply_adds=size.multiply_adds,
+        size=size,
         memory_bytes=16 * size.parameters,
         batch=config.optim.batch_size,
         timed_batch=config.optim.batch_size,
         steps=steps,
         training_s=0.125 * steps,
-        evaluations=2,
         evaluation_s=1.5,
     )
 
@@ -377,7 +378,7 @@ def _write(path: Path, text: str) -> None:
 
 def runs_of_tables() -> list[RunOf]:
     """The runs of tables 1 to 5 that the fixtures hold."""
-    return [run for group in groups(table_specs(True), TABLES_REQUEST) for run in group.runs]
+    return [run for group in groups(TABLES_REQUEST) for run in group.runs]
 
 
 def runs_of_comparison() -> list[comparison_request.RunOf]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -56,8 +56,6 @@ class Size(NamedTuple):
     side: int
     backbone: int
     """Parameters without the heads."""
-    head: int
-    """Parameters of the heads, which verification drops."""
     multiply_adds: int
     """Of the backbone, for one picture."""
 
@@ -75,18 +73,18 @@ Speeds = Mapping[int, Quartiles]
 """By pictures of a call."""
 
 
-def lengths(request: Request, configs: Mapping[RunOf, Config], second: bool) -> dict[RunOf, Length]:
-    """How long each run of the first seed on one data source is trained."""
+def lengths(request: Request, configs: Mapping[RunOf, Config]) -> dict[RunOf, Length]:
+    """How long each run of the first seed is trained."""
     count = dryrun.counter({})
     found: dict[RunOf, Length] = {}
     for run, config in configs.items():
-        if run.seed != request.seeds[0] or run.second != second:
+        if run.seed != request.seeds[0]:
             continue
         epochs = sum(phase.epochs for phase in config.optim.phases)
         pictures = epochs * batches_of_epoch(config, count(config)) * batch_pictures(config)
         before = 0
         for name in inputs_of(request.recipes[run.method], ("init_from",)):  # which come first
-            theirs = found[RunOf(name, run.seed, None, second)]
+            theirs = found[RunOf(name, run.seed, None, run.second)]
             before = theirs.epochs + theirs.start_epochs
         needs = [one.method for one in chain(request, run)][:-1]
         found[run] = Length(epochs, pictures, before, tuple(dict.fromkeys(needs)))
@@ -111,22 +109,17 @@ def network_key(config: Config) -> str:
 
 def size_of(folder: Path, config: Config) -> Size:
     """The size of a finished run's network."""
-    network = load_network(folder)
-    backbone = count_parameters(network.backbone)
-    side = config.data.input_size
+    network, side = load_network(folder), config.data.input_size
     return Size(
         network_title(asdict(config.model)),
         side,
-        backbone,
-        count_parameters(network) - backbone,
+        count_parameters(network.backbone),
         multiply_adds(network, side, heads=False),
     )
 
 
 def speeds(
-    root: Path,
-    runs: Mapping[str, tuple[Path, Config]],
-    say: Callable[[str], None],
+    root: Path, runs: Mapping[str, tuple[Path, Config]], say: Callable[[str], None]
 ) -> tuple[dict[str, Speeds], str]:
     """Pictures a second of each network, by its key, and how they were measured.
 
@@ -163,32 +156,30 @@ def speeds(
 
 
 def measure(
-    networks: Mapping[str, tuple[FaceNetwork, int]],
-    device: torch.device,
-    *,
-    batches: Sequence[int] = BATCHES,
-    rounds: int = ROUNDS,
+    networks: Mapping[str, tuple[FaceNetwork, int]], device: torch.device
 ) -> dict[str, Speeds]:
-    """Pictures a second of networks (network, input side), in turns, so that whatever else the
-    machine does meets all of them.
-    """
+    """Pictures a second of networks (network, input side), which take turns."""
     calls = {}
     for key, (network, side) in networks.items():
         network.eval().to(device)
-        for batch in batches:
+        for batch in BATCHES:
             pictures = torch.rand(batch, 3, side, side, device=device) * 255
             _timed(network, pictures, 2)
             calls[key, batch] = network, pictures, _timed(network, pictures, 1)
     found: dict[tuple[str, int], list[float]] = {place: [] for place in calls}
     began = time.monotonic()
-    for number in range(rounds):
+    for number in range(ROUNDS):
         if number >= LEAST_ROUNDS and time.monotonic() - began > ALL_S:
             break
         for place, (network, pictures, once_s) in calls.items():
             count = max(1, round(CALL_S / max(once_s, 1e-6)))
             seconds = _timed(network, pictures, count)
             found[place].append(count * len(pictures) / seconds)
-    return {key: {batch: _quartiles(found[key, batch]) for batch in batches} for key in networks}
+    quartiles = {
+        place: Quartiles(*statistics.quantiles(values, n=4, method="inclusive"))
+        for place, values in found.items()
+    }
+    return {key: {batch: quartiles[key, batch] for batch in BATCHES} for key in networks}
 
 
 def _timed(network: FaceNetwork, pictures: torch.Tensor, count: int) -> float:
@@ -198,10 +189,3 @@ def _timed(network: FaceNetwork, pictures: torch.Tensor, count: int) -> float:
         for _ in range(count):
             network.embed(pictures)
         return now(pictures.device) - start
-
-
-def _quartiles(values: Sequence[float]) -> Quartiles:
-    if len(values) < 2:
-        return Quartiles(values[0], values[0], values[0])
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return Quartiles(low, median, high)

@@ -7,28 +7,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from kdtrain.experiments.comparison.collect import METRICS, Comparison, Place, curves, floor
-from kdtrain.experiments.tables.collect import cell_of
+from kdtrain.experiments.comparison.collect import METRICS, Comparison, curves, floor
+from kdtrain.experiments.comparison.request import Place
+from kdtrain.experiments.study import cell_of, where
 from kdtrain.objectives import all_pairs
+from kdtrain.reports.plots import DPI, INK, LABEL, LINE, SOFT, WIDTH_IN
 from kdtrain.reports.tables.data import Table
-from kdtrain.reports.tables.plot import (
-    DPI,
-    INK,
-    LABEL,
-    LINE,
-    SOFT,
-    WIDTH_IN,
-    draw_trends,
-    plain_axis,
-    png_of,
-    title_axis,
-)
+from kdtrain.reports.tables.plot import draw_trends, plain_axis, png_of, title_axis
 from kdtrain.reports.writing import count
 
 TEACHER_COLOUR, CONTROL_COLOUR = "#111827", "#9ca3af"
@@ -66,7 +57,7 @@ def picture(comparison: Comparison, table: Table) -> bytes:
     colours = _colours(comparison)
     rows: list[tuple[str, bool, float]] = []
     for second in comparison.request.sources:
-        places = [Place(side, second) for side in comparison.request.sides]
+        places = comparison.request.places(second)
         if any(curves(comparison, m, p) for m in comparison.methods for p in places):
             rows.append(("curves", second, CURVES_IN))
         names = len(comparison.methods) * len(places)
@@ -113,7 +104,7 @@ def _draw_curves(
     part: FigureBase, comparison: Comparison, second: bool, colours: dict[str, str]
 ) -> None:
     """TAR over FAR, a plot for each resolution."""
-    places = [Place(side, second) for side in comparison.request.sides]
+    places = comparison.request.places(second)
     axes = part.subplots(1, len(places), squeeze=False, sharey=True)[0]
     for axis, place in zip(axes, places, strict=True):
         for method in comparison.methods:
@@ -121,14 +112,9 @@ def _draw_curves(
             if found is None:
                 continue
             far, tar = found
-            dashed = comparison.kind(method) != "paper"
-            axis.plot(
-                *(far, 100 * tar.mean(0)),
-                color=colours[method],
-                linewidth=1.5,
-                linestyle="--" if dashed else "-",
-                label=method,
-            )
+            dashes = "-" if comparison.kind(method) == "paper" else "--"
+            style: dict[str, Any] = {"color": colours[method], "linewidth": 1.5, "label": method}
+            axis.plot(far, 100 * tar.mean(0), linestyle=dashes, **style)
             if len(tar) > 1:
                 low, high = 100 * tar.min(0), 100 * tar.max(0)
                 axis.fill_between(far, low, high, color=colours[method], alpha=0.13, linewidth=0)
@@ -142,8 +128,7 @@ def _draw_curves(
         axis.set_xlabel("false accept rate, all pairs of the test split", fontsize=8, color=LABEL)
         axis.set_ylim(bottom=0)
         _frame(axis)
-        size = "" if place.side is None else f", {place.side} pixels"
-        title_axis(axis, f"true accept rate, %{size}{_where(second)}")
+        title_axis(axis, f"true accept rate, %{place.title}")
     handles, names = axes[0].get_legend_handles_labels()
     legend = part.legend(
         handles, names, loc="outside right upper", fontsize=7.5, frameon=False, labelcolor="#374151"
@@ -160,7 +145,7 @@ def _draw_costs(
     for axis, (word, label) in zip(part.subplots(1, 2), titles, strict=True):
         _draw_dots(axis, _dots(comparison, second, metric, colours, speed=word == "speed"))
         axis.set_xlabel(label, fontsize=8, color=LABEL)
-        title_axis(axis, f"{METRICS[metric]}, %, against {word}{_where(second)}")
+        title_axis(axis, f"{METRICS[metric]}, %, against {word}{where(second)}")
 
 
 def _dots(
@@ -169,9 +154,9 @@ def _dots(
     dots = []
     for method in comparison.methods:
         teacher = method in comparison.request.teachers
-        for side in (None,) if teacher else comparison.request.sides:
-            cell = cell_of(comparison.of(method, side, second), metric)
-            key = comparison.network(method, side, second)
+        for place in [Place(None, second)] if teacher else comparison.request.places(second):
+            cell = cell_of(comparison.of(method, place), metric)
+            key = comparison.network(method, place)
             size, found = comparison.sizes.get(key), comparison.speeds.get(key)
             if cell.value is None or size is None or (speed and found is None):
                 continue
@@ -179,16 +164,14 @@ def _dots(
             if speed and found is not None:
                 x = found[max(found)].median
             seeds = [value for value in cell.per_seed if value is not None]
-            name = method if side is None else f"{method}, {side} px"
+            name = method if place.side is None else f"{method}, {place.side} px"
             ends = min(seeds), max(seeds)
             dots.append(_Dot(name, colours[method], x, x, cell.value, *ends))
     return dots
 
 
 def _draw_dots(axis: Axes, dots: Sequence[_Dot]) -> None:
-    """Dots with a bar over the seeds, and their names in a column on the right: methods that share
-    a network share its place on the axis.
-    """
+    """Dots with a bar over the seeds, and their names in a column on the right."""
     _frame(axis)
     if not dots:
         axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color=SOFT)
@@ -256,7 +239,3 @@ def _spread(places: Sequence[float], step: float) -> list[float]:
 def _frame(axis: Axes) -> None:
     plain_axis(axis)
     axis.grid(True, axis="y", color=LINE, linewidth=0.6)
-
-
-def _where(second: bool) -> str:
-    return ", second data source" if second else ""

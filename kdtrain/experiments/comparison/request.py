@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kdtrain.config import RUN_SETTINGS, Config, ConfigError, settings
 from kdtrain.experiments import pipeline
 from kdtrain.experiments.campaign import Group, grouped
+from kdtrain.experiments.study import pixels, where
 
 AT_PHASE_ENDS = 10_000  # epochs between evaluations; the end of a phase is always evaluated
 CACHE = "float32"  # teacher.cache of the students: the bits of online training
@@ -30,11 +31,21 @@ class RunOf:
 
     @property
     def name(self) -> str:
-        """Its stage and folder: th_kd_s1, at 16 pixels th_kd_r16_s1, on the second data source
-        b_th_kd_s1.
-        """
+        """Its stage and folder: th_kd_s1, th_kd_r16_s1; on the second data source b_th_kd_s1."""
         side = "" if self.side is None else f"_r{self.side}"
         return f"{'b_' if self.second else ''}{self.method}{side}_s{self.seed}"
+
+
+class Place(NamedTuple):
+    """A column block: one resolution on one data source."""
+
+    side: int | None
+    second: bool
+
+    @property
+    def title(self) -> str:
+        """Names it behind a title."""
+        return pixels(self.side) + where(self.second)
 
 
 @dataclass(frozen=True)
@@ -45,7 +56,7 @@ class Request:
     recipes: Mapping[str, Mapping[str, Any]]
     """Dotted keys of every method's recipe, and of those that it takes runs from, by name."""
     folder: str
-    """Where the recipes are, for people."""
+    """Where the recipes are, for people: two-cores/systems for a packaged folder, else its path."""
     seeds: tuple[int, ...] = (1, 2, 3)
     resolutions: tuple[int, ...] = ()
     """Sides of the methods' input; empty: each recipe's own."""
@@ -79,10 +90,9 @@ class Request:
         """Whether each data source is the second."""
         return (False,) if self.second is None else (False, True)
 
-    @property
-    def sides(self) -> tuple[int | None, ...]:
-        """The resolutions, None for the recipes' own."""
-        return self.resolutions or (None,)
+    def places(self, second: bool) -> list[Place]:
+        """The resolutions on a data source, None for the recipes' own."""
+        return [Place(side, second) for side in self.resolutions or (None,)]
 
     @cached_property
     def own_sides(self) -> Mapping[tuple[str, bool], int]:
@@ -90,18 +100,21 @@ class Request:
         places = [(method, second) for method in self.methods for second in self.sources]
         return {p: settings.build(self._flat(*p)).data.input_size for p in places}
 
-    def run_of(self, method: str, seed: int, side: int | None, second: bool) -> RunOf:
+    def run_of(self, method: str, seed: int, place: Place) -> RunOf:
         """The run of a method; teachers and inputs keep the size of their recipes (side None)."""
-        if side is None or side == self.own_sides[method, second]:
-            return RunOf(method, seed, None, second)
-        return RunOf(method, seed, side, second)
+        kept = place.side is None or method in self.teachers
+        if kept or place.side == self.own_sides[method, place.second]:
+            return RunOf(method, seed, None, place.second)
+        return RunOf(method, seed, place.side, place.second)
 
     def config(self, run: RunOf) -> Config:
-        """The settings of a run; the runs that it names are those of its seed beside it. Raises
-        ConfigError.
-        """
-        flat = self._flat(run.method, run.second)
-        flat["seed"] = run.seed
+        """The settings of a run; runs that it names are of its seed. Raises ConfigError."""
+
+        def beside(name: str) -> str:
+            here = isinstance(name, str) and name.startswith("@")
+            return f"@{RunOf(name[1:], run.seed, None, run.second).name}" if here else name
+
+        flat = self._flat(run.method, run.second) | {"seed": run.seed}
         try:
             if run.side is not None:
                 own = settings.build(flat)
@@ -109,8 +122,7 @@ class Request:
                 flat |= {SIZE: run.side, "data.crop_size": own.data.crop_side}
                 if own.teacher.run is not None:
                     flat["teacher.input_size"] = own.teacher_side
-            named = [key for key in RUN_SETTINGS.values() if flat.get(key) is not None]
-            return settings.build(flat | {key: _beside(flat[key], run) for key in named})
+            return settings.build(pipeline.rename_runs(flat, beside))
         except ConfigError as error:
             raise ConfigError(f"{run.name}: {error}") from None
 
@@ -128,18 +140,18 @@ def request_from(
     options: Mapping[str, Any], common: Mapping[str, Any], second: Mapping[str, Any] | None
 ) -> Request:
     """The request that a command line makes; raises ConfigError."""
-    resolutions = _resolutions(options.get("resolutions"))
-    own = (
-        "task",
-        "seed",
-        *RUN_SETTINGS.values(),
-        *((SIZE, "data.crop_size") if resolutions else ()),
-    )
+    text = options.get("resolutions") or ""
+    words = [word.strip() for word in text.split(",")] if text else []
+    if not all(word.isdigit() and int(word) >= 8 for word in words):
+        raise ConfigError(f"--resolutions: expected pixels of 8 and more, as 24,16; got {text!r}")
+    resolutions = tuple(dict.fromkeys(map(int, words)))
+    sizes = (SIZE, "data.crop_size") if resolutions else ()
+    own = ("task", "seed", *RUN_SETTINGS.values(), *sizes)
     fixed = [key for keys in (common, second or {}) for key in own if key in keys]
     if fixed:
         where = "--resolutions says it" if fixed[0].startswith("data.") else "it is each recipe's"
         raise ConfigError(f"--{fixed[0]}: {where} in a comparison; leave it out")
-    seeds = 3 if options.get("seeds") is None else options["seeds"]
+    seeds = options.get("seeds", 3)
     if seeds < 1:
         raise ConfigError(f"--seeds: at least 1, got {seeds}")
     folder = method_folder(options.get("scale") or "two-cores", options.get("folder") or "systems")
@@ -147,7 +159,11 @@ def request_from(
     request = Request(
         methods=tuple(files),
         recipes=with_inputs(files),
-        folder=shown_folder(folder),
+        folder=(
+            folder.relative_to(settings.RECIPES).as_posix()
+            if folder.is_relative_to(settings.RECIPES)
+            else str(folder)
+        ),
         seeds=tuple(range(1, seeds + 1)),
         resolutions=resolutions,
         common=dict(common),
@@ -157,8 +173,7 @@ def request_from(
         raise ConfigError(
             f"{', '.join(request.methods)}: only teachers of each other; name a student's method"
         )
-    for run in (run for group in groups(request) for run in group.runs):
-        request.config(run)  # fits, before anything is timed
+    stages(request)  # they fit, before anything is timed
     return request
 
 
@@ -175,16 +190,8 @@ def method_folder(scale: str, folder: str) -> Path:
     return found
 
 
-def shown_folder(folder: Path) -> str:
-    """two-cores/systems for a packaged folder, else its path."""
-    packaged = folder.is_relative_to(settings.RECIPES)
-    return folder.relative_to(settings.RECIPES).as_posix() if packaged else str(folder)
-
-
 def method_files(words: Sequence[str], folder: Path) -> dict[str, Path]:
-    """The recipe of each method, by name: words are stems in the folder, or paths. Raises
-    ConfigError.
-    """
+    """Recipes by name: words are stems in the folder, or paths. Raises ConfigError."""
     known = {f.stem: f for f in sorted(folder.glob("*.yaml")) if not f.name.startswith("_")}
     found: dict[str, Path] = {}
     for word in words:
@@ -241,15 +248,11 @@ def groups(request: Request) -> list[Group[RunOf]]:
     students = sorted(request.students, key=lambda method: not request.is_control(method))
     found = []
     for second in request.sources:
-        for method in (*students, *request.teachers):
-            for side in request.sides if method in request.students else (None,):
-                runs = [
-                    run
-                    for seed in request.seeds
-                    for run in chain(request, request.run_of(method, seed, side, second))
-                ]
-                size = "" if side is None else f", {side} pixels"
-                found.append((f"{method}{size}{', second data source' if second else ''}", runs))
+        of_students = [(name, place) for name in students for place in request.places(second)]
+        for method, place in (*of_students, *((t, Place(None, second)) for t in request.teachers)):
+            runs = (request.run_of(method, seed, place) for seed in request.seeds)
+            needed = [one for run in runs for one in chain(request, run)]
+            found.append((f"{method}{place.title}", needed))
     return grouped(found)
 
 
@@ -266,21 +269,3 @@ def stages(request: Request) -> dict[RunOf, pipeline.Stage]:
     """Every run as a stage, inputs first."""
     runs = [run for group in groups(request) for run in group.runs]
     return {run: pipeline.Stage(run.name, request.config(run)) for run in runs}
-
-
-def _beside(value: Any, run: RunOf) -> Any:
-    """The run of the same seed and data for every @NAME in a setting."""
-    if isinstance(value, list):
-        return [_beside(one, run) for one in value]
-    if not isinstance(value, str) or not value.startswith("@"):
-        return value
-    return f"@{RunOf(value[1:], run.seed, None, run.second).name}"
-
-
-def _resolutions(text: str | None) -> tuple[int, ...]:
-    if not text:
-        return ()
-    words = [word.strip() for word in str(text).split(",")]
-    if not all(word.isdigit() and int(word) >= 8 for word in words):
-        raise ConfigError(f"--resolutions: expected pixels of 8 and more, as 24,16; got {text!r}")
-    return tuple(dict.fromkeys(int(word) for word in words))

@@ -15,7 +15,6 @@ from kdtrain.reports.tables.data import RowKind
 
 WIDTHS = (2, 4, 8)
 FULL = 1  # the width of teachers
-NARROWEST = 8  # the width of tables 1 and 3
 LAST = -1  # the end of a run; 0 is the end of its first phase
 SOURCE = "arXiv 1709.02929"
 FILE = settings.RECIPES / "studies" / "_paper_tables.yaml"
@@ -49,17 +48,14 @@ class At:
     phase: int = LAST
 
 
-Place = At | None
-"""None: the table has no such cell."""
-
-
 @dataclass(frozen=True)
 class Line:
     """A row: one place for each column of its block."""
 
     name: str
     kind: RowKind
-    places: tuple[Place, ...]
+    places: tuple[At | None, ...]
+    """None: the table has no such cell."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +118,11 @@ def table_specs(second: bool = False) -> dict[str, TableSpec]:
 
 
 def _block(tree: Mapping[str, Any]) -> BlockSpec:
-    lines = (Line(name, kind, tuple(map(_place, cells))) for name, kind, *cells in tree["lines"])
-    return BlockSpec(**{**tree, "columns": tuple(tree["columns"]), "lines": tuple(lines)})
+    lines = tuple(
+        Line(name, kind, tuple(None if text is None else _at(text) for text in cells))
+        for name, kind, *cells in tree["lines"]
+    )
+    return BlockSpec(**{**tree, "columns": tuple(tree["columns"]), "lines": lines})
 
 
 def _claims(tree: Mapping[str, Any]) -> list[Claim]:
@@ -138,10 +137,6 @@ def _claims(tree: Mapping[str, Any]) -> list[Claim]:
         text = f"over all: {tree['over_all']}"
         claims.append(Claim(claims[0].code, text, better, worse, **shared))
     return claims
-
-
-def _place(text: str | None) -> Place:
-    return None if text is None else _at(text)
 
 
 def _at(text: str) -> At:

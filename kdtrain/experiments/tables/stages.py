@@ -4,29 +4,23 @@ every width, seed and data source, in the order in which a budget is spent.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from kdtrain.config import SETTINGS, ConfigError, settings
 from kdtrain.experiments import pipeline
 from kdtrain.experiments.campaign import Group, grouped
-from kdtrain.experiments.tables.paper import (
-    FULL,
-    NARROWEST,
-    PARTS,
-    WIDTHS,
-    At,
-    Part,
-    TableSpec,
-    table_specs,
-)
+from kdtrain.experiments.study import where
+from kdtrain.experiments.tables.paper import FULL, PARTS, WIDTHS, At, TableSpec, table_specs
 
 SCHEDULES = "_tables.yaml"
 # In this order a budget is spent: alignment is the cheapest table, the second table the dearest.
 TABLE_ORDER = ("table3", "table1", "table4", "table5", "table2")
 NARROWEST_FIRST = (8, 4, 2)
+NARROWEST = 8  # the width of tables 1 and 3
 AT_PHASE_ENDS = 10_000  # epochs between evaluations; the end of a phase is always evaluated
 TABLES = tuple(table_specs())
 OWN = tuple(setting.key for setting in SETTINGS if setting.own)
@@ -56,8 +50,8 @@ class Request:
     tables: tuple[str, ...]
     scale: str = "two-cores"
     seeds: tuple[int, ...] = (1, 2, 3)
-    widths: tuple[int, ...] = (2, 4, 8)
-    common: Mapping[str, Any] | None = None
+    widths: tuple[int, ...] = WIDTHS
+    common: Mapping[str, Any] = field(default_factory=dict)
     """Dotted keys of every run, those of the data among them."""
     second: Mapping[str, Any] | None = None
     """Dotted keys of the second data source; None: there is none."""
@@ -68,11 +62,20 @@ class Request:
     cache: str = "float32"
     """teacher.cache of the students."""
 
+    @property
+    def specs(self) -> dict[str, TableSpec]:
+        """Every table, by name, those of the second data source where there is one."""
+        return table_specs(self.second is not None)
+
+    def run_of(self, at: At, seed: int, second: bool) -> RunOf:
+        """The run that a cell reads for one seed."""
+        if not PARTS[at.part].full_width:
+            return RunOf(at.part, at.width, seed, second)
+        return RunOf(at.part, FULL, self.seeds[0] if self.shared_teachers else seed, second)
+
 
 def request_from(
-    options: Mapping[str, Any],
-    common: Mapping[str, Any],
-    special: Mapping[str, Mapping[str, Any]],
+    options: Mapping[str, Any], common: Mapping[str, Any], special: Mapping[str, Mapping[str, Any]]
 ) -> Request:
     """The request that a command line makes; raises ConfigError.
 
@@ -92,10 +95,7 @@ def request_from(
         )
     if "second" in special and "table2" not in names:
         raise ConfigError("--second.KEY: only table2 has a second data source; ask for it too")
-    count, first = (
-        default if options.get(name) is None else options[name]
-        for name, default in (("seeds", 3), ("first_seed", 1))
-    )
+    count, first = options.get("seeds", 3), options.get("first_seed", 1)
     if count < 1 or first < 0:
         raise ConfigError(f"--seeds, --first-seed: at least 1 and 0, got {count} and {first}")
     text = options.get("widths") or "2,4,8"
@@ -115,7 +115,7 @@ def request_from(
         scale=scale,
         seeds=tuple(range(first, first + count)),
         widths=tuple(sorted(set(widths))),
-        common=dict(common),
+        common=common,
         second=special.get("second"),
         tasks={name: keys for name, keys in special.items() if name != "second"},
         shared_teachers=teachers == "one",
@@ -123,26 +123,23 @@ def request_from(
     )
 
 
-def groups(specs: Mapping[str, TableSpec], request: Request) -> list[Group[RunOf]]:
+def groups(request: Request) -> list[Group[RunOf]]:
     """The runs of every cell for all seeds, and what they start from or learn from, by priority:
     the narrowest student first, rows that the paper does not have last, the second data source at
     the very end.
     """
-    ranked: dict[tuple[int, int, int, int], dict[RunOf, None]] = {}
-    labels: dict[tuple[int, int, int, int], str] = {}
+    ranked: dict[tuple[int, ...], tuple[str, list[RunOf]]] = {}
     for name in request.tables:
-        for at, second, extra in _places(specs[name]):
+        for at, second, extra in _places(request.specs[name]):
             if at.width not in (FULL, *request.widths):
                 continue
             width = max(request.widths) if at.width == FULL else at.width
-            order = NARROWEST_FIRST.index(width), int(extra), TABLE_ORDER.index(name)
-            rank = (int(second), *order)
-            words = f"{name}, 1/{width}{', further rows' if extra else ''}"
-            labels[rank] = f"{words}{', second data source' if second else ''}"
-            found = ranked.setdefault(rank, {})
+            rank = second, NARROWEST_FIRST.index(width), extra, TABLE_ORDER.index(name)
+            label = f"{name}, 1/{width}{', further rows' if extra else ''}{where(second)}"
+            _, runs = ranked.setdefault(rank, (label, []))
             for seed in request.seeds:
-                found.update(dict.fromkeys(_with_inputs(at, seed, second, request)))
-    return grouped((labels[rank], ranked[rank]) for rank in sorted(ranked))
+                runs += _with_inputs(at, seed, second, request)
+    return grouped(ranked[rank] for rank in sorted(ranked))
 
 
 def _places(spec: TableSpec) -> Iterator[tuple[At, bool, bool]]:
@@ -154,83 +151,55 @@ def _places(spec: TableSpec) -> Iterator[tuple[At, bool, bool]]:
         yield from ((at, claim.second, False) for at in (*claim.better, *claim.worse))
 
 
-def run_of(at: At, seed: int, second: bool, request: Request) -> RunOf:
-    """The run that a cell reads for one seed."""
-    return _named(at.part, at.width, seed, second, request)
-
-
-def _named(part: str, width: int, seed: int, second: bool, request: Request) -> RunOf:
-    if not PARTS[part].full_width:
-        return RunOf(part, width, seed, second)
-    return RunOf(part, FULL, request.seeds[0] if request.shared_teachers else seed, second)
-
-
 def _with_inputs(at: At, seed: int, second: bool, request: Request) -> Iterator[RunOf]:
     """A run after everything that it reads."""
     part = PARTS[at.part]
     for needed in (part.start, part.teacher):
         if needed is not None:
             yield from _with_inputs(At(needed, at.width), seed, second, request)
-    yield run_of(at, seed, second, request)
+    yield request.run_of(at, seed, second)
+
+
+def _folder(scale: str) -> Path:
+    packaged = settings.RECIPES / scale
+    return packaged if packaged.is_dir() else Path(scale)
 
 
 def schedules(scale: str) -> dict[str, list[dict[str, float]]]:
     """The phases of a scale by name, as classification.scratch; raises ConfigError."""
-    folder = settings.RECIPES / scale
-    path = (folder if folder.is_dir() else Path(scale)) / SCHEDULES
+    path = _folder(scale) / SCHEDULES
     if not path.is_file():
         known = sorted(f.parent.name for f in settings.RECIPES.glob(f"*/{SCHEDULES}"))
         raise ConfigError(f"--scale {scale}: no {path}; {settings.nearest(scale, known)}")
     found = settings.flatten(settings.read_yaml(path))
-    both = "classification.both"
-    found.setdefault(both, found["classification.scratch"] + found["classification.initialised"])
-    return found
+    both = found["classification.scratch"] + found["classification.initialised"]
+    return {"classification.both": both, **found}
 
 
 def stages(runs: Iterable[RunOf], request: Request) -> list[pipeline.Stage]:
     """The runs as stages, inputs first. Raises ConfigError where a recipe or key does not fit."""
     named = schedules(request.scale)
-    folder = settings.RECIPES / request.scale
-    folder = folder if folder.is_dir() else Path(request.scale)
-    recipes: dict[str, dict[str, Any]] = {}
+    recipe = cache(lambda name: settings.read_recipe(_folder(request.scale) / f"{name}.yaml"))
     found = []
     for run in dict.fromkeys(runs):
         part = PARTS[run.part]
-        if part.recipe not in recipes:
-            recipes[part.recipe] = settings.read_recipe(folder / f"{part.recipe}.yaml")
-        flat = {**recipes[part.recipe], **_own(part, run, request, named)}
-        flat |= {**(request.common or {}), **request.tasks.get(flat["task"], {})}
-        if run.second:
-            flat |= request.second or {}
-        if flat["task"] == "classification" and flat.get("data.split") == "identity":
-            flat["data.split"] = "identity:random"
-        try:
-            found.append(pipeline.Stage(run.name, settings.build(flat)))
-        except ConfigError as error:
-            raise ConfigError(f"{run.name}: {error}") from None
+        flat = {
+            **recipe(part.recipe),
+            "seed": run.seed,
+            "model.divide": run.width,
+            "train.eval_every": AT_PHASE_ENDS,
+            **part.settings,
+        }
+        for key, name in (("init_from", part.start), ("teacher.run", part.teacher)):
+            flat[key] = None
+            if name is not None:
+                beside = request.run_of(At(name, run.width), run.seed, run.second)
+                flat[key] = f"@{beside.name}"
+        if part.schedule is not None:
+            flat["optim.phases"] = [dict(phase) for phase in named[part.schedule]]
+        if part.teacher is not None:
+            flat["teacher.cache"] = request.cache
+        flat |= {**request.common, **request.tasks.get(flat["task"], {})}
+        flat |= (request.second or {}) if run.second else {}
+        found.append(pipeline.make_stage(run.name, flat, run.name))
     return found
-
-
-def _own(
-    part: Part, run: RunOf, request: Request, named: Mapping[str, Sequence[Mapping[str, float]]]
-) -> dict[str, Any]:
-    """The settings of a run on top of its recipe."""
-
-    def beside(name: str | None) -> str | None:
-        if name is None:
-            return None
-        return f"@{_named(name, run.width, run.seed, run.second, request).name}"
-
-    flat: dict[str, Any] = {
-        "init_from": beside(part.start),
-        "teacher.run": beside(part.teacher),
-        "seed": run.seed,
-        "model.divide": run.width,
-        "train.eval_every": AT_PHASE_ENDS,
-        **part.settings,
-    }
-    if part.schedule is not None:
-        flat["optim.phases"] = [dict(phase) for phase in named[part.schedule]]
-    if part.teacher is not None:
-        flat["teacher.cache"] = request.cache
-    return flat

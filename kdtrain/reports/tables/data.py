@@ -1,6 +1,6 @@
 """What a finished or half-finished result table is made of: cells, rows, blocks, trends.
 
-Plain values: kdtrain/experiments/tables/collect.py fills them from run folders,
+Plain values: kdtrain/experiments fills them from run folders,
 kdtrain/experiments/verdicts.py judges the trends, files.py writes them down. Numbers are in
 percent, differences in points (hundredths), as the paper prints them.
 """

@@ -20,10 +20,10 @@ from kdtrain.cli import main
 from kdtrain.config import ConfigError
 from kdtrain.experiments import campaign, pipeline
 from kdtrain.experiments.comparison import compare, cost
-from kdtrain.experiments.comparison.collect import CLAIMS, Claim, Place, trend
+from kdtrain.experiments.comparison.collect import CLAIMS, Claim, trend
 from kdtrain.experiments.comparison.compare import _overview
 from kdtrain.experiments.comparison.picture import _spread
-from kdtrain.experiments.comparison.request import RunOf, groups, request_from, stages
+from kdtrain.experiments.comparison.request import Place, RunOf, groups, request_from, stages
 from kdtrain.experiments.scheduler import Outcome
 from kdtrain.models.network import FaceNetwork, seeded
 from kdtrain.reports import writing
@@ -353,9 +353,9 @@ def test_claims_are_of_methods_that_have_recipes_to_come_and_each_once():
 def test_not_worse_is_held_by_a_method_that_is_level(folder, fake, tmp_path):
     root = tmp_path / "runs"
     request = asked(folder, "soft", "sh_kd", "hidden", seeds=3)
-    plan = compare._plan(request, root, 1, None, Console(quiet=True))
-    _, outcomes = campaign.carry_out(plan, root)
-    results = compare.read_all(plan, root, outcomes)
+    plan = compare._plan(request, campaign.Order(root, 1, console=Console(quiet=True)))
+    _, outcomes = campaign.carry_out(plan)
+    results = compare.read_all(plan, outcomes)
     configs = {run: stage.config for run, stage in plan.stages.items()}
     comparison = compare.Comparison(request, results, configs)
     place = Place(None, False)
@@ -384,7 +384,9 @@ def test_networks_take_turns_and_are_timed_without_their_heads(folder, monkeypat
     monkeypatch.setattr(cost, "_timed", lambda n, p, c: order.append(len(p)) or real(n, p, c))
     monkeypatch.setattr(cost, "CALL_S", 1e-4)
     network.classifier.forward = lambda *_: pytest.fail("the head was asked")
-    found = cost.measure({"a": (network, 16)}, torch.device("cpu"), batches=(1, 4), rounds=3)
+    monkeypatch.setattr(cost, "BATCHES", (1, 4))
+    monkeypatch.setattr(cost, "ROUNDS", 3)
+    found = cost.measure({"a": (network, 16)}, torch.device("cpu"))
     assert order[-6:] == [1, 4, 1, 4, 1, 4]
     assert all(one.low <= one.median <= one.high for one in found["a"].values())
 

@@ -462,8 +462,7 @@ def test_runs_of_tables_and_methods_that_need_landmarks_are_refused(photographs,
     group = campaign.Group("table3", ("a",))
     with pytest.raises(ConfigError, match="ali_s1: the pictures have no landmarks"):
         campaign.make_campaign(
-            [group], {"a": pipeline.Stage("ali_s1", config)}, tmp_path,
-            jobs=1, budget_min=None, say=print,
+            [group], {"a": pipeline.Stage("ali_s1", config)}, campaign.Order(tmp_path, 1), print
         )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from tiny_runs import TASK_KEYS, TINY, environment
 
 from kdtrain.cli import main
 from kdtrain.experiments import campaign
-from kdtrain.experiments.campaign import Campaign, Group
+from kdtrain.experiments.campaign import Campaign, Group, Order
 from kdtrain.experiments.tables import reproduce
 from kdtrain.experiments.tables.reproduce import _overview, make_plan
 from kdtrain.experiments.tables.stages import Request, RunOf
@@ -133,7 +133,7 @@ def test_killed_in_the_middle_and_started_again_it_ends_in_the_same_table(table3
 def planned(scale: Path, root: Path, budget: float | None, **options) -> Campaign[RunOf]:
     request = Request(**{"tables": ("table1", "table3"), "scale": str(scale), "seeds": (1,),
                          **options})  # fmt: skip
-    return make_plan(request, root, jobs=2, budget_min=budget, say=lambda _: None)
+    return make_plan(request, Order(root, 2, budget, console=Console(quiet=True)))
 
 
 def test_a_budget_takes_the_first_groups_and_says_what_it_leaves(scale, tmp_path, monkeypatch):

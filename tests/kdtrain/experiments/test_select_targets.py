@@ -182,9 +182,9 @@ def test_a_second_run_trains_nothing_and_ends_in_the_same_files(done, inside, mo
     before = {name: (done / name).read_bytes() for name in FILES}
     trained: list[Work] = []
 
-    def note(works, *_: Any) -> tuple[int, dict[str, Outcome]]:
+    def note(works, root, jobs, console, before, *_: Any) -> tuple[int, dict[str, Outcome]]:
         trained.extend(works)
-        return 0, {}
+        return 0, dict(before)
 
     monkeypatch.setattr(pipeline, "run_all", note)
     assert main(COMMAND) == 0
@@ -225,7 +225,7 @@ def test_an_interrupted_command_continues_and_ends_in_the_same_files(
 
 
 def test_helpful_targets_are_trained_together_and_all_kept(inside, monkeypatch):
-    monkeypatch.setattr(select_targets, "judge", _held)
+    monkeypatch.setattr(select_targets.selection, "judge", _held)
     command = ["select-targets", "student.yaml", "--run-dir", "runs/both", "--seeds", "1"]
     command += ["--targets", "soft,hidden"]
     assert main([*command, "--out", "both.yaml"]) == 0
@@ -235,11 +235,11 @@ def test_helpful_targets_are_trained_together_and_all_kept(inside, monkeypatch):
     assert "Check: soft+hidden better than" in " ".join(Path("both.yaml").read_text().split("\n# "))
 
 
-def _held(arm, none, higher, keep):
+def _held(arm, none, higher, keep=False):
     from kdtrain.experiments.selection import Judged, compare
 
     verdict = compare(arm.scores, none.scores, higher_is_better=higher)
-    return Judged(arm, verdict, "held", True)
+    return Judged(arm, verdict, True)
 
 
 def test_a_target_that_diverges_is_set_to_zero_and_told(inside):

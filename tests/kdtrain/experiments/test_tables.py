@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from kdtrain.config import ConfigError, settings
-from kdtrain.experiments.tables.collect import Collection, Result, table
+from kdtrain.experiments.study import Result
 from kdtrain.experiments.tables.paper import FULL, PARTS, WIDTHS, At, table_specs
+from kdtrain.experiments.tables.reproduce import Collection, table
 from kdtrain.experiments.tables.stages import (
     SCHEDULES,
     Request,
     RunOf,
     groups,
-    run_of,
     schedules,
     stages,
 )
@@ -46,10 +46,10 @@ def test_every_place_names_a_part_and_every_part_has_a_place():
 def test_whatever_a_claim_speaks_of_is_planned_with_its_table():
     for name, spec in table_specs().items():
         request = Request((name,), seeds=(1,))
-        runs = {run for group in groups(table_specs(), request) for run in group.runs}
+        runs = {run for group in groups(request) for run in group.runs}
         for claim in spec.claims:
             for at in (*claim.better, *claim.worse):
-                assert run_of(at, 1, claim.second, request) in runs, (name, claim.text)
+                assert request.run_of(at, 1, claim.second) in runs, (name, claim.text)
 
 
 def test_rows_have_a_place_for_each_column_and_claims_speak_of_cells():
@@ -92,7 +92,7 @@ def test_runs_come_after_what_they_read_and_build(scale):
     seeds, widths = ((1, 2), (4, 8)) if scale == "two-cores" else ((1,), (8,))
     request = Request(ALL, scale, seeds=seeds, widths=widths, second={"data.synthetic_seed": 5},
                       common={"data.kind": "synthetic", "data.root": None})  # fmt: skip
-    runs = [run for group in groups(table_specs(second=True), request) for run in group.runs]
+    runs = [run for group in groups(request) for run in group.runs]
     assert len(runs) == len(set(runs))
     found = stages(runs, request)
     names = [stage.name for stage in found]
@@ -119,7 +119,7 @@ def test_runs_come_after_what_they_read_and_build(scale):
 
 
 def test_a_budget_meets_the_cheap_tables_and_the_narrow_student_first():
-    labels = [g.label for g in groups(table_specs(second=True), Request(ALL, second={}))]
+    labels = [g.label for g in groups(Request(ALL, second={}))]
     assert labels[:4] == ["table3, 1/8", "table1, 1/8", "table4, 1/8", "table5, 1/8"]
     assert all("second" in label for label in labels[-3:])
     extra = labels.index("table1, 1/8, further rows")
@@ -128,7 +128,7 @@ def test_a_budget_meets_the_cheap_tables_and_the_narrow_student_first():
 
 def test_a_shared_teacher_is_one_run_for_every_seed():
     request = Request(("table3",), seeds=(1, 2, 3), shared_teachers=True)
-    runs = [run for group in groups(table_specs(), request) for run in group.runs]
+    runs = [run for group in groups(request) for run in group.runs]
     teachers = {run for run in runs if PARTS[run.part].full_width}
     assert {run.seed for run in teachers} == {1}
     students = [s for s in stages(runs, request) if s.name.startswith("cls_distilled")]
@@ -139,7 +139,7 @@ def test_a_shared_teacher_is_one_run_for_every_seed():
 def test_keys_of_one_task_reach_its_runs_alone():
     request = Request(("table3",), "paper", seeds=(1,), common={"data.root": "casia"},
                       tasks={"alignment": {"data.root": "celeba"}})  # fmt: skip
-    runs = [run for group in groups(table_specs(), request) for run in group.runs]
+    runs = [run for group in groups(request) for run in group.runs]
     for stage in stages(runs, request):
         alignment = stage.config.task == "alignment"
         assert stage.config.data.root == ("celeba" if alignment else "casia")
@@ -167,7 +167,7 @@ def request8():
 
 
 def collected(request: Request, root: Path, keys: dict[str, str], **failures: str) -> Collection:
-    runs = [run for group in groups(table_specs(), request) for run in group.runs]
+    runs = [run for group in groups(request) for run in group.runs]
     return Collection(
         request,
         {run: Result.read(root / run.name, keys.get(run.name, "k"), failures.get(run.name, ""))
@@ -241,7 +241,7 @@ def test_a_teacher_below_the_floor_makes_the_block_uninformative(tmp_path, reque
 
 def test_names_of_runs_tell_them_apart():
     request = Request(ALL, second={})
-    runs = {run_of(At(p, FULL if PARTS[p].full_width else w), s, b, request)
+    runs = {request.run_of(At(p, FULL if PARTS[p].full_width else w), s, b)
             for p in PARTS for w in WIDTHS for s in (1, 2) for b in (False, True)}  # fmt: skip
     assert len({run.name for run in runs}) == len(runs)
     assert RunOf("cls_soft", 8, 1).name == "cls_soft_8_s1"

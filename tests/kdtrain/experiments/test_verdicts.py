@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from kdtrain.experiments import verdicts
 from kdtrain.experiments.verdicts import at_least, compare, neutral, pooled
 
 
@@ -59,23 +60,28 @@ def test_lower_is_better_turns_the_sign_so_that_positive_still_means_as_claimed(
     assert compare(smaller, errors, higher_is_better=True).state == "reversed"
 
 
-def test_simulated_experiments_without_a_difference_rarely_get_a_verdict() -> None:
+def test_simulated_experiments_without_a_difference_rarely_get_a_verdict(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(verdicts, "RESAMPLES", 400)
     generator = np.random.default_rng(2)
     states = [
-        compare(*arms(generator, 0.0, items=150), higher_is_better=True, resamples=400).state
-        for _ in range(300)
+        compare(*arms(generator, 0.0, items=150), higher_is_better=True).state for _ in range(300)
     ]
     missed = 1 - states.count("inconclusive") / len(states)
     assert 0.0 < missed <= 0.10
 
 
-def test_simulated_gains_lie_within_the_interval() -> None:
+def test_simulated_gains_lie_within_the_interval(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(verdicts, "RESAMPLES", 400)
     generator = np.random.default_rng(3)
     inside = 0
     for _ in range(200):
         noise = generator.normal(0, 0.02, (3, 1)) + generator.normal(0, 0.3, (1, 120))
         paired = 0.05 + noise + generator.normal(0, 0.2, (3, 120))
-        found = compare(list(paired), [np.zeros(120)] * 3, higher_is_better=True, resamples=400)
+        found = compare(list(paired), [np.zeros(120)] * 3, higher_is_better=True)
         assert found.low is not None
         assert found.high is not None
         inside += found.low <= 5.0 <= found.high
@@ -173,17 +179,20 @@ def test_neutral_is_held_within_the_margin_reversed_beyond_it_and_open_across_it
     assert judge(4.0) == judge(-4.0) == "reversed"
     assert judge(2.0) == judge(-2.0) == "inconclusive"
     assert judge(0.0, spread=1.0) == "inconclusive"  # too wide to say
-    wide = neutral([one + 0.04 for one in base], base, margin_points=5.0)
-    assert (wide.state, wide.margin, wide.agreeing) == ("held", 5.0, 3)
+    close = neutral([one + 0.01 for one in base], base)
+    assert (close.state, close.margin, close.agreeing) == ("held", 2.0, 3)
 
 
-def test_an_interval_that_ends_at_zero_is_inconclusive_whatever_the_rounding() -> None:
+def test_an_interval_that_ends_at_zero_is_inconclusive_whatever_the_rounding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(verdicts, "RESAMPLES", 200)
     generator = np.random.default_rng(0)
     ended = 0
     for _ in range(400):
         better = list((generator.random((3, 12)) < 0.45).astype(float))
         worse = list((generator.random((3, 12)) < 0.2).astype(float))
-        found = compare(better, worse, higher_is_better=True, resamples=200)
+        found = compare(better, worse, higher_is_better=True)
         assert found.low is not None
         assert found.low == 0 or abs(found.low) > 1e-6
         if found.low == 0:
@@ -192,12 +201,11 @@ def test_an_interval_that_ends_at_zero_is_inconclusive_whatever_the_rounding() -
     assert ended > 0
 
 
-def test_the_same_arguments_give_the_same_verdict_and_the_seed_matters() -> None:
+def test_the_same_arguments_give_the_same_verdict() -> None:
     generator = np.random.default_rng(9)
     pair = ([generator.random(50) for _ in range(3)], [generator.random(50) for _ in range(3)])
     first = compare(*pair, higher_is_better=True)
     assert compare(*pair, higher_is_better=True) == first
-    assert compare(*pair, higher_is_better=True, seed=1).low != first.low
 
 
 def test_pooled_arms_are_means_over_settings_where_all_were_measured() -> None:
@@ -222,13 +230,9 @@ def test_arms_that_do_not_fit_are_refused() -> None:
         compare([np.zeros((2, 2))], [np.zeros((2, 2))], higher_is_better=True)
     with pytest.raises(ValueError, match="infinity"):
         compare([np.array([np.inf])], [np.array([0.0])], higher_is_better=False)
-    with pytest.raises(ValueError, match="resamples must be at least 1"):
-        compare([one], [one], higher_is_better=True, resamples=0)
-    with pytest.raises(ValueError, match="margin_points must be positive"):
-        neutral([one], [one], margin_points=0.0)
-    with pytest.raises(ValueError, match="as many seeds"):
+    with pytest.raises(ValueError, match="longer"):
         pooled([[one], [one, one]])
-    with pytest.raises(ValueError, match="one length"):
+    with pytest.raises(ValueError, match="shape"):
         pooled([[one], [two]])
 
 
@@ -249,5 +253,3 @@ def test_at_least_is_held_within_the_margin_and_reversed_beyond_it():
     assert (far.state, far.agreeing) == ("reversed", 0)
     assert at_least([ones], [ones]).state == "held"
     assert at_least([], []).state == "not run"
-    with pytest.raises(ValueError, match="at_least: margin_points must be positive"):
-        at_least([ones], [ones], margin_points=0)

@@ -48,10 +48,8 @@ def parse(
     except ArgumentError as error:
         raise UsageError(" ".join(str(error).split())) from None
     schema = set(settings.keys())
-    return (
-        {key: value for key, value in given.items() if key not in schema},
-        {key: value for key, value in given.items() if key in schema},
-    )
+    overrides = {key: given.pop(key) for key in list(given) if key in schema}
+    return given, overrides
 
 
 def add_dry_run(parser: ArgumentParser, text: str) -> None:
@@ -112,9 +110,8 @@ def ended(status: int, again: str) -> int:
 def _in_full(word: str) -> str:
     """--teacher.run for --teacher, with or without =VALUE; any other word as it is."""
     name, equals, value = word.partition("=")
-    key = name.removeprefix("--")
-    short = name.startswith("--") and key in settings.SHORT
-    return f"--{settings.SHORT[key]}{equals}{value}" if short else word
+    full = settings.SHORT.get(name.removeprefix("--")) if name.startswith("--") else None
+    return f"--{full}{equals}{value}" if full else word
 
 
 def value_of(argv: Sequence[str], option: str) -> str | None:

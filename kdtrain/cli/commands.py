@@ -115,14 +115,13 @@ def train(argv: Sequence[str]) -> int:
     check_dry_run(options)
     path = settings.recipe_path(options["recipe"])
     config = settings.build({**settings.read_recipe(path), **overrides})
+    run_dir = Path(options.get("run_dir") or default_run_dir(options["recipe"], path))
     if options.get("dry_run"):
-        run_dir = Path(options.get("run_dir") or default_run_dir(options["recipe"], path))
         from kdtrain.experiments import dryrun
 
         return dryrun.show_run(config, run_dir, path.parent, options)
     if options.get("resume") and options.get("overwrite"):
         raise UsageError("--resume and --overwrite exclude each other")
-    run_dir = Path(options.get("run_dir") or default_run_dir(options["recipe"], path))
     resume, overwrite = bool(options.get("resume")), bool(options.get("overwrite"))
 
     from kdtrain.training import engine
@@ -141,8 +140,8 @@ def train(argv: Sequence[str]) -> int:
         screen.close()
     if results["status"] == "reused":
         name = results["metric"]["name"]
-        value = number(name, results["metrics"].get(name))
-        print(f"{run_dir}: finished before, reused: {name} {value} (--overwrite trains it anew)")
+        reused = f"reused: {name} {number(name, results['metrics'].get(name))}"
+        print(printable(f"{run_dir}: finished before, {reused} (--overwrite trains it anew)"))
         return 0
     _print_results(results, f"{run_dir}: finished")
     return 0
@@ -266,7 +265,7 @@ def import_weights(argv: Sequence[str]) -> int:
         scale=options.get("scale") or SCALE,
         color=color,
     ):
-        print(line)
+        print(printable(line))
     return 0
 
 

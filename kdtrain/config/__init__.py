@@ -3,7 +3,7 @@
 Knows no torch: the command line reads it before anything heavy is imported.
 """
 
-from kdtrain.config.fields import ConfigError, require
+from kdtrain.config.fields import ConfigError
 from kdtrain.config.networks import HeadConfig, ModelConfig
 from kdtrain.config.schema import (
     RUN_SETTINGS,
@@ -20,13 +20,12 @@ from kdtrain.config.schema import (
     run_folder,
 )
 from kdtrain.config.settings import build, read_recipe
-from kdtrain.config.target import TARGETS, TEACHER_WEIGHTS, TargetConfig, TeacherConfig
+from kdtrain.config.target import TARGETS, TargetConfig, TeacherConfig
 
 __all__ = [
     "RUN_SETTINGS",
     "SETTINGS",
     "TARGETS",
-    "TEACHER_WEIGHTS",
     "AugmentConfig",
     "Config",
     "ConfigError",
@@ -43,6 +42,5 @@ __all__ = [
     "build",
     "named_runs",
     "read_recipe",
-    "require",
     "run_folder",
 ]

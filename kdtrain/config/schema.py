@@ -307,7 +307,14 @@ class Config:
                 "head.update none would freeze a random classifier: name the run that it comes "
                 "from with head.run, or train it (head.update gradient)"
             )
-        self._check_relations()
+        for target in self.target.weighed:
+            # two pictures are always one mean distance apart
+            if not self.balanced and self.optim.batch_size < target.least:
+                raise ConfigError(
+                    f"target.{target.key} compares at least {target.least} pictures of a batch, "
+                    f"and optim.batch_size is {self.optim.batch_size}: raise it, or set "
+                    f"target.{target.key} to 0"
+                )
         check_teachers(self.target, self.teacher, self.head.needs_teacher)
         check_sizes(self.target, self.data.input_size, self.teacher_side, self.data.crop_side)
         if self.eval.gallery is not None and self.task != "verification":
@@ -325,6 +332,7 @@ class Config:
                 "train.early_stop: needs held-out pictures to judge by, as the test split must not "
                 "decide; set data.validation_fraction above 0, or train.early_stop to null"
             )
+        has_other_loss = self.target.gamma > 0 or self.target.needs_teacher
         if self.task == "classification":
             if self.data.split == "identity":
                 raise ConfigError(
@@ -332,13 +340,12 @@ class Config:
                     "use identity:random, random or file: for classification"
                 )
             require(
-                self._has_other_loss,
+                has_other_loss,
                 "target.gamma",
                 "more than 0 for classification, unless a target of the teacher has a weight",
                 self.target.gamma,
             )
-
-        if self.task == "verification" and not (self.triplet.weight or self._has_other_loss):
+        if self.task == "verification" and not (self.triplet.weight or has_other_loss):
             raise ConfigError(
                 "triplet.weight 0 leaves verification without a loss: raise it or target.gamma"
             )
@@ -355,23 +362,9 @@ class Config:
         """
         return self.task == "verification" and self.triplet.weight > 0
 
-    @property
-    def _has_other_loss(self) -> bool:
-        return self.target.gamma > 0 or self.target.needs_teacher
-
     def runs(self) -> dict[str, str]:
         """What names a run that this one reads, by the name of the input; see named_runs."""
         return named_runs(lambda key: attrgetter(key)(self))
-
-    def _check_relations(self) -> None:
-        """RKD compares three pictures at least: two are always one mean distance apart."""
-        batch, key = self.optim.batch_size, "optim.batch_size"
-        for target in self.target.weighed:
-            if not self.balanced and batch < target.least:
-                raise ConfigError(
-                    f"target.{target.key} compares at least {target.least} pictures of a batch, "
-                    f"and {key} is {batch}: raise it, or set target.{target.key} to 0"
-                )
 
     @property
     def teacher_side(self) -> int:

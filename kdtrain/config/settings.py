@@ -17,7 +17,7 @@ import reprlib
 import typing
 from collections.abc import Iterable, Mapping
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -44,28 +44,22 @@ LENGTH, DEPTH, VALUES = 100_000, 12, 10_000
 """Bounds of a YAML file: characters, nested levels, values with aliases written out."""
 
 
-@cache
+_BY_KEY = {setting.key: setting for setting in SETTINGS}
+
+
 def keys() -> tuple[str, ...]:
     """Every dotted key of the schema, in its order."""
-    return tuple(setting.key for setting in SETTINGS)
-
-
-@cache
-def _nullable() -> frozenset[str]:
-    """The keys that may be null."""
-    return frozenset(s.key for s in SETTINGS if type(None) in typing.get_args(s.kind))
+    return tuple(_BY_KEY)
 
 
 def add_keys(parser: ArgumentParser) -> None:
     """Add one option per key of the schema, with its default and help, grouped by section."""
-    sections = {item.name: item for item in dataclasses.fields(Config)}
-    groups = {}
-    for setting in SETTINGS:
-        key = setting.key
+    owners, groups = typing.get_type_hints(Config), {}
+    for key, setting in _BY_KEY.items():
         section = key.partition(".")[0] if "." in key else "run"
         if section not in groups:
-            owner = typing.get_type_hints(Config)[section] if section in sections else Config
-            groups[section] = parser.add_argument_group(section, inspect.getdoc(owner))
+            text = inspect.getdoc(owners.get(section, Config))
+            groups[section] = parser.add_argument_group(section, text)
         groups[section].add_argument(
             f"--{key}", type=setting.kind, default=setting.default, help=setting.text
         )
@@ -127,12 +121,8 @@ def recipe_names() -> list[str]:
     """Names of the packaged recipes, as two-cores/cls_teacher; those in a folder of a preset are no
     stages of its pipeline.
     """
-    files = sorted(RECIPES.glob("*/**/*.yaml"))
-    return [
-        f.relative_to(RECIPES).with_suffix("").as_posix()
-        for f in files
-        if not f.name.startswith("_")
-    ]
+    files = sorted(RECIPES.glob("*/**/[!_]*.yaml"))
+    return [f.relative_to(RECIPES).with_suffix("").as_posix() for f in files]
 
 
 def preset_names() -> list[str]:
@@ -142,12 +132,9 @@ def preset_names() -> list[str]:
 
 def head_comment(path: Path) -> str:
     """The comment that opens a recipe."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        lines.append(line.lstrip("#").strip())
-    return "\n".join(lines)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comment = takewhile(lambda line: line.startswith("#"), lines)
+    return "\n".join(line.lstrip("#").strip() for line in comment)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -299,15 +286,15 @@ def _typed(flat: Mapping[str, Any]) -> dict[str, Any]:
     unknown key and a value of the wrong type.
     """
     for key, value in flat.items():
-        if key in keys():
-            if value is None and key not in _nullable():  # the parser takes null for any type
-                raise ConfigError(f"{key}: expected a value, got null")
-            _check_numbers(key, value)
-            continue
-        if any(known.startswith(f"{key}.") for known in keys()):
-            got = reprlib.repr(value)
-            raise ConfigError(f"{key}: expected a mapping of its keys, got {got}")
-        raise ConfigError(unknown(key))
+        if key not in _BY_KEY:
+            if any(known.startswith(f"{key}.") for known in _BY_KEY):
+                got = reprlib.repr(value)
+                raise ConfigError(f"{key}: expected a mapping of its keys, got {got}")
+            raise ConfigError(unknown(key))
+        # the parser takes null for any type
+        if value is None and type(None) not in typing.get_args(_BY_KEY[key].kind):
+            raise ConfigError(f"{key}: expected a value, got null")
+        _check_numbers(key, value)
     parser = _key_parser()
     try:
         # a copy: the parser puts objects of its own in the place of mappings
@@ -340,7 +327,7 @@ def _key_parser() -> ArgumentParser:
 def to_flat(config: Config) -> dict[str, Any]:
     """Every dotted key with its plain value; `build` of it gives an equal Config."""
     tree = dataclasses.asdict(config)
-    return {key: value for key, value in flatten(tree).items() if key in keys()}
+    return {key: value for key, value in flatten(tree).items() if key in _BY_KEY}
 
 
 def to_yaml(config: Config) -> str:

@@ -19,16 +19,7 @@ def build_source(config: DataConfig) -> FaceSource:
     naming what is missing or malformed.
     """
     if config.kind == "synthetic":
-        if config.split.startswith("file:"):
-            raise ValueError(
-                f"data.split: synthetic faces have no split file, got {config.split!r}"
-            )
-        return synthetic_faces(
-            identities=config.identities,
-            images_per_identity=config.images_per_identity,
-            seed=config.synthetic_seed,
-            size=config.store_size,
-        )
+        return synthetic_faces(config)
     issues, root = Issues(on_error=config.on_error), Path(config.root or "")
     if config.kind == "celeba":
         listed, point_file = _celeba(root, config.landmark_file, issues)

@@ -24,25 +24,18 @@ def mix(words: Tensor) -> Tensor:
     return words ^ (words >> 16)
 
 
-def counter_hash(*keys: int | Tensor, device: torch.device | None = None) -> Tensor:
+def counter_hash(*keys: int | Tensor) -> Tensor:
     """Returns 32-bit hashes, int64 in [0, 2^32), of the broadcast keys.
 
     keys: ints or int64 tensors, at least one; every key counts with its full 64 bits and by its
-    place. Raises ValueError without a key.
+    place.
     """
-    if not keys:
-        raise ValueError("counter_hash: expected at least one key, got none")
-    if device is None:
-        device = next((key.device for key in keys if isinstance(key, Tensor)), torch.device("cpu"))
+    device = next((key.device for key in keys if isinstance(key, Tensor)), torch.device("cpu"))
     state = torch.zeros((), dtype=torch.int64, device=device)
     for place, key in enumerate(keys):
-        if isinstance(key, Tensor):
-            low, high = key.long() & _MASK, (key.long() >> 32) & _MASK
-        else:
-            low = torch.tensor(key & _MASK, device=device)
-            high = torch.tensor((key >> 32) & _MASK, device=device)
-        state = mix((state + _WEYL * (2 * place + 1)) & _MASK ^ mix(low))
-        state = mix((state + _WEYL * (2 * place + 2)) & _MASK ^ mix(high))
+        key = torch.as_tensor(key, device=device).long()
+        state = mix((state + _WEYL * (2 * place + 1)) & _MASK ^ mix(key & _MASK))
+        state = mix((state + _WEYL * (2 * place + 2)) & _MASK ^ mix((key >> 32) & _MASK))
     return state
 
 

@@ -7,13 +7,11 @@ the rows), .csv the mirrors' (commas, a header). Blank lines and a byte order ma
 
 import csv
 import sys
-from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from kdtrain.config import DataConfig
 from kdtrain.config.program import regular
@@ -37,7 +35,6 @@ class Table:
     those fields.
     """
 
-    path: Path
     columns: list[str]
     rows: dict[str, tuple[int, list[str]]]
 
@@ -63,12 +60,11 @@ def read_table(path: Path, issues: Issues, *, fields: int | None = None) -> Tabl
         text = regular(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise DataError(f"{path}: cannot read this list: {error}") from error
-    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
-    lines = [(number, line) for number, line in lines if line]
-    if path.suffix == ".csv":
-        split = [(number, _fields(line, f"{path}:{number}")) for number, line in lines]
-    else:
-        split = [(number, line.split()) for number, line in lines]
+    split: list[tuple[int, list[str]]] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            parts = _fields(line, f"{path}:{number}") if path.suffix == ".csv" else line.split()
+            split.append((number, parts))
 
     announced = None
     if split and len(split[0][1]) == 1 and split[0][1][0].isdecimal():
@@ -98,7 +94,7 @@ def read_table(path: Path, issues: Issues, *, fields: int | None = None) -> Tabl
         issues.report(
             f"{path}:{announced[0]}: announces {announced[1]} rows, the file has {len(split)}"
         )
-    return Table(path=path, columns=columns, rows=rows)
+    return Table(columns=columns, rows=rows)
 
 
 def read_points(path: Path, issues: Issues) -> dict[str, list[float]]:
@@ -138,15 +134,16 @@ def assemble(
     """
     points = None if point_file is None else read_points(point_file, issues)
     root = Path(config.root or "")
-    wanted = {config.split.split(":")[1]} if config.split.startswith("file:") else set()
+    files = {config.split.split(":")[1]} if config.split.startswith("file:") else set()
     if (root / "index.csv").exists():
-        wanted.add("index.csv")
-    tables: dict[str, Table] = {}
-    for file in sorted(wanted):
-        fields = 1 if file.endswith(".txt") else None
-        tables[file] = read_table(root / file, issues, fields=fields)
-    needed: list[tuple[Path | None, Container[str]]] = [(t.path, t.rows) for t in tables.values()]
-    needed += [] if points is None else [(point_file, points)]
+        files.add("index.csv")
+    tables = {
+        file: read_table(root / file, issues, fields=1 if file.endswith(".txt") else None)
+        for file in sorted(files)
+    }
+    needed = [(root / file, set(table.rows)) for file, table in tables.items()]
+    if point_file is not None and points is not None:
+        needed.append((point_file, set(points)))
 
     probed = probe_pictures(
         [picture.path for picture in listed.values()],
@@ -178,13 +175,16 @@ def assemble(
         keys = list(zip(identities, videos, strict=True))
         number = {key: k for k, key in enumerate(dict.fromkeys(keys))}
         groups = torch.tensor([number[key] for key in keys], dtype=torch.int64)
+    landmarks = None
+    if points is not None:  # the files hold pixel indices; see FaceSource
+        landmarks = torch.tensor([points[name] for name in kept]).reshape(-1, 5, 2) + 0.5
     paths = [listed[name].path for name in kept]
     return FaceSource(
         name=config.kind,
         names=kept,
         labels=labels,
         class_names=class_names,
-        landmarks=None if points is None else _stack(points, kept),
+        landmarks=landmarks,
         sizes=torch.tensor(sizes, dtype=torch.int64),
         groups=groups,
         skipped=issues.messages,
@@ -198,14 +198,9 @@ def _columns(table: Table, names: list[str]) -> dict[str, list[str]]:
     return {column: [table.rows[name][1][k] for name in names] for k, column in enumerate(columns)}
 
 
-def _stack(points: dict[str, list[float]], names: list[str]) -> Tensor:
-    values = torch.tensor([points[name] for name in names], dtype=torch.float32)
-    return values.reshape(-1, 5, 2) + 0.5  # the files hold pixel indices; see FaceSource
-
-
 def _fields(line: str, where: str) -> list[str]:
     try:
-        return [field.strip() for field in next(csv.reader([line]))]
+        return [field.strip() for field in next(csv.reader([line.strip()]))]
     except csv.Error as error:
         raise DataError(f"{where}: cannot read this line: {error}") from None
 

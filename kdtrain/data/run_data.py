@@ -159,8 +159,7 @@ class RunData:
         self.store = PictureStore(
             self.source, config.data.store_size, config.data.cache, config.data.workers
         )
-        landmarks = self.source.landmarks
-        self.points = None if landmarks is None else self.store.landmarks_in_store()
+        self.points = self.store.landmarks_in_store()
 
     def epoch(self, number: int) -> list[Tensor]:
         """Index lists of the batches of epoch `number`, counted from the start of the run."""

@@ -1,6 +1,6 @@
 """Batches of picture numbers for one epoch, as pure functions of (seed, epoch)."""
 
-from collections import deque
+from collections import defaultdict, deque
 
 import torch
 from torch import Tensor
@@ -18,8 +18,6 @@ def random_batches(
     The last batch may be smaller; drop_last leaves it out then. Raises ValueError when that would
     leave no batch.
     """
-    if batch_size < 1:
-        raise ValueError(f"random_batches: batch_size must be at least 1, got {batch_size}")
     order = indices[counter_permutation(len(indices), seed, _STREAM_RANDOM, epoch)]
     batches = list(order.split(batch_size))
     if drop_last and batches and len(batches[-1]) < batch_size:
@@ -52,52 +50,41 @@ def balanced_batches(
     than `pictures`. People with one picture are left out (`left_out` gives them). Hands are dealt
     round by round, so people with few pictures come as often as they can; a rest of fewer than
     `people` different people at the end of the epoch is dropped. Raises ValueError when fewer than
-    `people` people have two pictures, or for people < 2 or pictures < 2.
+    `people` people have two pictures.
     """
-    if people < 2 or pictures < 2:
-        raise ValueError(
-            f"balanced_batches: people and pictures must be at least 2, got {people} and {pictures}"
-        )
     order = indices[counter_permutation(len(indices), seed, _STREAM_PICTURES, epoch)]
     order = order[torch.argsort(labels[order], stable=True)]  # by person, shuffled within
     present, counts = torch.unique_consecutive(labels[order], return_counts=True)
-    hands: list[list[tuple[int, Tensor]]] = []  # round -> (person, pictures)
-    usable = 0
+    hands: dict[int, list[tuple[int, Tensor]]] = defaultdict(list)  # by round: (person, pictures)
     for person, own in zip(present.tolist(), order.split(counts.tolist()), strict=True):
         if len(own) < 2:
             continue
-        usable += 1
         rounds = max(1, -(-len(own) // pictures))
         dealt = own[torch.arange(rounds * pictures) % len(own)].reshape(rounds, pictures)
         for number, hand in enumerate(dealt):
-            if number == len(hands):
-                hands.append([])
             hands[number].append((person, hand))
-    if usable < people:
+    if len(hands[0]) < people:
         raise ValueError(
             f"balanced_batches: a batch needs {people} people with at least 2 pictures, "
-            f"the training set has {usable}; lower triplet.identities"
+            f"the training set has {len(hands[0])}; lower triplet.identities"
         )
 
     queue: deque[tuple[int, Tensor]] = deque()
-    for number, round_ in enumerate(hands):
-        key = counter_hash(
-            seed, _STREAM_PEOPLE, epoch, number, torch.tensor([p for p, _ in round_])
-        )
+    for number, round_ in hands.items():
+        dealt_to = torch.tensor([person for person, _ in round_])
+        key = counter_hash(seed, _STREAM_PEOPLE, epoch, number, dealt_to)
         queue.extend(round_[k] for k in torch.argsort(key, stable=True).tolist())
     batches: list[Tensor] = []
-    while queue:
+    while True:
         taken: dict[int, Tensor] = {}
-        waiting: deque[tuple[int, Tensor]] = deque()
+        waiting: list[tuple[int, Tensor]] = []
         while queue and len(taken) < people:
             person, hand = queue.popleft()
             if person in taken:  # its next hand goes to a later batch
                 waiting.append((person, hand))
             else:
                 taken[person] = hand
-        waiting.extend(queue)
-        queue = waiting
         if len(taken) < people:
-            break
+            return batches
+        queue.extendleft(reversed(waiting))
         batches.append(torch.cat(list(taken.values())))
-    return batches

@@ -70,12 +70,10 @@ class PictureStore:
         parts = indices.split(_PART)
         self._ahead[tuple(indices.tolist())] = [self._pool.submit(self._load, p) for p in parts]
 
-    def landmarks_in_store(self) -> Tensor:
-        """Returns the landmarks in store pixels, (N, 5, 2) float32. Raises ValueError when the
-        source has none.
-        """
+    def landmarks_in_store(self) -> Tensor | None:
+        """Returns the landmarks in store pixels, (N, 5, 2) float32, where the source has any."""
         if self.source.landmarks is None:
-            raise ValueError(f"PictureStore: the source {self.source.name!r} has no landmarks")
+            return None
         return self.source.landmarks * (self.size / self.source.sizes.float()).unsqueeze(1)
 
     def close(self) -> None:
@@ -118,7 +116,7 @@ def sample_grid(store: PictureStore, people: int = 10, pictures: int = 8) -> Ima
     source, size = store.source, store.size
     scale = max(1, round(96 / size))
     side = size * scale
-    points = None if source.landmarks is None else store.landmarks_in_store() * scale
+    points = store.landmarks_in_store()
     chosen = counter_permutation(source.num_classes, 0, _STREAM_GRID)[:people].sort().values
     sheet = Image.new("RGB", (pictures * side, len(chosen) * side), "#202020")
     draw = ImageDraw.Draw(sheet)
@@ -131,7 +129,7 @@ def sample_grid(store: PictureStore, people: int = 10, pictures: int = 8) -> Ima
             sheet.paste(tile.resize((side, side), Image.Resampling.NEAREST), (left, top))
             if points is None:
                 continue
-            corner = torch.tensor([left, top])
-            for colour, (x, y) in zip(_COLOURS, (points[index] + corner).tolist(), strict=True):
+            dots = points[index] * scale + torch.tensor([left, top])
+            for colour, (x, y) in zip(_COLOURS, dots.tolist(), strict=True):
                 draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=colour)
     return sheet

@@ -92,17 +92,12 @@ def look(network: FaceNetwork, batches: Iterable[EvalBatch], device: torch.devic
             side = pictures.shape[-1]
     if not rows:
         raise ValueError("evaluate: no picture to look at; the test split is empty")
-    hidden, hits, surprise, labels, indices = map(torch.cat, zip(*rows, strict=True))
     return Seen(
-        hidden,
-        hits,
-        surprise,
-        labels,
-        indices,
-        torch.cat(groups) if groups else None,
-        Landmarks(*map(torch.cat, zip(*landmarks, strict=True))) if landmarks else None,
-        torch.cat(shown),
-        side,
+        *map(torch.cat, zip(*rows, strict=True)),
+        groups=torch.cat(groups) if groups else None,
+        landmarks=Landmarks(*map(torch.cat, zip(*landmarks, strict=True))) if landmarks else None,
+        shown=torch.cat(shown),
+        side=side,
     )
 
 
@@ -166,30 +161,42 @@ def every_pair(
     return Measured(all_pairs.metrics(scores), {}, samples)
 
 
-def asymmetric(
+def verified(
     rows: Tensor,
-    gallery: Tensor,
     labels: Tensor,
     groups: Tensor | None,
     *,
     normalize: bool,
+    gallery: Tensor | None = None,
     backend: str | None = None,
 ) -> Measured:
-    """Queries (N, D) looked up among another network's features (N, D) of the same pictures; every
-    name begins with asym_.
+    """All that verification measures of features (N, D): nearest neighbours, `pairs` and
+    `every_pair`.
 
-    A query's own picture is no neighbour; of a pair the first picture is the query. normalize:
-    scale both to unit length before distances, as for nn_top1.
+    normalize: scale to unit length before distances. gallery (N, D): another network's features of
+    the same pictures, among which the queries are looked up.
     """
-    ours, theirs = (F.normalize(x, dim=1) if normalize else x for x in (rows, gallery))
-    hits = evaluate.nn_hits(ours, labels, groups, gallery=theirs, backend=backend)
-    counts = ("nn_queries", "nn_lone", "pairs")  # as of the network by itself
-    found = [pairs(rows, labels, gallery), every_pair(rows, labels, groups, gallery)]
-    shares = evaluate.nn_shares(hits) | found[0].metrics | found[1].metrics
+    queries, others = rows, gallery
+    if normalize:
+        queries = F.normalize(rows, dim=1)
+        others = None if gallery is None else F.normalize(gallery, dim=1)
+    hits = evaluate.nn_hits(queries, labels, groups, gallery=others, backend=backend)
+    drawn, every = pairs(rows, labels, gallery), every_pair(rows, labels, groups, gallery)
+    shares = evaluate.nn_shares(hits) | drawn.metrics | every.metrics
+    return Measured(shares, hits | drawn.items, drawn.samples | every.samples)
+
+
+def asymmetric(found: Measured) -> Measured:
+    """What `verified` found among a gallery, under names that begin with asym_.
+
+    A query's own picture is no neighbour; of a pair the first picture is the query. Counts are as
+    of the network by itself, so they are left out.
+    """
+    counts = ("nn_queries", "nn_lone", "pairs")
     return Measured(
-        {f"asym_{k}": v for k, v in shares.items() if not k.startswith(counts)},
-        {f"asym_{k}": v for k, v in (hits | found[0].items).items()},
-        {f"asym_{k}": v for one in found for k, v in one.samples.items()},
+        {f"asym_{k}": v for k, v in found.metrics.items() if not k.startswith(counts)},
+        {f"asym_{k}": v for k, v in found.items.items()},
+        {f"asym_{k}": v for k, v in found.samples.items()},
     )
 
 

@@ -117,17 +117,8 @@ def squared_objective(pairs: Sequence[Pair], backend: str | None = None) -> Obje
 
 def _per_batchmean(pair: Pair) -> float:
     """What turns the sum over rows divided by rows into the pair's own reduction."""
-    rows = max(1, len(pair.student))
-    if pair.reduction == "batchmean":
-        return 1.0
-    if pair.reduction == "mean":
-        return rows / max(1, pair.student.numel())
-    if pair.reduction == "sum":
-        return float(rows)
-    raise ValueError(
-        f"squared_objective: the reduction of {pair.name!r} must be batchmean, mean or sum, "
-        f"got {pair.reduction!r}"
-    )
+    rows, elements = max(1, len(pair.student)), max(1, pair.student.numel())
+    return {"batchmean": 1.0, "mean": rows / elements, "sum": float(rows)}[pair.reduction]
 
 
 class WidthMap(nn.Module):

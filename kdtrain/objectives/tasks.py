@@ -16,7 +16,7 @@ from kdtrain.config import Config
 from kdtrain.data.run_data import EvalBatch
 from kdtrain.models.network import FaceNetwork, Outputs, evaluating, seeded
 from kdtrain.objectives import evaluate, observe
-from kdtrain.objectives.observe import Seen
+from kdtrain.objectives.observe import Measured, Seen
 from kdtrain.objectives.targets import Guide, HintTarget, Objective, Pair, squared_objective, total
 from kdtrain.objectives.task import Task
 
@@ -223,18 +223,14 @@ class Verification(Task):
         return F.normalize(hidden, dim=1) if self.config.triplet.normalize else hidden
 
     def _evaluate(self, seen: Seen) -> dict[str, float]:
-        rows, unit = self._embedding(seen.hidden), self.config.triplet.normalize
-        hits = evaluate.nn_hits(rows, seen.labels, seen.groups, backend=self.backend)
-        found = [
-            observe.pairs(seen.hidden, seen.labels),
-            observe.every_pair(seen.hidden, seen.labels, seen.groups),
-        ]
+        found = [self._verified(seen)]
         if self.gallery is not None:
-            sides = (seen.hidden, self.gallery(seen.indices), seen.labels, seen.groups)
-            found.append(observe.asymmetric(*sides, normalize=unit, backend=self.backend))
+            across = self._verified(seen, self.gallery(seen.indices))
+            found.append(observe.asymmetric(across))
+        rows = self._embedding(seen.hidden)
         self._samples = observe.neighbour_samples(rows, seen, self.backend)
-        self._items = dict(hits)
-        metrics = evaluate.nn_shares(hits)
+        self._items = {}
+        metrics: dict[str, float] = {}
         for one in found:
             metrics |= one.metrics
             self._items |= one.items
@@ -243,21 +239,16 @@ class Verification(Task):
 
     def floors(self, train: Iterable[EvalBatch], test: Iterable[EvalBatch]) -> dict[str, float]:
         """The same metrics on raw pixels instead of features."""
-        return self._of_features(*observe.pixels(test), unit=False)
+        found = observe.verified(*observe.pixels(test), normalize=False, backend=self.backend)
+        return _measurable(found.metrics)
 
     def untrained(self, test: Iterable[EvalBatch]) -> dict[str, float]:
         """All metrics of the network by itself; see Task.untrained."""
-        seen = self._untrained(test)
-        unit = self.config.triplet.normalize
-        return self._of_features(seen.hidden, seen.labels, seen.groups, unit=unit)
+        return _measurable(self._verified(self._untrained(test)).metrics)
 
-    def _of_features(
-        self, hidden: Tensor, labels: Tensor, groups: Tensor | None, *, unit: bool
-    ) -> dict[str, float]:
-        rows = F.normalize(hidden, dim=1) if unit else hidden
-        hits = evaluate.nn_hits(rows, labels, groups, backend=self.backend)
-        drawn, every = observe.pairs(hidden, labels), observe.every_pair(hidden, labels, groups)
-        return _measurable(evaluate.nn_shares(hits) | drawn.metrics | every.metrics)
+    def _verified(self, seen: Seen, gallery: Tensor | None = None) -> Measured:
+        sides, unit = (seen.hidden, seen.labels, seen.groups), self.config.triplet.normalize
+        return observe.verified(*sides, normalize=unit, gallery=gallery, backend=self.backend)
 
 
 def _measurable(metrics: dict[str, float]) -> dict[str, float]:

@@ -45,6 +45,11 @@ def read_celeba(root: Path, **keys: Any) -> FaceSource:
     return build_source(DataConfig(kind="celeba", root=str(root), **keys))
 
 
+def synthetic(size: int, **keys: Any) -> FaceSource:
+    """The source of synthetic faces of size x size pixels."""
+    return build_source(DataConfig(store_size=size, input_size=8, **keys))
+
+
 def read_folder(root: Path, **keys: Any) -> FaceSource:
     """The source of root/<identity>/<picture>."""
     return build_source(DataConfig(kind="folder", root=str(root), **keys))

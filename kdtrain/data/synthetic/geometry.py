@@ -15,6 +15,11 @@ from torch import Tensor
 VIEW = 2.15  # side of a picture, in head units
 
 
+def plane(values: Tensor) -> Tensor:
+    """Returns (N, 1, 1) float32 of one value per picture, (N,) float64."""
+    return values.float().reshape(-1, 1, 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Surface:
     """What each pixel of (N, H, H) sees.
@@ -116,9 +121,9 @@ def landmarks(face: dict[str, Tensor], size: int) -> Tensor:
         surface_points(face, -width, corner_y),
         surface_points(face, width, corner_y),
     ]
-    plane = [project_to_head_plane(point, turn) for point in on_surface]
-    plane.insert(2, nose_points(face, turn)[1])
-    return torch.stack([project_to_picture(point, face, size) for point in plane], 1)
+    in_plane = [project_to_head_plane(point, turn) for point in on_surface]
+    in_plane.insert(2, nose_points(face, turn)[1])
+    return torch.stack([project_to_picture(point, face, size) for point in in_plane], 1)
 
 
 def trace(face: dict[str, Tensor], turn: Tensor, side: int) -> Surface:
@@ -133,9 +138,6 @@ def trace(face: dict[str, Tensor], turn: Tensor, side: int) -> Surface:
         [face["head_width"], torch.ones_like(face["head_width"]), face["head_depth"]], -1
     )
     form = turn_vectors(turn / axes[:, None] ** 2, turn)
-
-    def plane(values: Tensor) -> Tensor:
-        return values.float().reshape(-1, 1, 1)
 
     ticks = ((torch.arange(side, dtype=torch.float64) + 0.5) / side - 0.5) * VIEW
     screen_x = ticks.float().reshape(1, 1, side) - plane(face["shift_x"])

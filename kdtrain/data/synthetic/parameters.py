@@ -170,9 +170,7 @@ def colour_parameters(face: dict[str, Tensor]) -> dict[str, Tensor]:
     def squash(normal: Tensor) -> Tensor:  # keeps the ends of a ramp from filling up
         return 0.5 + 0.5 * torch.tanh(0.9 * normal)
 
-    def muted(
-        colour: Tensor,
-    ) -> Tensor:  # towards grey, no black and no white: rooms and clothes, not toys
+    def muted(colour: Tensor) -> Tensor:  # to grey, no black or white: rooms and clothes, not toys
         return 0.25 + 0.2 * colour + 0.2 * colour.mean(1, keepdim=True)
 
     skin = ramp(
@@ -202,13 +200,7 @@ def colour_parameters(face: dict[str, Tensor]) -> dict[str, Tensor]:
     )
     lip_mix = (0.42 + 0.14 * face["lip_red"] + 0.14 * face["make_up"]).clamp(0.1, 0.9).unsqueeze(1)
     lip = skin * (1 - lip_mix) + torch.tensor([0.66, 0.20, 0.22], dtype=torch.float64) * lip_mix
-    return {
-        "skin": skin,
-        "hair": hair,
-        "iris": iris,
-        "lip": lip,
-        **{
-            name: muted(torch.stack([face[f"{name}_{c}"] for c in "rgb"], 1))
-            for name in ("back0", "back1", "back2", "cloth", "cover")
-        },
-    }
+    colours = {"skin": skin, "hair": hair, "iris": iris, "lip": lip}
+    for name in ("back0", "back1", "back2", "cloth", "cover"):
+        colours[name] = muted(torch.stack([face[f"{name}_{c}"] for c in "rgb"], 1))
+    return colours

@@ -17,6 +17,7 @@ from kdtrain.data.synthetic.geometry import (
     Surface,
     mouth_corner,
     nose_points,
+    plane,
     project_to_head_plane,
     rotation,
     trace,
@@ -25,6 +26,7 @@ from kdtrain.data.synthetic.geometry import (
 from kdtrain.data.synthetic.parameters import colour_parameters
 
 _STREAM_GRAIN = 5
+_RED = torch.tensor([1.0, 0.62, 0.60]).reshape(1, 3, 1, 1)
 
 
 @dataclass(kw_only=True)
@@ -50,25 +52,20 @@ def render_faces(
     seed, people, pictures key the sensor noise.
     """
     side = 2 * size
-    turn = rotation(face)
-    surface = trace(face, turn, side)
+    turn, colours = rotation(face), colour_parameters(face)
     scene = _Scene(
-        cue={name: value.float().reshape(-1, 1, 1) for name, value in face.items()},
+        cue={name: plane(value) for name, value in face.items()},
         raw=face,
-        colour={
-            name: value.float().reshape(-1, 3, 1, 1)
-            for name, value in colour_parameters(face).items()
-        },
+        colour={name: value.float().reshape(-1, 3, 1, 1) for name, value in colours.items()},
         turn=turn,
-        surface=surface,
-        pixel=(VIEW / side / face["zoom"]).float().reshape(-1, 1, 1),
+        surface=trace(face, turn, side),
+        pixel=plane(VIEW / side / face["zoom"]),
     )
     picture = _background(scene, side)
     _paint_behind(scene, picture)
     skin = _painted_face(scene)
-    cue = scene.cue
     # the discriminant falls by about 2 / half width per unit of length at the outline
-    outline = _edge(surface.inside * (0.5 * cue["head_width"]), scene.pixel)
+    outline = _edge(scene.surface.inside * (0.5 * scene.cue["head_width"]), scene.pixel)
     _blend(picture, outline, skin)
     _paint_nose(scene, picture, outline)
     _paint_in_front(scene, picture, side)
@@ -99,9 +96,8 @@ def _background(scene: _Scene, side: int) -> Tensor:
     radius = 0.12 + 0.3 * cue["blob_size"]
     squared = (x - cue["blob_x"] + 0.5) ** 2 + (y - cue["blob_y"] + 0.5) ** 2
     _blend(picture, _edge(1 - squared / (radius * radius), 0.25), colour["back2"])
-    wave = (
-        ((along_y * x - along_x * y) * (6 + 10 * cue["blob_size"])).frac_().abs_().sub_(0.5).abs_()
-    )
+    wave = (along_y * x - along_x * y) * (6 + 10 * cue["blob_size"])
+    wave = wave.frac_().abs_().sub_(0.5).abs_()
     amount = ((cue["stripes"] - 0.55) * 1.2).clamp(0, 0.5)
     _blend(picture, wave.sub_(0.15).mul_(6).clamp_(0, 1).mul_(amount), colour["back2"])
     return picture
@@ -117,9 +113,9 @@ def _paint_behind(scene: _Scene, picture: Tensor) -> None:
     x, y = surface.x, surface.y
     sin, cos = torch.sin(scene.raw["yaw_rad"]), torch.cos(scene.raw["yaw_rad"])
     half = ((scene.raw["head_width"] * cos) ** 2 + (scene.raw["head_depth"] * sin) ** 2).sqrt()
-    half = half.float().reshape(-1, 1, 1)
+    half = plane(half)
     grow = 1 + (cue["hair_volume"] + 0.05 * cue["hair_now"]).clamp(min=0.02)
-    shift = -0.08 * sin.float().reshape(-1, 1, 1)
+    shift = -0.08 * plane(sin)
     squared = ((x - shift) / (half * grow)) ** 2 + (y.clamp(max=0) / grow) ** 2
     lie = 0.5 + 0.3 * surface.y.clamp(-1, 1)
     hair = _edge((1 - squared) * (0.5 * half), scene.pixel)
@@ -132,15 +128,9 @@ def _paint_behind(scene: _Scene, picture: Tensor) -> None:
     cloth = _edge(y - collar + 0.30 * (x.abs() - 0.35).clamp(min=0) - 0.15 * (0.4 - x.abs()), 0.06)
     _blend(picture, cloth, colour["cloth"])
 
-    for sign in (-1.0, 1.0):
-        spot = torch.stack(
-            [
-                sign * 0.98 * scene.raw["head_width"],
-                scene.raw["ear_y"],
-                torch.full_like(scene.raw["ear_y"], -0.05),
-            ],
-            -1,
-        )
+    beside, down = 0.98 * scene.raw["head_width"], scene.raw["ear_y"]
+    for across in (-beside, beside):
+        spot = torch.stack([across, down, torch.full_like(down, -0.05)], -1)
         at = project_to_head_plane(spot, scene.turn).float().reshape(-1, 2, 1, 1)
         squared = ((x - at[:, 0]) / (0.6 * cue["ear"])) ** 2 + ((y - at[:, 1]) / cue["ear"]) ** 2
         _blend(picture, _edge((1 - squared) * 0.06, scene.pixel), colour["skin"] * 0.74)
@@ -156,7 +146,7 @@ def _painted_face(scene: _Scene) -> Tensor:
     skin = colour["skin"] * torch.ones_like(X).unsqueeze(1)
 
     blush = ((across - 0.40) ** 2 + (Y - 0.24) ** 2).mul_(-14).add_(1).clamp_(min=0)
-    _blend(skin, blush * (0.16 + 0.10 * cue["blush"]).clamp(0, 0.4), colour["skin"] * _red(X))
+    _blend(skin, blush * (0.16 + 0.10 * cue["blush"]).clamp(0, 0.4), colour["skin"] * _RED)
     ear = ((Z + 0.10) / (0.6 * cue["ear"])) ** 2 + ((Y - cue["ear_y"]) / cue["ear"]) ** 2
     _blend(skin, _edge((1 - ear) * 0.06, pixel) * 0.55, colour["skin"] * 0.7)
     speck = (X * 11 + cue["freckle_phase"]).frac_().abs_().sub_(0.5).abs_()
@@ -178,9 +168,8 @@ def _painted_face(scene: _Scene) -> Tensor:
     _paint_eyes(scene, skin, across)
     hair = _paint_hair(scene, skin, across)
 
-    light = torch.stack(
-        [scene.raw["light_x"], scene.raw["light_y"], torch.ones_like(scene.raw["light_x"])], -1
-    )
+    aside, down = scene.raw["light_x"], scene.raw["light_y"]
+    light = torch.stack([aside, down, torch.ones_like(down)], -1)
     light = light / light.norm(dim=-1, keepdim=True)
     light = turn_vectors(light.unsqueeze(1), scene.turn.transpose(1, 2))
     light = light.float().reshape(-1, 3, 1, 1)
@@ -189,14 +178,13 @@ def _painted_face(scene: _Scene) -> Tensor:
     shade = cue["ambient"] + (1.12 - cue["ambient"]) * facing
     socket = ((across - cue["eye_x"] + 0.04) / 0.26) ** 2 + ((Y - cue["eye_y"] + 0.05) / 0.17) ** 2
     shade *= 1 - cue["socket"].clamp(min=0) * (1 - socket).clamp_(min=0)
-    shade += (
-        0.6 * hair * (0.85 - shade)
-    )  # hair stands off the head: its rim does not darken like skin's
+    # hair stands off the head: its rim does not darken like skin's
+    shade += 0.6 * hair * (0.85 - shade)
     return skin.mul_(shade.unsqueeze(1))
 
 
-def _red(like: Tensor) -> Tensor:
-    return torch.tensor([1.0, 0.62, 0.60], dtype=like.dtype).reshape(1, 3, 1, 1)
+def _grey(level: float) -> Tensor:
+    return torch.full((1, 3, 1, 1), level)
 
 
 def _paint_beard(scene: _Scene, skin: Tensor, across: Tensor) -> None:
@@ -210,7 +198,7 @@ def _paint_beard(scene: _Scene, skin: Tensor, across: Tensor) -> None:
 def _paint_mouth(scene: _Scene, skin: Tensor) -> None:
     cue, colour, pixel = scene.cue, scene.colour, scene.pixel
     X, Y = scene.surface.X, scene.surface.Y
-    width, corner = (value.float().reshape(-1, 1, 1) for value in mouth_corner(scene.raw))
+    width, corner = (plane(value) for value in mouth_corner(scene.raw))
     along = X / width
     arch = (1 - along * along).clamp_(min=-0.2)
     line = Y - corner - (cue["mouth_y"] - corner) * arch
@@ -222,9 +210,9 @@ def _paint_mouth(scene: _Scene, skin: Tensor) -> None:
     shadow = (1 - ((Y - cue["mouth_y"] - cue["lip_lower"] - 0.06) / 0.035) ** 2).clamp_(min=0)
     _blend(skin, shadow * (1 - along * along * 2).clamp_(min=0) * 0.3, colour["skin"] * 0.55)
     within = _edge(gap + 0.010 - line.abs(), pixel) * _edge(arch, 0.1)
-    _blend(skin, within, torch.full((1, 3, 1, 1), 0.16))
+    _blend(skin, within, _grey(0.16))
     teeth = _edge(gap - 0.012 - line.abs(), pixel) * _edge(0.3 * gap - line, pixel)
-    _blend(skin, teeth * (0.4 + 0.5 * cue["smile"]).clamp(0, 0.95), torch.full((1, 3, 1, 1), 0.86))
+    _blend(skin, teeth * (0.4 + 0.5 * cue["smile"]).clamp(0, 0.95), _grey(0.86))
 
 
 def _paint_eyes(scene: _Scene, skin: Tensor, across: Tensor) -> None:
@@ -234,19 +222,15 @@ def _paint_eyes(scene: _Scene, skin: Tensor, across: Tensor) -> None:
     arch = (1 - (side / cue["eye_width"]) ** 2).clamp_(min=-0.3)
     upper = cue["eye_height"] * cue["lids"] * arch
     opening = _edge(up + upper, pixel) * _edge(0.75 * upper.clamp(max=0.05) - up, pixel)
-    _blend(skin, opening, torch.full((1, 3, 1, 1), 0.90))
+    _blend(skin, opening, _grey(0.90))
     gaze = torch.copysign(cue["gaze_x"].abs(), scene.surface.X)
     gaze = gaze * torch.sign(cue["gaze_x"])
     squared = (side - gaze) ** 2 + (up + 0.012 - cue["gaze_y"]) ** 2
     _blend(skin, opening * _edge((1 - squared / cue["iris"] ** 2) * 0.035, pixel), colour["iris"])
     pupil = 0.45 * cue["iris"]
-    _blend(
-        skin,
-        opening * _edge((1 - squared / pupil**2) * 0.015, pixel),
-        torch.full((1, 3, 1, 1), 0.04),
-    )
+    _blend(skin, opening * _edge((1 - squared / pupil**2) * 0.015, pixel), _grey(0.04))
     lash = (1 - (up + upper).abs() * 38).clamp_(min=0) * _edge(arch + 0.1, 0.2)
-    _blend(skin, lash * 0.75, torch.full((1, 3, 1, 1), 0.10))
+    _blend(skin, lash * 0.75, _grey(0.10))
     fold = (1 - (up + upper + 0.045).abs() * 40).clamp_(min=0) * _edge(arch, 0.3)
     _blend(skin, fold * 0.35, colour["skin"] * 0.45)
 
@@ -324,13 +308,13 @@ def _paint_in_front(scene: _Scene, picture: Tensor, side: int) -> None:
     sun = ((cue["cover"] > 0.10) & (cue["cover"] < 0.13)).float()
     front = _edge(surface.inside, 0.1) * (surface.Z > 0)
     frame = torch.maximum(rim, bar) * torch.maximum(worn, sun) * front
-    _blend(picture, _edge((1 - squared) * 0.08, pixel) * (0.92 * sun * front), 0.10 * _red(rim))
-    _blend(picture, frame, torch.full((1, 3, 1, 1), 0.10))
+    _blend(picture, _edge((1 - squared) * 0.08, pixel) * (0.92 * sun * front), 0.10 * _RED)
+    _blend(picture, frame, _grey(0.10))
 
     ticks = ((torch.arange(side, dtype=torch.float32) + 0.5) / side - 0.5) * VIEW
     x, y = ticks.reshape(1, 1, side), ticks.reshape(1, side, 1)
-    towards_x = (2 * cue["cover_angle"] - 1) * 1.9  # a diamond of directions: no sine needed
-    towards_x = towards_x.clamp(-1, 1)
+    # a diamond of directions: no sine needed
+    towards_x = ((2 * cue["cover_angle"] - 1) * 1.9).clamp(-1, 1)
     towards_y = 1.05 - towards_x.abs()
     towards_y = torch.where(cue["collar"] < 0.3, -towards_y, towards_y)
     depth = towards_x * x + towards_y * y - (0.30 + 0.55 * cue["cover_reach"])

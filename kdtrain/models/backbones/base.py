@@ -37,8 +37,6 @@ class Backbone(nn.Module, ABC):
 
     def __init__(self, color: str) -> None:
         super().__init__()
-        if color not in ("rgb", "bgr"):
-            raise ValueError(f"FaceNetwork: model.color must be 'rgb' or 'bgr', got {color!r}")
         self.color = color
 
     @abstractmethod
@@ -105,8 +103,6 @@ class SizedBackbone(StagedBackbone):
 
     def __init__(self, color: str, input_size: int) -> None:
         super().__init__(color)
-        if input_size < 1:
-            raise ValueError(f"FaceNetwork: input_size must be at least 1, got {input_size}")
         self.side = -(-input_size // 16)  # after four layers of stride 2
 
     def extra_repr(self) -> str:
@@ -136,6 +132,8 @@ def chain(**layers: nn.Module | None) -> nn.Sequential:
     return nn.Sequential(OrderedDict((n, m) for n, m in layers.items() if m is not None))
 
 
-def embedding_layer(channels: int, width: int) -> nn.Sequential:
-    """Linear without bias, and a batch normalisation: how MobileFaceNets end."""
+def embedding_layer(channels: int, width: int | None) -> nn.Module:
+    """Linear without bias, and a batch normalisation: how MobileFaceNets end. None: no layer."""
+    if width is None:
+        return nn.Identity()
     return chain(linear=nn.Linear(channels, width, bias=False), norm=nn.BatchNorm1d(width))

@@ -81,12 +81,11 @@ class ResNet(StagedBackbone):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        self.embedding = None if embedding is None else embedding_layer(channels, embedding)
+        self.embedding = embedding_layer(channels, embedding)
         self.width = channels if embedding is None else embedding
 
     def _entry(self, pictures: Tensor) -> Tensor:
         return self.pool(torch.relu_(self.stem_norm(self.stem(self.input_norm(pictures)))))
 
     def _feature(self, maps: Tensor) -> Tensor:
-        pooled = maps.mean((2, 3))
-        return pooled if self.embedding is None else self.embedding(pooled)
+        return self.embedding(maps.mean((2, 3)))

@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdtrain.models.backbones.base import Backbone, attention_map, embedding_layer
 
@@ -41,16 +41,14 @@ class TimmNetwork(Backbone):
             values = 255 * torch.tensor(scaling[key]).reshape(1, 3, 1, 1)
             self.register_buffer(key, values, persistent=False)
         channels = getattr(self.network, "head_hidden_size", None) or self.network.num_features
-        self.embedding: nn.Module | None = None
-        if embedding is not None:
-            self.embedding = embedding_layer(channels, embedding)
+        self.embedding = embedding_layer(channels, embedding)
         self.width = channels if embedding is None else embedding
         stages = list(getattr(self.network, "feature_info", []))
         self.widths = [stage["num_chs"] for stage in stages][-STAGES:]
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Features (N, width)."""
-        return self._embedded(self.network(self._scaled(pictures)))
+        return self.embedding(self.network(self._scaled(pictures)))
 
     def maps(self, pictures: Tensor, stage: int) -> Tensor:
         """Output of one of its last four stages; the layers above run too. Raises ValueError where
@@ -61,7 +59,7 @@ class TimmNetwork(Backbone):
     def attend(self, pictures: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Features, and the attention_map of each of its last four stages."""
         last, maps = self._stages(pictures)
-        return self._embedded(self.network.forward_head(last)), tuple(map(attention_map, maps))
+        return self.embedding(self.network.forward_head(last)), tuple(map(attention_map, maps))
 
     def _stages(self, pictures: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The last layer's output, and the stages' maps."""
@@ -77,9 +75,6 @@ class TimmNetwork(Backbone):
     def _scaled(self, pictures: Tensor) -> Tensor:
         mean, deviation = self.get_buffer("mean"), self.get_buffer("std")
         return (self._ordered(pictures) - mean) / deviation
-
-    def _embedded(self, pooled: Tensor) -> Tensor:
-        return pooled if self.embedding is None else self.embedding(pooled)
 
 
 def _timm() -> Any:

@@ -162,7 +162,7 @@ def _draw_block(figure: Figure, grid: GridSpec, number: int, block: Block) -> No
     span = _span(block)
     if span is not None:
         span = _extent([*span, *(value for floor in floors for _, value in floor.lines)])
-    left, right = _limits(span, _extent([paper for _, paper in papers]))
+    left, right, same = _limits(span, _extent([paper for _, paper in papers]))
 
     ours = figure.add_subplot(grid[number, 0] if papers else grid[number, :])
     _frame(ours, block, lines, left)
@@ -183,7 +183,6 @@ def _draw_block(figure: Figure, grid: GridSpec, number: int, block: Block) -> No
         theirs = figure.add_subplot(grid[number, 1])
         _frame(theirs, block, lines, right)
         theirs.set_yticklabels([])
-        same = span is not None and _same_rate(left, right)
         _ticks(theirs, block.unit, step if same else None)
         for lane, paper in papers:
             theirs.plot(paper, lane.y, "D", color=lane.colour, markersize=4.5, mfc="white")
@@ -365,23 +364,15 @@ def _extent(values: Sequence[float]) -> Span | None:
     return (min(values), max(values)) if values else None
 
 
-def _limits(ours: Span | None, paper: Span | None) -> tuple[Span, Span]:
-    """Limits of both panels, with room for numbers; with the same points an inch if that fits."""
+def _limits(ours: Span | None, paper: Span | None) -> tuple[Span, Span, bool]:
+    """Limits of both panels, with room for numbers, and whether an inch has the same points."""
     left, right = _padded(ours, 0.12), _padded(paper, 0.3)
-    rates = _rates(left, right)
-    if ours is not None and paper is not None and max(rates) <= SAME_SCALE * min(rates):
+    rates = [(end - start) / n for (start, end), n in zip((left, right), WIDTH_RATIOS, strict=True)]
+    fits = ours is not None and paper is not None and max(rates) <= SAME_SCALE * min(rates)
+    if fits:
         left = _widened(left, max(rates) * WIDTH_RATIOS[0])
         right = _widened(right, max(rates) * WIDTH_RATIOS[1])
-    return left, right
-
-
-def _rates(left: Span, right: Span) -> Span:
-    return (left[1] - left[0]) / WIDTH_RATIOS[0], (right[1] - right[0]) / WIDTH_RATIOS[1]
-
-
-def _same_rate(left: Span, right: Span) -> bool:
-    rates = _rates(left, right)
-    return max(rates) < (1 + 1e-6) * min(rates)
+    return left, right, fits
 
 
 def _padded(span: Span | None, room: float) -> Span:

@@ -2,7 +2,6 @@
 
 import math
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,8 +70,3 @@ def test_draws_of_one_key_and_of_neighbouring_keys_are_uncorrelated():
 @given(st.integers(0, 300), st.integers(0, 2**40))
 def test_permutation_holds_each_number_once(count, seed):
     assert counter_permutation(count, seed, 1).sort().values.tolist() == list(range(count))
-
-
-def test_hash_without_a_key_is_an_error():
-    with pytest.raises(ValueError, match="at least one key"):
-        counter_hash()

@@ -18,7 +18,7 @@ from kdtrain.config.program import printable
 from kdtrain.data import DataError
 from kdtrain.data.run_data import identities_key
 from kdtrain.reports.report import report
-from kdtrain.training import checkpoint, engine
+from kdtrain.training import checkpoint, engine, import_weights
 
 GBK = "明星".encode("gbk")
 LATIN = b"caf\xe9"
@@ -190,6 +190,12 @@ def test_control_characters_in_names_do_not_reach_the_terminal(tmp_path, capsys)
     told = capsys.readouterr()
     assert not set(told.out + told.err) & {"\x1b", "\x07", "\x9b"}
     assert told.err.count(r"\x1b]0;title\x07\x9b31m") >= 4
+
+
+def test_control_characters_in_the_lines_of_import_do_not_reach_the_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(import_weights, "write_run", lambda *_, **__: ["written: \x1b[2J"])
+    assert main(["import", "w.pt", "--layout", "adaface", "--out", "run"]) == 0
+    assert capsys.readouterr().out == "written: \\x1b[2J\n"
 
 
 def test_printable_keeps_what_prints():

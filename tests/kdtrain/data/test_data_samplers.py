@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdtrain.data import balanced_batches, left_out, random_batches
+from kdtrain.data.samplers import balanced_batches, left_out, random_batches
 
 
 @given(
@@ -81,14 +81,3 @@ def test_only_the_given_pictures_are_drawn_and_epochs_differ():
     assert set(first.tolist()) <= set(train.tolist())
     assert torch.equal(first, torch.cat(balanced_batches(train, labels, 3, 4, 0, 0)))
     assert not torch.equal(first, torch.cat(balanced_batches(train, labels, 3, 4, 0, 1)))
-
-
-@pytest.mark.parametrize(("people", "pictures"), [(1, 4), (4, 1)])
-def test_a_batch_needs_two_people_and_two_pictures(people, pictures):
-    with pytest.raises(ValueError, match="at least 2"):
-        balanced_batches(torch.arange(20), torch.arange(20) // 4, people, pictures, 0, 0)
-
-
-def test_random_batches_need_a_batch_size():
-    with pytest.raises(ValueError, match="batch_size"):
-        random_batches(torch.arange(3), 0, 0, 0, False)

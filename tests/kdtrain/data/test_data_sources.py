@@ -12,15 +12,10 @@ from PIL import Image
 from tiny_runs import read_celeba, read_folder
 
 from kdtrain.config import DataConfig
-from kdtrain.data import (
-    DataError,
-    build_source,
-    split,
-    split_indices,
-    training_labels,
-)
+from kdtrain.data import DataError, build_source, split
 from kdtrain.data.counter import counter_permutation
 from kdtrain.data.source import FaceSource
+from kdtrain.data.split import split_indices, training_labels
 
 HEADER = "lefteye_x lefteye_y righteye_x righteye_y nose_x nose_y leftmouth_x leftmouth_y"
 HEADER += " rightmouth_x rightmouth_y"

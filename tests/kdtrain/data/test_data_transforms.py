@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdtrain.data import augment, center, to_original, uncrop
+from kdtrain.data.transforms import augment, center, to_original, uncrop
 
 SIDE = 36
 

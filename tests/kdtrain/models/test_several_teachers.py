@@ -182,7 +182,7 @@ def test_kept_answers_belong_to_every_teacher_its_weight_and_the_temperature(roo
 
 
 def test_every_teacher_is_an_input_of_its_stage_and_has_to_be_there(root, tmp_path):
-    assert pipeline.inputs_of(student()) == ("first", "second")
+    assert pipeline.Stage("student", student()).inputs == ("first", "second")
     shutil.copytree(root / "first", tmp_path / "first")
     with pytest.raises(checkpoint.CheckpointError, match="second"):
         train(student(), tmp_path / "student")

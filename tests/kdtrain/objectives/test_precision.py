@@ -110,7 +110,7 @@ def test_a_run_that_was_interrupted_everywhere_ends_the_same(precision, tmp_path
     resume, interrupts = False, 0
     while True:
         try:
-            train(config, tmp_path / "parts", resume=resume, stop=stop_after(3))
+            train(config, tmp_path / "parts", resume=resume, stop=stop_after(2))
             break
         except Interrupted:
             resume, interrupts = True, interrupts + 1

@@ -18,7 +18,7 @@ from rich.console import Console
 from kdtrain.reports.tables import files as table_files
 from kdtrain.reports.tables.data import Block, Cell, CellState, Row, Table, Trend, Verdict
 from kdtrain.reports.tables.files import page
-from kdtrain.reports.tables.plot import _floors, _limits, _lines, _same_rate, _span, picture
+from kdtrain.reports.tables.plot import WIDTH_RATIOS, _floors, _limits, _lines, _span, picture
 from kdtrain.reports.tables.text import cells_csv, markdown, plain, row_entries, show, trends_csv
 from kdtrain.training import checkpoint
 
@@ -333,12 +333,14 @@ def test_far_floors_leave_the_scale_to_the_dots_and_near_ones_are_drawn() -> Non
 
 
 def test_both_panels_have_the_same_points_an_inch_where_that_fits() -> None:
-    left, right = _limits((40.0, 90.0), (60.0, 75.0))
-    assert _same_rate(left, right)
+    left, right, same = _limits((40.0, 90.0), (60.0, 75.0))
+    ours, theirs = (high - low for low, high in (left, right))
+    assert same
+    assert ours / WIDTH_RATIOS[0] == pytest.approx(theirs / WIDTH_RATIOS[1], rel=1e-6)
     assert left[0] < 40 < 90 < left[1]
     assert right[0] < 60 < 75 < right[1]
-    left, right = _limits((40.0, 90.0), (3.2, 3.6))
-    assert not _same_rate(left, right)
+    left, right, same = _limits((40.0, 90.0), (3.2, 3.6))
+    assert not same
     assert right[1] - right[0] < 1
 
 

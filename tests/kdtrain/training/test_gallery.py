@@ -45,7 +45,8 @@ def test_a_run_measures_its_features_against_the_gallerys(runs):
     view = {"data__store_size": 24, "data__input_size": 20, "augment__crop": "jitter"}
     own = RunData(tiny_config("verification", **KEYS, **view))
     theirs = observe.look(load_network(root / "teacher"), own.evaluation(data.test), data.device)
-    told = observe.asymmetric(ours.hidden, theirs.hidden, ours.labels, None, normalize=True)
+    sides = (ours.hidden, ours.labels, None)
+    told = observe.asymmetric(observe.verified(*sides, normalize=True, gallery=theirs.hidden))
     assert told.metrics == {k: v for k, v in metrics.items() if k.startswith("asym_")}
     with np.load(root / "student" / "items" / "phase0.npz") as items:
         for name in ("asym_nn_top1", "asym_pair_accuracy", "pair_accuracy", "nn_top1"):

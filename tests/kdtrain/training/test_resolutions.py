@@ -14,8 +14,8 @@ from tiny_runs import assert_same_run, quiet, stop_after, tiny_config, train
 from torch.nn import functional as F
 
 from kdtrain.config import ConfigError, settings
-from kdtrain.data import area_average, augment, center, shrink, uncrop
 from kdtrain.data.run_data import RunData, training_batch
+from kdtrain.data.transforms import area_average, augment, center, shrink, uncrop
 from kdtrain.experiments.estimate import Counts, estimate
 from kdtrain.experiments.timing import network_size
 from kdtrain.objectives.task import Task

@@ -86,7 +86,9 @@ def cell_of(
         return Cell.of(percent, paper=paper, note=", ".join(sorted(missing)))
     states = {r.state for r in found}
     worst: tuple[CellState, ...] = ("diverged", "failed", "unfinished")
-    state: CellState = next((wanted for wanted in worst if wanted in states), "not run")
+    state: CellState = "not run"
+    for wanted in reversed(worst):
+        state = wanted if wanted in states else state
     note = next((r.note for r in found if r.note), "")
     if states <= {"done"}:
         state, note = "not measured", "these pictures have not what it needs"

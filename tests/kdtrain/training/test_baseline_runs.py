@@ -179,7 +179,7 @@ def test_a_weight_makes_another_run_and_is_told(name):
     assert not bare.target.needs_teacher
     stage = runs.Stage("run", dataclasses.asdict(config), {}, [], {})
     assert "7 " + {"r": "RKD", "e": "embedding", "a": "attention"}[name[0]] in runs.loss_text(stage)
-    assert selection.TARGETS[name] == f"target.{name}"
+    assert selection.CANDIDATES[name].key == name
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tiny_runs import assert_same_run, quiet, stop_after, tiny_config, train
 from torch.nn import functional as F
 
-from kdtrain.config import ConfigError, settings
+from kdtrain.config import ConfigError
 from kdtrain.data.run_data import RunData, training_batch
 from kdtrain.data.transforms import area_average, augment, center, shrink, uncrop
 from kdtrain.experiments.estimate import Counts, estimate
@@ -247,13 +247,13 @@ def test_attention_is_transferred_between_resolutions_that_halve(root):
 def test_the_sizes_count_in_a_run_s_key_as_they_are_meant():
     def key(**keys_):
         config = student(**keys_)
-        return keys._counted(settings.to_flat(config))
+        return keys._counted(config)
 
     plain = {"data__crop_size": None, "data__input_size": 16, "teacher__input_size": None}
     assert key(**plain) == key(**{**plain, "data__crop_size": 16, "teacher__input_size": 16})
     assert len({str(key(**change)) for change in ({}, plain, {"teacher__input_size": 12})}) == 3
     alone = [tiny_config(teacher__input_size=side) for side in (None, 12)]
-    assert keys._counted(settings.to_flat(alone[0])) == keys._counted(settings.to_flat(alone[1]))
+    assert keys._counted(alone[0]) == keys._counted(alone[1])
 
 
 def test_the_estimate_counts_the_teacher_at_its_own_size(root):

@@ -23,9 +23,11 @@ def build_source(config: DataConfig) -> FaceSource:
     issues, root = Issues(on_error=config.on_error), Path(config.root or "")
     if config.kind == "celeba":
         listed, point_file = _celeba(root, config.landmark_file, issues)
-    else:
+    elif config.kind == "folder":
         listed = _folder(root, issues)
         point_file = None if config.landmark_file is None else root / config.landmark_file
+    else:
+        raise ValueError(f"build_source: no reader for data.kind {config.kind!r}")
     return assemble(config, listed, point_file, issues)
 
 

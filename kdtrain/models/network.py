@@ -1,4 +1,4 @@
-"""The face network: a backbone of any name (kdtrain/networks) with a classifier and a landmark head
+"""The face network: a backbone of any name (models/backbones) with a classifier and a landmark head
 side by side.
 
 The paper's teacher is ResNet-50; a student keeps the depth and divides the number of kernels of
@@ -41,7 +41,7 @@ class Outputs(NamedTuple):
     a landmark head.
     """
     attention: tuple[Tensor, ...] = ()
-    """(N, h, w) of each stage, where they were asked for; see networks.base.attention_map."""
+    """(N, h, w) of each stage, where they were asked for; see backbones.base.attention_map."""
 
 
 class CosineClassifier(nn.Module):

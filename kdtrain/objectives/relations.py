@@ -90,7 +90,7 @@ def attention_pairs(
 ) -> list[Pair]:
     """Attention transfer: sum over the stages j of |Q_S^j / |Q_S^j| - Q_T^j / |Q_T^j||^2.
 
-    Zagoruyko and Komodakis 2017 (arXiv 1612.03928), eq. 2, with Q = attention_map (networks.base)
+    Zagoruyko and Komodakis 2017 (arXiv 1612.03928), eq. 2, with Q = attention_map (backbones.base)
     as one vector a picture. Squared and averaged over pictures and places, as in the authors' code,
     which is how their beta comes to be divided by both; eq. 2 has the length itself. The 1/2 is
     left to the weight: beta = 1000 is weight 1000 in their code, which has no 1/2, and 500 with it.

@@ -36,7 +36,7 @@ class Guide(NamedTuple):
     hidden: Tensor | None
     """(N, K) pooled features."""
     attention: tuple[Tensor, ...] = ()
-    """(N, h, w) of each residual stage; see networks.base.attention_map."""
+    """(N, h, w) of each residual stage; see backbones.base.attention_map."""
 
 
 class Pair(NamedTuple):

@@ -1,4 +1,4 @@
-"""Paints synthetic faces: batched pictures from the cues of face_parameters, painter's algorithm,
+"""Paints synthetic faces: batched pictures from the cues of parameters.py, painter's algorithm,
 twice the size, box-halved.
 
 Every mask is elementwise arithmetic on (N, H, H) planes (no exp, no sin, no reduction), so a

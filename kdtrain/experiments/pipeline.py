@@ -154,7 +154,8 @@ def stage_keys(
     stages: Sequence[Stage], root: Path, sources: dict[DataConfig, FaceSource] | None = None
 ) -> dict[str, str]:
     """The key that each stage's run will have, worked out from the configs, the pictures and the
-    inputs' keys. sources: those read before, and afterwards those read here (data.run_data.shared_source).
+    inputs' keys. sources: those read before, and afterwards those read here
+    (data.run_data.shared_source).
     """
     sources = {} if sources is None else sources
     found: dict[str, str] = {}

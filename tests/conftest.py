@@ -25,6 +25,13 @@ def pytest_configure(config: pytest.Config) -> None:
         interpreted.prepare()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.environ.get("PROVE") != "1":
+        for item in items:
+            if item.get_closest_marker("prove"):
+                item.add_marker(pytest.mark.skip(reason="PROVE=1 runs it, as make prove does"))
+
+
 @pytest.fixture(autouse=True)
 def _same_threads_and_level():
     """A test that changes the thread count or the SIMD level does not change the next one."""

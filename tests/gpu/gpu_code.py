@@ -49,7 +49,7 @@ KB = 1024
 MULTIPROCESSORS = 132  # of the GPU that the launchers are asked to plan for, an H200
 JOBS = int(os.environ.get("GPU_CODE_JOBS", "2"))  # processes that compile
 # Whether every variant is compiled for every target (`make prove`); else the targets other than
-# COUNTED have each kernel in each dtype, and options are compiled for COUNTED alone (`make test`).
+# COUNTED have each kernel once; dtypes and options are compiled for COUNTED alone (`make test`).
 IS_FULL = os.environ.get("PROVE") == "1"
 COUNTED = "sm_90"  # the target whose instructions are counted
 ROW_KERNELS = ("_one_tile", "two_sweeps", "split_statistics", "split_gradient")
@@ -303,25 +303,19 @@ class Found:
         return self.launch.variant
 
 
-def dtype_of(variant: Variant) -> tuple[str, str]:
-    """The kernel and the dtype of its first pointer."""
-    kinds = (str(kind) for _, kind in variant.signature if str(kind).startswith("*"))
-    return variant.kernel, next(kinds, "")
-
-
-def first_of_each_dtype(variants: Iterable[Variant]) -> set[Variant]:
-    """The first variant of each kernel and dtype: cases begin with the shapes of the speed targets,
-    which take most registers and shared memory."""
-    first: dict[tuple[str, str], Variant] = {}
+def first_of_each_kernel(variants: Iterable[Variant]) -> set[Variant]:
+    """The first variant of each kernel: cases begin with the shapes of the speed targets, which
+    take most registers and shared memory."""
+    first: dict[str, Variant] = {}
     for variant in variants:
-        first.setdefault(dtype_of(variant), variant)
+        first.setdefault(variant.kernel, variant)
     return set(first.values())
 
 
 @functools.cache
 def found_for(op: str, targets: tuple[str, ...] = tuple(TARGETS)) -> tuple[Found, ...]:
     """Every launch of every case of an op on those targets, compiled; where not IS_FULL, on other
-    targets than COUNTED those of first_of_each_dtype alone."""
+    targets than COUNTED those of first_of_each_kernel alone."""
     launches = []
     for target in targets:
         all_launches = [
@@ -330,7 +324,7 @@ def found_for(op: str, targets: tuple[str, ...] = tuple(TARGETS)) -> tuple[Found
             for launch in launches_of(op, case.sample, case.incoming, target)
         ]
         if not (IS_FULL or target == COUNTED):
-            chosen = first_of_each_dtype(launch.variant for _, _, launch in all_launches)
+            chosen = first_of_each_kernel(launch.variant for _, _, launch in all_launches)
             all_launches = [found for found in all_launches if found[2].variant in chosen]
         launches += all_launches
     codes = compile_all(launch.variant for _, _, launch in launches)

@@ -266,11 +266,11 @@ def test_several_chunks_are_as_accurate_as_one(dtype, backend, monkeypatch):
 def test_bfloat16_products_of_the_triton_backend_keep_the_accuracy(monkeypatch):
     """What a GPU does, but for who multiplies: torch has bfloat16 products into float32 on CUDA."""
     kernel = importlib.import_module(f"kdkernels.{NAME}.triton_kernel")
-    products = []
+    calls = []
 
     def narrow(out, left, right, add):
         assert (left.dtype, right.dtype, out.dtype) == (*[torch.bfloat16] * 2, torch.float32)
-        products.append(1)
+        calls.append(1)
         product = left.float() @ right.float()
         out.copy_(out + product if add else product)
 
@@ -286,7 +286,7 @@ def test_bfloat16_products_of_the_triton_backend_keep_the_accuracy(monkeypatch):
         make(20, 41, 16, teacher="sparse"),
     ]
     accuracy(replace(find_op(NAME), samples=tuple(found)), "triton", torch.bfloat16)
-    assert len(products) == 2 * (2 * 2 + 2 * 2) + 2 * (4 + 2) + 2 * 3
+    assert len(calls) == 2 * (2 * 2 + 2 * 2) + 2 * (4 + 2) + 2 * 3
 
 
 @each_kernel

@@ -106,6 +106,7 @@ def test_given_again_it_trains_nothing_and_writes_the_same_table(table3, scale, 
     assert "13 runs in all, 13 finished before" in capsys.readouterr().out
 
 
+@pytest.mark.prove
 def test_killed_in_the_middle_and_started_again_it_ends_in_the_same_table(table3, scale, tmp_path):
     root, _ = table3
     copy = tmp_path / "tables"

@@ -162,6 +162,7 @@ def test_losses_with_float16_answers_move_by_no_more_than_rounding_explains(root
         assert close["hidden"] == pytest.approx(exact["hidden"], rel=2**-9)
 
 
+@pytest.mark.prove
 def test_two_processes_fill_one_cache_and_both_end_with_the_online_bits(root, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(settings.to_yaml(student()))

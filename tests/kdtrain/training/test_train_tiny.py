@@ -80,7 +80,9 @@ def lives(tmp_path_factory):
     process.close()
 
 
-@pytest.mark.parametrize("task", ["alignment", "verification"])
+@pytest.mark.parametrize(
+    "task", ["alignment", pytest.param("verification", marks=pytest.mark.prove)]
+)
 def test_a_run_killed_at_random_moments_ends_with_the_bits_of_an_unkilled_one(
     task, lives, tmp_path
 ):

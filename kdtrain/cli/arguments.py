@@ -49,6 +49,9 @@ def parse(
         raise UsageError(" ".join(str(error).split())) from None
     schema = set(settings.keys())
     overrides = {key: given.pop(key) for key in list(given) if key in schema}
+    for name, value in given.items():
+        if value == "":  # such as --run-dir "$DIR" where DIR is not set
+            raise UsageError(f"{name}: expected a value, got an empty one")
     return given, overrides
 
 

@@ -312,3 +312,8 @@ def test_a_run_directory_of_an_older_version_is_one_error_that_says_so(command, 
         f"error: {run}: written by an older version of kdtrain (its data.people is now "
         "data.identities); train that run again"
     )
+
+
+def test_an_empty_value_of_an_option_is_a_usage_error(capsys):
+    assert main(["train", "demo/cls_student", "--run-dir", ""]) == 2
+    assert "run_dir: expected a value, got an empty one" in capsys.readouterr().err

@@ -278,10 +278,10 @@ def render(results: Path, docs: Path) -> list[Path]:
     if not any(row["contender"] == OWN[row["device"]] for row in rows):
         raise ValueError(f"bench: {results} has no rows yet: run python -m bench")
     docs.mkdir(parents=True, exist_ok=True)
-    page, picture = docs / "benchmarks.md", docs / "benchmarks.png"
+    page, figure = docs / "benchmarks.md", docs / "benchmarks.png"
     page.write_text(markdown(rows))
-    chart(rows, picture)
-    return [page, picture]
+    chart(rows, figure)
+    return [page, figure]
 
 
 def main(arguments: list[str]) -> int:

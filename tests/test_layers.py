@@ -33,7 +33,7 @@ def imported(path: Path) -> set[str]:
     """The modules of kdtrain that a file imports, lazily or under TYPE_CHECKING too."""
     found = set()
     for name in ours(path):
-        # kdtrain.data.store.PictureStore is of the module kdtrain.data.store
+        # kdtrain.data.store.ImageStore is of the module kdtrain.data.store
         module = name if name in MODULES else name.rpartition(".")[0]
         found |= {module} & set(MODULES)
     return found

@@ -101,7 +101,7 @@ def batch_triplet(mining: str, rounds: int) -> Case:
     return Case(
         "batch_triplet_loss",
         mining,
-        f"{mining} triplets, N=1024, 4 pictures a person, D=512, float32",
+        f"{mining} triplets, N=1024, 4 images an identity, D=512, float32",
         identities,
         {"count": 256, "images": 4, "features": 512},
         {"count": 8, "images": 4, "features": 16},

@@ -115,7 +115,7 @@ def batch_hard(rows: int, rounds: int) -> Case:
     return Case(
         "batch_triplet_loss",
         f"hard-{rows}",
-        f"hard triplets, N={rows:,}, 4 pictures a person, D=512, float32",
+        f"hard triplets, N={rows:,}, 4 images an identity, D=512, float32",
         identities,
         {"count": rows // 4, "images": 4, "features": 512},
         {"count": 8, "images": 4, "features": 16},

@@ -58,21 +58,21 @@ def parse(
 def add_dry_run(parser: ArgumentParser, text: str) -> None:
     """Add --dry-run, which `text` explains, and what goes with it."""
     parser.add_argument("--dry-run", action="store_true", help=text)
-    text = "of the whole data set, with --dry-run, where the pictures are not at hand"
-    parser.add_argument("--classes", type=int, help=f"people {text}")
-    parser.add_argument("--pictures", type=int, help=f"pictures {text}")
+    text = "of the whole data set, with --dry-run, where the images are not at hand"
+    parser.add_argument("--classes", type=int, help=f"identities {text}")
+    parser.add_argument("--images", type=int, help=f"images {text}")
 
 
 def check_dry_run(options: Mapping[str, Any]) -> None:
-    """Raises UsageError for --classes or --pictures without --dry-run, alone, or below 2."""
-    sizes = {f"--{name}": options.get(name) for name in ("classes", "pictures")}
+    """Raises UsageError for --classes or --images without --dry-run, alone, or below 2."""
+    sizes = {f"--{name}": options.get(name) for name in ("classes", "images")}
     for name, value in sizes.items():
         if value is not None and not options.get("dry_run"):
-            raise UsageError(f"{name} goes with --dry-run; training counts the pictures itself")
+            raise UsageError(f"{name} goes with --dry-run; training counts the images itself")
         if value is not None and value < 2:
             raise UsageError(f"{name}: at least 2, got {value}")
     if len([value for value in sizes.values() if value is not None]) == 1:
-        raise UsageError("--classes and --pictures: both or neither; pictures counts the test too")
+        raise UsageError("--classes and --images: both or neither; images counts the test too")
 
 
 def take_stage_keys(argv: list[str], stages: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -104,7 +104,7 @@ def take_stage_keys(argv: list[str], stages: Sequence[str]) -> dict[str, dict[st
 
 
 def ended(status: int, again: str) -> int:
-    """The exit status of a command; after an interruption people read which command continues."""
+    """The exit status of a command; an interruption prints the command that continues."""
     if status == INTERRUPTED:
         print(printable(f"stopped; to continue: {again}"), file=sys.stderr)
     return status

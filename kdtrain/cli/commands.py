@@ -152,7 +152,7 @@ def evaluate_run(argv: Sequence[str]) -> int:
     parser = command_parser(
         "eval",
         "RUN [--gallery RUN] [--section.key value ...]",
-        "Measure a run's network on its test split, or on other pictures given by keys. RUN: a run "
+        "Measure a run's network on its test split, or on other images given by keys. RUN: a run "
         "folder (its last weights) or its checkpoint RUN/best.",
     )
     parser.add_argument("run", help="run folder, or its best/")
@@ -177,29 +177,29 @@ def evaluate_run(argv: Sequence[str]) -> int:
     trained, found = results["trained_classes"], results["data"]["classes"]
     if trained != found:
         print(
-            f"  the classifier's own metrics are left out: it knows {trained} people, these "
-            f"pictures show {found}"
+            f"  the classifier's own metrics are left out: it knows {trained} identities, these "
+            f"images show {found}"
         )
     return 0
 
 
 def pipeline(argv: Sequence[str]) -> int:
-    """Run the whole chain on drawn faces or your own pictures."""
+    """Run the whole chain on synthetic faces or your own images."""
     return _pipeline("pipeline", argv, "two-cores")
 
 
 def demo(argv: Sequence[str]) -> int:
-    """Run the whole chain on drawn faces in a few minutes."""
+    """Run the whole chain on synthetic faces in a few minutes."""
     return _pipeline("demo", argv, "demo")
 
 
 def data(argv: Sequence[str]) -> int:
-    """Show what a recipe's pictures are: counts, split, floors, samples."""
+    """Show what a recipe's images are: counts, split, floors, samples."""
     parser = command_parser(
         "data",
         "[RECIPE] [--grid FILE.png] [--section.key value ...]",
-        "Count the pictures, people and splits of a recipe, measure the floors that learn nothing, "
-        "and draw a grid of pictures.",
+        "Count the images, identities and splits of a recipe, measure the floors that learn "
+        "nothing, and draw a grid of images.",
     )
     parser.add_argument("recipe", nargs="?", help="recipe (default: two-cores/cls_teacher)")
     parser.add_argument("--grid", type=str, default="faces.png", help="where the grid is written")
@@ -239,7 +239,7 @@ def import_weights(argv: Sequence[str]) -> int:
         "(default: adaface takes the checkpoint's own, the others none)",
     )
     parser.add_argument(
-        "--classes", type=int, help="people of the classifier, where its last rows are padding"
+        "--classes", type=int, help="identities of the classifier, where its last rows are padding"
     )
     parser.add_argument("--scale", type=float, help=f"of its cosines (default {SCALE:g})")
     parser.add_argument("--color", type=str, help="rgb or bgr (default: as the project publishes)")

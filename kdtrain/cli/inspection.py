@@ -1,4 +1,4 @@
-"""What a config's pictures are, in numbers and as a sheet of samples: the `data` command."""
+"""What a config's images are, in numbers and as a sheet of samples: the `data` command."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SKIPPED_SHOWN = 5
 
 
 def show(config: Config, grid: Path) -> None:
-    """Print counts, classes, split and floors of the pictures that `config` names, and write the
+    """Print counts, classes, split and floors of the images that `config` names, and write the
     sheet to `grid`.
 
     Raises what the data sources raise for missing or damaged files.
@@ -33,9 +33,9 @@ def show(config: Config, grid: Path) -> None:
         source = data.source
         counts = torch.bincount(source.labels, minlength=source.num_classes).sort().values
         say(f"source      {source.name}")
-        say(f"pictures    {source.num_pictures} of {source.num_classes} people")
+        say(f"images    {source.num_images} of {source.num_classes} identities")
         low, middle, high = counts[[0, len(counts) // 2, -1]].tolist()
-        say(f"per person  {low} to {high}, median {middle}")
+        say(f"per identity  {low} to {high}, median {middle}")
         widths, heights = source.sizes.T
         say(
             f"pixels      {int(widths.min())}x{int(heights.min())} to "
@@ -55,9 +55,9 @@ def show(config: Config, grid: Path) -> None:
         wrong = int((data.labels != source.labels).sum())
         if wrong:
             say(f"            {wrong} training labels are wrong on purpose (data.noise)")
-        say(f"            {data.unseen()} test pictures of people without a training picture")
+        say(f"            {data.unseen()} test images of identities without a training image")
         alone = len(left_out(data.train, data.labels))
-        say(f"            {alone} training pictures are their person's only one (no triplet)")
+        say(f"            {alone} training images are their identity's only one (no triplet)")
         say("floors      what a method scores that learns nothing:")
         for name in TASKS:
             if source.landmarks is None and TASKS[name].needs_landmarks:

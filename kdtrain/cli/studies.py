@@ -83,11 +83,11 @@ def _order(options: dict[str, Any], root: str, command: str) -> Order:
 
 
 def compare(argv: Sequence[str]) -> int:
-    """Train several methods under one budget; one table and one picture."""
+    """Train several methods under one budget; one table and one image."""
     parser = arguments.command_parser(
         "compare",
         "METHODS ... [--resolutions 24,16] [--section.key value ...] [--second.section.key value]",
-        "Train several methods over the same seeds and pictures, with the teachers and students "
+        "Train several methods over the same seeds and images, with the teachers and students "
         "that they need, and write one table with floors and verdicts as text, Markdown, CSV, HTML "
         "and PNG. A method is a recipe in the folder, by its name, or a path of a recipe. The plan "
         "and its cost are printed first. Run again, it reuses finished runs and continues "
@@ -120,7 +120,7 @@ def select_targets(argv: Sequence[str]) -> int:
         "RECIPE [--targets soft,hidden,logits] [--seeds N] [--section.key value ...]",
         "Train a student without targets and with each target alone, over the same seeds; keep the "
         "weights of those that help, set the others to 0, and write the recipe and the evidence. "
-        "Pictures held out of the training split judge. Run again, it reuses finished runs and "
+        "Images held out of the training split judge. Run again, it reuses finished runs and "
         "continues unfinished ones.",
     )
     add = parser.add_argument

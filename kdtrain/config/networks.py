@@ -1,4 +1,4 @@
-"""The networks' names and how people write them, and the sections model and head of a config."""
+"""The networks' names and how they are written, and the sections model and head of a config."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ class ModelConfig:
     networks, none for resnet and timm.
     """
     color: Literal["rgb", "bgr"] = "rgb"
-    "Order of the colours that the weights want; pictures are RGB, the network turns them round."
+    "Order of the colours that the weights want; images are RGB, the network turns them round."
     depth: Literal[50, 14] = 50
-    "Bottleneck blocks (3, 4, 6, 3), or (1, 1, 1, 1) for small pictures and demos (resnet)."
+    "Bottleneck blocks (3, 4, 6, 3), or (1, 1, 1, 1) for small images and demos (resnet)."
     width: int = 64
     "Kernels of the first stage before division; 64 is ResNet-50's own (resnet)."
     divide: Literal[1, 2, 4, 8] = setting(1, own=True)
@@ -118,7 +118,7 @@ class HeadConfig:
 
     kind: Literal["linear", "cosine"] = "linear"
     """linear: weight and bias. cosine: scale times the cosine of feature and weight, as networks
-    for open sets of people are trained; its logits are never kept.
+    for open sets of identities are trained; its logits are never kept.
     """
     scale: float = setting(64.0, cost="none", within="more than 0")
     "What cosines are multiplied by (cosine)."
@@ -133,23 +133,23 @@ class HeadConfig:
     m_cosine: float = setting(0.2, cost="none", within="0 or more")
     "The part of combined that is taken off the cosine."
     m_min: float = setting(0.2, cost="none", within="0 or more")
-    "Smallest angle of distillation, for a picture that the teacher puts far from its label."
+    "Smallest angle of distillation, for an image that the teacher puts far from its label."
     h: float = setting(0.333, cost="none", within="0 or more")
     "How fast AdaFace's margin follows the norm (adaface)."
     margin_grad: Literal["exact", "straight_through"] = "exact"
     "Gradient of the margin: its own, or 1, as InsightFace trains."
     run: str | None = setting(None, run="head", cost="none")
     """Run folder whose classifier this one starts as (RUN/best: its best); @NAME is the run beside
-    this one. Widths and people must agree.
+    this one. Widths and identities must agree.
     """
     update: Literal["gradient", "none", "adaptive"] = "gradient"
     """gradient: trained. none: frozen as it starts, as ProxylessKD and the teacher of SH-KD have
-    it. adaptive: each class's centre follows the teacher's features of its pictures (AdaDistill).
+    it. adaptive: each class's centre follows the teacher's features of its images (AdaDistill).
     """
     streamed: bool = False
-    """Never keep the logits of a linear head either; worth it where people are very many."""
+    """Never keep the logits of a linear head either; worth it where identities are very many."""
     sample: float = setting(1.0, within="0 < x <= 1")
-    """Share of the people whose scores a step forms: those of the batch and others at random
+    """Share of the identities whose scores a step forms: those of the batch and others at random
     (PartialFC). 1 takes all; less needs a cosine or streamed head.
     """
 

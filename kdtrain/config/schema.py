@@ -24,31 +24,31 @@ from kdtrain.config.target import (
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which pictures, how they are split, and how large they are kept."""
+    """Which images, how they are split, and how large they are kept."""
 
     kind: Literal["synthetic", "celeba", "folder"] = "synthetic"
     """synthetic draws faces; celeba reads CelebA's layout; folder reads one folder per class
     (ImageFolder).
     """
     root: str | None = setting(None, counted=False)
-    "Folder of the pictures (celeba, folder)."
+    "Folder of the images (celeba, folder)."
     split: str = "random"
-    """random by picture | identity (disjoint people) | identity:random (by picture, among the
-    training people of identity) | file:NAME.csv:COLUMN, whose column holds train or test.
+    """random by image | identity (disjoint identities) | identity:random (by image, among the
+    training identities of identity) | file:NAME.csv:COLUMN, whose column holds train or test.
     """
     test_fraction: float = setting(0.2, within="0 < x < 1")
-    "Share of the pictures (of the people, for identity) that is held out."
+    "Share of the images (of the identities, for identity) that is held out."
     validation_fraction: float = setting(0.0, within="0 <= x < 1")
-    """Share of the training pictures (of the training people, for identity) that is not trained on:
-    evaluations, best/ and early stopping use it, and the test split is measured once, at the end.
-    0 evaluates on the test split.
+    """Share of the training images (of the training identities, for identity) that is not trained
+    on: evaluations, best/ and early stopping use it, and the test split is measured once, at the
+    end. 0 evaluates on the test split.
     """
     split_seed: int = 0
-    "Seed of the split alone, so that runs with other seeds are tested on the same pictures."
+    "Seed of the split alone, so that runs with other seeds are tested on the same images."
     on_error: Literal["raise", "skip"] = "raise"
-    "A missing or damaged picture stops the run, or is left out, counted and reported."
+    "A missing or damaged image stops the run, or is left out, counted and reported."
     store_size: int = setting(36, cost="value")
-    "Pictures are resized to this square once, pixels."
+    "Images are resized to this square once, pixels."
     crop_size: int | None = setting(None, cost="value")
     """Side of the crop in stored pixels (with augment.crop jitter: in pixels that the window is
     sampled at), taken anywhere in training, from the centre in evaluation; null takes input_size.
@@ -56,17 +56,17 @@ class DataConfig:
     input_size: int = setting(32, cost="value", within="at least 8")
     "Side of the network's input: the crop, averaged down to it where it is larger."
     cache: Literal["auto", "memory", "none"] = setting("auto", counted=False)
-    "Keep resized pictures in memory; auto does so up to 2 GiB."
+    "Keep resized images in memory; auto does so up to 2 GiB."
     workers: int = setting(0, counted=False, within="0 or more")
-    "Threads that decode pictures ahead when they are not kept in memory."
+    "Threads that decode images ahead when they are not kept in memory."
     identities: int = setting(350, within="at least 2")
     "Number of identities (synthetic only)."
     images_per_identity: int = setting(20, within="at least 2")
     "Images of each identity (synthetic only)."
     noise: float = setting(0.04, within="0 <= x < 1")
-    "Share of pictures with a wrong label (synthetic only)."
+    "Share of images with a wrong label (synthetic only)."
     synthetic_seed: int = 0
-    "Seed of the drawn faces (synthetic only)."
+    "Seed of the synthetic faces (synthetic only)."
     landmark_file: str | None = None
     "Landmark list inside root (celeba); null takes list_landmarks_align_celeba.txt."
 
@@ -103,16 +103,16 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """How a training picture is cropped: a pure function of (seed, phase, epoch, picture)."""
+    """How a training image is cropped: a pure function of (seed, phase, epoch, image)."""
 
     flip: bool = setting(True, cost="none")
-    "Mirror half of the training pictures; left and right landmarks change places."
+    "Mirror half of the training images; left and right landmarks change places."
     crop: Literal["random", "jitter"] = "random"
-    "random: a shifted crop of data.crop_size; jitter: also scaled, always inside the picture."
+    "random: a shifted crop of data.crop_size; jitter: also scaled, always inside the image."
     scale_min: float = setting(0.85, cost="none")
-    "Smallest crop side as a fraction of the picture's (jitter)."
+    "Smallest crop side as a fraction of the image's (jitter)."
     scale_max: float = setting(0.95, cost="none")
-    "Largest crop side as a fraction of the picture's (jitter)."
+    "Largest crop side as a fraction of the image's (jitter)."
 
     def __post_init__(self) -> None:
         check_settings(self, "augment.")
@@ -156,7 +156,7 @@ class Phase:
     """A stretch of epochs at one learning rate."""
 
     epochs: int = setting(within="at least 1")
-    "Passes over the training pictures."
+    "Passes over the training images."
     lr: float = setting(within="more than 0")
     "Learning rate."
 
@@ -227,7 +227,7 @@ class TrainConfig:
     eval_every: int = setting(1, cost="none", within="at least 1")
     "Epochs between two evaluations; the end of each phase is always evaluated."
     early_stop: int | None = setting(None, cost="none", within="at least 1")
-    """Stop after this many evaluations in a row without a better metric on the pictures that
+    """Stop after this many evaluations in a row without a better metric on the images that
     data.validation_fraction holds out; null trains every epoch.
     """
     save_every: int = setting(200, counted=False, cost="none", within="at least 1")
@@ -254,7 +254,7 @@ class EvalConfig:
     """How results are measured."""
 
     normalizer: Literal["interocular", "diagonal", "side"] = "interocular"
-    "What landmark errors are divided by: eye distance, or diagonal or side of the picture."
+    "What landmark errors are divided by: eye distance, or diagonal or side of the image."
     gallery: str | None = setting(None, run="gallery")
     """Run folder of another network, such as the teacher, whose features are searched by this one's
     (verification; RUN/best: its best weights); @NAME is the run beside this one. Adds the metrics
@@ -271,7 +271,7 @@ class Config:
     )
     "What is trained: eq. 2-4, eq. 6-7 or eq. 8-9 of arXiv 1709.02929."
     seed: int = setting(0, cost="none", own=True)
-    "Seed of the weights, the order of pictures and their crops."
+    "Seed of the weights, the order of images and their crops."
     fused: bool = True
     "false runs every kdkernels op on backend eager."
     init_from: str | None = setting(None, run="init_from", cost="none", own=True)
@@ -308,10 +308,10 @@ class Config:
                 "from with head.run, or train it (head.update gradient)"
             )
         for target in self.target.weighed:
-            # two pictures are always one mean distance apart
+            # two images are always one mean distance apart
             if not self.balanced and self.optim.batch_size < target.least:
                 raise ConfigError(
-                    f"target.{target.key} compares at least {target.least} pictures of a batch, "
+                    f"target.{target.key} compares at least {target.least} images of a batch, "
                     f"and optim.batch_size is {self.optim.batch_size}: raise it, or set "
                     f"target.{target.key} to 0"
                 )
@@ -329,14 +329,14 @@ class Config:
             )
         if self.train.early_stop is not None and not self.data.validation_fraction:
             raise ConfigError(
-                "train.early_stop: needs held-out pictures to judge by, as the test split must not "
+                "train.early_stop: needs held-out images to judge by, as the test split must not "
                 "decide; set data.validation_fraction above 0, or train.early_stop to null"
             )
         has_other_loss = self.target.gamma > 0 or self.target.needs_teacher
         if self.task == "classification":
             if self.data.split == "identity":
                 raise ConfigError(
-                    "data.split identity tests on people without a class of their own: "
+                    "data.split identity tests on identities without a class of their own: "
                     "use identity:random, random or file: for classification"
                 )
             require(
@@ -368,7 +368,7 @@ class Config:
 
     @property
     def teacher_side(self) -> int:
-        """Side of the pictures that the teacher is asked on."""
+        """Side of the images that the teacher is asked on."""
         own = self.teacher.input_size
         return self.data.input_size if own is None else own
 

@@ -70,7 +70,7 @@ class TargetConfig:
     "Weight of the logits target: squared distance of the logits."
     embedding_l2: float = _weight("embedding_l2", "embedding L2", "feature")
     """Weight of the embedding target: squared distance of the pooled features scaled to unit
-    length, 2 (1 - cos), mean over pictures.
+    length, 2 (1 - cos), mean over images.
     """
     embedding_cosine: float = _weight(
         "embedding_cosine", "embedding cosine", "feature", published=128.0
@@ -79,11 +79,11 @@ class TargetConfig:
     rkd_distance: float = _weight(
         "rkd_distance", "RKD distance", "feature", published=25.0, least=3
     )
-    """Weight of RKD's distances between the pictures of a batch (Park et al. 2019); published
+    """Weight of RKD's distances between the images of a batch (Park et al. 2019); published
     weights are 25 beside a softmax loss and 1 in metric learning.
     """
     rkd_angle: float = _weight("rkd_angle", "RKD angle", "feature", published=50.0, least=3)
-    "Weight of RKD's angles between three pictures of a batch; published weights are 50 and 2."
+    "Weight of RKD's angles between three images of a batch; published weights are 50 and 2."
     attention: float = _weight("attention", "attention transfer", "attention", published=1000.0)
     """Weight of attention transfer: squared distance of the residual stages' unit-length maps of
     summed squared activations (Zagoruyko and Komodakis 2017); the published weight is 1000.
@@ -126,7 +126,7 @@ class TargetConfig:
     target's.
     """
     hidden_reduction: Literal["batchmean", "mean", "sum"] = "batchmean"
-    "batchmean divides by the pictures (the papers' norm), mean also by the feature's length."
+    "batchmean divides by the images (the papers' norm), mean also by the feature's length."
     logits_reduction: Literal["batchmean", "mean", "sum"] = "batchmean"
     "The same for the logits target."
     hint_stage: Literal[1, 2, 3, 4] = 2
@@ -184,13 +184,13 @@ class TeacherConfig:
     run: str | None = setting(None, run="teacher", own=True)
     "Run folder of the teacher (RUN/best: its best weights); @NAME is the run beside this one."
     more: list[str] = setting(factory=list, run="teacher_more")
-    """Runs of further teachers of the same people. The predictions of all are averaged in the soft
-    target, target.alpha; no other target reads more than one teacher.
+    """Runs of further teachers of the same identities. The predictions of all are averaged in the
+    soft target, target.alpha; no other target reads more than one teacher.
     """
     weights: list[float] | None = None
     "Shares of teacher.run and each of teacher.more in that mean, of any sum; null: equal."
     input_size: int | None = setting(None, cost="value")
-    """Side of the pictures that the teacher sees, the student's crops and flips at another
+    """Side of the images that the teacher sees, the student's crops and flips at another
     resolution; null shows it the student's own.
     """
     cache: Literal["none", "float32", "float16"] = "none"
@@ -199,7 +199,7 @@ class TeacherConfig:
     """
     cache_what: Literal["outputs", "features"] = "outputs"
     """What teacher.cache keeps of a batch: the outputs that the targets read, or the pooled feature
-    alone, from which the teacher's classifier forms the logits. Where training sees a picture in
+    alone, from which the teacher's classifier forms the logits. Where training sees an image in
     no other views than itself and its mirror image (data.store_size is the crop's size), features
     are kept once for each of them, for every epoch and seed.
     """
@@ -253,7 +253,7 @@ def check_teachers(target: TargetConfig, teacher: TeacherConfig, head_asks: bool
 
 
 def check_sizes(target: TargetConfig, side: int, theirs: int, crop: int) -> None:
-    """Raises ConfigError where the teacher's pictures cannot be had from the crop, or maps are
+    """Raises ConfigError where the teacher's images cannot be had from the crop, or maps are
     compared that do not halve into each other. side, theirs: pixels that student and teacher see.
     """
     require(

@@ -1,4 +1,4 @@
-"""Labelled face pictures: sources, splits, the picture store, transforms and samplers."""
+"""Labelled face images: sources, splits, the image store, transforms and samplers."""
 
 from kdtrain.data.build import build_source
 from kdtrain.data.samplers import balanced_batches, left_out

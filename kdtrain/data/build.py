@@ -1,4 +1,4 @@
-"""From the data section of a config to the source that it describes: synthetic faces, or pictures
+"""From the data section of a config to the source that it describes: synthetic faces, or images
 in one of two layouts.
 """
 
@@ -11,7 +11,7 @@ from kdtrain.data.lists import Listed, assemble, read_table
 from kdtrain.data.source import DataError, FaceSource, Issues
 from kdtrain.data.synthetic.source import synthetic_faces
 
-PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
 
 
 def build_source(config: DataConfig) -> FaceSource:
@@ -34,11 +34,11 @@ def build_source(config: DataConfig) -> FaceSource:
 def _celeba(
     root: Path, landmark_file: str | None, issues: Issues
 ) -> tuple[dict[str, Listed], Path | None]:
-    """The pictures of a folder in CelebA's layout, and the file of their landmarks:
+    """The images of a folder in CelebA's layout, and the file of their landmarks:
     img_align_celeba beside identity_CelebA and list_landmarks_align_celeba; lists may be .txt
     (CelebA's own) or .csv (the mirrors').
 
-    The identity list decides which pictures there are; ids need not be contiguous.
+    The identity list decides which images there are; ids need not be contiguous.
     """
     identity_file = _list_file(root, "identity_CelebA")
     if identity_file is None:
@@ -49,7 +49,7 @@ def _celeba(
     if (folder / "img_align_celeba").is_dir():  # one mirror's archive nests the folder in itself
         folder = folder / "img_align_celeba"
     if not folder.is_dir():
-        raise DataError(f"{root}: expected the pictures in the folder img_align_celeba")
+        raise DataError(f"{root}: expected the images in the folder img_align_celeba")
 
     listed = {}
     for name, (number, parts) in read_table(identity_file, issues, fields=1).rows.items():
@@ -71,8 +71,8 @@ def _list_file(root: Path, stem: str) -> Path | None:
 
 
 def _folder(root: Path, issues: Issues) -> dict[str, Listed]:
-    """The pictures root/<identity>/<picture>, in sorted order; other files and hidden ones are
-    ignored. A folder without a picture is an issue, as torchvision's ImageFolder has it.
+    """The images root/<identity>/<image>, in sorted order; other files and hidden ones are
+    ignored. A folder without an image is an issue, as torchvision's ImageFolder has it.
     """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder (data.root)")
@@ -81,10 +81,10 @@ def _folder(root: Path, issues: Issues) -> dict[str, Listed]:
         files = sorted(
             p
             for p in folder.iterdir()
-            if p.suffix.lower() in PICTURE_SUFFIXES and not p.name.startswith(".")
+            if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
         )
         if not files:
-            issues.report(f"{folder}: no picture in this identity's folder")
+            issues.report(f"{folder}: no image in this identity's folder")
         for path in files:
             listed[f"{folder.name}/{path.name}"] = Listed(folder.name, path, str(folder))
     return listed

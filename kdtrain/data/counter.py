@@ -1,6 +1,6 @@
 """Random numbers as a pure function of counters: no generator, no state, the same on any device.
 
-A draw depends only on the words it is keyed by (a seed, an epoch, a picture's index ...), so a
+A draw depends only on the words it is keyed by (a seed, an epoch, an image's index ...), so a
 batch, a worker, a resumed run or another order of work cannot change it.
 """
 

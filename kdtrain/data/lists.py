@@ -1,4 +1,4 @@
-"""Reads the list files beside face pictures: identities, landmarks, partitions, index tables; .txt
+"""Reads the list files beside face images: identities, landmarks, partitions, index tables; .txt
 or .csv.
 
 .txt is CelebA's own form (runs of spaces, CRLF line ends, for landmarks a count and a header before
@@ -20,9 +20,9 @@ from kdtrain.data.source import (
     DataError,
     FaceSource,
     Issues,
-    decode_picture,
+    decode_image,
     number_classes,
-    probe_pictures,
+    probe_images,
 )
 
 FLOAT32_MAX = torch.finfo(torch.float32).max  # landmarks are stored in it
@@ -31,7 +31,7 @@ POINT_COLUMNS = tuple(f"{point}_{axis}" for point in LANDMARKS for axis in "xy")
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows of a list file by picture name: name -> (line number, the other fields); columns names
+    """Rows of a list file by image name: name -> (line number, the other fields); columns names
     those fields.
     """
 
@@ -40,7 +40,7 @@ class Table:
 
 
 class Listed(NamedTuple):
-    """A picture that a source lists."""
+    """An image that a source lists."""
 
     identity: str
     path: Path
@@ -51,10 +51,10 @@ class Listed(NamedTuple):
 def read_table(path: Path, issues: Issues, *, fields: int | None = None) -> Table:
     """Returns the Table in a list file.
 
-    fields: how many fields must follow the picture's name (None: as many as the header has). A
+    fields: how many fields must follow the image's name (None: as many as the header has). A
     header is a line without any number after its first field; a first line that is a lone integer
     is the row count, and is checked. Raises DataError naming file and line (or reports it to
-    `issues`) for a wrong field count, a repeated picture, a wrong count.
+    `issues`) for a wrong field count, a repeated image, a wrong count.
     """
     try:
         text = regular(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
@@ -73,7 +73,7 @@ def read_table(path: Path, issues: Issues, *, fields: int | None = None) -> Tabl
     columns: list[str] = []
     if split and len(split[0][1]) > 1 and not any(_is_number(f) for f in split[0][1][1:]):
         first = split.pop(0)[1]
-        # CelebA's landmark header names the columns only, a .csv header the picture's column too
+        # CelebA's landmark header names the columns only, a .csv header the image's column too
         columns = first if len(first) == fields else first[1:]
     if fields is None:
         if not columns:
@@ -82,7 +82,7 @@ def read_table(path: Path, issues: Issues, *, fields: int | None = None) -> Tabl
     rows: dict[str, tuple[int, list[str]]] = {}
     for number, parts in split:
         if len(parts) != fields + 1:
-            expected = f"expected a picture and {fields} field(s)"
+            expected = f"expected an image and {fields} field(s)"
             issues.report(
                 f"{path}:{number}: {expected}, got {len(parts)} in {' '.join(parts)[:80]!r}"
             )
@@ -98,7 +98,7 @@ def read_table(path: Path, issues: Issues, *, fields: int | None = None) -> Tabl
 
 
 def read_points(path: Path, issues: Issues) -> dict[str, list[float]]:
-    """Returns five landmarks per picture, name -> 10 floats in POINT_COLUMNS' order, as the file
+    """Returns five landmarks per image, name -> 10 floats in POINT_COLUMNS' order, as the file
     states them.
 
     Columns are taken by name when the header has all ten names, else in that order. Raises
@@ -123,13 +123,13 @@ def read_points(path: Path, issues: Issues) -> dict[str, list[float]]:
 def assemble(
     config: DataConfig, listed: dict[str, Listed], point_file: Path | None, issues: Issues
 ) -> FaceSource:
-    """Returns the FaceSource of listed pictures, by name, after the checks that every file source
+    """Returns the FaceSource of listed images, by name, after the checks that every file source
     shares.
 
     point_file: list of their landmarks. index.csv in data.root, if any, gives the groups (its
     columns `video` within an identity) and its columns as splits, and so does the file that
-    data.split names; the first column of each is a picture's name. A picture without file,
-    landmarks or row in a table is an issue; with on_error "skip" every picture is decoded once
+    data.split names; the first column of each is an image's name. An image without file,
+    landmarks or row in a table is an issue; with on_error "skip" every image is decoded once
     here, so that the set that remains is sound.
     """
     points = None if point_file is None else read_points(point_file, issues)
@@ -145,8 +145,8 @@ def assemble(
     if point_file is not None and points is not None:
         needed.append((point_file, set(points)))
 
-    probed = probe_pictures(
-        [picture.path for picture in listed.values()],
+    probed = probe_images(
+        [image.path for image in listed.values()],
         full=config.on_error == "skip",
         workers=config.workers,
     )
@@ -163,7 +163,7 @@ def assemble(
             sizes.append(size)
     if not kept:
         raise DataError(
-            f"{root}: no usable picture; first problem: {[*issues.messages, 'none listed'][0]}"
+            f"{root}: no usable image; first problem: {[*issues.messages, 'none listed'][0]}"
         )
 
     identities = [listed[name].identity for name in kept]
@@ -189,7 +189,7 @@ def assemble(
         groups=groups,
         skipped=issues.messages,
         splits=splits,
-        read=lambda picture: decode_picture(paths[picture]),
+        read=lambda image: decode_image(paths[image]),
     )
 
 

@@ -1,4 +1,4 @@
-"""A run's pictures: source, split and store put together, served as device batches for training
+"""A run's images: source, split and store put together, served as device batches for training
 and evaluation.
 """
 
@@ -20,7 +20,7 @@ from kdtrain.data.build import build_source
 from kdtrain.data.samplers import balanced_batches, random_batches
 from kdtrain.data.source import FaceSource
 from kdtrain.data.split import hold_out, split_indices, training_labels
-from kdtrain.data.store import PictureStore
+from kdtrain.data.store import ImageStore
 from kdtrain.data.transforms import area_average, augment, center, shrink, to_original
 
 EVAL_BATCH = 256
@@ -31,9 +31,9 @@ _SOURCE_SETTINGS = (
 
 
 class Batch(NamedTuple):
-    """One training step's input on the device: one crop and flip of each of B pictures."""
+    """One training step's input on the device: one crop and flip of each of B images."""
 
-    pictures: Tensor
+    images: Tensor
     """(B, 3, s, s) float32 in [0, 255]."""
     labels: Tensor
     """(B,) int64."""
@@ -41,25 +41,25 @@ class Batch(NamedTuple):
     """(B, 5, 2) landmarks in pixels of the crop."""
     flipped: Tensor
     """(B,) bool: which are mirrored."""
-    teacher_pictures: Tensor | None
+    teacher_images: Tensor | None
     """(B, 3, t, t): the same crops as the teacher sees them, where it reads another size."""
     waited_s: float = 0.0
-    """Seconds spent waiting for the pictures (augmentation is computing, not waiting)."""
+    """Seconds spent waiting for the images (augmentation is computing, not waiting)."""
 
     @property
     def seen(self) -> Tensor:
-        """The pictures that the teacher reads."""
-        return self.pictures if self.teacher_pictures is None else self.teacher_pictures
+        """The images that the teacher reads."""
+        return self.images if self.teacher_images is None else self.teacher_images
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalBatch:
-    """Pictures of one split as evaluation sees them. N pictures, network input side s."""
+    """Images of one split as evaluation sees them. N images, network input side s."""
 
-    pictures: Tensor
+    images: Tensor
     """(N, 3, s, s) float32 in [0, 255]: centre crops."""
     labels: Tensor
-    """(N,) person."""
+    """(N,) identity."""
     indices: Tensor
     """(N,) place in the source."""
     sizes: Tensor
@@ -67,9 +67,9 @@ class EvalBatch:
     points_original: Tensor | None = None
     """(N, 5, 2) landmarks in original pixels."""
     groups: Tensor | None = None
-    """(N,) video that a picture comes from."""
+    """(N,) video that an image comes from."""
     to_original: Callable[[Tensor], Tensor] | None = None
-    """Maps (N, 5, 2) crop pixels to original ones: a scale and an offset per picture and axis."""
+    """Maps (N, 5, 2) crop pixels to original ones: a scale and an offset per image and axis."""
 
 
 def training_batch(
@@ -81,7 +81,7 @@ def training_batch(
     phase: int,
     epoch: int,
 ) -> Batch:
-    """The augmented crops of stored pictures (B, 3, S, S) uint8, for student and teacher; see
+    """The augmented crops of stored images (B, 3, S, S) uint8, for student and teacher; see
     data.augment and data.shrink.
     """
     crops, points, frame = augment(
@@ -94,15 +94,15 @@ def training_batch(
         config=config.augment,
         input_size=config.data.crop_side,
     )
-    pictures, smaller, _ = shrink(crops, points, frame, config.data.input_size)
+    images, smaller, _ = shrink(crops, points, frame, config.data.input_size)
     theirs = None
     if config.teacher.run is not None and config.teacher_side != config.data.input_size:
         theirs, _, _ = shrink(crops, None, frame, config.teacher_side)
-    return Batch(pictures, labels, smaller, frame.flipped, theirs)
+    return Batch(images, labels, smaller, frame.flipped, theirs)
 
 
 def shared_source(data: DataConfig, sources: dict[DataConfig, FaceSource]) -> FaceSource:
-    """The source of a data section, from `sources` where one was read alike before: how pictures
+    """The source of a data section, from `sources` where one was read alike before: how images
     are split, resized and kept makes no other source.
     """
     kept = {name: getattr(data, name) for name in _SOURCE_SETTINGS}
@@ -123,7 +123,7 @@ def parts(source: FaceSource, config: Config) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def data_key(fingerprint: str, train: Tensor, test: Tensor) -> str:
-    """Names the pictures and their split: the source's fingerprint and both index lists (int64)."""
+    """Names the images and their split: the source's fingerprint and both index lists (int64)."""
     digest = hashlib.sha256(fingerprint.encode())
     for part in (train, test):
         digest.update(part.numpy().tobytes())
@@ -132,8 +132,8 @@ def data_key(fingerprint: str, train: Tensor, test: Tensor) -> str:
 
 
 def identities_key(names: Iterable[str], data: DataConfig) -> str:
-    """16 hex digits over the people, named in the order of their classes; drawn people by their
-    seed too, as their names are numbers.
+    """16 hex digits over the identities, named in the order of their classes; synthetic identities
+    by their seed too, as their names are numbers.
     """
     names = list(names)
     if data.kind == "synthetic":
@@ -142,10 +142,10 @@ def identities_key(names: Iterable[str], data: DataConfig) -> str:
 
 
 class RunData:
-    """The pictures of one run and how they are cut into batches.
+    """The images of one run and how they are cut into batches.
 
     Everything served is a pure function of the config and of (phase, epoch, step), so a resumed
-    run meets the same pictures.
+    run meets the same images.
     """
 
     def __init__(self, config: Config, source: FaceSource | None = None) -> None:
@@ -156,7 +156,7 @@ class RunData:
         self.key = data_key(self.source.fingerprint(), self.train, self.test)
         self.labels = training_labels(self.source, self.train, config.data)
         self.device = torch.device(config.train.device)
-        self.store = PictureStore(
+        self.store = ImageStore(
             self.source, config.data.store_size, config.data.cache, config.data.workers
         )
         self.points = self.store.landmarks_in_store()
@@ -165,14 +165,16 @@ class RunData:
         """Index lists of the batches of epoch `number`, counted from the start of the run."""
         config = self.config
         if config.balanced:
-            people, pictures = config.triplet.identities, config.triplet.images_per_identity
-            return balanced_batches(self.train, self.labels, people, pictures, config.seed, number)
+            identities, images = config.triplet.identities, config.triplet.images_per_identity
+            return balanced_batches(
+                self.train, self.labels, identities, images, config.seed, number
+            )
         return random_batches(
             self.train, config.optim.batch_size, config.seed, number, config.train.drop_last
         )
 
     def batch(self, indices: Tensor, phase: int, epoch: int, following: Tensor | None) -> Batch:
-        """The augmented pictures of one step; `following` are read ahead where pictures are not
+        """The augmented images of one step; `following` are read ahead where images are not
         kept in memory.
         """
         started = time.perf_counter()
@@ -186,7 +188,7 @@ class RunData:
         return batch._replace(waited_s=waited_s)
 
     def teacher_view(self, indices: Tensor, mirrored: bool) -> Tensor:
-        """What the teacher sees of the pictures `indices` where training has no other views of them
+        """What the teacher sees of the images `indices` where training has no other views of them
         (data.fixed_views).
         """
         data = self.config.data
@@ -196,16 +198,16 @@ class RunData:
         return crops if side == data.crop_side else area_average(crops, side)
 
     def evaluation(self, indices: Tensor) -> Iterator[EvalBatch]:
-        """Centre crops of the pictures `indices`, in order."""
+        """Centre crops of the images `indices`, in order."""
         source, data = self.source, self.config.data
         for part in indices.split(EVAL_BATCH):
             stored = self.store.get(part).to(self.device)
             points = None if self.points is None else self.points[part].to(self.device)
             crop = center(stored, points, data.crop_side, self.config.augment)
-            pictures, _, frame = shrink(*crop, data.input_size)
+            images, _, frame = shrink(*crop, data.input_size)
             sizes = source.sizes[part]
             yield EvalBatch(
-                pictures=pictures,
+                images=images,
                 labels=source.labels[part].to(self.device),
                 points_original=None if source.landmarks is None else source.landmarks[part],
                 indices=part,
@@ -218,27 +220,27 @@ class RunData:
 
     @property
     def held_out(self) -> Tensor:
-        """The pictures that evaluations during training see: the validation part, else the test
+        """The images that evaluations during training see: the validation part, else the test
         split.
         """
         return self.validation if len(self.validation) else self.test
 
     def unseen(self) -> int:
-        """Test pictures of people without a training picture: none can be classified right."""
+        """Test images of identities without a training image: none can be classified right."""
         labels = self.source.labels
         return int((~torch.isin(labels[self.test], labels[self.train])).sum())
 
     def names(self, indices: Tensor, limit: int = 4) -> str:
-        """The first pictures of a batch by name, for messages."""
+        """The first images of a batch by name, for messages."""
         shown = [self.source.names[int(i)] for i in indices[:limit]]
         rest = len(indices) - len(shown)
         return ", ".join(shown) + (f" and {rest} more" if rest else "")
 
     def summary(self) -> dict[str, object]:
-        """What results.json says about the pictures."""
+        """What results.json says about the images."""
         return {
             "name": self.source.name,
-            "images": self.source.num_pictures,
+            "images": self.source.num_images,
             "classes": self.source.num_classes,
             "train": len(self.train),
             "validation": len(self.validation),

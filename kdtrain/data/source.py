@@ -1,4 +1,4 @@
-"""A set of labelled face pictures, whatever it is read from."""
+"""A set of labelled face images, whatever it is read from."""
 
 import hashlib
 import io
@@ -14,7 +14,7 @@ from torch import Tensor
 from kdtrain.config.program import name_bytes, regular
 
 LANDMARKS = ("lefteye", "righteye", "nose", "leftmouth", "rightmouth")
-# what Pillow raises on damaged pictures; struct.error and EOFError come from cut-off headers
+# what Pillow raises on damaged images; struct.error and EOFError come from cut-off headers
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
@@ -24,7 +24,7 @@ class DataError(ValueError):
 
 @dataclass(kw_only=True)
 class Issues:
-    """What to do about a bad line or picture: on_error "raise" stops at the first, "skip" collects
+    """What to do about a bad line or image: on_error "raise" stops at the first, "skip" collects
     the messages.
     """
 
@@ -34,22 +34,22 @@ class Issues:
     def report(self, message: str) -> None:
         """Raises DataError(message) or keeps the message, by on_error."""
         if self.on_error == "raise":
-            raise DataError(f"{message} (data.on_error: skip leaves such pictures out)")
+            raise DataError(f"{message} (data.on_error: skip leaves such images out)")
         self.messages.append(message)
 
 
 @dataclass(kw_only=True)
 class FaceSource:
-    """N pictures of C people. Nothing is decoded until `read`.
+    """N images of C identities. Nothing is decoded until `read`.
 
-    names: one per picture, for errors and the fingerprint. labels: (N,) int64, 0..C-1 without gaps;
+    names: one per image, for errors and the fingerprint. labels: (N,) int64, 0..C-1 without gaps;
     class_names: C. landmarks: (N, 5, 2) float32 or None, x and y in original pixels, order lefteye,
     righteye, nose, leftmouth, rightmouth (left is the viewer's). Coordinates are continuous, pixel
     i spans [i, i + 1), so a mirror is x -> width - x and a resize is a plain scaling; lists that
     hold pixel indices are read as index + 0.5. sizes: (N, 2) int64 original width and height.
     groups: (N,) int64 or None, the video a frame comes from, unique over the whole set. skipped:
-    messages of what on_error "skip" left out. splits: file name -> column -> one value per picture.
-    read: picture number -> Pillow picture, RGB; DataError naming a file that
+    messages of what on_error "skip" left out. splits: file name -> column -> one value per image.
+    read: image number -> Pillow image, RGB; DataError naming a file that
     cannot be read. read_batch, where the source has one: int64 (B,) ->
     uint8 (B, 3, H, W).
     """
@@ -68,13 +68,13 @@ class FaceSource:
 
     def __post_init__(self) -> None:
         if not self.names:
-            raise DataError(f"{self.name}: no picture left; skipped {len(self.skipped)}")
+            raise DataError(f"{self.name}: no image left; skipped {len(self.skipped)}")
         present = torch.unique(self.labels)
         assert torch.equal(present, torch.arange(len(self.class_names))), "labels must have no gaps"
         assert len(self.names) == len(self.labels) == len(self.sizes)
 
     @property
-    def num_pictures(self) -> int:
+    def num_images(self) -> int:
         return len(self.names)
 
     @property
@@ -92,29 +92,27 @@ class FaceSource:
         return digest.hexdigest()
 
 
-def decode_picture(path: Path) -> Image.Image:
-    """Returns a picture file decoded as RGB, orientation tags ignored (landmarks refer to the
+def decode_image(path: Path) -> Image.Image:
+    """Returns an image file decoded as RGB, orientation tags ignored (landmarks refer to the
     stored pixels).
 
-    Raises DataError naming the file when it is missing, not a picture, or cut off.
+    Raises DataError naming the file when it is missing, not an image, or cut off.
     """
     try:
         # read whole: Pillow's twenty short reads a JPEG each hand over the interpreter lock, and
         # two decoding threads then are no faster than one (0.29 against 0.22 ms at 128 pixels)
         content = io.BytesIO(regular(path).read_bytes())
-        with Image.open(content) as picture:
-            picture.load()
-            return picture if picture.mode == "RGB" else picture.convert("RGB")
+        with Image.open(content) as image:
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")
     except Image.UnidentifiedImageError:
-        raise DataError(f"{path}: cannot read this picture: no format that is known") from None
+        raise DataError(f"{path}: cannot read this image: no format that is known") from None
     except _DECODE_ERRORS as error:
-        raise DataError(f"{path}: cannot read this picture: {error}") from error
+        raise DataError(f"{path}: cannot read this image: {error}") from error
 
 
-def probe_pictures(
-    paths: Sequence[Path], *, full: bool, workers: int
-) -> list[tuple[int, int] | str]:
-    """Returns (width, height) of each picture file, or what is wrong with it.
+def probe_images(paths: Sequence[Path], *, full: bool, workers: int) -> list[tuple[int, int] | str]:
+    """Returns (width, height) of each image file, or what is wrong with it.
 
     Reads headers alone; `full` decodes everything (which is what finds a cut-off file), with
     `workers` threads.
@@ -122,14 +120,14 @@ def probe_pictures(
 
     def probe(path: Path) -> tuple[int, int] | str:
         try:
-            with Image.open(regular(path)) as picture:
+            with Image.open(regular(path)) as image:
                 if full:
-                    picture.load()
-                return picture.size
+                    image.load()
+                return image.size
         except FileNotFoundError:
-            return f"{path}: no such picture"
+            return f"{path}: no such image"
         except _DECODE_ERRORS as error:
-            return f"{path}: cannot read this picture: {error}"
+            return f"{path}: cannot read this image: {error}"
 
     if workers < 2:
         return [probe(path) for path in paths]

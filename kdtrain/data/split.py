@@ -1,4 +1,4 @@
-"""Which pictures are trained on and which are tested on, and the label noise of synthetic training
+"""Which images are trained on and which are tested on, and the label noise of synthetic training
 sets.
 """
 
@@ -17,22 +17,22 @@ _TRAIN, _TEST, _NEITHER = {"train", "0"}, {"test", "2"}, {"val", "valid", "valid
 
 
 def split_indices(source: FaceSource, config: DataConfig) -> tuple[Tensor, Tensor]:
-    """Returns (train, test) picture numbers, ascending int64, by config.split; a function of
+    """Returns (train, test) image numbers, ascending int64, by config.split; a function of
     split_seed and the labels.
 
-    "random": test_fraction of the pictures, but every class keeps at least one for training.
-    "identity": test_fraction of the people, so no person is on both sides. "identity:random": the
-    random split within the training people of identity. "file:NAME:COLUMN": the column says train
-    or test (CelebA's 0 and 2; validation pictures, 1, are in neither); COLUMN of a list without
+    "random": test_fraction of the images, but every class keeps at least one for training.
+    "identity": test_fraction of the identities, so no identity is on both sides. "identity:random":
+    the random split within the training identities of identity. "file:NAME:COLUMN": the column says
+    train or test (CelebA's 0 and 2; validation images, 1, are in neither); COLUMN of a list without
     header is `partition`. Raises DataError for a bad column or value, and when either side is
     empty.
     """
     if config.split.startswith("file:"):
         return _file_split(source, config.split)
     if config.split == "identity:random":
-        people, _ = split_indices(source, replace(config, split="identity"))
+        identities, _ = split_indices(source, replace(config, split="identity"))
         train, test = split_indices(source, replace(config, split="random"))
-        return train[torch.isin(train, people)], test[torch.isin(test, people)]
+        return train[torch.isin(train, identities)], test[torch.isin(test, identities)]
     by_identity = config.split == "identity"
     drawn = _identity_split if by_identity else _random_split
     stream = _STREAM_IDENTITY if by_identity else _STREAM_RANDOM
@@ -45,20 +45,20 @@ def hold_out(source: FaceSource, train: Tensor, config: DataConfig) -> tuple[Ten
     """Returns (train, validation): `train` (N,) ascending int64 without validation_fraction of it,
     and that part; a function of split_seed, the labels and `train`.
 
-    By picture, where every class of `train` keeps at least one; with split "identity" by person, so
-    that no person is on two sides. Fraction 0 holds nothing out. DataError when either side is
+    By image, where every class of `train` keeps at least one; with split "identity" by identity, so
+    that no identity is on two sides. Fraction 0 holds nothing out. DataError when either side is
     empty.
     """
     fraction = config.validation_fraction
     if fraction == 0:
         return train, train[:0]
-    people, label = torch.unique(source.labels[train], return_inverse=True)
+    identities, label = torch.unique(source.labels[train], return_inverse=True)
     drawn = _identity_split if config.split == "identity" else _random_split
-    held_out = drawn(label, len(people), fraction, config.split_seed, _STREAM_VALIDATION)
+    held_out = drawn(label, len(identities), fraction, config.split_seed, _STREAM_VALIDATION)
     if held_out.all() or not held_out.any():
         raise DataError(
-            f"data.validation_fraction: {fraction} of {len(train)} training pictures of "
-            f"{len(people)} people leaves {int((~held_out).sum())} to train and "
+            f"data.validation_fraction: {fraction} of {len(train)} training images of "
+            f"{len(identities)} identities leaves {int((~held_out).sum())} to train and "
             f"{int(held_out.sum())} to validate; both parts need at least one"
         )
     return train[~held_out], train[held_out]
@@ -66,10 +66,10 @@ def hold_out(source: FaceSource, train: Tensor, config: DataConfig) -> tuple[Ten
 
 def training_labels(source: FaceSource, train: Tensor, config: DataConfig) -> Tensor:
     """Returns the labels to train with, (N,) int64: source.labels, with label noise on synthetic
-    training pictures.
+    training images.
 
-    Each picture in `train` takes, with probability config.noise, the label of another person drawn
-    uniformly; a function of (synthetic_seed, picture). Pictures outside `train`, other sources, and
+    Each image in `train` takes, with probability config.noise, the label of another identity drawn
+    uniformly; a function of (synthetic_seed, image). Images outside `train`, other sources, and
     every evaluation keep the true label.
     """
     labels = source.labels.clone()
@@ -96,7 +96,7 @@ def _random_split(
     is_test = torch.zeros(len(labels), dtype=torch.bool)
     is_test[order[: round(fraction * len(labels))]] = True
     kept = torch.bincount(labels[~is_test], minlength=num_classes)
-    # a class whose pictures all fell into the test part gives its first one (in hash order) back
+    # a class whose images all fell into the test part gives its first one (in hash order) back
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order))
     first = torch.full((num_classes,), len(order)).scatter_reduce_(0, labels, places, "amin")
@@ -129,6 +129,6 @@ def _checked(train: Tensor, test: Tensor, split: str) -> tuple[Tensor, Tensor]:
     if not train.any() or not test.any():
         raise DataError(
             f"data.split: {split!r} gives {int(train.sum())} training and {int(test.sum())} "
-            "test pictures; both parts need at least one"
+            "test images; both parts need at least one"
         )
     return train.nonzero()[:, 0], test.nonzero()[:, 0]

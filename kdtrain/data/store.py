@@ -1,4 +1,4 @@
-"""Pictures of one source, decoded and resized to a square, from memory or decoded batch by
+"""Images of one source, decoded and resized to a square, from memory or decoded batch by
 batch.
 """
 
@@ -15,21 +15,21 @@ from kdtrain.data.source import FaceSource
 MEMORY_LIMIT_BYTES = 2 << 30  # "auto" keeps a set up to this size in memory
 _CHUNK = 512
 _READ_AHEAD = 2  # batches waiting at most
-# Pictures that a worker decodes at a time. A future for each picture wakes the training thread and
+# Images that a worker decodes at a time. A future for each image wakes the training thread and
 # takes its interpreter lock 64 times a batch; larger parts leave a worker idle at a batch's end.
 _PART = 16
 _STREAM_GRID = 41
 _COLOURS = ("#40ff40", "#40c0ff", "#ffff40", "#ff8040", "#ff60ff")  # one per landmark
 
 
-class PictureStore:
-    """uint8 pictures (size x size, Pillow's antialiased bilinear resize) of a FaceSource.
+class ImageStore:
+    """uint8 images (size x size, Pillow's antialiased bilinear resize) of a FaceSource.
 
     cache "memory" decodes everything now, "none" decodes each batch when it is asked for (or, with
     workers > 0, ahead, by that many threads, after `prefetch`), "auto" is memory up to 2 GiB. The
-    pixels are the same in every mode. A picture that cannot be decoded raises DataError naming its
+    pixels are the same in every mode. An image that cannot be decoded raises DataError naming its
     file: here in "memory", from get() in "none". (With data.on_error "skip" the source has already
-    left such pictures out.)
+    left such images out.)
     """
 
     def __init__(
@@ -39,20 +39,20 @@ class PictureStore:
         self.size = size
         self._pool = ThreadPoolExecutor(workers) if workers else None
         self._ahead: dict[tuple[int, ...], list[Future[Tensor]]] = {}
-        self._pictures: Tensor | None = None
-        fits = source.num_pictures * 3 * size * size <= MEMORY_LIMIT_BYTES
+        self._images: Tensor | None = None
+        fits = source.num_images * 3 * size * size <= MEMORY_LIMIT_BYTES
         if cache == "memory" or (cache == "auto" and fits):
-            pictures = torch.empty((source.num_pictures, 3, size, size), dtype=torch.uint8)
-            for chunk in torch.arange(source.num_pictures).split(_CHUNK):
-                pictures[chunk] = self._decode(chunk)
-            self._pictures = pictures
+            images = torch.empty((source.num_images, 3, size, size), dtype=torch.uint8)
+            for chunk in torch.arange(source.num_images).split(_CHUNK):
+                images[chunk] = self._decode(chunk)
+            self._images = images
 
     def get(self, indices: Tensor) -> Tensor:
-        """Returns pictures (B, 3, size, size), uint8 on the CPU, of the source's numbers `indices`
+        """Returns images (B, 3, size, size), uint8 on the CPU, of the source's numbers `indices`
         (B,).
         """
-        if self._pictures is not None:
-            return self._pictures[indices]
+        if self._images is not None:
+            return self._images[indices]
         waiting = self._ahead.pop(tuple(indices.tolist()), None)
         if waiting is not None:
             return torch.cat([future.result() for future in waiting])
@@ -62,7 +62,7 @@ class PictureStore:
         """Starts decoding a coming batch in the worker threads; without workers, or in memory,
         nothing is to be done.
         """
-        if self._pictures is not None or self._pool is None:
+        if self._images is not None or self._pool is None:
             return
         while len(self._ahead) >= _READ_AHEAD:  # asked for and never fetched: forget the oldest
             for future in self._ahead.pop(next(iter(self._ahead))):
@@ -85,47 +85,47 @@ class PictureStore:
 
     def _decode(self, indices: Tensor) -> Tensor:
         if self.source.read_batch is not None:
-            pictures = self.source.read_batch(indices)
-            if pictures.shape[-2:] == (self.size, self.size):
-                return pictures
+            images = self.source.read_batch(indices)
+            if images.shape[-2:] == (self.size, self.size):
+                return images
         if self._pool is None:
             return self._load(indices)
         return torch.cat(list(self._pool.map(self._load, indices.split(_PART))))
 
     def _load(self, indices: Tensor) -> Tensor:
-        """Pictures (n, 3, size, size). NumPy alone in the loop: each of torch's calls would hand
+        """Images (n, 3, size, size). NumPy alone in the loop: each of torch's calls would hand
         the interpreter lock over and wait for it again.
         """
         loaded = np.empty((len(indices), self.size, self.size, 3), dtype=np.uint8)
         for place, index in enumerate(indices.tolist()):
-            picture = self.source.read(index)
-            if picture.size != (self.size, self.size):
-                picture = picture.resize((self.size, self.size), Image.Resampling.BILINEAR)
-            loaded[place] = np.asarray(picture)
+            image = self.source.read(index)
+            if image.size != (self.size, self.size):
+                image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
+            loaded[place] = np.asarray(image)
         return torch.from_numpy(loaded).permute(0, 3, 1, 2).contiguous()
 
 
-def sample_grid(store: PictureStore, people: int = 10, pictures: int = 8) -> Image.Image:
-    """Returns a sheet for people to look at: a row of `pictures` store pictures for each of
-    `people` people, enlarged to about 96 pixels.
+def sample_grid(store: ImageStore, identities: int = 10, images: int = 8) -> Image.Image:
+    """Returns a contact sheet: a row of `images` store images for each of
+    `identities` identities, enlarged to about 96 pixels.
 
-    People are drawn among all, pictures are each person's first. Landmarks, where the source has
-    them, are dots (left eye green, right eye blue, nose yellow, left mouth corner orange, right one
-    pink).
+    Identities are drawn among all, images are each identity's first. Landmarks, where the source
+    has them, are dots (left eye green, right eye blue, nose yellow, left mouth corner orange, right
+    one pink).
     """
     source, size = store.source, store.size
     scale = max(1, round(96 / size))
     side = size * scale
     points = store.landmarks_in_store()
-    chosen = counter_permutation(source.num_classes, 0, _STREAM_GRID)[:people].sort().values
-    sheet = Image.new("RGB", (pictures * side, len(chosen) * side), "#202020")
+    chosen = counter_permutation(source.num_classes, 0, _STREAM_GRID)[:identities].sort().values
+    sheet = Image.new("RGB", (images * side, len(chosen) * side), "#202020")
     draw = ImageDraw.Draw(sheet)
     radius = max(1, round(side / 64))
-    for row, person in enumerate(chosen.tolist()):
-        own = (source.labels == person).nonzero()[:pictures, 0]
-        for column, (index, picture) in enumerate(zip(own.tolist(), store.get(own), strict=True)):
+    for row, identity in enumerate(chosen.tolist()):
+        own = (source.labels == identity).nonzero()[:images, 0]
+        for column, (index, image) in enumerate(zip(own.tolist(), store.get(own), strict=True)):
             left, top = column * side, row * side
-            tile = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+            tile = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
             sheet.paste(tile.resize((side, side), Image.Resampling.NEAREST), (left, top))
             if points is None:
                 continue

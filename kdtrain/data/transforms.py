@@ -1,7 +1,7 @@
-"""Crops and flips of picture batches with their landmarks, on any device, and the way back to the
+"""Crops and flips of image batches with their landmarks, on any device, and the way back to the
 original pixels.
 
-Augmentation is a pure function of (seed, phase, epoch, picture): no generator, so batches, workers
+Augmentation is a pure function of (seed, phase, epoch, image): no generator, so batches, workers
 and a resumed run see the same crops, and a teacher's answers to them can be kept.
 """
 
@@ -15,12 +15,12 @@ from kdtrain.config import AugmentConfig
 from kdtrain.data.counter import counter_uniform
 
 _STREAM_AUGMENT = 21
-_MIRROR = (1, 0, 2, 4, 3)  # where each landmark goes in a mirrored picture
+_MIRROR = (1, 0, 2, 4, 3)  # where each landmark goes in a mirrored image
 
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """How crops lie in their pictures: store = crop * scale + offset, after a flipped crop is
+    """How crops lie in their images: store = crop * scale + offset, after a flipped crop is
     mirrored back.
 
     scale: (B,) store pixels per crop pixel. offset: (B, 2) store coordinates (x, y) of the crop's
@@ -34,7 +34,7 @@ class Frame:
 
 
 def augment(
-    pictures: Tensor,
+    images: Tensor,
     landmarks: Tensor | None,
     indices: Tensor,
     *,
@@ -47,21 +47,21 @@ def augment(
     """Returns (crops float32 (B, 3, s, s) in [0, 255], landmarks (B, 5, 2) in crop pixels or None,
     frame) for training.
 
-    pictures: uint8 (B, 3, S, S). landmarks: (B, 5, 2) store pixels. indices: (B,) int64, the
-    pictures' numbers in their source, on any device. config (AugmentConfig): crop "random" is an s
+    images: uint8 (B, 3, S, S). landmarks: (B, 5, 2) store pixels. indices: (B,) int64, the
+    images' numbers in their source, on any device. config (AugmentConfig): crop "random" is an s
     x s window at a uniform whole-pixel place; "jitter" a square of side S * u, u uniform in
-    [scale_min, scale_max], at a uniform place within the picture, resampled bilinearly; flip
-    mirrors half of the pictures and swaps left and right landmarks. Raises ValueError for shapes
+    [scale_min, scale_max], at a uniform place within the image, resampled bilinearly; flip
+    mirrors half of the images and swaps left and right landmarks. Raises ValueError for shapes
     and for an input_size larger than the store for "random".
     """
-    _check(pictures, landmarks, config, input_size, "augment")
-    if indices.shape != (len(pictures),):
+    _check(images, landmarks, config, input_size, "augment")
+    if indices.shape != (len(images),):
         raise ValueError(
-            f"augment: indices must be ({len(pictures)},) like pictures, got {tuple(indices.shape)}"
+            f"augment: indices must be ({len(images)},) like images, got {tuple(indices.shape)}"
         )
-    side = pictures.shape[-1]
+    side = images.shape[-1]
     draw = counter_uniform(
-        seed, _STREAM_AUGMENT, phase, epoch, indices.to(pictures.device), draws=4
+        seed, _STREAM_AUGMENT, phase, epoch, indices.to(images.device), draws=4
     )  # (B, 4)
     flipped = (draw[:, 0] < 0.5) & bool(config.flip)
     if config.crop == "random":
@@ -73,11 +73,11 @@ def augment(
         offset = draw[:, 2:4] * (side - width).unsqueeze(1)
         scale = width / input_size
     frame = Frame(scale=scale, offset=offset, flipped=flipped, input_size=input_size)
-    return _crop(pictures, landmarks, frame, config.crop == "random")
+    return _crop(images, landmarks, frame, config.crop == "random")
 
 
 def center(
-    pictures: Tensor,
+    images: Tensor,
     landmarks: Tensor | None,
     input_size: int,
     config: AugmentConfig,
@@ -90,32 +90,32 @@ def center(
     square of mean side S * (scale_min + scale_max) / 2. Where fixed_views is not None, these are
     the crops of augment. Raises ValueError as augment does.
     """
-    _check(pictures, landmarks, config, input_size, "center")
-    side, count = pictures.shape[-1], len(pictures)
+    _check(images, landmarks, config, input_size, "center")
+    side, count = images.shape[-1], len(images)
     if config.crop == "random":
         corner, scale = float((side - input_size) // 2), 1.0
     else:
         width = side * (config.scale_min + config.scale_max) / 2
         corner, scale = (side - width) / 2, width / input_size
-    device = pictures.device
+    device = images.device
     frame = Frame(
         scale=torch.full((count,), scale, device=device),
         offset=torch.full((count, 2), corner, device=device),
         flipped=torch.full((count,), mirrored, device=device),
         input_size=input_size,
     )
-    return _crop(pictures, landmarks, frame, config.crop == "random")
+    return _crop(images, landmarks, frame, config.crop == "random")
 
 
 def fixed_views(config: AugmentConfig, store_size: int, crop_size: int) -> int | None:
-    """Returns in how many views training sees a picture at all: 1, or 2 with config.flip, where the
-    crop is the whole stored picture; None where it differs from epoch to epoch, keyed to (seed,
-    phase, epoch, picture). Raises ValueError for crops of which neither is known.
+    """Returns in how many views training sees an image at all: 1, or 2 with config.flip, where the
+    crop is the whole stored image; None where it differs from epoch to epoch, keyed to (seed,
+    phase, epoch, image). Raises ValueError for crops of which neither is known.
     """
     if config.crop not in ("random", "jitter"):
         raise ValueError(
             f"fixed_views: augment.crop {config.crop!r} is not known to be keyed to (seed, phase, "
-            "epoch, picture), so no answer to it can be kept; set teacher.cache to none"
+            "epoch, image), so no answer to it can be kept; set teacher.cache to none"
         )
     whole = crop_size == store_size
     if config.crop == "jitter":
@@ -140,23 +140,23 @@ def shrink(
     return area_average(crops, side), None if landmarks is None else landmarks * factor, smaller
 
 
-def area_average(pictures: Tensor, side: int) -> Tensor:
-    """Returns pictures (B, C, S, S) at side x side pixels: each the mean of the area it covers.
+def area_average(images: Tensor, side: int) -> Tensor:
+    """Returns images (B, C, S, S) at side x side pixels: each the mean of the area it covers.
 
-    A pixel of the result spans S / side pixels of the picture, and one that it covers in part
+    A pixel of the result spans S / side pixels of the image, and one that it covers in part
     counts by that part: the mean of blocks where S is a multiple of side, antialiased at every
     ratio. Weights are whole numbers and the division comes last, so that sums of whole values up
-    to 255 are exact for S up to 256 and a mirrored picture gives the mirrored result. Elementwise:
-    a picture's bits do not depend on its batch. Raises ValueError for a side larger than S.
+    to 255 are exact for S up to 256 and a mirrored image gives the mirrored result. Elementwise:
+    an image's bits do not depend on its batch. Raises ValueError for a side larger than S.
     """
-    size = pictures.shape[-1]
+    size = images.shape[-1]
     if not 0 < side <= size:
         raise ValueError(
-            f"area_average: side must be from 1 to the pictures' {size} pixels, as they are never "
+            f"area_average: side must be from 1 to the images' {size} pixels, as they are never "
             f"enlarged; got {side}"
         )
     whole, part = size // gcd(size, side), side // gcd(size, side)
-    rows = _sums(_sums(pictures, side, whole, part, 2), side, whole, part, 3)
+    rows = _sums(_sums(images, side, whole, part, 2), side, whole, part, 3)
     return rows / (whole * whole)
 
 
@@ -179,15 +179,15 @@ def to_original(points: Tensor, frame: Frame, sizes: Tensor, store_size: int) ->
 
 
 def _check(
-    pictures: Tensor, landmarks: Tensor | None, config: AugmentConfig, input_size: int, who: str
+    images: Tensor, landmarks: Tensor | None, config: AugmentConfig, input_size: int, who: str
 ) -> None:
-    if pictures.dim() != 4 or pictures.shape[1] != 3 or pictures.shape[2] != pictures.shape[3]:
-        raise ValueError(f"{who}: pictures must be (B, 3, S, S), got {tuple(pictures.shape)}")
-    if landmarks is not None and landmarks.shape != (len(pictures), 5, 2):
+    if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
+        raise ValueError(f"{who}: images must be (B, 3, S, S), got {tuple(images.shape)}")
+    if landmarks is not None and landmarks.shape != (len(images), 5, 2):
         raise ValueError(
-            f"{who}: landmarks must be ({len(pictures)}, 5, 2), got {tuple(landmarks.shape)}"
+            f"{who}: landmarks must be ({len(images)}, 5, 2), got {tuple(landmarks.shape)}"
         )
-    side = pictures.shape[-1]
+    side = images.shape[-1]
     if config.crop == "random" and not 0 < input_size <= side:
         raise ValueError(
             f"{who}: data.input_size must be at most data.store_size {side}, got {input_size}"
@@ -202,60 +202,60 @@ def _mirror(points: Tensor, frame: Frame) -> Tensor:
 
 
 def _crop(
-    pictures: Tensor, landmarks: Tensor | None, frame: Frame, whole_pixels: bool
+    images: Tensor, landmarks: Tensor | None, frame: Frame, whole_pixels: bool
 ) -> tuple[Tensor, Tensor | None, Frame]:
     size = frame.input_size
-    ticks = torch.arange(size, device=pictures.device)
+    ticks = torch.arange(size, device=images.device)
     across = torch.where(frame.flipped.unsqueeze(1), size - 1 - ticks, ticks)  # (B, s)
-    down = ticks.expand(len(pictures), size)
+    down = ticks.expand(len(images), size)
     if whole_pixels:
         columns, rows = across + frame.offset[:, :1].long(), down + frame.offset[:, 1:].long()
-        crops = _take(_take(pictures, rows, 2), columns, 3).float()
+        crops = _take(_take(images, rows, 2), columns, 3).float()
     else:
         scale = frame.scale.unsqueeze(1)
-        crops = _sample(pictures.float(), (down + 0.5) * scale + frame.offset[:, 1:], 2)
+        crops = _sample(images.float(), (down + 0.5) * scale + frame.offset[:, 1:], 2)
         crops = _sample(crops, (across + 0.5) * scale + frame.offset[:, :1], 3)
     if landmarks is not None:
-        landmarks = landmarks.to(pictures.device)
+        landmarks = landmarks.to(images.device)
         landmarks = (landmarks - frame.offset.unsqueeze(1)) / frame.scale.reshape(-1, 1, 1)
         landmarks = _mirror(landmarks, frame)
     return crops, landmarks, frame
 
 
-def _take(pictures: Tensor, places: Tensor, axis: int) -> Tensor:
-    """Rows (axis 2) or columns (axis 3) of each picture at its own places (B, s)."""
-    shape = list(pictures.shape)
+def _take(images: Tensor, places: Tensor, axis: int) -> Tensor:
+    """Rows (axis 2) or columns (axis 3) of each image at its own places (B, s)."""
+    shape = list(images.shape)
     shape[axis] = places.shape[1]
-    view = [len(pictures), 1, 1, 1]
+    view = [len(images), 1, 1, 1]
     view[axis] = places.shape[1]
-    return pictures.gather(axis, places.reshape(view).expand(shape))
+    return images.gather(axis, places.reshape(view).expand(shape))
 
 
-def _sample(pictures: Tensor, places: Tensor, axis: int) -> Tensor:
+def _sample(images: Tensor, places: Tensor, axis: int) -> Tensor:
     """Linear interpolation along one axis at continuous coordinates (B, s); pixel i's centre is i +
     0.5, edges repeat.
 
-    Elementwise after two gathers, so a picture's bits do not depend on its batch (a batched matrix
+    Elementwise after two gathers, so an image's bits do not depend on its batch (a batched matrix
     product's may).
     """
-    last = pictures.shape[axis] - 1
+    last = images.shape[axis] - 1
     places = (places - 0.5).clamp(0, last)
     low = places.floor().clamp(max=max(last - 1, 0))
-    view = [len(pictures), 1, 1, 1]
+    view = [len(images), 1, 1, 1]
     view[axis] = places.shape[1]
     part = (places - low).reshape(view)
     low = low.long()
-    first = _take(pictures, low, axis)
-    return first + (_take(pictures, (low + 1).clamp(max=last), axis) - first) * part
+    first = _take(images, low, axis)
+    return first + (_take(images, (low + 1).clamp(max=last), axis) - first) * part
 
 
-def _sums(pictures: Tensor, side: int, whole: int, part: int, axis: int) -> Tensor:
+def _sums(images: Tensor, side: int, whole: int, part: int, axis: int) -> Tensor:
     """Weighted sums along an axis: pixel i of `side` covers [i * whole, (i + 1) * whole) on a scale
-    on which pixel j of the picture covers [j * part, (j + 1) * part).
+    on which pixel j of the image covers [j * part, (j + 1) * part).
     """
-    start = torch.arange(side, device=pictures.device) * whole
+    start = torch.arange(side, device=images.device) * whole
     first = start // part
-    shape = [1] * pictures.dim()
+    shape = [1] * images.dim()
     shape[axis] = side
     total = None
     for step in range((whole + part - 2) // part + 1):  # the most pixels that one can touch
@@ -263,8 +263,8 @@ def _sums(pictures: Tensor, side: int, whole: int, part: int, axis: int) -> Tens
         low, high = place * part, (place + 1) * part
         weight = (torch.minimum(high, start + whole) - torch.maximum(low, start)).clamp(min=0)
         # where nothing is left to cover the weight is 0, at the last pixel too
-        taken = pictures.index_select(axis, place.clamp(max=pictures.shape[axis] - 1))
-        taken = taken * weight.to(pictures.dtype).reshape(shape)
+        taken = images.index_select(axis, place.clamp(max=images.shape[axis] - 1))
+        taken = taken * weight.to(images.dtype).reshape(shape)
         total = taken if total is None else total + taken
     assert total is not None
     return total

@@ -27,7 +27,7 @@ from kdtrain.experiments.scheduler import Outcome, Overview, wall_time
 from kdtrain.training.journal import journal
 from kdtrain.training.journal.journal import duration
 
-START_S = 4.0  # of a run's process: start, imports, pictures; counted beside the timed steps
+START_S = 4.0  # of a run's process: start, imports, images; counted beside the timed steps
 MARKS = {
     "reused": ("■", "green"),
     "done": ("■", "green"),
@@ -123,7 +123,7 @@ def make_campaign(
     the budget.
 
     stages: of the groups' runs and of whatever else is shown, inputs first. Raises ConfigError for
-    runs that need landmarks of pictures that have none.
+    runs that need landmarks of images that have none.
     """
     sources: dict[DataConfig, FaceSource] = {}
     ours = [run for group in groups for run in group.runs]
@@ -223,7 +223,7 @@ def run_study(
     (a run failed) or 130 (interrupted). A run that diverged is a result.
 
     first: the runs of the first seed, which a dry run prints as YAML with their cost, and the plan
-    where the pictures are there. overview: draws the states of the runs in a terminal. write: reads
+    where the images are there. overview: draws the states of the runs in a terminal. write: reads
     the outcomes into tables, told whether all is done. Raises BudgetError where the budget takes no
     group that is not finished, after the tables of what is.
     """
@@ -238,7 +238,7 @@ def run_study(
     except ValueError as error:
         if not order.dry_run or all(pipeline.is_there(stage.config.data) for stage in shown):
             raise
-        console.print(f"# no plan of all seeds without the pictures: {error}", markup=False)
+        console.print(f"# no plan of all seeds without the images: {error}", markup=False)
         return status
     show_campaign(campaign, console)
     problem = budget_problem(campaign)

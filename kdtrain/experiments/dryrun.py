@@ -1,7 +1,7 @@
 """What `--dry-run` says below the resolved config: each stage's network, steps, memory and time.
 
-Nothing is trained and nothing is written. The pictures are counted where they are; where they are
-not, --classes and --pictures say how many there would be, or the published size of a data set does.
+Nothing is trained and nothing is written. The images are counted where they are; where they are
+not, --classes and --images say how many there would be, or the published size of a data set does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kdtrain.data.run_data import parts, shared_source
 from kdtrain.experiments.estimate import Counts, Estimate, estimate
 from kdtrain.experiments.pipeline import Stage, is_there
 from kdtrain.experiments.scheduler import wall_time
-from kdtrain.experiments.timing import Size, batch_pictures, network_size
+from kdtrain.experiments.timing import Size, batch_images, network_size
 from kdtrain.objectives.tasks import TASKS
 from kdtrain.reports import writing
 from kdtrain.training import checkpoint
@@ -40,8 +40,8 @@ class Published(NamedTuple):
     """A data set's size as its authors or the paper state it."""
 
     name: str
-    people: int
-    pictures: int
+    identities: int
+    images: int
 
 
 PUBLISHED = {
@@ -72,7 +72,7 @@ def show_run(config: Config, run_dir: Path, recipes: Path, options: Mapping[str,
     """What `train --dry-run` prints: the config as YAML, its cost as comments below. Returns the
     exit status: 1 where the run would fail.
 
-    recipes: folder of the recipe. options: of the command line (classes, pictures).
+    recipes: folder of the recipe. options: of the command line (classes, images).
     """
     print(settings.to_yaml(config), end="", flush=True)
     run = planned(run_dir.name, config, run_dir, recipes)
@@ -96,7 +96,7 @@ def _show(runs: Sequence[Planned], options: Mapping[str, Any], threads: int, job
     """Print the table of `runs` as YAML comments; 1 where one would fail."""
     given = None
     if options.get("classes") is not None:
-        given = Published("given", options["classes"], options["pictures"])
+        given = Published("given", options["classes"], options["images"])
     sources: dict[DataConfig, FaceSource] = {}
     notes: dict[str, list[str]] = {}
     for run in runs:
@@ -155,10 +155,10 @@ def network_of(
 def count(
     config: Config, given: Published | None, sources: dict[DataConfig, FaceSource]
 ) -> Counts | str:
-    """Classes and pictures that the run would see, or what is missing to know them.
+    """Classes and images that the run would see, or what is missing to know them.
 
     given: counts that the user states. sources: those read before, by their data section. Raises
-    DataError or ValueError where the pictures are there and cannot serve.
+    DataError or ValueError where the images are there and cannot serve.
     """
     data = config.data
     if given is not None:
@@ -171,27 +171,28 @@ def count(
     if known is None:
         return (
             f"no folder {data.root} (data.root), so nothing can be counted; state the size with "
-            "--classes N --pictures N"
+            "--classes N --images N"
         )
-    note = f"no folder {data.root}: counted as published, {known.name} with {known.people:,} people"
-    return _published(config, known, f"{note} and {known.pictures:,} pictures")
+    size = f"{known.identities:,} identities and {known.images:,} images"
+    note = f"no folder {data.root}: counted as published, {known.name} with {size}"
+    return _published(config, known, note)
 
 
 def counted(config: Config, sources: dict[DataConfig, FaceSource]) -> Counts:
-    """The same from the pictures; raises DataError or ValueError where they cannot serve."""
+    """The same from the images; raises DataError or ValueError where they cannot serve."""
     source = shared_source(config.data, sources)
     if TASKS[config.task].needs_landmarks and source.landmarks is None:
         raise DataError(f"{source.name}: task {config.task} needs landmarks, which are not there")
     train, validation, test = parts(source, config)
     batches = None
     if config.balanced:
-        people, pictures = config.triplet.identities, config.triplet.images_per_identity
-        batches = len(balanced_batches(train, source.labels, people, pictures, config.seed, 0))
+        identities, images = config.triplet.identities, config.triplet.images_per_identity
+        batches = len(balanced_batches(train, source.labels, identities, images, config.seed, 0))
     return Counts(source.num_classes, len(train), len(test), len(validation), batches)
 
 
 def counter(sources: dict[DataConfig, FaceSource]) -> Callable[[Config], Counts]:
-    """`counted`, once for runs of the same pictures, task and kind of batches."""
+    """`counted`, once for runs of the same images, task and kind of batches."""
     known: dict[object, Counts] = {}
 
     def count_once(config: Config) -> Counts:
@@ -206,12 +207,12 @@ def counter(sources: dict[DataConfig, FaceSource]) -> Callable[[Config], Counts]
 def _published(config: Config, size: Published, note: str) -> Counts:
     """The split of a data set of which only the size is known."""
     data = config.data
-    test = round(data.test_fraction * size.pictures)
-    train = size.pictures - test
+    test = round(data.test_fraction * size.images)
+    train = size.images - test
     if data.split == "identity:random":
         train, test = (round((1 - data.test_fraction) * part) for part in (train, test))
     validation = round(data.validation_fraction * train)
-    return Counts(size.people, train - validation, test, validation, note=note)
+    return Counts(size.identities, train - validation, test, validation, note=note)
 
 
 def _estimate(
@@ -250,7 +251,7 @@ def _estimate(
         )
     if cost.scaled:
         run.notes.append(
-            f"timed on {cost.timed_batch} of {cost.batch} pictures a batch and scaled, as a "
+            f"timed on {cost.timed_batch} of {cost.batch} images a batch and scaled, as a "
             "whole batch takes too long or too much memory here"
         )
 
@@ -273,7 +274,7 @@ def _cells(run: Planned) -> tuple[str, ...]:
     teacher = " + ".join(map(network_name, run.teachers))
     if teacher and config.teacher_side != config.data.input_size:
         teacher += f" at {config.teacher_side}"
-    batch = str(batch_pictures(config))
+    batch = str(batch_images(config))
     if config.optim.accumulate > 1:
         batch = f"{config.optim.accumulate} x {batch}"
     size, work = ("-",) * 2, ("-",) * 4
@@ -294,7 +295,7 @@ def _summary(runs: Sequence[Planned], threads: int, jobs: int) -> list[str]:
     place = f"{config.train.device}, {environment(config)['device']}"
     lines = [
         f"timed here, one run at a time ({place}, threads: {', '.join(map(str, used))}), on random "
-        "pictures; not counted: decoding,",
+        "images; not counted: decoding,",
         "neighbour search and floors, and what jobs side by side cost each other",
     ]
     if len(runs) > 1:

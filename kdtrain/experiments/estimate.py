@@ -1,9 +1,9 @@
 """What a run will cost, before it: parameters, multiply-adds, memory, and time from timed steps.
 
 Parameters and multiply-adds come from shapes alone. Memory and time come from a few real training
-steps on random pictures (augmentation, forward, loss, backward, optimiser), which are the same for
+steps on random images (augmentation, forward, loss, backward, optimiser), which are the same for
 all runs of one shape and so are measured once in a process. A batch too large or too slow to be
-tried here is timed on fewer pictures and scaled; `Estimate.scaled` says so.
+tried here is timed on fewer images and scaled; `Estimate.scaled` says so.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from kdtrain.config import Config, ConfigError, ModelConfig
-from kdtrain.experiments.timing import Size, batch_pictures, network_size, timing
+from kdtrain.experiments.timing import Size, batch_images, network_size, timing
 from kdtrain.training.environment import check_device
 
 
 class Counts(NamedTuple):
-    """How many pictures a run would see."""
+    """How many images a run would see."""
 
     classes: int
-    """People that the classifier tells apart."""
+    """Identities that the classifier tells apart."""
     train: int
     test: int
     validation: int = 0
@@ -29,7 +29,7 @@ class Counts(NamedTuple):
     """Batches of an epoch where they are known (else train // batch; identity-balanced batches are
     a few more)."""
     note: str = ""
-    """Where the counts come from, if not from the pictures themselves."""
+    """Where the counts come from, if not from the images themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,24 +42,24 @@ class Estimate:
     """Of a training step: weights, gradients, optimiser state, the teacher's weights, and what the
     batch needs. On CUDA the peak of torch's allocations; on a CPU the tensors kept for backward
     (saved_tensors_hooks), the logits of both networks, and two of the largest map for what is
-    under way. Not counted: pictures kept in memory (data.cache), libraries' own workspaces, the
+    under way. Not counted: images kept in memory (data.cache), libraries' own workspaces, the
     interpreter with its libraries (some 0.3 GB; on CUDA also the context).
     """
     batch: int
-    """Pictures of a batch; optim.accumulate of them are a step."""
+    """Images of a batch; optim.accumulate of them are a step."""
     timed_batch: int
-    """Pictures of the batches that were timed."""
+    """Images of the batches that were timed."""
     steps: int
     """Steps of the optimiser in all; early stopping may take fewer."""
     training_s: float
-    """Seconds of these steps, pictures decoded beforehand."""
+    """Seconds of these steps, images decoded beforehand."""
     evaluation_s: float
     """Seconds of the evaluations' forward passes, with a validation part those of the test split at
     the end of each phase too; neighbour search, pairs and floors are not counted."""
 
     @property
     def scaled(self) -> bool:
-        """True when fewer pictures were timed than a batch has."""
+        """True when fewer images were timed than a batch has."""
         return self.timed_batch < self.batch
 
     @property
@@ -92,7 +92,7 @@ def estimate(
     What is timed once is not timed again in this process (timing.py). Threads, random state and
     torch's settings are afterwards as before; on CUDA torch's peak memory counter is reset. Raises
     ConfigError for a device that is not there, a teacher that is missing or too much, or too few
-    pictures for one batch.
+    images for one batch.
     """
     wanted = 1 + len(config.teacher.more) if config.needs_teacher else 0
     if len(teachers) != wanted:
@@ -101,17 +101,17 @@ def estimate(
             f"need, got {len(teachers)}"
         )
     check_device(config)
-    batch = batch_pictures(config)
+    batch = batch_images(config)
     per_epoch = batches_of_epoch(config, counts)
     if per_epoch < 1:
         raise ConfigError(
-            f"estimate: {counts.train} training pictures fill no batch of {batch}; lower the batch"
+            f"estimate: {counts.train} training images fill no batch of {batch}; lower the batch"
         )
     epochs = sum(phase.epochs for phase in config.optim.phases)
     count = epochs * -(-per_epoch // config.optim.accumulate)
     kept = answers_kept and config.teacher.cache != "none"
     timed = timing(config, counts.classes, teachers, kept, config.train.threads or threads)
-    share = batch / timed.pictures
+    share = batch / timed.images
     phases = config.optim.phases
     # every train.eval_every epochs and at the end of each phase, where the test split is seen too
     rounds = sum(-(-phase.epochs // config.train.eval_every) for phase in phases)
@@ -122,17 +122,17 @@ def estimate(
         size=network_size(config, config.model, counts.classes),
         memory_bytes=round(timed.fixed_bytes + share * timed.batch_bytes),
         batch=batch,
-        timed_batch=timed.pictures,
+        timed_batch=timed.images,
         steps=count,
         training_s=epochs * per_epoch * share * timed.batch_s + count * timed.update_s,
-        evaluation_s=seen * timed.picture_s,
+        evaluation_s=seen * timed.image_s,
     )
 
 
 def batches_of_epoch(config: Config, counts: Counts) -> int:
-    """Batches of one epoch over the training pictures."""
+    """Batches of one epoch over the training images."""
     if counts.epoch_batches:
         return counts.epoch_batches
-    full, rest = divmod(counts.train, batch_pictures(config))
+    full, rest = divmod(counts.train, batch_images(config))
     drops = config.train.drop_last or config.balanced
     return full if drops else full + bool(rest)

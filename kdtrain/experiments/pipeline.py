@@ -29,7 +29,7 @@ from kdtrain.training import checkpoint, keys
 from kdtrain.training.journal import journal
 from kdtrain.training.journal.journal import duration, number
 
-NO_LANDMARKS = "the pictures have no landmarks (data.landmark_file names a list of them)"
+NO_LANDMARKS = "the images have no landmarks (data.landmark_file names a list of them)"
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Stage:
         epochs = sum(phase.epochs for phase in self.config.optim.phases)
         model = self.config.model
         kernels = (model.width if model.name == "resnet" else 64) / model.divide
-        # a small network's time per picture is half overhead: measured 5.2, 1.2 and 0.9 ms at 32,
+        # a small network's time per image is half overhead: measured 5.2, 1.2 and 0.9 ms at 32,
         # 8 and 4 kernels
         return epochs * (1 + (kernels / 14) ** 2) * (self.config.data.input_size / 32) ** 2
 
@@ -94,8 +94,8 @@ def plan(
 
 
 def make_stage(name: str, flat: Mapping[str, Any], title: str) -> Stage:
-    """The stage of dotted keys. With data.split identity, classification is split by picture among
-    the training people (identity:random), as nobody can be classified without a class. Raises
+    """The stage of dotted keys. With data.split identity, classification is split by image among
+    the training identities (identity:random), as nobody can be classified without a class. Raises
     ConfigError, which begins with the title.
     """
     if flat.get("task") == "classification" and flat.get("data.split") == "identity":
@@ -127,15 +127,15 @@ def stage_files(preset: str) -> list[Path]:
 
 
 def is_there(data: DataConfig) -> bool:
-    """Whether the pictures can be read on this machine, or are drawn."""
+    """Whether the images can be read on this machine, or are drawn."""
     return data.kind == "synthetic" or Path(data.root or "").is_dir()
 
 
 def without_landmarks(
     stages: Sequence[Stage], sources: dict[DataConfig, FaceSource]
 ) -> tuple[str, ...]:
-    """The stages that cannot be trained as their pictures have no landmarks, and those that read
-    such a stage. Pictures that cannot be read here are taken to have what is needed.
+    """The stages that cannot be trained as their images have no landmarks, and those that read
+    such a stage. Images that cannot be read here are taken to have what is needed.
 
     stages: inputs first. sources: as in stage_keys.
     """
@@ -153,7 +153,7 @@ def without_landmarks(
 def stage_keys(
     stages: Sequence[Stage], root: Path, sources: dict[DataConfig, FaceSource] | None = None
 ) -> dict[str, str]:
-    """The key that each stage's run will have, worked out from the configs, the pictures and the
+    """The key that each stage's run will have, worked out from the configs, the images and the
     inputs' keys. sources: those read before, and afterwards those read here
     (data.run_data.shared_source).
     """
@@ -162,12 +162,12 @@ def stage_keys(
     for stage in stages:
         source = shared_source(stage.config.data, sources)
         train, _, test = parts(source, stage.config)
-        pictures = data_key(source.fingerprint(), train, test)
+        images = data_key(source.fingerprint(), train, test)
         inputs = {}
         for setting, folder in keys.input_folders(stage.config, root / stage.name).items():
             own = folder.parent == root and folder.name in found
             inputs[setting] = found[folder.name] if own else keys.input_key(folder)
-        found[stage.name] = keys.run_key(stage.config, inputs, pictures)
+        found[stage.name] = keys.run_key(stage.config, inputs, images)
     return found
 
 
@@ -250,7 +250,7 @@ def set_aside(folder: Path, place: Path, console: Console) -> None:
         shutil.rmtree(place, ignore_errors=True)
         os.rename(folder, place)
     console.print(
-        f"{folder.name}: settings, pictures, sources or inputs changed; earlier run kept in {place}"
+        f"{folder.name}: settings, images, sources or inputs changed; earlier run kept in {place}"
     )
 
 

@@ -4,7 +4,7 @@
 
 (section 5.4 of "Model Distillation with Knowledge Transfer", arXiv 1709.02929.) The arms differ in
 the targets' weights and in nothing else; they are stages of pipeline.py, so finished ones are
-reused, a killed one continues, and several run side by side. Pictures held out of the training
+reused, a killed one continues, and several run side by side. Images held out of the training
 split judge, unless data.validation_fraction is set to 0: to choose by the test split would be to
 peek at it.
 """
@@ -72,7 +72,7 @@ class Study:
 
     @property
     def split(self) -> str:
-        """The pictures that judge: validation or test."""
+        """The images that judge: validation or test."""
         return "validation" if self.config.data.validation_fraction > 0 else "test"
 
 
@@ -235,12 +235,12 @@ def run(study: Study, out: Path, order: Order, *, keep_inconclusive: bool, overw
 
 
 def read_arm(study: Study, chosen: Sequence[str], outcomes: Mapping[str, Outcome]) -> Arm:
-    """What one arm's runs measured, per seed and picture.
+    """What one arm's runs measured, per seed and image.
 
-    Raises SelectionError where a run has no per-picture results, or runs saw different pictures.
+    Raises SelectionError where a run has no per-image results, or runs saw different images.
     """
     scores: list[np.ndarray | None] = []
-    pictures: list[int] = []
+    images: list[int] = []
     for seed in study.seeds:
         name = stage_name(chosen, seed)
         if outcomes[name].state == "diverged":
@@ -249,21 +249,21 @@ def read_arm(study: Study, chosen: Sequence[str], outcomes: Mapping[str, Outcome
         items, metric = read_items(study.root / name, study.split)
         scores.append(items[metric].astype(np.float64))
         index = items["index"].tolist()
-        if pictures and index != pictures:
-            raise SelectionError(f"{study.root / name}: judged on other pictures than other seeds")
-        pictures = index
+        if images and index != images:
+            raise SelectionError(f"{study.root / name}: judged on other images than other seeds")
+        images = index
     weights = {name: study.weights[name] for name in chosen}
-    return Arm("+".join(chosen) or "none", weights, tuple(scores), tuple(study.seeds), pictures)
+    return Arm("+".join(chosen) or "none", weights, tuple(scores), tuple(study.seeds), images)
 
 
 def read_items(folder: Path, split: str) -> tuple[dict[str, np.ndarray], str]:
-    """The per-picture results at the end of a run on a split, and the name of its metric."""
+    """The per-image results at the end of a run on a split, and the name of its metric."""
     results = _results(folder)
     name = results["metric"]["name"]
     told = results["metrics" if split == "test" else "validation"].get(name)
     if told is None:
         raise SelectionError(
-            f"{folder}: {name} cannot be measured on the pictures of the {split} split; "
+            f"{folder}: {name} cannot be measured on the images of the {split} split; "
             "set a larger data.validation_fraction"
         )
     # the last phase that was begun: an early stop leaves none of those after it
@@ -274,7 +274,7 @@ def read_items(folder: Path, split: str) -> tuple[dict[str, np.ndarray], str]:
         if np.isclose(np.nanmean(items[name], dtype=np.float64), told, rtol=1e-5):  # of float32
             return items, name
     raise SelectionError(
-        f"{folder}: items/ does not hold the pictures that {name} {told} of the {split} split is "
+        f"{folder}: items/ does not hold the images that {name} {told} of the {split} split is "
         "the mean of; pass --overwrite to train it anew"
     )
 
@@ -284,7 +284,7 @@ def _results(folder: Path) -> dict[str, Any]:
 
 
 def leaks(study: Study) -> list[str]:
-    """A note for every input run that was trained on pictures that judge here."""
+    """A note for every input run that was trained on images that judge here."""
     if study.split == "test":
         return [
             "the test split chose, so its results for the chosen recipe are no longer untouched "
@@ -304,7 +304,7 @@ def leaks(study: Study) -> list[str]:
             asked = setting.startswith("teacher")
             effect = "favours its targets" if asked else "lifts every arm"
             notes.append(
-                f"{setting} ({folder.name}) was trained on pictures that judge here, which "
+                f"{setting} ({folder.name}) was trained on images that judge here, which "
                 f"{effect}; train it with --data.validation_fraction "
                 f"{study.config.data.validation_fraction:g} to leave them out"
             )

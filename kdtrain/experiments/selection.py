@@ -29,7 +29,7 @@ CANDIDATES = {row.name: row for row in TARGETS.values() if not row.alone}
 """The targets by name; a hint is a stage of its own."""
 RULE = (
     "Rule: a target is judged by the paired bootstrap of its arm against none over seeds and "
-    "pictures (95 %). held: its weight stays; reversed (it hurts): 0; inconclusive: 0 too, as a "
+    "images (95 %). held: its weight stays; reversed (it hurts): 0; inconclusive: 0 too, as a "
     "target without a gain still costs a pass of the teacher (--keep-inconclusive keeps it); "
     "diverged in any seed: 0."
 )
@@ -45,15 +45,15 @@ class Arm:
     weights: Mapping[str, float]
     """Target -> weight; empty for none."""
     scores: Scores
-    """Per seed the metric of every picture, as shares; None where the run diverged."""
+    """Per seed the metric of every image, as shares; None where the run diverged."""
     seeds: Sequence[int]
     """The seeds, in the order of scores."""
-    pictures: Sequence[int]
-    """Which pictures were measured, as places in the source; empty where every run diverged."""
+    images: Sequence[int]
+    """Which images were measured, as places in the source; empty where every run diverged."""
 
     @property
     def per_seed(self) -> list[float | None]:
-        """Mean over the measured pictures, in percent, None where the run diverged."""
+        """Mean over the measured images, in percent, None where the run diverged."""
         return [None if s is None else 100 * float(np.nanmean(s)) for s in self.scores]
 
     @property
@@ -94,13 +94,13 @@ class Judged:
 def judge(arm: Arm, none: Arm, higher_is_better: bool, keep_inconclusive: bool = False) -> Judged:
     """The verdict on one target and the decision by RULE.
 
-    Raises ValueError when the arms measured different pictures, or none in common.
+    Raises ValueError when the arms measured different images, or none in common.
     """
-    if arm.pictures and list(arm.pictures) != list(none.pictures):
-        raise ValueError(f"judge: {arm.name} and {none.name} were measured on different pictures")
+    if arm.images and list(arm.images) != list(none.images):
+        raise ValueError(f"judge: {arm.name} and {none.name} were measured on different images")
     verdict = compare(arm.scores, none.scores, higher_is_better=higher_is_better)
     if verdict.state == "not run" and not arm.diverged:
-        raise ValueError(f"judge: no picture was measured in both {arm.name} and none")
+        raise ValueError(f"judge: no image was measured in both {arm.name} and none")
     wanted = ("held", "inconclusive") if keep_inconclusive else ("held",)
     return Judged(arm, verdict, not arm.diverged and verdict.state in wanted)
 
@@ -130,7 +130,7 @@ class Selection:
     """Everything that a choice rests on."""
 
     split: str
-    """The pictures that judged: validation or test."""
+    """The images that judged: validation or test."""
     metric: str
     higher_is_better: bool
     none: Arm
@@ -194,7 +194,7 @@ def table(selection: Selection) -> Table:
     first, last = selection.none.seeds[0], selection.none.seeds[-1]
     seeds = f"seeds {first} to {last}" if first != last else f"seed {first}"
     title = f"{selection.metric} % ({direction(not selection.higher_is_better)}), "
-    title += f"{len(selection.none.pictures)} pictures of the {selection.split} split, {seeds}; "
+    title += f"{len(selection.none.images)} images of the {selection.split} split, {seeds}; "
     title += "points: gain over none"
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, title=title)
     shown.padding = (0, 1, 0, 0)

@@ -55,7 +55,7 @@ class Result:
         return found.get("test", found["metrics"]).get(name)
 
     def items(self, name: str, phase: int = -1) -> np.ndarray | None:
-        """The same for every test picture."""
+        """The same for every test image."""
         if self.state != "done":
             return None
         place = phase % len(self.results["phases"])
@@ -91,7 +91,7 @@ def cell_of(
         state = wanted if wanted in states else state
     note = next((r.note for r in found if r.note), "")
     if states <= {"done"}:
-        state, note = "not measured", "these pictures have not what it needs"
+        state, note = "not measured", "these images have not what it needs"
     return Cell(paper=paper, state=state, note=note, per_seed=tuple(percent))
 
 
@@ -134,11 +134,11 @@ def judged(
 
 
 def about(found: Iterable[Result], jobs: int) -> list[tuple[str, str]]:
-    """Pictures, machine and training time of the finished runs, as lines below a table."""
+    """Images, machine and training time of the finished runs, as lines below a table."""
     lines = []
     done = [result for result in found if result.state == "done"]
     for data in {tuple(r.results["data"].items()): r.results["data"] for r in done}.values():
-        text = f"{data['name']}: {data['images']:,} pictures of {data['classes']:,} people"
+        text = f"{data['name']}: {data['images']:,} images of {data['classes']:,} identities"
         lines.append(("data", f"{text}, {data['train']:,} to train and {data['test']:,} to test"))
     if done:
         known = done[0].results["environment"]

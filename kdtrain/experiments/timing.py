@@ -1,5 +1,5 @@
 """What one step costs: a network's size from its shapes, memory and time from a few real steps on
-random pictures.
+random images.
 
 The timing of a shape (network, teacher, batch, task, targets, device, threads) is kept for the
 process, so that a plan of many runs times only those that differ.
@@ -39,8 +39,8 @@ STEPS = 4
 "Steps that are timed, where they do not take too long; two at least."
 TIMED_BYTES = 2 << 30
 "Most that the activations of a timed batch may take, bytes; weights come on top."
-LEAST = 4  # pictures of the smallest batch that every task can step on (2 people x 2 pictures)
-EVAL_PICTURES = 256  # the engine's own evaluation batch
+LEAST = 4  # images of the smallest batch that every task can step on (2 identities x 2 images)
+EVAL_IMAGES = 256  # the engine's own evaluation batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,35 +49,35 @@ class Size:
 
     parameters: int
     multiply_adds: int
-    """Of its forward pass for one picture, convolutions and linear layers."""
+    """Of its forward pass for one image, convolutions and linear layers."""
     activations: int
-    """Bytes kept for backward by one picture in float32, as far as its batch grows them."""
+    """Bytes kept for backward by one image in float32, as far as its batch grows them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
     """What the timed steps of one shape showed."""
 
-    pictures: int
-    """Pictures of a timed step."""
+    images: int
+    """Images of a timed step."""
     batch_s: float
-    """Augmentation, forward, loss and backward of these pictures."""
+    """Augmentation, forward, loss and backward of these images."""
     update_s: float
     """The optimiser's part, which does not grow with the batch."""
-    picture_s: float
-    """Evaluation of one picture."""
+    image_s: float
+    """Evaluation of one image."""
     fixed_bytes: int
     """Weights, gradients, optimiser state."""
     batch_bytes: int
-    """What these pictures need beside."""
+    """What these images need beside."""
 
 
 _timings: dict[str, Timing] = {}
 T = TypeVar("T")
 
 
-def batch_pictures(config: Config) -> int:
-    """Pictures of a training step."""
+def batch_images(config: Config) -> int:
+    """Images of a training step."""
     if config.balanced:
         return config.triplet.identities * config.triplet.images_per_identity
     return config.optim.batch_size
@@ -94,9 +94,9 @@ def network_size(config: Config, model: ModelConfig, classes: int, side: int | N
 def _size(model: ModelConfig, classes: int, landmarks: bool, side: int, head: HeadConfig) -> Size:
     with seeded(0), torch.device("meta"):
         network = FaceNetwork(model, classes, landmarks, head=head, input_size=side)
-        pictures = torch.empty(LEAST, 3, side, side)
+        images = torch.empty(LEAST, 3, side, side)
     network.train()
-    _, saved = _saved_bytes(lambda: network(pictures), [network])
+    _, saved = _saved_bytes(lambda: network(images), [network])
     return Size(
         parameters=count_parameters(network),
         multiply_adds=multiply_adds(network, side),
@@ -135,13 +135,13 @@ def _measure(
         task = build_task(config, classes, _guide(config, classes, teachers))
         trial = _Trial(config, task.to(device), device, kept)
         most = _fitting(config, classes, teachers)
-        pictures, needed, first = trial.kept_bytes(LEAST)  # builds kernels and starts threads
+        images, needed, first = trial.kept_bytes(LEAST)  # builds kernels and starts threads
         times = [first, trial.step(LEAST)]
         least_s = sum(usual(times))
         slow = least_s > TIMED_S / 3
         most = min(most, max(LEAST, int(TIMED_S / (STEPS + 2) * LEAST / max(least_s, 1e-9))))
         if most > LEAST:
-            pictures, needed, _ = trial.kept_bytes(most)  # also warms up this batch
+            images, needed, _ = trial.kept_bytes(most)  # also warms up this batch
             times.clear()
         fixed = trial.fixed_bytes()
         if on_cuda:
@@ -149,15 +149,15 @@ def _measure(
         batch_s, update_s = _repeated(lambda: trial.step(most), 2 if slow else STEPS, times)
         if on_cuda:
             needed = max(0, torch.cuda.max_memory_allocated(device) - before - fixed)
-        seen = min(EVAL_PICTURES, pictures)
+        seen = min(EVAL_IMAGES, images)
         if not slow:
             trial.evaluation(LEAST)
         (seen_s,) = _repeated(lambda: (trial.evaluation(seen),), 2 if slow else STEPS)
     return Timing(
-        pictures=pictures,
+        images=images,
         batch_s=batch_s,
         update_s=update_s,
-        picture_s=seen_s / seen,
+        image_s=seen_s / seen,
         fixed_bytes=fixed,
         batch_bytes=needed,
     )
@@ -194,7 +194,7 @@ def _guide(
 
 
 class _Trial:
-    """A task with its optimiser, stepped on random pictures."""
+    """A task with its optimiser, stepped on random images."""
 
     def __init__(self, config: Config, task: Task, device: torch.device, kept: bool) -> None:
         """kept: the teacher is not asked, its answers are there (teacher.cache)."""
@@ -213,9 +213,9 @@ class _Trial:
         self.taken = 0
 
     def step(self, most: int) -> tuple[float, float]:
-        """Seconds of forward and backward, and of the optimiser, on about `most` pictures."""
+        """Seconds of forward and backward, and of the optimiser, on about `most` images."""
         labels = self._labels(most)
-        stored, points = self._pictures(len(labels))
+        stored, points = self._images(len(labels))
         guide = self._answers(len(labels)) if self.kept else None
         self.task.network.train()
         self.task.extra.train()
@@ -232,7 +232,7 @@ class _Trial:
         # a rate at which random labels cannot make the weights infinite within a few steps
         self.optimisation.begin(1e-6)
         loss = self.task.step(
-            batch.pictures, batch.labels, batch.points, guide, batch.teacher_pictures
+            batch.images, batch.labels, batch.points, guide, batch.teacher_images
         ).loss
         self.optimisation.backward(loss)
         between = now(self.device)
@@ -241,14 +241,14 @@ class _Trial:
         return between - started, now(self.device) - between
 
     def kept_bytes(self, most: int) -> tuple[int, int, tuple[float, float]]:
-        """Pictures of a step, bytes that they need beside the weights, and `step`'s times."""
+        """Images of a step, bytes that they need beside the weights, and `step`'s times."""
         times, sizes = _saved_bytes(lambda: self.step(most), self.modules)
-        pictures = len(self._labels(most))
+        images = len(self._labels(most))
         logits = self.task.network.num_classes
         if self.task.teacher is not None:
             logits += self.task.teacher.num_classes
-        needed = sum(sizes) + 2 * max(sizes, default=0) + 4 * logits * pictures
-        return pictures, needed, times
+        needed = sum(sizes) + 2 * max(sizes, default=0) + 4 * logits * images
+        return images, needed, times
 
     def fixed_bytes(self) -> int:
         """Weights, gradients and optimiser state, after a step."""
@@ -260,18 +260,18 @@ class _Trial:
             average = 4 * count_parameters(self.task.network)  # float32
         return average + sum(t.numel() * t.element_size() for t in held)
 
-    def evaluation(self, pictures: int) -> float:
-        """Seconds of the forward pass over `pictures` centre crops."""
-        stored, points = self._pictures(pictures)
+    def evaluation(self, images: int) -> float:
+        """Seconds of the forward pass over `images` centre crops."""
+        stored, points = self._images(images)
         started = now(self.device)
         data = self.config.data
         crop = center(stored.to(self.device), None, data.crop_side, self.config.augment)
         crops, _, _ = shrink(*crop, data.input_size)
         batch = EvalBatch(
-            pictures=crops,
-            labels=torch.zeros(pictures, dtype=torch.int64, device=self.device),
-            indices=torch.arange(pictures),
-            sizes=torch.full((pictures, 2), data.store_size),
+            images=crops,
+            labels=torch.zeros(images, dtype=torch.int64, device=self.device),
+            indices=torch.arange(images),
+            sizes=torch.full((images, 2), data.store_size),
             points_original=points,
             to_original=lambda found: found,
         )
@@ -279,17 +279,17 @@ class _Trial:
         return now(self.device) - started
 
     def _labels(self, most: int) -> Tensor:
-        """Labels of about `most` pictures; identities x pictures where the batches are."""
-        whole = batch_pictures(self.config)
+        """Labels of about `most` images; identities x images where the batches are."""
+        whole = batch_images(self.config)
         wanted, alike = max(LEAST, min(most, whole)), 1
         if self.config.balanced:
             alike = min(self.config.triplet.images_per_identity, wanted // 2)
         else:
             wanted = min(wanted, whole)
-        people = wanted // alike
-        return torch.arange(people).repeat_interleave(alike) % self.task.network.num_classes
+        identities = wanted // alike
+        return torch.arange(identities).repeat_interleave(alike) % self.task.network.num_classes
 
-    def _pictures(self, count: int) -> tuple[Tensor, Tensor | None]:
+    def _images(self, count: int) -> tuple[Tensor, Tensor | None]:
         """Random uint8 (count, 3, S, S), and landmarks (count, 5, 2) where the task needs them."""
         shape = (count, 3, *[self.config.data.store_size] * 2)
         stored = torch.randint(0, 256, shape, generator=self.random, dtype=torch.uint8)
@@ -315,7 +315,7 @@ def now(device: torch.device) -> float:
 
 
 def _fitting(config: Config, classes: int, teachers: Sequence[ModelConfig]) -> int:
-    """Pictures of the largest batch within TIMED_BYTES; on CUDA half of what is free."""
+    """Images of the largest batch within TIMED_BYTES; on CUDA half of what is free."""
     device = torch.device(config.train.device)
     limit = TIMED_BYTES
     if device.type == "cuda":
@@ -326,7 +326,7 @@ def _fitting(config: Config, classes: int, teachers: Sequence[ModelConfig]) -> i
     for teacher in teachers:
         theirs = network_size(config, teacher, classes, config.teacher_side)
         each += 0.4 * theirs.activations + 4 * classes
-    return max(LEAST, min(batch_pictures(config), int(limit / each)))
+    return max(LEAST, min(batch_images(config), int(limit / each)))
 
 
 def _saved_bytes(run: Callable[[], T], modules: Sequence[nn.Module]) -> tuple[T, list[int]]:

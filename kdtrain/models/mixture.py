@@ -27,12 +27,12 @@ def mixed_logits(logits: Sequence[Tensor], weights: Sequence[float], temperature
 
 
 class TeacherMixture(FaceNetwork):
-    """Networks that tell the same people apart, answering as one teacher: mixed_logits at one
+    """Networks that tell the same identities apart, answering as one teacher: mixed_logits at one
     temperature, and the first one's feature. weights: more than 0, sum 1.
 
     Its other methods, backbone, classifier and width are the first network's, and no target with
     weight reads them (Config sees to it). Weights and temperature are part of its state, as an
-    answer depends on them. Raises ValueError for networks of different people.
+    answer depends on them. Raises ValueError for networks of different identities.
     """
 
     def __init__(
@@ -42,8 +42,8 @@ class TeacherMixture(FaceNetwork):
         classes = [network.num_classes for network in networks]
         if len(set(classes)) > 1:
             raise ValueError(
-                f"teacher.more: the teachers tell {', '.join(map(str, classes))} people apart; "
-                "train all of them on the same people"
+                f"teacher.more: the teachers tell {', '.join(map(str, classes))} identities apart; "
+                "train all of them on the same identities"
             )
         first = networks[0]
         self.networks = nn.ModuleList(networks)
@@ -54,10 +54,10 @@ class TeacherMixture(FaceNetwork):
         self.register_buffer("mixed_by", mixed_by)
         self.arrange(channels_last=True)
 
-    def forward(self, pictures: Tensor) -> Outputs:
-        """Answer to raw pictures (N, 3, H, W) in [0, 255], without landmarks."""
-        pictures = pictures.contiguous(memory_format=self._format)
-        answers: list[Outputs] = [network(pictures) for network in self.networks]
+    def forward(self, images: Tensor) -> Outputs:
+        """Answer to raw images (N, 3, H, W) in [0, 255], without landmarks."""
+        images = images.contiguous(memory_format=self._format)
+        answers: list[Outputs] = [network(images) for network in self.networks]
         logits = [answer.logits for answer in answers if answer.logits is not None]
         mixed = mixed_logits(logits, self.weights, self.temperature)
         return Outputs(answers[0].hidden, mixed, None)

@@ -28,7 +28,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Outputs(NamedTuple):
-    """What one pass of the network gives. N pictures, C classes, K features."""
+    """What one pass of the network gives. N images, C classes, K features."""
 
     hidden: Tensor
     """(N, K) the backbone's feature before it is scaled to any length: pooled maps (the paper's
@@ -73,7 +73,7 @@ class FaceNetwork(nn.Module):
     their classifier, whose head is then a cosine one for nobody. landmarks: whether to add the head
     for 5 points. Both heads read the same feature, so an alignment network still predicts classes
     (its soft target). head: the settings of config.HeadConfig, of which kind and scale count; None
-    is a linear classifier with bias. input_size: side of the pictures, which face networks are
+    is a linear classifier with bias. input_size: side of the images, which face networks are
     built for (resnet takes any); the default is that of published weights. Weights depend on
     torch's seed alone, and those of backbone and classifier do not change with `landmarks` (see
     `seeded`). Raises ValueError for a network that cannot be built.
@@ -117,25 +117,25 @@ class FaceNetwork(nn.Module):
         self._format = torch.channels_last if self.channels_last else torch.contiguous_format
         self.to(memory_format=self._format)  # pyright: ignore[reportCallIssue]
 
-    def forward(self, pictures: Tensor) -> Outputs:
-        """Feature, class scores and landmarks of raw pictures (N, 3, H, W) in [0, 255]."""
-        return self._heads(self.backbone(pictures.contiguous(memory_format=self._format)))
+    def forward(self, images: Tensor) -> Outputs:
+        """Feature, class scores and landmarks of raw images (N, 3, H, W) in [0, 255]."""
+        return self._heads(self.backbone(images.contiguous(memory_format=self._format)))
 
-    def embed(self, pictures: Tensor) -> Outputs:
+    def embed(self, images: Tensor) -> Outputs:
         """What `forward` gives without the class scores (None), for losses that need the feature
         alone.
         """
-        hidden = self.backbone(pictures.contiguous(memory_format=self._format))
+        hidden = self.backbone(images.contiguous(memory_format=self._format))
         return self._heads(hidden, scores=False)
 
-    def tap(self, pictures: Tensor, stage: int) -> Tensor:
-        """Output (N, C, h, w) of stage 1 to 4 for raw pictures; see Backbone.maps."""
-        return self.backbone.maps(pictures.contiguous(memory_format=self._format), stage)
+    def tap(self, images: Tensor, stage: int) -> Tensor:
+        """Output (N, C, h, w) of stage 1 to 4 for raw images; see Backbone.maps."""
+        return self.backbone.maps(images.contiguous(memory_format=self._format), stage)
 
-    def attend(self, pictures: Tensor) -> Outputs:
+    def attend(self, images: Tensor) -> Outputs:
         """What `forward` gives, and the attention_map of every stage."""
-        pictures = pictures.contiguous(memory_format=self._format)
-        hidden, attention = self.backbone.attend(pictures)
+        images = images.contiguous(memory_format=self._format)
+        hidden, attention = self.backbone.attend(images)
         return self._heads(hidden)._replace(attention=attention)
 
     def _heads(self, hidden: Tensor, scores: bool = True) -> Outputs:
@@ -156,15 +156,15 @@ class Passes:
         self._compile = train.compile
         self._compiled: dict[Any, Callable[..., Any]] = {}
 
-    def __call__(self, run: Callable[..., Any], pictures: Tensor, *options: Any) -> Any:
-        """run(pictures, *options); run: a network, or one of its methods.
+    def __call__(self, run: Callable[..., Any], images: Tensor, *options: Any) -> Any:
+        """run(images, *options); run: a network, or one of its methods.
 
         Raises ConfigError where train.compile fails.
         """
         # a context of its own for each call: the casts it keeps were made with or without gradient
-        with torch.autocast(pictures.device.type, self._dtype, enabled=self._dtype is not None):
+        with torch.autocast(images.device.type, self._dtype, enabled=self._dtype is not None):
             if not self._compile:
-                return run(pictures, *options)
+                return run(images, *options)
             from torch._dynamo.exc import TorchDynamoException
 
             try:
@@ -173,7 +173,7 @@ class Passes:
                     # and a resumed run meets them in another order. The network is wrapped, not
                     # changed, so that its state dict keeps its names.
                     self._compiled[run] = torch.compile(run, dynamic=False)
-                return self._compiled[run](pictures, *options)
+                return self._compiled[run](images, *options)
             except TorchDynamoException as error:
                 said = " ".join(str(error).split("\n\n")[0].split())  # the rest is advice to torch
                 raise ConfigError(
@@ -264,7 +264,7 @@ def network_from_state(
     if refused:
         raise ValueError(
             f"network_from_state: {len(refused)} weights do not fit {model.describe()} for "
-            f"pictures of {input_size} pixels; the first: {refused[0]}"
+            f"images of {input_size} pixels; the first: {refused[0]}"
         )
     network.load_state_dict(dict(state))
     return network
@@ -295,7 +295,7 @@ def inherit(network: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
 
 def inherit_head(network: FaceNetwork, other: FaceNetwork, run: object) -> None:
     """Start the classifier as another network's. Raises ValueError, naming `run`, where kind,
-    people or width differ.
+    identities or width differ.
     """
     ours, theirs = network.classifier, other.classifier
     kinds = ["cosine" if isinstance(c, CosineClassifier) else "linear" for c in (ours, theirs)]
@@ -306,8 +306,8 @@ def inherit_head(network: FaceNetwork, other: FaceNetwork, run: object) -> None:
         )
     if ours.weight.shape[0] != theirs.weight.shape[0]:
         raise ValueError(
-            f"head.run {run}: its classifier knows {theirs.weight.shape[0]} people and the data "
-            f"has {ours.weight.shape[0]}; name a run on the same people"
+            f"head.run {run}: its classifier has {theirs.weight.shape[0]} identities and the data "
+            f"{ours.weight.shape[0]}; name a run on the same identities"
         )
     if ours.weight.shape[1] != theirs.weight.shape[1]:
         raise ValueError(
@@ -323,7 +323,7 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def multiply_adds(network: FaceNetwork, input_size: int, *, heads: bool = True) -> int:
-    """Multiply-adds of convolutions and linear layers for one (3, input_size, input_size) picture;
+    """Multiply-adds of convolutions and linear layers for one (3, input_size, input_size) image;
     heads: classifier and landmark head included.
 
     The usual "MACs" or, loosely, "FLOPs" of the field; normalisation, activation and pooling do not
@@ -348,8 +348,8 @@ def multiply_adds(network: FaceNetwork, input_size: int, *, heads: bool = True) 
         stack.enter_context(evaluating(network))
         for layer in layers:
             stack.enter_context(layer.register_forward_hook(count))
-        picture = torch.empty(1, 3, input_size, input_size, device="meta")
-        torch.func.functional_call(network, shapes, (picture,))
+        image = torch.empty(1, 3, input_size, input_size, device="meta")
+        torch.func.functional_call(network, shapes, (image,))
     return total
 
 

@@ -1,7 +1,7 @@
 """True accept rates at low false accept rates, over every pair of a split.
 
 Ten folds of pairs hold a few thousand impostors: at a false accept rate of 0.001 two or three of
-them set the threshold. All N (N - 1) / 2 pairs of a thousand pictures are half a million. Scores
+them set the threshold. All N (N - 1) / 2 pairs of a thousand images are half a million. Scores
 are formed a part at a time, and only the impostors that can set a threshold are kept.
 """
 
@@ -27,11 +27,11 @@ class Scores(NamedTuple):
     """Cosines of every pair, as far as thresholds need them; float32, on the CPU."""
 
     genuine: Tensor
-    """(G,) of two pictures of one person, not of one video, falling."""
+    """(G,) of two images of one identity, not of one video, falling."""
     impostors: Tensor
-    """(K,) the largest of two people, falling."""
+    """(K,) the largest of two identities, falling."""
     num_impostors: int
-    """Pairs of two people in all, M >= K."""
+    """Pairs of two identities in all, M >= K."""
 
 
 def pair_scores(
@@ -42,11 +42,11 @@ def pair_scores(
     gallery: Tensor | None = None,
     part: int = _PART,
 ) -> Scores:
-    """Cosines of all pairs of N pictures.
+    """Cosines of all pairs of N images.
 
     queries (N, D) features, labels (N,). Without gallery every unordered pair counts once. gallery
-    (N, D): features of the same pictures by another network; every ordered pair (i, j), i != j,
-    of queries[i] and gallery[j] counts. groups (N,): the video that a picture comes from; genuine
+    (N, D): features of the same images by another network; every ordered pair (i, j), i != j,
+    of queries[i] and gallery[j] counts. groups (N,): the video that an image comes from; genuine
     pairs of one video are left out, as frames are near-copies. Memory: `part` scores and what is
     kept. ValueError for features that are not finite.
     """
@@ -54,11 +54,11 @@ def pair_scores(
     theirs = ours if gallery is None else F.normalize(gallery.float(), dim=1)
     if not bool(ours.isfinite().all() and theirs.isfinite().all()):
         raise ValueError("pair_scores: features must be finite, got nan or inf in them")
-    people, sizes = torch.unique(labels, return_inverse=True, return_counts=True)[1:]
-    order = people.argsort(stable=True)  # pairs of one person then lie beside the diagonal
+    identities, sizes = torch.unique(labels, return_inverse=True, return_counts=True)[1:]
+    order = identities.argsort(stable=True)  # pairs of one identity then lie beside the diagonal
     ends = sizes.cumsum(0).tolist()
     begins = [0, *ends]
-    people, place = people[order].to(ours.device), order.to(ours.device)
+    identities, place = identities[order].to(ours.device), order.to(ours.device)
     ours = ours[place]
     theirs = ours if gallery is None else theirs[place]
     videos = None if groups is None else groups.to(ours.device)[place]
@@ -74,12 +74,12 @@ def pair_scores(
         stop = min(total, start + step)
         first = 0 if gallery is not None else start
         scores = ours[start:stop] @ theirs[first:].T  # (R, C)
-        end = ends[int(people[stop - 1])]
-        low = start if gallery is None else begins[int(people[start])]
+        end = ends[int(identities[stop - 1])]
+        low = start if gallery is None else begins[int(identities[start])]
         band = scores[:, low - first : end - first]  # whoever is not in it is somebody else
         column = torch.arange(low, end, device=ours.device)
         row = torch.arange(start, stop, device=ours.device)[:, None]
-        same = people[row] == people[column]
+        same = identities[row] == identities[column]
         counted = same & (row < column if gallery is None else row != column)
         if videos is not None:
             counted &= videos[row] != videos[column]

@@ -30,9 +30,9 @@ def hits(logits: Tensor, labels: Tensor) -> Tensor:
 def normalizer(true: Tensor, sizes: Tensor, kind: str = "interocular") -> Tensor:
     """(N,) length in original pixels that landmark errors are divided by.
 
-    true (N, 5, 2) landmarks, eyes first; sizes (N, 2) picture width and height. interocular:
+    true (N, 5, 2) landmarks, eyes first; sizes (N, 2) image width and height. interocular:
     distance of the two eyes (Wu et al. 2015). diagonal: that of the landmarks' bounding box. side:
-    sqrt(width * height) of the picture. ValueError for a length that is not positive.
+    sqrt(width * height) of the image. ValueError for a length that is not positive.
     """
     true = true.double()
     if kind == "interocular":
@@ -44,7 +44,7 @@ def normalizer(true: Tensor, sizes: Tensor, kind: str = "interocular") -> Tensor
     if not bool((length > 0).all()):
         row = int((~(length > 0)).nonzero()[0, 0])
         raise ValueError(
-            f"normalizer: the {kind} length of picture {row} is {length[row].item()}; "
+            f"normalizer: the {kind} length of image {row} is {length[row].item()}; "
             "correct its landmarks or choose another normalizer"
         )
     return length
@@ -62,11 +62,11 @@ def per_point_error(predicted: Tensor, true: Tensor) -> Tensor:
     return (predicted.double() - true.double()).norm(dim=2)
 
 
-def nrmse_per_picture(
+def nrmse_per_image(
     predicted: Tensor, true: Tensor, sizes: Tensor, kind: str = "interocular"
 ) -> Tensor:
-    """(N,) sqrt(mean_i e_i^2) / d: e_i the distances of `per_point_error`, d the picture's
-    `normalizer`. The normalised root mean squared error is their mean over pictures.
+    """(N,) sqrt(mean_i e_i^2) / d: e_i the distances of `per_point_error`, d the image's
+    `normalizer`. The normalised root mean squared error is their mean over images.
 
     All points in the original pixel frame, after crop and resize are undone: the aspect ratio
     matters.
@@ -75,7 +75,7 @@ def nrmse_per_picture(
 
 
 def failure_rate(errors: Tensor, limit: float = 0.1) -> float:
-    """Share of pictures whose error (N,) is above `limit` or not a number."""
+    """Share of images whose error (N,) is above `limit` or not a number."""
     return (~(errors <= limit)).double().mean().item()
 
 
@@ -101,13 +101,13 @@ def nn_hits(
     gallery: Tensor | None = None,
     backend: str | None = None,
 ) -> dict[str, Tensor]:
-    """Whether each query's nearest row by Euclidean distance, leave-one-out, is the query's person:
-    "nn_top1", float32 (N,), 1 or 0, nan for a lone query, whose person has no other picture. It can
-    never be right, and stays in the gallery of the others.
+    """Whether each query's nearest row by Euclidean distance, leave-one-out, is the query's
+    identity: "nn_top1", float32 (N,), 1 or 0, nan for a lone query, whose identity has no other
+    image. It can never be right, and stays in the gallery of the others.
 
-    queries (N, D) features, labels (N,). With groups (N,), the video that a picture comes from,
-    also "nn_top1_other_video": there pictures of the query's own video are no neighbours. gallery
-    (N, D): another network's features of the same pictures, among which the queries are looked up
+    queries (N, D) features, labels (N,). With groups (N,), the video that an image comes from,
+    also "nn_top1_other_video": there images of the query's own video are no neighbours. gallery
+    (N, D): another network's features of the same images, among which the queries are looked up
     in place of their own. ValueError for fewer than two rows, or shapes that differ.
     """
     if gallery is None:
@@ -115,7 +115,7 @@ def nn_hits(
         nearest = nearest_neighbor(queries, backend=backend)[1]
     elif queries.shape != gallery.shape:
         raise ValueError(
-            "nn_hits: queries and gallery must be features of the same pictures and of one "
+            "nn_hits: queries and gallery must be features of the same images and of one "
             f"width, got {tuple(queries.shape)} and {tuple(gallery.shape)}"
         )
     else:
@@ -126,12 +126,12 @@ def nn_hits(
         return torch.where(mates > 0, (labels[nearest] == labels).float(), float("nan"))
 
     labels = labels.to(queries.device)
-    people = torch.unique(labels, return_inverse=True)[1]
-    mates = torch.bincount(people)[people] - 1
+    identities = torch.unique(labels, return_inverse=True)[1]
+    mates = torch.bincount(identities)[identities] - 1
     result = {"nn_top1": hit(nearest, mates)}
     if groups is not None:
         groups = groups.to(queries.device)
-        video = torch.unique(torch.stack([people, groups], 1), dim=0, return_inverse=True)[1]
+        video = torch.unique(torch.stack([identities, groups], 1), dim=0, return_inverse=True)[1]
         mates = mates + 1 - torch.bincount(video)[video]
         others = _nearest_other_group(queries, gallery, groups, backend)
         result["nn_top1_other_video"] = hit(others, mates)
@@ -185,51 +185,51 @@ def _nearest_other_group(
 def make_pairs(
     labels: Tensor, seed: int, folds: int = 10, per_fold: int = 300
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs for verification, laid out as LFW's: per fold first the same-person pairs, then as many
-    of two people.
+    """Pairs for verification, laid out as LFW's: per fold first the same-identity pairs, then as
+    many of two identities.
 
     labels (N,). Returns two index tensors (P,) and `same` (P,) bool, P = folds * 2 * pairs, no pair
-    twice, a pure function of the arguments. The people of one fold are in no other fold. `per_fold`
-    of each kind, or as many as the poorest fold can give (at most 100 pictures of a person are
-    looked at). ValueError where a fold has not one pair of each kind.
+    twice, a pure function of the arguments. The identities of one fold are in no other fold.
+    `per_fold` of each kind, or as many as the poorest fold can give (at most 100 images of an
+    identity are looked at). ValueError where a fold has not one pair of each kind.
     """
     random = np.random.RandomState(seed)  # the legacy stream: numpy promises never to change it
     values = labels.cpu().numpy()
     order = random.permutation(len(values))
     order = order[np.argsort(values[order], kind="stable")]
-    people = np.split(order, np.flatnonzero(np.diff(values[order])) + 1)
-    people = [people[i][:100] for i in random.permutation(len(people))]
-    people.sort(key=len, reverse=True)  # stable: equal people stay in random order
+    identities = np.split(order, np.flatnonzero(np.diff(values[order])) + 1)
+    identities = [identities[i][:100] for i in random.permutation(len(identities))]
+    identities.sort(key=len, reverse=True)  # stable: equal identities stay in random order
     members: list[list[np.ndarray]] = [[] for _ in range(folds)]
-    for rank, person in enumerate(people):
+    for rank, identity in enumerate(identities):
         lap, seat = divmod(rank, folds)
-        members[seat if lap % 2 == 0 else folds - 1 - seat].append(person)
-    sames, pictures, available = [], [], []
+        members[seat if lap % 2 == 0 else folds - 1 - seat].append(identity)
+    sames, images, available = [], [], []
     for fold in members:
-        same = [person[np.stack(np.triu_indices(len(person), 1), 1)] for person in fold]
+        same = [identity[np.stack(np.triu_indices(len(identity), 1), 1)] for identity in fold]
         sames.append(np.concatenate([*same, np.zeros((0, 2), order.dtype)]))
-        pictures.append(np.concatenate([*fold, np.zeros(0, order.dtype)]))
-        count = len(pictures[-1])
+        images.append(np.concatenate([*fold, np.zeros(0, order.dtype)]))
+        count = len(images[-1])
         available.append(min(len(sames[-1]), count * (count - 1) // 2 - len(sames[-1])))
     number = min(per_fold, *available)
     if number < 1:
         raise ValueError(
-            f"make_pairs: each of {folds} folds needs a pair of one and one of two people; "
-            f"{len(people)} people with {len(values)} pictures do not give that, so ask for fewer"
+            f"make_pairs: each of {folds} folds needs a pair of one and one of two identities; "
+            f"{len(identities)} identities with {len(values)} images lack such pairs; lower folds"
         )
     pairs = []
-    for same, pool in zip(sames, pictures, strict=True):
+    for same, pool in zip(sames, images, strict=True):
         pairs.append(same[random.permutation(len(same))[:number]])
         pairs.append(_different_pairs(random, pool, values, number))
     index = torch.from_numpy(np.concatenate(pairs).astype(np.int64))
-    same_person = torch.tensor(([True] * number + [False] * number) * folds)
-    return index[:, 0], index[:, 1], same_person
+    same_identity = torch.tensor(([True] * number + [False] * number) * folds)
+    return index[:, 0], index[:, 1], same_identity
 
 
 def _different_pairs(
     random: np.random.RandomState, pool: np.ndarray, values: np.ndarray, number: int
 ) -> np.ndarray:
-    """`number` distinct pairs of two people among the pictures `pool`, in the order in which they
+    """`number` distinct pairs of two identities among the images `pool`, in the order in which they
     are drawn.
     """
     found: dict[tuple[int, int], None] = {}
@@ -255,7 +255,7 @@ def best_threshold(scores: Tensor, same: Tensor) -> float:
     scores, order = scores.double().sort()
     same = same[order]
     distinct = torch.cat([torch.ones_like(same[:1]), scores[1:] != scores[:-1]])
-    start = distinct.nonzero()[:, 0]  # a cut at i calls rows i.. the same person
+    start = distinct.nonzero()[:, 0]  # a cut at i calls rows i.. the same identity
     negatives = torch.cat([torch.zeros(1, dtype=torch.long), (~same).long().cumsum(0)])
     positives = torch.cat([torch.zeros(1, dtype=torch.long), same.long().cumsum(0)])
     cuts = torch.cat([start, torch.tensor([len(scores)])])
@@ -318,12 +318,12 @@ def roc(scores: Tensor, same: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return far.double(), tar, torch.cat([scores.new_full((1,), float("inf")), scores[last]])
 
 
-def raw_pixels(pictures: Tensor, side: int = 32) -> Tensor:
-    """(N, 3 * s * s) pixels as features; a picture wider than `side` is averaged down to it."""
-    pictures = pictures.float()
-    if pictures.shape[-1] > side:
-        pictures = F.interpolate(pictures, size=(side, side), mode="area")
-    return pictures.flatten(1)
+def raw_pixels(images: Tensor, side: int = 32) -> Tensor:
+    """(N, 3 * s * s) pixels as features; an image wider than `side` is averaged down to it."""
+    images = images.float()
+    if images.shape[-1] > side:
+        images = F.interpolate(images, size=(side, side), mode="area")
+    return images.flatten(1)
 
 
 def gallery_top1(

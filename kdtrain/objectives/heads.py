@@ -143,11 +143,11 @@ def margin_of(
 def distillation_margin(
     teacher: Tensor, weight: Tensor, labels: Tensor, largest: float, smallest: float
 ) -> ArcFace:
-    """MarginDistillation's angle of each picture (Svitov and Alyamkin 2020, arXiv 2003.02586):
+    """MarginDistillation's angle of each image (Svitov and Alyamkin 2020, arXiv 2003.02586):
 
         m_n = (largest - smallest) c_n / max_n c_n + smallest,   c_n = cos(teacher_n, weight_{y_n})
 
-    so that a picture that the teacher is sure of is asked for more. teacher (N, K), weight (C, K)
+    so that an image that the teacher is sure of is asked for more. teacher (N, K), weight (C, K)
     of the teacher's classifier, labels (N,). A cosine below 0 counts as 0, which the paper leaves
     open; where none is above, every m is the smallest.
     """
@@ -162,19 +162,19 @@ def move_centres(weight: Tensor, student: Tensor, teacher: Tensor, labels: Tenso
     """AdaDistill's step of the classes' centres, in place (arXiv 2407.01332, eq. 6 and 7):
 
         a_n  = clip(cos(student_n, teacher_n), 0, 1) clip(cos(w_y, teacher_n), 0, 1),   y = labels_n
-        w_y <- mean over the batch's pictures n of y of  a_n u(w_y) + (1 - a_n) u(teacher_n)
+        w_y <- mean over the batch's images n of y of  a_n u(w_y) + (1 - a_n) u(teacher_n)
 
     u scales to unit length. Early, where the student is far from the teacher, a centre is the
-    teacher's feature of the picture at hand; late it is what it was. weight (C, K); student,
-    teacher (N, K); labels (N,). The released code writes one picture after the other over the same
-    row, in no order that is told, and unscaled; the mean over a batch's pictures is ours. A class
-    without a picture keeps its centre.
+    teacher's feature of the image at hand; late it is what it was. weight (C, K); student,
+    teacher (N, K); labels (N,). The released code writes one image after the other over the same
+    row, in no order that is told, and unscaled; the mean over a batch's images is ours. A class
+    without an image keeps its centre.
     """
     theirs = F.normalize(teacher.float(), dim=1)
-    people, place, count = torch.unique(labels, return_inverse=True, return_counts=True)
-    centres = F.normalize(weight[people].float(), dim=1)
+    identities, place, count = torch.unique(labels, return_inverse=True, return_counts=True)
+    centres = F.normalize(weight[identities].float(), dim=1)
     agrees = (F.normalize(student.float(), dim=1) * theirs).sum(1).clamp(0, 1)
     keeps = (agrees * (centres[place] * theirs).sum(1).clamp(0, 1))[:, None]
     moved = keeps * centres[place] + (1 - keeps) * theirs
     sums = torch.zeros_like(centres).index_add_(0, place, moved)
-    weight[people] = (sums / count[:, None]).to(weight.dtype)
+    weight[identities] = (sums / count[:, None]).to(weight.dtype)

@@ -20,13 +20,13 @@ from kdtrain.models.network import NUM_POINTS, FaceNetwork, Outputs, evaluating
 from kdtrain.objectives import all_pairs, evaluate
 
 PAIR_FOLDS = 10
-SAMPLES = 12  # pictures that a report shows
+SAMPLES = 12  # images that a report shows
 SHOWN_SIDE = 96  # their largest side in pixels
-GALLERY = 2000  # pictures among which a report looks for neighbours
+GALLERY = 2000  # images among which a report looks for neighbours
 
 
 class Seen(NamedTuple):
-    """What a network made of one split, on the CPU but for the features; N pictures."""
+    """What a network made of one split, on the CPU but for the features; N images."""
 
     hidden: Tensor
     """(N, K) float32 pooled features, on the network's device."""
@@ -35,21 +35,21 @@ class Seen(NamedTuple):
     surprise: Tensor
     """(N,) cross-entropy with the label."""
     labels: Tensor
-    """(N,) person."""
+    """(N,) identity."""
     indices: Tensor
     """(N,) place in the source."""
     groups: Tensor | None
-    """(N,) video, where pictures come from videos."""
+    """(N,) video, where images come from videos."""
     landmarks: Landmarks | None
     """True and predicted points, where the network has a landmark head."""
     shown: Tensor
-    """(n, 3, h, h) uint8: the first pictures, for the report."""
+    """(n, 3, h, h) uint8: the first images, for the report."""
     side: int
     """Side of the network's input in pixels."""
 
 
 class Landmarks(NamedTuple):
-    """Points of N pictures, (N, 5, 2) each."""
+    """Points of N images, (N, 5, 2) each."""
 
     true: Tensor
     """Original pixels."""
@@ -66,8 +66,8 @@ class Landmarks(NamedTuple):
 def look(network: FaceNetwork, batches: Iterable[EvalBatch], device: torch.device) -> Seen:
     """One pass of the network, in eval mode and without gradient; the mode it was in is restored.
 
-    Neither pictures nor logits are kept: of a large split they would not fit. ValueError for no
-    picture, or for a landmark head on data without landmarks.
+    Neither images nor logits are kept: of a large split they would not fit. ValueError for no
+    image, or for a landmark head on data without landmarks.
     """
     rows: list[tuple[Tensor, ...]] = []
     groups: list[Tensor] = []
@@ -76,8 +76,8 @@ def look(network: FaceNetwork, batches: Iterable[EvalBatch], device: torch.devic
     room, side = GALLERY, 0
     with evaluating(network):
         for batch in batches:
-            pictures, labels = batch.pictures.to(device), batch.labels.to(device)
-            outputs: Outputs = network(pictures)
+            images, labels = batch.images.to(device), batch.labels.to(device)
+            outputs: Outputs = network(images)
             assert outputs.logits is not None
             surprise = F.cross_entropy(outputs.logits.float(), labels, reduction="none")
             hits = evaluate.hits(outputs.logits, labels)
@@ -87,11 +87,11 @@ def look(network: FaceNetwork, batches: Iterable[EvalBatch], device: torch.devic
                 groups.append(batch.groups.cpu())
             if outputs.points is not None:
                 landmarks.append(_landmarks(batch, outputs.points))
-            shown.append(_shrunk(pictures[:room]))
+            shown.append(_shrunk(images[:room]))
             room -= len(shown[-1])
-            side = pictures.shape[-1]
+            side = images.shape[-1]
     if not rows:
-        raise ValueError("evaluate: no picture to look at; the test split is empty")
+        raise ValueError("evaluate: no image to look at; the test split is empty")
     return Seen(
         *map(torch.cat, zip(*rows, strict=True)),
         groups=torch.cat(groups) if groups else None,
@@ -102,18 +102,18 @@ def look(network: FaceNetwork, batches: Iterable[EvalBatch], device: torch.devic
 
 
 def pixels(batches: Iterable[EvalBatch]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Raw pixels as features (N, D), on the pictures' device; labels and videos (N,), on the CPU.
+    """Raw pixels as features (N, D), on the images' device; labels and videos (N,), on the CPU.
 
-    ValueError when there is no picture.
+    ValueError when there is no image.
     """
     rows, labels, groups = [], [], []
     for batch in batches:
-        rows.append(evaluate.raw_pixels(batch.pictures))
+        rows.append(evaluate.raw_pixels(batch.images))
         labels.append(batch.labels.cpu())
         if batch.groups is not None:
             groups.append(batch.groups.cpu())
     if not rows:
-        raise ValueError("floors: no picture to look at; the split is empty")
+        raise ValueError("floors: no image to look at; the split is empty")
     return torch.cat(rows), torch.cat(labels), torch.cat(groups) if groups else None
 
 
@@ -122,15 +122,15 @@ class Measured(NamedTuple):
 
     metrics: dict[str, float]
     items: dict[str, Tensor]
-    """Right or wrong, float32: (N,) a picture, or (P,) a pair in the order of make_pairs."""
+    """Right or wrong, float32: (N,) an image, or (P,) a pair in the order of make_pairs."""
     samples: dict[str, np.ndarray]
     """Curves for the report."""
 
 
 def pairs(rows: Tensor, labels: Tensor, gallery: Tensor | None = None) -> Measured:
     """Accuracy in ten folds and TAR at FAR 0.01 of features (N, D) by cosine, on pairs that are the
-    same for every run; nothing with too few people for ten folds. gallery (N, D): features of each
-    pair's second picture, by another network.
+    same for every run; nothing with too few identities for ten folds. gallery (N, D): features of
+    each pair's second image, by another network.
     """
     counts = torch.unique(labels, return_counts=True)[1]
     if int((counts > 1).sum()) < 2 * PAIR_FOLDS:
@@ -174,7 +174,7 @@ def verified(
     `every_pair`.
 
     normalize: scale to unit length before distances. gallery (N, D): another network's features of
-    the same pictures, among which the queries are looked up.
+    the same images, among which the queries are looked up.
     """
     queries, others = rows, gallery
     if normalize:
@@ -189,7 +189,7 @@ def verified(
 def asymmetric(found: Measured) -> Measured:
     """What `verified` found among a gallery, under names that begin with asym_.
 
-    A query's own picture is no neighbour; of a pair the first picture is the query. Counts are as
+    A query's own image is no neighbour; of a pair the first image is the query. Counts are as
     of the network by itself, so they are left out.
     """
     counts = ("nn_queries", "nn_lone", "pairs")
@@ -201,18 +201,18 @@ def asymmetric(found: Measured) -> Measured:
 
 
 def neighbour_samples(rows: Tensor, seen: Seen, backend: str | None) -> dict[str, np.ndarray]:
-    """Evenly spaced test pictures, each with its nearest among the first GALLERY test pictures.
+    """Evenly spaced test images, each with its nearest among the first GALLERY test images.
 
-    rows (N, D): features by which neighbours are sought. Only pictures with another one of their
-    person there are asked for, unless there are none.
+    rows (N, D): features by which neighbours are sought. Only images with another one of their
+    identity there are asked for, unless there are none.
     """
     count = len(seen.shown)
     if count < 2:
         return {}
     labels = seen.labels[:count]
     distance, nearest = (t.cpu() for t in nearest_neighbor(rows[:count], backend=backend))
-    _, person, pictures = torch.unique(labels, return_inverse=True, return_counts=True)
-    with_mate = (pictures[person] > 1).nonzero()[:, 0]
+    _, identity, images = torch.unique(labels, return_inverse=True, return_counts=True)
+    with_mate = (images[identity] > 1).nonzero()[:, 0]
     pool = with_mate if len(with_mate) else torch.arange(count)
     chosen = pool[evenly(len(pool), SAMPLES)]
     return {
@@ -226,9 +226,9 @@ def neighbour_samples(rows: Tensor, seen: Seen, backend: str | None) -> dict[str
 
 
 def landmark_samples(seen: Seen, errors: Tensor) -> dict[str, np.ndarray]:
-    """Evenly spaced test pictures with true and predicted points in pixels of what is shown.
+    """Evenly spaced test images with true and predicted points in pixels of what is shown.
 
-    errors (N,): NRMSE of every picture seen.
+    errors (N,): NRMSE of every image seen.
     """
     assert seen.landmarks is not None
     chosen = evenly(len(seen.shown), SAMPLES)
@@ -244,7 +244,7 @@ def landmark_samples(seen: Seen, errors: Tensor) -> dict[str, np.ndarray]:
 def original(batch: EvalBatch, points: Tensor) -> Tensor:
     """Crop points (N, 5, 2) in original pixels, on the CPU."""
     assert batch.to_original is not None
-    return batch.to_original(points.to(batch.pictures.device)).cpu()
+    return batch.to_original(points.to(batch.images.device)).cpu()
 
 
 def true_points(batch: EvalBatch) -> tuple[Tensor, Tensor]:
@@ -255,15 +255,15 @@ def true_points(batch: EvalBatch) -> tuple[Tensor, Tensor]:
     """
     if batch.points_original is None or batch.to_original is None:
         raise ValueError("alignment: landmarks are needed, and this data has none")
-    true, side = batch.points_original.cpu(), batch.pictures.shape[-1]
-    corner = batch.pictures.new_zeros(len(true), NUM_POINTS, 2)
+    true, side = batch.points_original.cpu(), batch.images.shape[-1]
+    corner = batch.images.new_zeros(len(true), NUM_POINTS, 2)
     first, last = original(batch, corner), original(batch, corner + side)
     return true, (true - first) / (last - first) * side
 
 
 def _landmarks(batch: EvalBatch, points: Tensor) -> Landmarks:
     """points: (N, 10) of the landmark head."""
-    side = batch.pictures.shape[-1]
+    side = batch.images.shape[-1]
     crop = (points.float().reshape(-1, NUM_POINTS, 2) + 0.5) * side
     true, true_crop = true_points(batch)
     return Landmarks(true, original(batch, crop), true_crop, crop.cpu(), batch.sizes.cpu())
@@ -276,8 +276,8 @@ def evenly(count: int, limit: int) -> Tensor:
     return torch.linspace(0, count - 1, limit, dtype=torch.float64).round().long()
 
 
-def _shrunk(pictures: Tensor) -> Tensor:
-    """Pictures for a report: uint8 on the CPU, at most SHOWN_SIDE wide."""
-    if pictures.shape[-1] > SHOWN_SIDE:
-        pictures = F.interpolate(pictures, size=(SHOWN_SIDE, SHOWN_SIDE), mode="area")
-    return pictures.round().clamp(0, 255).to(torch.uint8).cpu()
+def _shrunk(images: Tensor) -> Tensor:
+    """Images for a report: uint8 on the CPU, at most SHOWN_SIDE wide."""
+    if images.shape[-1] > SHOWN_SIDE:
+        images = F.interpolate(images, size=(SHOWN_SIDE, SHOWN_SIDE), mode="area")
+    return images.round().clamp(0, 255).to(torch.uint8).cpu()

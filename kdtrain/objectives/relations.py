@@ -1,5 +1,5 @@
 """Targets that the papers compare with, beside the soft, hidden and logit ones of targets.py: unit
-embeddings by squared distance or cosine, relations between the pictures of a batch (RKD), and
+embeddings by squared distance or cosine, relations between the images of a batch (RKD), and
 attention transfer.
 
 All of them compute in float32 or wider whatever the networks' number format, inside autocast too.
@@ -39,7 +39,7 @@ def embedding_sides(
 
 
 def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """1 - cos(P K_S, K_T), mean over pictures, of the unit rows (N, D) of embedding_sides.
+    """1 - cos(P K_S, K_T), mean over images, of the unit rows (N, D) of embedding_sides.
 
     Half of embedding_l2, as |a - b|^2 = 2 (1 - cos) of unit vectors. A row without direction has
     cosine 0.
@@ -57,7 +57,7 @@ def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
     Relational knowledge distillation, Park et al. 2019 (arXiv 1904.05068), section 3.2.1. The paper
     sums over the pairs; the authors' code divides by N^2 instead of our N (N - 1), so its loss is
     (N - 1) / N of this one. student (N, K_S), teacher (N, K_T): pooled features, which need no
-    projection. Two pictures are always 1 apart, and fewer have no distance, so these teach nothing;
+    projection. Two images are always 1 apart, and fewer have no distance, so these teach nothing;
     a student whose features are all equal gets no gradient. Gradient to the student only.
     """
     ours = _relative(squared_distances(student))
@@ -71,12 +71,12 @@ def rkd_angle(student: Tensor, teacher: Tensor) -> Tensor:
     """How far the angles within a batch are from the teacher's.
 
         psi(i, j, k) = cos of the angle at t_j in the triangle t_i t_j t_k
-        huber(psi_S - psi_T), mean over the ordered triples of three different pictures
+        huber(psi_S - psi_T), mean over the ordered triples of three different images
 
     Relational knowledge distillation, Park et al. 2019 (arXiv 1904.05068), section 3.2.2; the
     authors' code divides by N^3 instead of our N (N - 1) (N - 2). student (N, K_S), teacher (N,
-    K_T): pooled features. An angle at or towards a picture with the same feature has cosine 0 and
-    no gradient, as in the authors' code. 0 with zero gradient for fewer than three pictures.
+    K_T): pooled features. An angle at or towards an image with the same feature has cosine 0 and
+    no gradient, as in the authors' code. 0 with zero gradient for fewer than three images.
     Gradient to the student only, formed in forward some vertices at a time, so that no N^3 numbers
     are kept; it has no gradient of its own.
     """
@@ -91,7 +91,7 @@ def attention_pairs(
     """Attention transfer: sum over the stages j of |Q_S^j / |Q_S^j| - Q_T^j / |Q_T^j||^2.
 
     Zagoruyko and Komodakis 2017 (arXiv 1612.03928), eq. 2, with Q = attention_map (backbones.base)
-    as one vector a picture. Squared and averaged over pictures and places, as in the authors' code,
+    as one vector an image. Squared and averaged over images and places, as in the authors' code,
     which is how their beta comes to be divided by both; eq. 2 has the length itself. The 1/2 is
     left to the weight: beta = 1000 is weight 1000 in their code, which has no 1/2, and 500 with it.
     Where another stem makes the maps differ in size, the larger are averaged two by two. A stage

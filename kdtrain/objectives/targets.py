@@ -29,7 +29,7 @@ class Objective(NamedTuple):
 
 
 class Guide(NamedTuple):
-    """A teacher's answer to N pictures, without gradient; what no target reads may be missing."""
+    """A teacher's answer to N images, without gradient; what no target reads may be missing."""
 
     logits: Tensor | None
     """(N, C)."""

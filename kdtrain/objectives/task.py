@@ -47,7 +47,7 @@ class Task(ABC):
 
     network: what is trained and saved. extra: modules that are trained but dropped afterwards.
     teacher: eval mode, no gradient, in neither state nor optimiser; None where no target needs it.
-    gallery: another network's features of pictures (N,) by their place in the source, for
+    gallery: another network's features of images (N,) by their place in the source, for
     asymmetric evaluation (input_runs.py); None without.
     """
 
@@ -67,11 +67,11 @@ class Task(ABC):
         asked = any(row.by_class for row in target.weighed)
         asked = asked or config.head.margin == "distillation"
         if teacher is not None and asked and teacher.num_classes != num_classes:
-            known = f"tells {teacher.num_classes} people apart"
+            known = f"tells {teacher.num_classes} identities apart"
             raise ValueError(
                 f"build_task: the teacher {known if teacher.num_classes else 'has no classifier'} "
-                f"and the data has {num_classes} people; train the teacher on these (or import it "
-                "with the --head that was), or set target."
+                f"and the data has {num_classes} identities; train the teacher on these (or import "
+                "it with the --head that was), or set target."
                 f"{', target.'.join(row.key for row in TARGETS.values() if row.by_class)} to 0 "
                 "and head.margin to none or one without a teacher"
             )
@@ -122,7 +122,7 @@ class Task(ABC):
     @property
     def guide_widths(self) -> dict[str, int]:
         """Which outputs of the teacher a Guide brings that the targets read, and their values a
-        picture; empty where it is of no use, as to attention transfer, whose maps are not kept.
+        image; empty where it is of no use, as to attention transfer, whose maps are not kept.
         """
         if self.teacher is None or self.target.attention:
             return {}
@@ -152,7 +152,7 @@ class Task(ABC):
         teacher = self.config.teacher
         return teacher.cache != "none" and teacher.cache_what == "features"
 
-    def guide(self, pictures: Tensor) -> Guide | None:
+    def guide(self, images: Tensor) -> Guide | None:
         """The teacher's answer to a training batch (N, 3, t, t) of its own size, without gradient;
         None without a teacher.
         """
@@ -160,28 +160,28 @@ class Task(ABC):
             return None
         scores = self._needs_teacher_logits and not self._keeps_features
         with torch.no_grad():
-            outputs = self._outputs(self.teacher, pictures, scores=scores)
+            outputs = self._outputs(self.teacher, images, scores=scores)
         return Guide(outputs.logits, outputs.hidden, outputs.attention)
 
     def step(
         self,
-        pictures: Tensor,
+        images: Tensor,
         labels: Tensor,
         points: Tensor | None = None,
         guide: Guide | None = None,
-        teacher_pictures: Tensor | None = None,
+        teacher_images: Tensor | None = None,
     ) -> Objective:
         """Loss of a training batch with its gradient graph; terms are unweighted detached float32
         scalars on the device, the same names at every step.
 
-        pictures (N, 3, s, s) float in [0, 255]; labels (N,); points (N, 5, 2) landmarks in crop
+        images (N, 3, s, s) float in [0, 255]; labels (N,); points (N, 5, 2) landmarks in crop
         pixels, for alignment. guide: the teacher's answer where it is known already; else the
-        teacher is asked, on teacher_pictures (N, 3, t, t) where it reads another size.
+        teacher is asked, on teacher_images (N, 3, t, t) where it reads another size.
         """
         scores = not self.config.head.streams or bool(self.target.logits)
-        outputs = self._outputs(self.network, pictures, scores=scores)
+        outputs = self._outputs(self.network, images, scores=scores)
         if guide is None:
-            guide = self.guide(pictures if teacher_pictures is None else teacher_pictures)
+            guide = self.guide(images if teacher_images is None else teacher_images)
         guide = self._scored(guide)
         softmax = self._softmax(outputs, labels, guide)
         second = None
@@ -190,7 +190,7 @@ class Task(ABC):
             mapped = self.extra["teacher_head"](outputs.hidden)
             second = teacher_head_objective(mapped, self.teacher, guide, self.target, self.backend)
         step = None if guide is None else compared(outputs, guide, self.extra, self.target)
-        pairs = [*pairs_of(step), *self._regression(outputs, pictures, points)]
+        pairs = [*pairs_of(step), *self._regression(outputs, images, points)]
         squared, losses = squared_objective(pairs, self.backend), losses_of(step)
         metric = self._metric_loss(outputs, labels)
         return total([metric, softmax, second, squared, losses])
@@ -234,21 +234,21 @@ class Task(ABC):
         op = scores_op(self.network, outputs.hidden)
         return softmax_objective(op, labels, options.pop("teacher", None), target, **options)
 
-    def _outputs(self, network: FaceNetwork, pictures: Tensor, *, scores: bool) -> Outputs:
+    def _outputs(self, network: FaceNetwork, images: Tensor, *, scores: bool) -> Outputs:
         """A training pass: the feature in float32, as it is projected and normalised outside of
         train.precision; the others as they come. With attention maps where they are compared, and
         without class scores where the loss is formed from the feature.
         """
         run = network if scores else network.embed
         run = network.attend if self.target.attention else run
-        outputs: Outputs = self._run(run, pictures)
+        outputs: Outputs = self._run(run, images)
         return outputs._replace(hidden=outputs.hidden.float())
 
     def evaluate(self, batches: Iterable[EvalBatch]) -> dict[str, float]:
         """Metrics over a split, in eval mode and without gradient; fractions, all finite.
 
         A metric that cannot be measured on this data (no landmarks, too few pairs) is absent.
-        ValueError without a picture.
+        ValueError without an image.
         """
         seen = look(self.network, batches, self.device)
         metrics = self._evaluate(seen)
@@ -256,10 +256,10 @@ class Task(ABC):
         return metrics
 
     def items(self) -> dict[str, np.ndarray]:
-        """The last `evaluate` picture by picture, in its order.
+        """The last `evaluate` image by image, in its order.
 
-        float32 (N,) for each metric that is a mean over pictures, under its name (nan for a picture
-        that it leaves out), and "index", int64 (N,): the picture's place in the source.
+        float32 (N,) for each metric that is a mean over images, under its name (nan for an image
+        that it leaves out), and "index", int64 (N,): the image's place in the source.
         """
         return {
             name: values.cpu().to(torch.int64 if name == "index" else torch.float32).numpy()
@@ -281,7 +281,7 @@ class Task(ABC):
         return {}
 
     def artifacts(self) -> dict[str, np.ndarray]:
-        """Small arrays of the last `evaluate` for the report: pictures with what the network made
+        """Small arrays of the last `evaluate` for the report: images with what the network made
         of them, and curves.
         """
         return dict(self._samples)
@@ -308,6 +308,6 @@ class Task(ABC):
         """Phi where it is neither the softmax loss nor a squared distance."""
         return None
 
-    def _regression(self, outputs: Outputs, pictures: Tensor, points: Tensor | None) -> list[Pair]:
+    def _regression(self, outputs: Outputs, images: Tensor, points: Tensor | None) -> list[Pair]:
         """Phi where it is a squared distance."""
         return []

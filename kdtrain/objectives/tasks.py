@@ -40,12 +40,12 @@ class Classification(Task):
         }
 
     def floors(self, train: Iterable[EvalBatch], test: Iterable[EvalBatch]) -> dict[str, float]:
-        """top1 by the nearest training picture in raw pixels, of at most 5,000 test pictures; pairs
+        """top1 by the nearest training image in raw pixels, of at most 5,000 test images; pairs
         by pixels.
         """
         pixels, labels, _ = observe.pixels(test)
         asked = observe.evenly(len(labels), FLOOR_QUERIES)
-        gallery = ((evaluate.raw_pixels(b.pictures), b.labels) for b in train)
+        gallery = ((evaluate.raw_pixels(b.images), b.labels) for b in train)
         share = evaluate.gallery_top1(pixels[asked], labels[asked], gallery, backend=self.backend)
         return {"top1": share, **observe.pairs(pixels, labels).metrics}
 
@@ -78,29 +78,29 @@ class Hint(Classification):
 
     def step(
         self,
-        pictures: Tensor,
+        images: Tensor,
         labels: Tensor,
         points: Tensor | None = None,
         guide: Guide | None = None,
-        teacher_pictures: Tensor | None = None,
+        teacher_images: Tensor | None = None,
     ) -> Objective:
         """target.hint r |r(student's maps) - teacher's maps|^2; see Task.step. A Guide has no maps,
-        so the teacher is always asked, on the same pictures (Config sees to it).
+        so the teacher is always asked, on the same images (Config sees to it).
         """
-        ours, theirs = self._maps(pictures, self._run)
+        ours, theirs = self._maps(images, self._run)
         pair = Pair("hint", ours, theirs, self.target.hint, self.target.hint_reduction)
         return total([squared_objective([pair], self.backend)])
 
     def evaluate(self, batches: Iterable[EvalBatch]) -> dict[str, float]:
-        """hint: the squared error, mean over a picture's elements (whatever the reduction) and over
-        the pictures.
+        """hint: the squared error, mean over an image's elements (whatever the reduction) and over
+        the images.
         """
         errors, indices = [], []
         for batch, ours, theirs in self._seen(batches):
             errors.append((ours - theirs).square().flatten(1).mean(1).cpu())
             indices.append(batch.indices.cpu())
         if not errors:
-            raise ValueError("evaluate: no picture to look at; the test split is empty")
+            raise ValueError("evaluate: no image to look at; the test split is empty")
         self._items = {"hint": torch.cat(errors), "index": torch.cat(indices)}
         return {"hint": self._items["hint"].double().mean().item()}
 
@@ -119,21 +119,21 @@ class Hint(Classification):
         return {}
 
     def _maps(
-        self, pictures: Tensor, run: Callable[..., Tensor] | None = None
+        self, images: Tensor, run: Callable[..., Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """run: how the networks are called in training; None calls them as they are."""
         assert self.teacher is not None
         run = run or (lambda tap, *inputs: tap(*inputs))
         stage = self.target.hint_stage
         with torch.no_grad():
-            theirs = run(self.teacher.tap, pictures, stage).float()
-        return self._hint(run(self.network.tap, pictures, stage).float(), theirs)
+            theirs = run(self.teacher.tap, images, stage).float()
+        return self._hint(run(self.network.tap, images, stage).float(), theirs)
 
     def _seen(self, batches: Iterable[EvalBatch]) -> Iterator[tuple[EvalBatch, Tensor, Tensor]]:
         """Each batch with the two maps that are compared, in eval mode and without gradient."""
         for batch in batches:
             with evaluating(self.network, self._hint):
-                ours, theirs = self._maps(batch.pictures.to(self.device))
+                ours, theirs = self._maps(batch.images.to(self.device))
             yield batch, ours.float(), theirs.float()
 
 
@@ -148,14 +148,14 @@ class Alignment(Task):
     metric = ("nrmse", -1)
     needs_landmarks = True
 
-    def _regression(self, outputs: Outputs, pictures: Tensor, points: Tensor | None) -> list[Pair]:
+    def _regression(self, outputs: Outputs, images: Tensor, points: Tensor | None) -> list[Pair]:
         if points is None:
             raise ValueError("alignment: landmarks are needed, and this data has none")
         assert outputs.points is not None
-        height, width = pictures.shape[-2:]
+        height, width = images.shape[-2:]
         side = torch.tensor([width, height], dtype=torch.float32, device=points.device)
         truth = (points.float() / side - 0.5).flatten(1)  # (N, 10)
-        # "batchmean" is the sum over the coordinates and the mean over the pictures, as the paper
+        # "batchmean" is the sum over the coordinates and the mean over the images, as the paper
         # has
         # it; as a pair it shares one launch with the hidden and logit targets
         return [Pair("points", outputs.points, truth, 1.0, "batchmean")]
@@ -164,7 +164,7 @@ class Alignment(Task):
         assert seen.landmarks is not None
         kind = self.config.eval.normalizer
         true, predicted, *_, sizes = seen.landmarks
-        errors = evaluate.nrmse_per_picture(predicted, true, sizes, kind)
+        errors = evaluate.nrmse_per_image(predicted, true, sizes, kind)
         lengths = evaluate.normalizer(true, sizes, kind)
         per_point = (evaluate.per_point_error(predicted, true) / lengths[:, None]).mean(0)
         thresholds, below, _ = evaluate.ced(errors, CURVE_LIMIT)
@@ -188,7 +188,7 @@ class Alignment(Task):
             true, _ = observe.true_points(batch)
             guess = observe.original(batch, shape.float().expand(len(true), -1, -1))
             kind = self.config.eval.normalizer
-            errors.append(evaluate.nrmse_per_picture(guess, true, batch.sizes.cpu(), kind))
+            errors.append(evaluate.nrmse_per_image(guess, true, batch.sizes.cpu(), kind))
         every = torch.cat(errors)
         return {"nrmse": every.mean().item(), "failure_rate": evaluate.failure_rate(every)}
 

@@ -34,7 +34,7 @@ class Results(NamedTuple):
 def results(stages: Sequence[Stage]) -> Results:
     """The table of these runs: the chain's rows, which hold a run of each task, then every other
     run under its own name. Columns are of the tasks that the runs have (all where none is known),
-    without the nearest neighbour outside the query's own video where pictures have none.
+    without the nearest neighbour outside the query's own video where images have none.
     """
     trained = {s.task for s in stages} & {task for _, task, _ in COLUMNS}
     videos = any("nn_top1_other_video" in s.results.get("metrics", {}) for s in stages)

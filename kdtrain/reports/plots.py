@@ -1,4 +1,4 @@
-"""The report's pictures: curves drawn by matplotlib, faces and landmarks as small inline images."""
+"""The report's figures: curves drawn by matplotlib, faces and landmarks as small inline images."""
 
 from __future__ import annotations
 
@@ -141,21 +141,21 @@ def _logarithmic(axis: Axes, values: Sequence[float]) -> None:
     axis.yaxis.set_major_formatter("{x:g}")
 
 
-def face(picture: np.ndarray) -> str:
-    """A (3, H, W) uint8 picture as a data URI."""
+def face(image: np.ndarray) -> str:
+    """A (3, H, W) uint8 image as a data URI."""
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(picture.transpose(1, 2, 0))).save(buffer, format="png")
+    Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).save(buffer, format="png")
     return data_uri(buffer.getvalue())
 
 
-def marked_face(picture: np.ndarray, true: np.ndarray, predicted: np.ndarray) -> dict[str, object]:
-    """A (3, H, W) picture with (5, 2) true and predicted points, in pixels of the picture, pixel
+def marked_face(image: np.ndarray, true: np.ndarray, predicted: np.ndarray) -> dict[str, object]:
+    """A (3, H, W) image with (5, 2) true and predicted points, in pixels of the image, pixel
     centres at whole numbers + 0.5: what the page's template draws.
     """
-    height, width = picture.shape[1:]
+    height, width = image.shape[1:]
     points = np.concatenate([true, predicted], axis=1).tolist()  # x, y, predicted x, y
     shown = [[f"{place:.2f}" for place in both] for both in points]
-    return {"source": face(picture), "width": width, "height": height, "points": shown}
+    return {"source": face(image), "width": width, "height": height, "points": shown}
 
 
 def data_uri(png: bytes) -> str:

@@ -45,9 +45,9 @@ RUN_COLUMNS: dict[str, Callable[[Stage], str]] = {
     "time": runs.time_text,
 }
 FLOORS = {
-    "classification": "the label of the nearest training picture in raw pixels",
+    "classification": "the label of the nearest training image in raw pixels",
     "alignment": "the mean landmarks",
-    "verification": "the nearest test picture in raw pixels, the cosine of raw pixels",
+    "verification": "the nearest test image in raw pixels, the cosine of raw pixels",
 }
 Points = tuple[Sequence[float], Sequence[float]]
 
@@ -96,7 +96,7 @@ def _facts(stages: Sequence[Stage], command: str | None) -> list[tuple[str, str]
     seconds = sum(stage.results.get("seconds") or 0.0 for stage in done)
     return [
         *([("command", command)] if command else []),
-        *(("pictures", text) for text in dict.fromkeys(map(runs.pictures_text, done or stages))),
+        *(("images", text) for text in dict.fromkeys(map(runs.images_text, done or stages))),
         *(("machine", text) for text in dict.fromkeys(map(runs.machine_text, done))),
         ("protocol", runs.protocol_text(stages)),
         ("training", f"{duration(seconds)} in {len(done)} of {len(stages)} runs"),
@@ -235,7 +235,7 @@ def _second_panel(task: str, stages: Sequence[Stage]) -> Panel:
         return Panel("top1, training batches", "epoch", "%", _curves(stages, training))
     if task == "alignment":
         curves = samples("ced_threshold", "ced_share", 100)
-        return Panel("cumulative errors, test split", "NRMSE at most, %", "% of pictures", curves)
+        return Panel("cumulative errors, test split", "NRMSE at most, %", "% of images", curves)
     curves, title = samples("roc_far", "roc_tar", 1), "ROC of pairs, test split"
     return Panel(title, "false accepts (share)", "true accepts, %", curves, log_x=True)
 
@@ -265,8 +265,8 @@ def _epochs(stage: Stage, records: Sequence[Mapping[str, Any]]) -> list[float]:
 def _landmark_strip(stage: Stage) -> dict[str, Any]:
     columns = [stage.samples[name] for name in ("images", "true", "predicted", "errors")]
     faces = [
-        (plots.marked_face(picture, true, predicted), decimal(100 * float(error)))
-        for picture, true, predicted, error in zip(*columns, strict=True)
+        (plots.marked_face(image, true, predicted), decimal(100 * float(error)))
+        for image, true, predicted, error in zip(*columns, strict=True)
     ]
     return {"title": stage.name, "faces": faces}
 

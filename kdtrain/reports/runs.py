@@ -124,13 +124,13 @@ def read_stage(folder: Path) -> Stage:
     return Stage(printable(folder.name), config, results, records, samples, diverged)
 
 
-def pictures_text(stage: Stage) -> str:
-    """Which pictures a run was trained and tested on."""
+def images_text(stage: Stage) -> str:
+    """Which images a run was trained and tested on."""
     data, source = stage.config.get("data", {}), stage.results.get("data", {})
     text = f"{source.get('name') or data.get('kind', 'unknown')}"
     if source:
         text += (
-            f", {source['images']:,} pictures of {source['classes']:,} people, "
+            f", {source['images']:,} images of {source['classes']:,} identities, "
             f"{source['train']:,} to train and {source['test']:,} to test"
         )
         if source.get("validation"):
@@ -180,7 +180,7 @@ def protocol_text(stages: Sequence[Stage]) -> str:
         parts.append("nearest neighbour leave-one-out by Euclidean distance")
     lone = next((stage.metric("nn_lone") for stage in verified if stage.results), None)
     if lone is not None:
-        parts.append(f"{lone:.0f} queries without another picture of their person left out")
+        parts.append(f"{lone:.0f} queries without another image of their identity left out")
     if any(stage.metric("pair_accuracy") is not None for stage in stages):
         parts.append("pairs by cosine, threshold from the other folds")
     return "; ".join(parts)

@@ -112,8 +112,8 @@ def evaluate(config: Config, run: Path) -> dict[str, Any]:
     """Metrics, floors and an untrained network's metrics beside a run folder's network, on the
     test split of `config`.
 
-    run: a run folder (its last weights) or one of its checkpoints (RUN/best). On pictures of
-    another number of people the classifier's own metrics are left out; features and landmarks are
+    run: a run folder (its last weights) or one of its checkpoints (RUN/best). On images of another
+    number of identities the classifier's own metrics are left out; features and landmarks are
     measured all the same.
     """
     check_device(config)
@@ -220,27 +220,27 @@ class Run:
         done, here = first / len(self._batches), (end - first) / len(self._batches)
         rate = learning_rate(self.config.optim, phase, epoch, done, here)
         self.optimisation.begin(rate)
-        pictures = sum(len(indices) for indices in self._batches[first:end])
+        images = sum(len(indices) for indices in self._batches[first:end])
         terms: dict[str, Tensor] = {}
         waited_s = 0.0
         for place in range(first, end):
             following = self._batches[place + 1] if place + 1 < len(self._batches) else None
             batch = self.data.batch(self._batches[place], phase, epoch, following)
-            guide, seen = None, batch.teacher_pictures
+            guide, seen = None, batch.teacher_images
             if self.answers is not None:
                 ask = partial(self.task.guide, batch.seen)
                 guide = self.answers.guide(place, ask, batch.flipped)
-            result = self.task.step(batch.pictures, batch.labels, batch.points, guide, seen)
+            result = self.task.step(batch.images, batch.labels, batch.points, guide, seen)
             found = {"loss": result.loss, **result.terms}
             if end - first > 1:
-                share = len(batch.labels) / pictures
+                share = len(batch.labels) / images
                 found = {name: term * share for name, term in found.items()}
             self.optimisation.backward(found["loss"])
             for name, term in found.items():
                 terms[name] = terms[name] + term.detach() if name in terms else term.detach()
             waited_s += batch.waited_s
         self.at = Position(count, end, self.at.steps + 1)
-        self.clock.step(pictures, waited_s)
+        self.clock.step(images, waited_s)
         more = self.optimisation.step(self.at.steps)
         if more is not None:
             self.terms.add(self.at.steps, {**terms, **more})
@@ -278,7 +278,7 @@ class Run:
         state = checkpoint.load_state(self.folder / LAST)
         if state["key"] != self.key:
             self.screen.say(
-                "warning: the sources, the pictures or an input run changed since this run began; "
+                "warning: the sources, the images or an input run changed since this run began; "
                 "it continues, but not as it would have ended"
             )
         for name, value in environment(self.config).items():
@@ -349,7 +349,7 @@ class Run:
         return plain(results)
 
     def show(self, share: float) -> None:
-        """Tell people and a watching pipeline how far the run is."""
+        """Tell identities and a watching pipeline how far the run is."""
         name, left_s = self.history.metric, self.clock.left_s()
         latest = self.history.latest.get(name)
         epochs = {"epoch": self._epoch(), "epochs": len(self.schedule)}
@@ -416,7 +416,7 @@ class Run:
         return metrics
 
     def _write_items(self, name: str) -> None:
-        """What each picture gave at the end of a phase, or where training stopped in it."""
+        """What each image gave at the end of a phase, or where training stopped in it."""
         checkpoint.write_arrays(self.folder / ITEMS / f"{name}.npz", self.task.items())
 
     def _epoch(self) -> int:
@@ -424,7 +424,7 @@ class Run:
         return min(self.at.epoch + 1, len(self.schedule))
 
     def _measure(self, indices: Tensor) -> dict[str, Any]:
-        """Metrics on the pictures `indices` of the weights that are kept."""
+        """Metrics on the images `indices` of the weights that are kept."""
         started = time.perf_counter()
         with self.optimisation.measured():
             metrics = self.task.evaluate(self.data.evaluation(indices))
@@ -438,7 +438,7 @@ class Run:
             raise self._diverged(found.step, outcome.by_term(found, names))
 
     def _names(self, back: int) -> str:
-        """The pictures of the step that lies `back` steps before the last one of this epoch."""
+        """The images of the step that lies `back` steps before the last one of this epoch."""
         size = self.config.optim.accumulate
         first = (-(-self.at.batch // size) - 1 - back) * size
         return self.data.names(torch.cat(self._batches[first : first + size]))

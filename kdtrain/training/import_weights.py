@@ -54,11 +54,11 @@ def write_run(
     scale: float = SCALE,
     color: str | None = None,
 ) -> list[str]:
-    """Write the weights of a published file as run folder `out`; returns lines about it for people.
+    """Write the weights of a published file as run folder `out`; returns the lines to print.
 
     layout: one of networks.published.PREFIXES. name: the network they are said to be of, or None.
-    head, classes: see read_head; without a head the run's classifier knows 0 people. scale: of its
-    cosines. color: order of the channels that the weights want, None for what the project
+    head, classes: see read_head; without a head the run's classifier knows 0 identities. scale: of
+    its cosines. color: order of the channels that the weights want, None for what the project
     publishes.
 
     Raises PublishedError where the files are not what they are said to be, ConfigError for a folder
@@ -75,7 +75,7 @@ def write_run(
     lines += found.notes
     if head is not None or own_head:
         classifier, files = read_head(head, own_head, weights, found.embedding, classes)
-        lines.append(f"head: {len(classifier):,} people, of {', '.join(map(str, files))}")
+        lines.append(f"head: {len(classifier):,} identities, of {', '.join(map(str, files))}")
         dropped = sorted(set(own_head) & set(HEAD_STATISTICS)) if head is None else []
         if dropped:
             lines.append(f"left out, as only its own training reads them: {', '.join(dropped)}")
@@ -86,7 +86,7 @@ def write_run(
     lines.append(f"colours: {order}")
     config = settings.build(
         {
-            # eval measures it on any pictures, whatever batches they could fill
+            # eval measures it on any images, whatever batches they could fill
             "task": "verification",
             "triplet.weight": 0.0,
             "optim.batch_size": 2,
@@ -183,11 +183,11 @@ def read_head(
     width: int,
     classes: int | None,
 ) -> tuple[Tensor, list[Path]]:
-    """The classifier (people, width) of a file, or of all shards of which it is one, in the order
-    of their ranks; and the files that it came from.
+    """The classifier (identities, width) of a file, or of all shards of which it is one, in the
+    order of their ranks; and the files that it came from.
 
     own: the head in the file of weights itself, taken where path is None. width: features that it
-    must read. classes: people, where the last shard ends in rows that stand for nobody (CVLface
+    must read. classes: identities, where the last shard ends in rows that stand for nobody (CVLface
     pads to equal shards); None takes every row. Raises PublishedError for a shard that is missing
     or does not fit, or holds NaN or infinity.
     """
@@ -200,12 +200,12 @@ def read_head(
         if part.dim() != 2 or part.shape[1] != width:
             raise PublishedError(
                 f"{file}: a classifier of {tuple(part.shape)}, and the network has {width} values: "
-                f"(people, {width}) is needed"
+                f"(identities, {width}) is needed"
             )
-    # people are dealt out evenly, the first shards having one more
+    # identities are dealt out evenly, the first shards having one more
     sizes = [len(part) for part in parts]
     if sizes != sorted(sizes, reverse=True) or sizes[0] - sizes[-1] > 1:
-        raise PublishedError(f"{files[0]}: shards of {sizes} people are not of one head")
+        raise PublishedError(f"{files[0]}: shards of {sizes} identities are not of one head")
     weight = torch.cat(parts).float().contiguous()
     if classes is not None:
         if not len(weight) - len(files) < classes <= len(weight):
@@ -252,7 +252,7 @@ def _head_weight(file: object, path: Path) -> Tensor:
     for name in HEAD_NAMES:
         for key in (name, f"head.{name}"):
             if isinstance(weight := known.get(key), Tensor):
-                # AdaFace's kernel has a column for each person
+                # AdaFace's kernel has a column for each identity
                 return weight.T if name == "kernel" else weight
     raise PublishedError(f"{path}: no classifier in it (one of {', '.join(HEAD_NAMES)})")
 

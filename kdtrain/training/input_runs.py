@@ -1,7 +1,7 @@
 """The runs that a run reads: their networks, and what these were trained on.
 
-Where classes are compared or taken over, a run that is read must know the same people in the same
-order, and it should know none of this run's test pictures.
+Where classes are compared or taken over, a run that is read must know the same identities in the
+same order, and it should know none of this run's test images.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kdtrain.training import checkpoint
 from kdtrain.training.journal.journal import Screen
 
 VIEW = ("store_size", "crop_size", "input_size")
-"""Settings of data that say how a network sees a picture; the pictures are the querying run's."""
+"""Settings of data that say how a network sees an image; the images are the querying run's."""
 
 
 def run_config(run: Path) -> Config:
@@ -35,7 +35,7 @@ def run_config(run: Path) -> Config:
 
 
 def network_shapes(run: Path) -> FaceNetwork:
-    """The network of a run folder as its config has it, for one person."""
+    """The network of a run folder as its config has it, for one identity."""
     config = run_config(run)
     return FaceNetwork(config.model, 1, head=config.head, input_size=config.data.input_size)
 
@@ -65,7 +65,7 @@ def check_gallery(run: Path, width: int) -> None:
 
 
 class Gallery:
-    """Pooled features of pictures by another run's frozen network, at its own input size and crop,
+    """Pooled features of images by another run's frozen network, at its own input size and crop,
     for asymmetric evaluation.
 
     A store of faces that the large network enrolled is then searched by the small one (arXiv
@@ -73,7 +73,7 @@ class Gallery:
     """
 
     def __init__(self, run: Path, data: RunData) -> None:
-        """data: the pictures, as the querying run has them. See check_gallery."""
+        """data: the images, as the querying run has them. See check_gallery."""
         self.network = load_network(run).eval().requires_grad_(False).to(data.device)
         theirs = run_config(run)
         view = {name: getattr(theirs.data, name) for name in VIEW}
@@ -83,57 +83,58 @@ class Gallery:
             augment=theirs.augment,
             train=data.config.train,
         )
-        # drawn faces are drawn at the stored size; files are only resized to another one
+        # synthetic faces are drawn at the stored size; files are only resized to another one
         alike = config.data.store_size == data.config.data.store_size
         shared = alike or config.data.kind != "synthetic"
         self._data = RunData(config, data.source if shared else None)
         self._kept: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, indices: Tensor) -> Tensor:
-        """Features (N, D) float32 of the source's pictures `indices` (N,); the last are kept."""
+        """Features (N, D) float32 of the source's images `indices` (N,); the last are kept."""
         if self._kept is None or not torch.equal(self._kept[0], indices):
             batches = self._data.evaluation(indices)
             with torch.no_grad():
-                rows = [self.network(batch.pictures).hidden.float() for batch in batches]
+                rows = [self.network(batch.images).hidden.float() for batch in batches]
             self._kept = indices.clone(), torch.cat(rows)
         return self._kept[1]
 
 
 def check_lineage(folders: Mapping[str, Path], data: RunData, screen: Screen) -> None:
-    """Raises ConfigError where classes are compared with those of a run on other people; tells
-    people of runs that were trained on test pictures of this one.
+    """Raises ConfigError where classes are compared with those of a run on other identities; tells
+    identities of runs that were trained on test images of this one.
     """
     by_class = any(row.by_class for row in data.config.target.weighed)
     by_class |= data.config.head.margin == "distillation"
     for name, run in folders.items():
         setting = RUN_SETTINGS.get(name) or RUN_SETTINGS[name.rpartition("_")[0]]
         if name == "head" or (name.startswith("teacher") and by_class):
-            _check_people(setting, run, data)
-        known = _known_pictures(run, data)
+            _check_identities(setting, run, data)
+        known = _known_images(run, data)
         if known:
             screen.say(
                 f"warning: {setting} {run.name} was trained on {known} of the "
-                f"{len(data.test)} test pictures here, or on their people: split alike "
+                f"{len(data.test)} test images here, or on their identities: split alike "
                 "(data.split, data.split_seed, data.test_fraction), or read the results as of "
-                "pictures known"
+                "images known"
             )
 
 
-def _check_people(name: str, run: Path, data: RunData) -> None:
-    """Runs that do not say which people they know (imported ones) pass."""
+def _check_identities(name: str, run: Path, data: RunData) -> None:
+    """Runs that do not say which identities they know (imported ones) pass."""
     theirs = _trained_on(run).get("identities_key")
     ours = identities_key(data.source.class_names, data.config.data)
     if theirs is not None and theirs != ours:
         raise ConfigError(
-            f"{name} {run}: its classes are other people than those of {data.source.name} here, or "
-            "the same in another order, so class by class they cannot be compared; name a run on "
-            "the same people"
+            f"{name} {run}: its classes are not the identities of {data.source.name}, or are in "
+            "another order, so class by class they cannot be compared; name a run on the same "
+            "identities"
         )
 
 
-def _known_pictures(run: Path, data: RunData) -> int:
-    """Test pictures of `data` that `run` was trained on; with data.split identity, those of people
-    that it was trained on. 0 where it was trained on another set, or does not say on which.
+def _known_images(run: Path, data: RunData) -> int:
+    """Test images of `data` that `run` was trained on; with data.split identity, those of
+    identities that it was trained on. 0 where it was trained on another set, or does not say on
+    which.
     """
     if "identities_key" not in _trained_on(run):
         return 0
@@ -151,7 +152,7 @@ def _known_pictures(run: Path, data: RunData) -> int:
 
 
 def same_set(one: DataConfig, other: DataConfig) -> bool:
-    """Whether two data sections read the same pictures, however they split them."""
+    """Whether two data sections read the same images, however they split them."""
     if one.kind != other.kind:
         return False
     if one.kind == "synthetic":
@@ -161,6 +162,6 @@ def same_set(one: DataConfig, other: DataConfig) -> bool:
 
 
 def _trained_on(run: Path) -> Mapping[str, Any]:
-    """The pictures that a run folder, or the run of a checkpoint, says it was trained on."""
+    """The images that a run folder, or the run of a checkpoint, says it was trained on."""
     results = checkpoint.read_json(checkpoint.run_of(run) / "results.json") or {}
     return results.get("data") or {}

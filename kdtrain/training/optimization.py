@@ -26,7 +26,7 @@ def learning_rate(optim: OptimConfig, phase: int, epoch: int, done: float, step:
                   * min(1, w / warmup_epochs)
 
     f: final_lr_fraction. A function of the place alone, so that a resumed run meets the same rates,
-    and in epochs, as the batches of an epoch need not be equally many (people x pictures).
+    and in epochs, as the batches of an epoch need not be equally many (identities x images).
     """
     now = optim.phases[phase]
     rate = now.lr

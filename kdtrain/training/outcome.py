@@ -24,15 +24,15 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     return next((name for name, good in zip(tensors, finite, strict=True) if not good), None)
 
 
-def by_term(found: NonFinite, pictures: str) -> tuple[str, str]:
-    """Cause and advice for a loss term that is not finite; pictures: names of the step's."""
-    cause = f"loss term '{found.term}' is {found.value}; the batch was {pictures}"
+def by_term(found: NonFinite, images: str) -> tuple[str, str]:
+    """Cause and advice for a loss term that is not finite; images: names of the step's."""
+    cause = f"loss term '{found.term}' is {found.value}; the batch was {images}"
     return cause, "Lower optim.phases' lr, set optim.clip_norm, or give that term less weight."
 
 
-def by_weight(name: str, pictures: str) -> tuple[str, str]:
+def by_weight(name: str, images: str) -> tuple[str, str]:
     """Cause and advice for a weight, statistic or momentum that is not finite."""
-    cause = f"{name} is no longer finite though the loss was; the batch was {pictures}"
+    cause = f"{name} is no longer finite though the loss was; the batch was {images}"
     return cause, "Lower optim.phases' lr, or set optim.clip_norm."
 
 
@@ -101,7 +101,7 @@ class History:
         best = self.best()
         if best is None:
             raise ValueError(
-                f"train.early_stop: {self.metric} cannot be measured on the validation pictures; "
+                f"train.early_stop: {self.metric} cannot be measured on the validation images; "
                 "raise data.validation_fraction, or set train.early_stop to null"
             )
         return sum(r["step"] > best["step"] for r in self.records) >= self._patience

@@ -132,8 +132,8 @@ def prepare_cache(
         kept.reserve()
         return kept
     cache = TeacherCache(files, task.guide_widths)
-    pictures = sum(map(len, data.epoch(0)))
-    cache.reserve(pictures, [phase.epochs for phase in config.optim.phases])
+    images = sum(map(len, data.epoch(0)))
+    cache.reserve(images, [phase.epochs for phase in config.optim.phases])
     return cache
 
 
@@ -149,11 +149,11 @@ def load_teacher(config: Config, folders: Mapping[str, Path], screen: Screen) ->
 
 
 def say_other_size(config: Config, run: Path, screen: Screen) -> None:
-    """Tell people of a teacher that is asked on another size, where no setting wants that."""
+    """Tell identities of a teacher that is asked on another size, where no setting wants that."""
     own, side = run_config(run).data.input_size, config.teacher_side
     if config.teacher.input_size is None and own != side:
         screen.say(
-            f"teacher {run.name} was trained on pictures of {own} pixels and is asked on the "
+            f"teacher {run.name} was trained on images of {own} pixels and is asked on the "
             f"student's {side}; teacher.input_size {own} (data.crop_size and data.store_size at "
             "least that) shows it the same crops at its own size"
         )
@@ -171,16 +171,16 @@ def without_teacher(config: Config) -> Config:
 
 
 def check_data(task: Task, data: RunData) -> None:
-    """Raises TrainingError where pictures cannot serve the task, ValueError for no batch."""
+    """Raises TrainingError where images cannot serve the task, ValueError for no batch."""
     source = data.source
     if task.needs_landmarks and source.landmarks is None:
         raise TrainingError(
-            f"{source.name}: task {data.config.task} needs landmarks and these pictures have none; "
+            f"{source.name}: task {data.config.task} needs landmarks and these images have none; "
             "use data.kind celeba or synthetic"
         )
     if data.config.task == "classification" and source.num_classes < 2:
         raise TrainingError(
-            f"{source.name}: task classification needs at least 2 people (classes), found "
+            f"{source.name}: task classification needs at least 2 identities (classes), found "
             f"{source.num_classes}"
         )
     data.epoch(0)

@@ -1,17 +1,17 @@
 """A teacher's answers to training batches, kept on disk for every student that meets them too.
 
-Crops and flips are a pure function of (seed, phase, epoch, picture), and the order of pictures of
+Crops and flips are a pure function of (seed, phase, epoch, image), and the order of images of
 (seed, epoch). So students of one seed ask one teacher the same questions, and the first to ask
 stores the answer: there is no pass of its own for it, and nothing is computed that nobody reads.
 
-A folder below the cache's belongs to one teacher, its pictures, crops and computing (`identity`).
-In it is one file for each output (logits, hidden), phase, epoch and order of pictures:
+A folder below the cache's belongs to one teacher, its images, crops and computing (`identity`).
+In it is one file for each output (logits, hidden), phase, epoch and order of images:
 
     header   4,096 bytes of JSON: what the answers belong to
     table    8 bytes a batch: how to read its block (0: not there yet) and the CRC-32 of both
     blocks   one a batch, its rows in the order of the batch, float32 or float16
 
-Whole batches are kept, not pictures: the last bits of a convolution may depend on how many pictures
+Whole batches are kept, not images: the last bits of a convolution may depend on how many images
 are computed together (measured: 64 or 200 together agree, 7 do not), so only the answer to the very
 same batch is what the teacher would say online, bit for bit.
 
@@ -70,7 +70,7 @@ def using(path: Path, size: int = 0) -> Iterator[None]:
 
 
 def identity(config: Config, data: RunData, teacher: nn.Module) -> dict[str, Any]:
-    """What the answer to a batch depends on, beside phase, epoch and the pictures in it."""
+    """What the answer to a batch depends on, beside phase, epoch and the images in it."""
     # what is computed with the weights, the order of colours too
     digest = hashlib.sha256(repr(teacher).encode())
     for name, tensor in teacher.state_dict().items():
@@ -107,7 +107,7 @@ class OwnedFiles:
         say: Callable[[str], None],
     ) -> None:
         """folder: holds the folders of all teachers. owner: what `identity` gives. dtype: float32,
-        or float16. device: where answers are wanted. say: takes lines for people.
+        or float16. device: where answers are wanted. say: takes lines to print.
         """
         self.owner, self.dtype, self.device, self.say = owner, dtype, torch.device(device), say
         name = hashlib.sha256(json.dumps(owner, sort_keys=True).encode()).hexdigest()[:16]
@@ -140,19 +140,19 @@ class TeacherCache:
     """The answers of one teacher to the batches of one run, an epoch at a time."""
 
     def __init__(self, files: OwnedFiles, widths: Mapping[str, int]) -> None:
-        """widths: which outputs are kept ("logits", "hidden"), and their values a picture."""
+        """widths: which outputs are kept ("logits", "hidden"), and their values an image."""
         self.files, self.widths = files, widths
         self.read = self.computed = 0
         self._open: dict[str, KeptFile] = {}
 
-    def reserve(self, pictures: int, phases: Sequence[int]) -> None:
+    def reserve(self, images: int, phases: Sequence[int]) -> None:
         """Say once how much room a whole run takes. Raises CacheError where the disk has it not.
 
-        pictures: rows of an epoch; phases: epochs of each.
+        images: rows of an epoch; phases: epochs of each.
         """
         places = [_place(phase, e) for phase, epochs in enumerate(phases) for e in range(epochs)]
         self.files.check_room(
-            {f"{p}_*.{part}": pictures * w for part, w in self.widths.items() for p in places}
+            {f"{p}_*.{part}": images * w for part, w in self.widths.items() for p in places}
         )
 
     def open(self, phase: int, epoch: int, batches: Sequence[Tensor]) -> None:
@@ -173,7 +173,7 @@ class TeacherCache:
     ) -> Guide:
         """The answer to batch number `batch` of the epoch: the kept one, else the teacher's own,
         which is kept. Only outputs that are kept are in it. flipped: of no use here, as the place
-        of a batch says how its pictures lie.
+        of a batch says how its images lie.
 
         In float16 a fresh answer is rounded too, so that it does not matter who asked first.
         """
@@ -200,7 +200,7 @@ class TeacherCache:
 
 
 class KeptFile:
-    """One output of the teacher for the batches of one epoch, or for groups of pictures."""
+    """One output of the teacher for the batches of one epoch, or for groups of images."""
 
     def __init__(
         self,

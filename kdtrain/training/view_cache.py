@@ -1,13 +1,13 @@
-"""A teacher's pooled features, stored once for each picture and view where pictures have few.
+"""A teacher's pooled features, stored once for each image and view where images have few.
 
-Where a crop is the whole stored picture, training sees a picture in one view, or in two with
+Where a crop is the whole stored image, training sees an image in one view, or in two with
 augment.flip, whatever the seed, the epoch and the batch. The features of all of them are then
-computed once, before the first step, by any run that needs them, and read by picture and view from
+computed once, before the first step, by any run that needs them, and read by image and view from
 a memory-mapped file; logits are formed from them by the teacher's classifier (Task.step).
 
-The last bits of a feature may depend on how many pictures are computed together, so that one kept
+The last bits of a feature may depend on how many images are computed together, so that one kept
 by itself cannot be what the teacher would say online in every batch that has it. Features are
-therefore of fixed groups: GROUP pictures of one view, in the order of the training part. So they
+therefore of fixed groups: GROUP images of one view, in the order of the training part. So they
 are the same bits whoever computed them and however often that was interrupted, and differ from an
 online teacher's by rounding: such runs have keys of their own (keys.py).
 
@@ -31,7 +31,7 @@ from kdtrain.objectives.task import Task
 from kdtrain.training.teacher_cache import STORED, KeptFile, OwnedFiles, using
 
 GROUP = 256
-"Pictures that are computed together."
+"Images that are computed together."
 VIEWS, NAME = ("as stored", "mirrored"), "views.hidden"
 
 
@@ -45,10 +45,10 @@ def view_owner(owner: Mapping[str, Any], config: Config, count: int) -> dict[str
 
 
 class ViewCache:
-    """The features of one teacher for the training pictures of one data set."""
+    """The features of one teacher for the training images of one data set."""
 
     def __init__(self, files: OwnedFiles, data: RunData, task: Task, count: int) -> None:
-        """files: of `view_owner`. task: has the teacher. count: views of a picture."""
+        """files: of `view_owner`. task: has the teacher. count: views of an image."""
         self.files, self.read, self.computed = files, 0, 0
         self.data, self.task, self.width = data, task, task.guide_widths["hidden"]
         self.train = data.train.sort().values
@@ -68,7 +68,7 @@ class ViewCache:
             self._fill()
 
     def guide(self, batch: int, ask: Callable[[], Guide | None], flipped: Tensor) -> Guide:
-        """The features of batch number `batch` of the epoch, whose pictures are mirrored where
+        """The features of batch number `batch` of the epoch, whose images are mirrored where
         `flipped` (B,) says so. `ask` is not called.
         """
         assert self._rows is not None, "open comes first"

@@ -31,7 +31,7 @@ from kdtrain.config import Config, program, settings
 from kdtrain.config.settings import build, read_recipe
 from kdtrain.experiments import campaign, dryrun, pipeline, select_targets, study
 from kdtrain.experiments.comparison import collect as comparison_collect
-from kdtrain.experiments.comparison import compare, cost, picture
+from kdtrain.experiments.comparison import compare, cost, figure
 from kdtrain.experiments.comparison import request as comparison_request
 from kdtrain.experiments.estimate import Counts, Estimate
 from kdtrain.experiments.scheduler import Outcome
@@ -58,7 +58,7 @@ STEP = 32
 LARGE = 100
 """An image of an HTML page that is wider than this is written as a file, pixels."""
 DRAWN = ("table1", "table3")
-"""Tables of which the picture is drawn, which takes seconds."""
+"""Tables of which the figure is drawn, which takes seconds."""
 TABLES_REQUEST = Request(
     ("table1", "table2", "table3", "table4", "table5"), seeds=(1, 2), widths=(8,), second={}
 )
@@ -116,7 +116,7 @@ def result_table(out: Path) -> None:
 
 def tables(out: Path) -> None:
     """Tables 1 to 5 as `reproduce` writes them, and on the console; some cells have no number. Only
-    the tables of DRAWN have an image and are on the page of all tables.
+    the tables of DRAWN have a figure and are on the page of all tables.
     """
     results = {run: _result(RUNS / "tables" / run.name) for run in runs_of_tables()}
     collection = reproduce.Collection(TABLES_REQUEST, results)
@@ -154,7 +154,7 @@ def comparison(out: Path) -> None:
     setting = [("command", "python -m kdtrain compare"), ("recipes", request.folder)]
     setting += study.about(results.values(), 2)
     made = comparison_collect.table(found, setting, compare.NAME)
-    drawn = picture.picture(found, made)
+    drawn = figure.draw(found, made)
     files.write(made, out, drawn, subject="Methods", width=compare.WIDTH)
     console, text = _console(120)
     console.print(compare._lengths_grid(request, lengths, False))
@@ -204,7 +204,7 @@ def dry_runs(out: Path) -> None:
             config = build(read_recipe(RECIPES / "tiny" / "soft.yaml"))
             dryrun.show_run(config, Path("runs/soft"), RECIPES / "tiny", {})
         with _printed(out / "train_published_size.txt"):
-            options = {"classes": 10_575, "pictures": 494_414}
+            options = {"classes": 10_575, "images": 494_414}
             dryrun.show_run(config, Path("runs/soft"), RECIPES / "tiny", options)
         with _printed(out / "pipeline.txt"):
             stages = pipeline.plan("demo", SMALL, {})
@@ -245,11 +245,11 @@ def render(kind: str, out: Path) -> None:
     for page in sorted(out.glob("*.html")):
         text = page.read_text(encoding="utf-8")
         _write(page, without_images(text, page.with_suffix("")))
-    for image in sorted(out.glob("*.png")):
-        if image.stat().st_size:
-            image.write_bytes(reduced(image.read_bytes()))
+    for plot in sorted(out.glob("*.png")):
+        if plot.stat().st_size:
+            plot.write_bytes(reduced(plot.read_bytes()))
         else:
-            image.unlink()
+            plot.unlink()
 
 
 def without_images(page: str, place: Path) -> str:

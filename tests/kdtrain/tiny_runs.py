@@ -51,7 +51,7 @@ def synthetic(size: int, **keys: Any) -> FaceSource:
 
 
 def read_folder(root: Path, **keys: Any) -> FaceSource:
-    """The source of root/<identity>/<picture>."""
+    """The source of root/<identity>/<image>."""
     return build_source(DataConfig(kind="folder", root=str(root), **keys))
 
 

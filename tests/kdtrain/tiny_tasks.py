@@ -13,7 +13,7 @@ from kdtrain.models.network import FaceNetwork, seeded
 from kdtrain.objectives.task import Task
 from kdtrain.objectives.tasks import build_task
 
-PEOPLE = 6
+IDENTITIES = 6
 NAMES = ("classification", "alignment", "verification")
 
 
@@ -30,30 +30,30 @@ def make_config(task: str, *, fused: bool = True, mining: str = "hard", **target
     )
 
 
-def make_teacher(classes: int = PEOPLE) -> FaceNetwork:
+def make_teacher(classes: int = IDENTITIES) -> FaceNetwork:
     with seeded(9):
         return FaceNetwork(ModelConfig(depth=14, width=8, stem="small"), classes)
 
 
 def make_task(name: str, **options) -> Task:
     config = make_config(name, **options)
-    return build_task(config, PEOPLE, make_teacher() if config.teacher.run else None)
+    return build_task(config, IDENTITIES, make_teacher() if config.teacher.run else None)
 
 
 def make_batch(seed: int = 0, count: int = 12, side: int = 16):
-    """Pictures of people who differ by colour, with a bright dot at each landmark."""
+    """Images of identities who differ by colour, with a bright dot at each landmark."""
     generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(count) % PEOPLE
-    colours = torch.rand(PEOPLE, 3, generator=torch.Generator().manual_seed(77)) * 200
-    pictures = colours[labels][:, :, None, None] + 20 * torch.rand(
+    labels = torch.arange(count) % IDENTITIES
+    colours = torch.rand(IDENTITIES, 3, generator=torch.Generator().manual_seed(77)) * 200
+    images = colours[labels][:, :, None, None] + 20 * torch.rand(
         count, 3, side, side, generator=generator
     )
     face = torch.tensor([[5.0, 5], [10, 5], [7, 8], [5, 11], [10, 11]])
     points = face + 3 * torch.rand(count, 1, 2, generator=generator)
     for i, row in enumerate(points.long().tolist()):
         for x, y in row:
-            pictures[i, :, y, x] = 255
-    return pictures, labels, points
+            images[i, :, y, x] = 255
+    return images, labels, points
 
 
 def to_original(points: torch.Tensor, scale: float) -> torch.Tensor:
@@ -61,17 +61,17 @@ def to_original(points: torch.Tensor, scale: float) -> torch.Tensor:
 
 
 def eval_batches(count: int = 48, size: int = 20, groups: bool = False) -> list[EvalBatch]:
-    pictures, labels, points = make_batch(1, count)
+    images, labels, points = make_batch(1, count)
     batches = []
     for part in torch.arange(count).split(size):
         batches.append(
             EvalBatch(
-                pictures=pictures[part],
+                images=images[part],
                 labels=labels[part],
                 indices=part,
                 sizes=torch.tensor([[72, 136]]).expand(len(part), 2),
                 points_original=to_original(points[part], 4.0),
-                groups=part // PEOPLE if groups else None,
+                groups=part // IDENTITIES if groups else None,
                 to_original=partial(to_original, scale=4.0),
             )
         )

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-VIEW = 2.15  # side of a picture, in head units
+VIEW = 2.15  # side of an image, in head units
 
 
 def plane(values: Tensor) -> Tensor:
-    """Returns (N, 1, 1) float32 of one value per picture, (N,) float64."""
+    """Returns (N, 1, 1) float32 of one value per image, (N,) float64."""
     return values.float().reshape(-1, 1, 1)
 
 
@@ -76,9 +76,9 @@ def project_to_head_plane(points: Tensor, turn: Tensor) -> Tensor:
     return turn_vectors(points.unsqueeze(1), turn)[:, 0, :2]
 
 
-def project_to_picture(points: Tensor, face: dict[str, Tensor], size: int) -> Tensor:
+def project_to_image(points: Tensor, face: dict[str, Tensor], size: int) -> Tensor:
     """Returns (N, 2) pixel coordinates (pixel i spans [i, i + 1)) of head-plane points (N, 2) in a
-    size x size picture.
+    size x size image.
     """
     x, y = points.unbind(-1)
     x = x * jaw_width(y, face["taper"], face["jaw"])
@@ -108,7 +108,7 @@ def nose_points(face: dict[str, Tensor], turn: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def landmarks(face: dict[str, Tensor], size: int) -> Tensor:
-    """Returns the five points (N, 5, 2), float64 pixel coordinates in a size x size picture, in
+    """Returns the five points (N, 5, 2), float64 pixel coordinates in a size x size image, in
     FaceSource's order.
 
     Left is the viewer's left, as in CelebA's lists.
@@ -123,7 +123,7 @@ def landmarks(face: dict[str, Tensor], size: int) -> Tensor:
     ]
     in_plane = [project_to_head_plane(point, turn) for point in on_surface]
     in_plane.insert(2, nose_points(face, turn)[1])
-    return torch.stack([project_to_picture(point, face, size) for point in in_plane], 1)
+    return torch.stack([project_to_image(point, face, size) for point in in_plane], 1)
 
 
 def trace(face: dict[str, Tensor], turn: Tensor, side: int) -> Surface:

@@ -1,8 +1,8 @@
-"""What a synthetic person is and what one picture of that person shows, drawn from counters.
+"""What a synthetic identity is and what one image of that identity shows, drawn from counters.
 
-A person is many weak continuous cues (geometry, colours, hair, marks); people come in clusters of
-look-alikes. A picture draws pose, expression, light, background and so on for itself alone. Lengths
-are in head units: 1 is half a head's height.
+An identity is many weak continuous cues (geometry, colours, hair, marks); identities come in
+clusters of look-alikes. An image draws pose, expression, light, background and so on for itself
+alone. Lengths are in head units: 1 is half a head's height.
 """
 
 import math
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from kdtrain.data.counter import counter_normal, counter_uniform
 
-CLUSTER = 5  # people per cluster of look-alikes
+CLUSTER = 5  # identities per cluster of look-alikes
 LIKENESS = 0.65  # share of a cue's variance that is the cluster's
-_STREAM_CLUSTER, _STREAM_PERSON, _STREAM_PICTURE, _STREAM_PICTURE_UNIFORM = 1, 2, 3, 4
+_STREAM_CLUSTER, _STREAM_IDENTITY, _STREAM_IMAGE, _STREAM_IMAGE_UNIFORM = 1, 2, 3, 4
 
-# name: (mean, standard deviation) over people
-PERSON = {
+# name: (mean, standard deviation) over identities
+IDENTITY = {
     "head_width": (0.76, 0.058),
     "head_depth": (0.84, 0.032),
     "taper": (0.20, 0.069),
@@ -73,8 +73,8 @@ PERSON = {
     "glasses_shape": (0.0, 0.8),
 }
 
-# name: (mean, standard deviation, largest distance from the mean in deviations) over pictures
-PICTURE_NORMAL = {
+# name: (mean, standard deviation, largest distance from the mean in deviations) over images
+IMAGE_NORMAL = {
     "yaw_rad": (0.0, math.radians(15), 2.0),
     "pitch_rad": (0.0, math.radians(8), 2.0),
     "roll_rad": (0.0, math.radians(7), 2.2),
@@ -101,7 +101,7 @@ PICTURE_NORMAL = {
     "stubble": (0.0, 0.350, 2.0),
 }
 
-PICTURE_UNIFORM = (
+IMAGE_UNIFORM = (
     *(f"back{i}_{c}" for i in range(3) for c in "rgb"),
     *(f"cloth_{c}" for c in "rgb"),
     *(f"cover_{c}" for c in "rgb"),
@@ -121,43 +121,44 @@ PICTURE_UNIFORM = (
 )
 
 
-def person_parameters(seed: int, people: Tensor) -> dict[str, Tensor]:
-    """Returns the cues of people: name -> (N,) float64, a function of (seed, person) only.
+def identity_parameters(seed: int, identities: Tensor) -> dict[str, Tensor]:
+    """Returns the cues of identities: name -> (N,) float64, a function of (seed, identity) only.
 
     cue = mean + deviation * (sqrt(LIKENESS) * cluster's normal + sqrt(1 - LIKENESS) * own normal),
-    clamped at 2.3 deviations; person p belongs to cluster p // CLUSTER. people: (N,) int64.
+    clamped at 2.3 deviations; identity p belongs to cluster p // CLUSTER. identities: (N,) int64.
     """
-    shared = counter_normal(seed, _STREAM_CLUSTER, people // CLUSTER, draws=len(PERSON))
-    own = counter_normal(seed, _STREAM_PERSON, people, draws=len(PERSON))
+    shared = counter_normal(seed, _STREAM_CLUSTER, identities // CLUSTER, draws=len(IDENTITY))
+    own = counter_normal(seed, _STREAM_IDENTITY, identities, draws=len(IDENTITY))
     normal = math.sqrt(LIKENESS) * shared + math.sqrt(1 - LIKENESS) * own  # (N, cues)
     normal = normal.clamp(-2.3, 2.3)
     return {
         name: mean + deviation * normal[:, k]
-        for k, (name, (mean, deviation)) in enumerate(PERSON.items())
+        for k, (name, (mean, deviation)) in enumerate(IDENTITY.items())
     }
 
 
-def picture_parameters(seed: int, people: Tensor, pictures: Tensor) -> dict[str, Tensor]:
-    """Returns what each picture draws for itself: name -> (N,) float64, a function of (seed,
-    person, picture) only.
+def image_parameters(seed: int, identities: Tensor, images: Tensor) -> dict[str, Tensor]:
+    """Returns what each image draws for itself: name -> (N,) float64, a function of (seed,
+    identity, image) only.
 
-    people, pictures: (N,) int64; picture i of person p is the same whatever else is drawn with it.
+    identities, images: (N,) int64; image i of identity p is the same whatever else is drawn with
+    it.
     """
-    normal = counter_normal(seed, _STREAM_PICTURE, people, pictures, draws=len(PICTURE_NORMAL))
+    normal = counter_normal(seed, _STREAM_IMAGE, identities, images, draws=len(IMAGE_NORMAL))
     found = {
         name: mean + deviation * normal[:, k].clamp(-limit, limit)
-        for k, (name, (mean, deviation, limit)) in enumerate(PICTURE_NORMAL.items())
+        for k, (name, (mean, deviation, limit)) in enumerate(IMAGE_NORMAL.items())
     }
     uniform = counter_uniform(
-        seed, _STREAM_PICTURE_UNIFORM, people, pictures, draws=len(PICTURE_UNIFORM)
+        seed, _STREAM_IMAGE_UNIFORM, identities, images, draws=len(IMAGE_UNIFORM)
     ).double()
-    found.update({name: uniform[:, k] for k, name in enumerate(PICTURE_UNIFORM)})
+    found.update({name: uniform[:, k] for k, name in enumerate(IMAGE_UNIFORM)})
     return found
 
 
 def colour_parameters(face: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns the colours of faces: name -> (N, 3) float64, reflectance in [0, 1], from merged
-    person and picture cues.
+    identity and image cues.
     """
 
     def ramp(position: Tensor, *stops: tuple[float, float, float]) -> Tensor:

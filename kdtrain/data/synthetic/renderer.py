@@ -1,8 +1,8 @@
-"""Paints synthetic faces: batched pictures from the cues of parameters.py, painter's algorithm,
+"""Paints synthetic faces: batched images from the cues of parameters.py, painter's algorithm,
 twice the size, box-halved.
 
 Every mask is elementwise arithmetic on (N, H, H) planes (no exp, no sin, no reduction), so a
-picture's bits do not depend on which pictures are rendered with it.
+image's bits do not depend on which images are rendered with it.
 """
 
 from dataclasses import dataclass
@@ -44,12 +44,12 @@ class _Scene:
 
 
 def render_faces(
-    face: dict[str, Tensor], seed: int, people: Tensor, pictures: Tensor, size: int
+    face: dict[str, Tensor], seed: int, identities: Tensor, images: Tensor, size: int
 ) -> Tensor:
-    """Returns uint8 pictures (N, 3, size, size), RGB, of the merged person and picture cues `face`
+    """Returns uint8 images (N, 3, size, size), RGB, of the merged identity and image cues `face`
     (name -> (N,) float64).
 
-    seed, people, pictures key the sensor noise.
+    seed, identities, images key the sensor noise.
     """
     side = 2 * size
     turn, colours = rotation(face), colour_parameters(face)
@@ -61,15 +61,15 @@ def render_faces(
         surface=trace(face, turn, side),
         pixel=plane(VIEW / side / face["zoom"]),
     )
-    picture = _background(scene, side)
-    _paint_behind(scene, picture)
+    image = _background(scene, side)
+    _paint_behind(scene, image)
     skin = _painted_face(scene)
     # the discriminant falls by about 2 / half width per unit of length at the outline
     outline = _edge(scene.surface.inside * (0.5 * scene.cue["head_width"]), scene.pixel)
-    _blend(picture, outline, skin)
-    _paint_nose(scene, picture, outline)
-    _paint_in_front(scene, picture, side)
-    return _expose(scene, picture, seed, people, pictures)
+    _blend(image, outline, skin)
+    _paint_nose(scene, image, outline)
+    _paint_in_front(scene, image, side)
+    return _expose(scene, image, seed, identities, images)
 
 
 def _edge(distance: Tensor, softness: Tensor | float) -> Tensor:
@@ -79,10 +79,10 @@ def _edge(distance: Tensor, softness: Tensor | float) -> Tensor:
     return distance.div(softness).add_(0.5).clamp_(0, 1)
 
 
-def _blend(picture: Tensor, mask: Tensor, colour: Tensor) -> None:
-    # in place: a temporary of the picture's size costs more than the arithmetic (fresh pages)
+def _blend(image: Tensor, mask: Tensor, colour: Tensor) -> None:
+    # in place: a temporary of the image's size costs more than the arithmetic (fresh pages)
     mask = mask.unsqueeze(1)
-    picture.mul_(1 - mask).addcmul_(mask, colour)
+    image.mul_(1 - mask).addcmul_(mask, colour)
 
 
 def _background(scene: _Scene, side: int) -> Tensor:
@@ -92,22 +92,22 @@ def _background(scene: _Scene, side: int) -> Tensor:
     x, y = ticks.reshape(1, 1, side), ticks.reshape(1, side, 1)
     along_x, along_y = 2 * cue["back_angle"] - 1, 1 - 2 * (2 * cue["back_angle"] - 1).abs()
     ramp = (along_x * x + along_y * y).mul_(1.6).add_(0.5).clamp_(0, 1)
-    picture = colour["back0"] + ramp.unsqueeze(1) * (colour["back1"] - colour["back0"])
+    image = colour["back0"] + ramp.unsqueeze(1) * (colour["back1"] - colour["back0"])
     radius = 0.12 + 0.3 * cue["blob_size"]
     squared = (x - cue["blob_x"] + 0.5) ** 2 + (y - cue["blob_y"] + 0.5) ** 2
-    _blend(picture, _edge(1 - squared / (radius * radius), 0.25), colour["back2"])
+    _blend(image, _edge(1 - squared / (radius * radius), 0.25), colour["back2"])
     wave = (along_y * x - along_x * y) * (6 + 10 * cue["blob_size"])
     wave = wave.frac_().abs_().sub_(0.5).abs_()
     amount = ((cue["stripes"] - 0.55) * 1.2).clamp(0, 0.5)
-    _blend(picture, wave.sub_(0.15).mul_(6).clamp_(0, 1).mul_(amount), colour["back2"])
-    return picture
+    _blend(image, wave.sub_(0.15).mul_(6).clamp_(0, 1).mul_(amount), colour["back2"])
+    return image
 
 
 def _hair_length(cue: dict[str, Tensor]) -> Tensor:
     return (0.25 + 0.6 * (cue["hair_length"] + 0.3 * cue["hair_now"])).clamp(-0.15, 1.7)
 
 
-def _paint_behind(scene: _Scene, picture: Tensor) -> None:
+def _paint_behind(scene: _Scene, image: Tensor) -> None:
     """Hair behind the head, neck, clothes, the far ears: what the head covers."""
     cue, colour, surface = scene.cue, scene.colour, scene.surface
     x, y = surface.x, surface.y
@@ -120,20 +120,20 @@ def _paint_behind(scene: _Scene, picture: Tensor) -> None:
     lie = 0.5 + 0.3 * surface.y.clamp(-1, 1)
     hair = _edge((1 - squared) * (0.5 * half), scene.pixel)
     hair *= _edge(_hair_length(cue) - y, 0.12)
-    _blend(picture, hair, colour["hair"] * (1.05 - 0.45 * lie).unsqueeze(1))
+    _blend(image, hair, colour["hair"] * (1.05 - 0.45 * lie).unsqueeze(1))
 
     neck = _edge(0.47 * cue["head_width"] / 0.76 - x.abs(), scene.pixel * 2) * _edge(y - 0.45, 0.1)
-    _blend(picture, neck, colour["skin"] * 0.62)
+    _blend(image, neck, colour["skin"] * 0.62)
     collar = 1.12 + 0.2 * cue["collar"]
     cloth = _edge(y - collar + 0.30 * (x.abs() - 0.35).clamp(min=0) - 0.15 * (0.4 - x.abs()), 0.06)
-    _blend(picture, cloth, colour["cloth"])
+    _blend(image, cloth, colour["cloth"])
 
     beside, down = 0.98 * scene.raw["head_width"], scene.raw["ear_y"]
     for across in (-beside, beside):
         spot = torch.stack([across, down, torch.full_like(down, -0.05)], -1)
         at = project_to_head_plane(spot, scene.turn).float().reshape(-1, 2, 1, 1)
         squared = ((x - at[:, 0]) / (0.6 * cue["ear"])) ** 2 + ((y - at[:, 1]) / cue["ear"]) ** 2
-        _blend(picture, _edge((1 - squared) * 0.06, scene.pixel), colour["skin"] * 0.74)
+        _blend(image, _edge((1 - squared) * 0.06, scene.pixel), colour["skin"] * 0.74)
 
 
 def _painted_face(scene: _Scene) -> Tensor:
@@ -262,7 +262,7 @@ def _paint_hair(scene: _Scene, skin: Tensor, across: Tensor) -> Tensor:
     return hair
 
 
-def _paint_nose(scene: _Scene, picture: Tensor, outline: Tensor) -> None:
+def _paint_nose(scene: _Scene, image: Tensor, outline: Tensor) -> None:
     """The nose stands off the head, so it is drawn in the head plane between its projected root and
     tip.
     """
@@ -281,7 +281,7 @@ def _paint_nose(scene: _Scene, picture: Tensor, outline: Tensor) -> None:
     flank = (1 - ((beside.abs() - width) / 0.05) ** 2).clamp_(min=0) * (part * (1 - part) * 2.4)
     ridge = (1 - beside.abs() / (0.8 * width)).clamp_(min=0) * body * part * 0.16
     change = (relief + ridge - 0.16 * flank) * outline
-    picture.mul_((1 + change).clamp_(0.35, 1.5).unsqueeze(1))
+    image.mul_((1 + change).clamp_(0.35, 1.5).unsqueeze(1))
 
     off_x = (surface.x - tip[:, 0]).abs()
     off_y = surface.y - tip[:, 1]
@@ -292,10 +292,10 @@ def _paint_nose(scene: _Scene, picture: Tensor, outline: Tensor) -> None:
     dark += (1 - under).clamp_(min=0) * 0.16 * outline
     wing = ((off_x - 0.95 * reach) / 0.035) ** 2 + ((off_y - 0.03) / 0.07) ** 2
     dark += (1 - wing).clamp_(min=0) * 0.30 * outline
-    picture.mul_((1 - dark).unsqueeze(1))
+    image.mul_((1 - dark).unsqueeze(1))
 
 
-def _paint_in_front(scene: _Scene, picture: Tensor, side: int) -> None:
+def _paint_in_front(scene: _Scene, image: Tensor, side: int) -> None:
     """Glasses, sunglasses and things in front of the face."""
     cue, surface, pixel = scene.cue, scene.surface, scene.pixel
     across = surface.X.abs()
@@ -308,8 +308,8 @@ def _paint_in_front(scene: _Scene, picture: Tensor, side: int) -> None:
     sun = ((cue["cover"] > 0.10) & (cue["cover"] < 0.13)).float()
     front = _edge(surface.inside, 0.1) * (surface.Z > 0)
     frame = torch.maximum(rim, bar) * torch.maximum(worn, sun) * front
-    _blend(picture, _edge((1 - squared) * 0.08, pixel) * (0.92 * sun * front), 0.10 * _RED)
-    _blend(picture, frame, _grey(0.10))
+    _blend(image, _edge((1 - squared) * 0.08, pixel) * (0.92 * sun * front), 0.10 * _RED)
+    _blend(image, frame, _grey(0.10))
 
     ticks = ((torch.arange(side, dtype=torch.float32) + 0.5) / side - 0.5) * VIEW
     x, y = ticks.reshape(1, 1, side), ticks.reshape(1, side, 1)
@@ -319,26 +319,26 @@ def _paint_in_front(scene: _Scene, picture: Tensor, side: int) -> None:
     towards_y = torch.where(cue["collar"] < 0.3, -towards_y, towards_y)
     depth = towards_x * x + towards_y * y - (0.30 + 0.55 * cue["cover_reach"])
     band = _edge(depth, 0.05) * _edge(0.25 + 0.5 * cue["cover_size"] - depth, 0.05)
-    _blend(picture, band * (cue["cover"] < 0.10).float(), scene.colour["cover"])
+    _blend(image, band * (cue["cover"] < 0.10).float(), scene.colour["cover"])
 
 
-def _expose(scene: _Scene, picture: Tensor, seed: int, people: Tensor, pictures: Tensor) -> Tensor:
+def _expose(scene: _Scene, image: Tensor, seed: int, identities: Tensor, images: Tensor) -> Tensor:
     """Exposure and white balance, halving, blur, sensor noise, rounding: uint8 (N, 3, size,
     size).
     """
     raw = scene.raw
     gain = torch.exp2(raw["exposure"]).unsqueeze(1)
     balance = torch.stack([1 + raw["warmth"], 1 + raw["tint"], 1 - raw["warmth"]], 1)
-    picture = picture.clamp_(0, 1.2).mul_((245 * gain * balance).float().reshape(-1, 3, 1, 1))
-    picture = picture[..., ::2] + picture[..., 1::2]
-    picture = (picture[:, :, ::2] + picture[:, :, 1::2]).mul_(0.25)
-    size = picture.shape[-1]
+    image = image.clamp_(0, 1.2).mul_((245 * gain * balance).float().reshape(-1, 3, 1, 1))
+    image = image[..., ::2] + image[..., 1::2]
+    image = (image[:, :, ::2] + image[:, :, 1::2]).mul_(0.25)
+    size = image.shape[-1]
     amount = ((scene.cue["blur"] - 0.35) * 2.0).clamp(0, 1).unsqueeze(1)
-    padded = F.pad(picture, (1, 1, 1, 1), mode="replicate")
+    padded = F.pad(image, (1, 1, 1, 1), mode="replicate")
     rows = padded[:, :, :-2] + 2 * padded[:, :, 1:-1] + padded[:, :, 2:]
     soft = (rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:]).mul_(1 / 16)
-    picture = picture + amount * (soft - picture)
-    grain = counter_uniform(seed, _STREAM_GRAIN, people, pictures, draws=2 * 3 * size * size)
-    grain = grain.reshape(len(people), 2, 3, size, size).sum(1).sub_(1)
-    picture += grain * (18 * scene.cue["grain"] ** 2).unsqueeze(1)
-    return picture.clamp_(0, 255).round_().to(torch.uint8)
+    image = image + amount * (soft - image)
+    grain = counter_uniform(seed, _STREAM_GRAIN, identities, images, draws=2 * 3 * size * size)
+    grain = grain.reshape(len(identities), 2, 3, size, size).sum(1).sub_(1)
+    image += grain * (18 * scene.cue["grain"] ** 2).unsqueeze(1)
+    return image.clamp_(0, 255).round_().to(torch.uint8)

@@ -1,7 +1,7 @@
-"""Synthetic faces as a FaceSource: people x pictures, every picture drawn independently, landmarks
+"""Synthetic faces as a FaceSource: identities x images, every image drawn independently, landmarks
 exact.
 
-Measured on 350 people x 16 pictures of 36 pixels, centre crops of 32, random 80/20 split:
+Measured on 350 identities x 16 images of 36 pixels, centre crops of 32, random 80/20 split:
 raw-pixel nearest neighbour test -> train 19.6 %, within the test split 10.4 %; identity explains
 1 % of the landmarks' variance; the mean shape is off by 35 % of the eye distance under 0.85-0.95
 crops; a linear classifier on 8x8 thumbnails reaches 25 %.
@@ -14,26 +14,26 @@ from torch import Tensor
 from kdtrain.config import DataConfig
 from kdtrain.data.source import FaceSource
 from kdtrain.data.synthetic.geometry import landmarks
-from kdtrain.data.synthetic.parameters import person_parameters, picture_parameters
+from kdtrain.data.synthetic.parameters import identity_parameters, image_parameters
 from kdtrain.data.synthetic.renderer import render_faces
 
-VERSION = 1  # part of every name, so of the fingerprint: raise it when a picture's pixels change
-# planes of this many floats stay in a core's cache: 1.1 against 2.0 ms a picture
+VERSION = 1  # part of every name, so of the fingerprint: raise it when an image's pixels change
+# planes of this many floats stay in a core's cache: 1.1 against 2.0 ms an image
 _CHUNK_PIXELS = 12 * 72 * 72
 
 
-def draw_faces(seed: int, people: Tensor, pictures: Tensor) -> dict[str, Tensor]:
-    """Returns all cues, name -> (N,) float64, of the given pictures of the given people (int64,
+def draw_faces(seed: int, identities: Tensor, images: Tensor) -> dict[str, Tensor]:
+    """Returns all cues, name -> (N,) float64, of the given images of the given identities (int64,
     (N,)).
     """
-    return {**person_parameters(seed, people), **picture_parameters(seed, people, pictures)}
+    return {**identity_parameters(seed, identities), **image_parameters(seed, identities, images)}
 
 
 def synthetic_faces(config: DataConfig) -> FaceSource:
     """Returns a FaceSource of synthetic faces, data.store_size pixels on a side: identities times
     images_per_identity images.
 
-    Picture i of identity p depends on (synthetic_seed, p, i) and the size only: not on how many
+    Image i of identity p depends on (synthetic_seed, p, i) and the size only: not on how many
     others there are, nor on batches. Raises ValueError for a size under 16, and for a split file.
     """
     identities, images_per_identity = config.identities, config.images_per_identity
@@ -42,36 +42,36 @@ def synthetic_faces(config: DataConfig) -> FaceSource:
         raise ValueError(f"data.split: synthetic faces have no split file, got {config.split!r}")
     if size < 16:
         raise ValueError(f"synthetic_faces: size must be at least 16, got {size}")
-    person_of = torch.arange(identities).repeat_interleave(images_per_identity)
+    identity_of = torch.arange(identities).repeat_interleave(images_per_identity)
     number_of = torch.arange(images_per_identity).repeat(identities)
 
     def render(indices: Tensor) -> Tensor:
         done = []
         for chunk in indices.split(max(1, _CHUNK_PIXELS // (4 * size * size))):
-            person, number = person_of[chunk], number_of[chunk]
-            cues = draw_faces(seed, person, number)
-            done.append(render_faces(cues, seed, person, number, size))
+            identity, number = identity_of[chunk], number_of[chunk]
+            cues = draw_faces(seed, identity, number)
+            done.append(render_faces(cues, seed, identity, number, size))
         return torch.cat(done)
 
-    def read(picture: int) -> Image.Image:
-        drawn = render(torch.tensor([picture]))[0].permute(1, 2, 0).contiguous()
+    def read(image: int) -> Image.Image:
+        drawn = render(torch.tensor([image]))[0].permute(1, 2, 0).contiguous()
         return Image.fromarray(drawn.numpy())
 
     points = torch.cat(
         [
-            landmarks(draw_faces(seed, person, number), size).float()
-            for person, number in zip(person_of.split(4096), number_of.split(4096), strict=True)
+            landmarks(draw_faces(seed, identity, number), size).float()
+            for identity, number in zip(identity_of.split(4096), number_of.split(4096), strict=True)
         ]
     )
     return FaceSource(
         name="synthetic",
         names=[
-            f"synthetic-{VERSION}/{seed}/{person:06d}/{number:04d}"
-            for person in range(identities)
+            f"synthetic-{VERSION}/{seed}/{identity:06d}/{number:04d}"
+            for identity in range(identities)
             for number in range(images_per_identity)
         ],
-        labels=person_of,
-        class_names=[f"{person:06d}" for person in range(identities)],
+        labels=identity_of,
+        class_names=[f"{identity:06d}" for identity in range(identities)],
         landmarks=points,
         sizes=torch.full((identities * images_per_identity, 2), size, dtype=torch.int64),
         read=read,

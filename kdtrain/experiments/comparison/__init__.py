@@ -1,1 +1,1 @@
-"""Several methods under one budget: the request, its runs, costs, claims, table and picture."""
+"""Several methods under one budget: the request, its runs, costs, claims, table and figure."""

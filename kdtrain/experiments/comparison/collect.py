@@ -70,12 +70,12 @@ CLAIMS = (
 )
 
 ITEMS = ("nn_top1", "nn_top1_other_video", "pair_accuracy")
-"""Metrics by which a claim is judged: right or wrong for each picture, and for each pair."""
+"""Metrics by which a claim is judged: right or wrong for each image, and for each pair."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that the table and its picture are made of."""
+    """Everything that the table and its figure are made of."""
 
     request: Request
     results: Mapping[RunOf, Result]
@@ -209,7 +209,7 @@ def _cost(comparison: Comparison, place: Place) -> Block:
         if length is not None:
             training = (
                 _shown(length.epochs),
-                _shown(length.pictures, count),
+                _shown(length.images, count),
                 _shown(length.start_epochs),
             )
             needs = f"needs {', '.join(length.needs)}" if length.needs else ""

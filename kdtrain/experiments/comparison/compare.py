@@ -1,4 +1,4 @@
-"""`python -m kdtrain compare`: several methods trained over seeds, one table and one picture."""
+"""`python -m kdtrain compare`: several methods trained over seeds, one table and one figure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kdtrain.experiments import campaign
 from kdtrain.experiments.campaign import LEGEND, Campaign, Order, make_campaign
 from kdtrain.experiments.comparison import cost
 from kdtrain.experiments.comparison.collect import Comparison, per_second, table
-from kdtrain.experiments.comparison.picture import picture
+from kdtrain.experiments.comparison.figure import draw
 from kdtrain.experiments.comparison.request import Request, RunOf, groups, stages
 from kdtrain.experiments.scheduler import Outcome
 from kdtrain.experiments.study import about, pixels, read_all, where
@@ -65,7 +65,7 @@ def _lengths_grid(
         if run.method in request.methods + request.teachers:
             note = notes.get(run.method, "")
             needs = ", ".join(one.needs) + (f"  [yellow]{note}[/]" if note else "")
-            cells = (str(one.epochs), count(one.pictures), str(one.start_epochs or ""), needs)
+            cells = (str(one.epochs), count(one.images), str(one.start_epochs or ""), needs)
             grid.add_row(f"{run.method}{pixels(run.side)}", *cells)
     return grid
 
@@ -97,14 +97,14 @@ def write(
     for key, by_batch in speeds.items():
         size = sizes[key]
         words = (
-            f"{per_second(one.median)} [{per_second(one.low)}, {per_second(one.high)}] pictures/s, "
+            f"{per_second(one.median)} [{per_second(one.low)}, {per_second(one.high)}] images/s, "
             f"{batch} at a time"
             for batch, one in by_batch.items()
         )
         setting.append((f"{size.name}, {size.side} px", "; ".join(words)))
     found = table(comparison, setting, NAME)
     order.console.print(plain(found, WIDTH), markup=False)
-    drawn = picture(comparison, found)
+    drawn = draw(comparison, found)
     written = files.write(found, order.root / "tables", drawn, subject="Methods", width=WIDTH)
     order.console.print(f"table: {written['html']}, and as text, Markdown, CSV and PNG beside it")
 

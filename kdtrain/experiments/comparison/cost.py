@@ -1,5 +1,5 @@
-"""What a method costs: its training in epochs and pictures, its network in parameters,
-multiply-adds and pictures a second.
+"""What a method costs: its training in epochs and images, its network in parameters,
+multiply-adds and images per second.
 
 The classifier is dropped for verification, so it is counted apart and not timed.
 """
@@ -21,7 +21,7 @@ from kdtrain.config.networks import network_title
 from kdtrain.experiments import dryrun
 from kdtrain.experiments.comparison.request import Request, RunOf, chain, inputs_of
 from kdtrain.experiments.estimate import batches_of_epoch
-from kdtrain.experiments.timing import batch_pictures, now
+from kdtrain.experiments.timing import batch_images, now
 from kdtrain.models.network import FaceNetwork, count_parameters, multiply_adds
 from kdtrain.training import checkpoint
 from kdtrain.training.environment import environment
@@ -41,7 +41,7 @@ class Length(NamedTuple):
     """How long a method was trained."""
 
     epochs: int
-    pictures: int
+    images: int
     """Seen in training, with repetition."""
     start_epochs: int
     """Epochs of the run whose weights it starts from, and of that one's start."""
@@ -57,12 +57,12 @@ class Size(NamedTuple):
     backbone: int
     """Parameters without the heads."""
     multiply_adds: int
-    """Of the backbone, for one picture."""
+    """Of the backbone, for one image."""
 
 
 @dataclass(frozen=True)
 class Quartiles:
-    """Pictures a second over the rounds."""
+    """Images per second over the rounds."""
 
     low: float
     median: float
@@ -70,7 +70,7 @@ class Quartiles:
 
 
 Speeds = Mapping[int, Quartiles]
-"""By pictures of a call."""
+"""By images of a call."""
 
 
 def lengths(request: Request, configs: Mapping[RunOf, Config]) -> dict[RunOf, Length]:
@@ -81,13 +81,13 @@ def lengths(request: Request, configs: Mapping[RunOf, Config]) -> dict[RunOf, Le
         if run.seed != request.seeds[0]:
             continue
         epochs = sum(phase.epochs for phase in config.optim.phases)
-        pictures = epochs * batches_of_epoch(config, count(config)) * batch_pictures(config)
+        images = epochs * batches_of_epoch(config, count(config)) * batch_images(config)
         before = 0
         for name in inputs_of(request.recipes[run.method], ("init_from",)):  # which come first
             theirs = found[RunOf(name, run.seed, None, run.second)]
             before = theirs.epochs + theirs.start_epochs
         needs = [one.method for one in chain(request, run)][:-1]
-        found[run] = Length(epochs, pictures, before, tuple(dict.fromkeys(needs)))
+        found[run] = Length(epochs, images, before, tuple(dict.fromkeys(needs)))
     return found
 
 
@@ -121,7 +121,7 @@ def size_of(folder: Path, config: Config) -> Size:
 def speeds(
     root: Path, runs: Mapping[str, tuple[Path, Config]], say: Callable[[str], None]
 ) -> tuple[dict[str, Speeds], str]:
-    """Pictures a second of each network, by its key, and how they were measured.
+    """Images per second of each network, by its key, and how they were measured.
 
     runs: a finished run folder of each network, with its config. Measured again, all together,
     when one of them is not in root/speed.json, or another machine or thread count wrote it.
@@ -158,23 +158,23 @@ def speeds(
 def measure(
     networks: Mapping[str, tuple[FaceNetwork, int]], device: torch.device
 ) -> dict[str, Speeds]:
-    """Pictures a second of networks (network, input side), which take turns."""
+    """Images per second of networks (network, input side), which take turns."""
     calls = {}
     for key, (network, side) in networks.items():
         network.eval().to(device)
         for batch in BATCHES:
-            pictures = torch.rand(batch, 3, side, side, device=device) * 255
-            _timed(network, pictures, 2)
-            calls[key, batch] = network, pictures, _timed(network, pictures, 1)
+            images = torch.rand(batch, 3, side, side, device=device) * 255
+            _timed(network, images, 2)
+            calls[key, batch] = network, images, _timed(network, images, 1)
     found: dict[tuple[str, int], list[float]] = {place: [] for place in calls}
     began = time.monotonic()
     for number in range(ROUNDS):
         if number >= LEAST_ROUNDS and time.monotonic() - began > ALL_S:
             break
-        for place, (network, pictures, once_s) in calls.items():
+        for place, (network, images, once_s) in calls.items():
             count = max(1, round(CALL_S / max(once_s, 1e-6)))
-            seconds = _timed(network, pictures, count)
-            found[place].append(count * len(pictures) / seconds)
+            seconds = _timed(network, images, count)
+            found[place].append(count * len(images) / seconds)
     quartiles = {
         place: Quartiles(*statistics.quantiles(values, n=4, method="inclusive"))
         for place, values in found.items()
@@ -182,10 +182,10 @@ def measure(
     return {key: {batch: quartiles[key, batch] for batch in BATCHES} for key in networks}
 
 
-def _timed(network: FaceNetwork, pictures: torch.Tensor, count: int) -> float:
+def _timed(network: FaceNetwork, images: torch.Tensor, count: int) -> float:
     """Seconds of `count` calls."""
     with torch.inference_mode():
-        start = now(pictures.device)
+        start = now(images.device)
         for _ in range(count):
-            network.embed(pictures)
-        return now(pictures.device) - start
+            network.embed(images)
+        return now(images.device) - start

@@ -56,7 +56,9 @@ class Request:
     recipes: Mapping[str, Mapping[str, Any]]
     """Dotted keys of every method's recipe, and of those that it takes runs from, by name."""
     folder: str
-    """Where the recipes are, for people: two-cores/systems for a packaged folder, else its path."""
+    """The folder of the recipes as printed: two-cores/systems for a packaged folder, else its
+    path.
+    """
     seeds: tuple[int, ...] = (1, 2, 3)
     resolutions: tuple[int, ...] = ()
     """Sides of the methods' input; empty: each recipe's own."""

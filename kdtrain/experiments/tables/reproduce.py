@@ -1,4 +1,4 @@
-"""`python -m kdtrain reproduce`: the tables of arXiv 1709.02929 on any pictures, at any scale.
+"""`python -m kdtrain reproduce`: the tables of arXiv 1709.02929 on any images, at any scale.
 
 Every cell's runs are stages of one pipeline (stages.py): shared, reused by their keys, continued
 after a kill. The plan and its cost, from timed steps, are printed before anything is trained; the

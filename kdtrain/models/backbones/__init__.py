@@ -16,7 +16,7 @@ from kdtrain.models.backbones.timm_network import TimmNetwork
 def build_backbone(model: ModelConfig, input_size: int) -> Backbone:
     """The network of `model` with weights drawn from torch's random state.
 
-    input_size: side of its pictures; resnet takes any others too. Raises ValueError for a network
+    input_size: side of its images; resnet takes any others too. Raises ValueError for a network
     that cannot be built.
     """
     width = model.embedding_width

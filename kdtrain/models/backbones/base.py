@@ -1,4 +1,4 @@
-"""What every backbone does: raw RGB pictures in, one feature a picture and its stages' maps out."""
+"""What every backbone does: raw RGB images in, one feature an image and its stages' maps out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def attention_map(maps: Tensor) -> Tensor:
 
 
 class Backbone(nn.Module, ABC):
-    """(N, 3, H, W) raw RGB pictures in [0, 255] -> (N, width) features.
+    """(N, 3, H, W) raw RGB images in [0, 255] -> (N, width) features.
 
     color "bgr": the weights want the channels in this order, so the network turns them round.
     Scaling of the input is the network's own too.
@@ -40,25 +40,25 @@ class Backbone(nn.Module, ABC):
         self.color = color
 
     @abstractmethod
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """Features (N, width)."""
 
     @abstractmethod
-    def maps(self, pictures: Tensor, stage: int) -> Tensor:
+    def maps(self, images: Tensor, stage: int) -> Tensor:
         """Output (N, widths[stage - 1], h, w) of stage 1, 2, ...; the layers above it do not
         run.
         """
 
     @abstractmethod
-    def attend(self, pictures: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def attend(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Features, and the attention_map (N, h, w) of each stage."""
 
     def extra_repr(self) -> str:
         """What the weights do not tell of this network."""
         return f"color={self.color}"
 
-    def _ordered(self, pictures: Tensor) -> Tensor:
-        return pictures.flip(1) if self.color == "bgr" else pictures
+    def _ordered(self, images: Tensor) -> Tensor:
+        return images.flip(1) if self.color == "bgr" else images
 
 
 class StagedBackbone(Backbone):
@@ -68,28 +68,28 @@ class StagedBackbone(Backbone):
 
     stages: nn.Sequential
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """Features (N, width)."""
-        return self._feature(self.maps(pictures, len(self.stages)))
+        return self._feature(self.maps(images, len(self.stages)))
 
-    def maps(self, pictures: Tensor, stage: int) -> Tensor:
+    def maps(self, images: Tensor, stage: int) -> Tensor:
         """Output of one stage; see Backbone.maps."""
-        maps = self._entry(self._ordered(pictures))
+        maps = self._entry(self._ordered(images))
         for part in list(self.stages)[:stage]:
             maps = part(maps)
         return maps
 
-    def attend(self, pictures: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def attend(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Features, and the attention_map of each stage."""
-        maps, attention = self._entry(self._ordered(pictures)), []
+        maps, attention = self._entry(self._ordered(images)), []
         for part in self.stages:
             maps = part(maps)
             attention.append(attention_map(maps))
         return self._feature(maps), tuple(attention)
 
     @abstractmethod
-    def _entry(self, pictures: Tensor) -> Tensor:
-        """What the first stage reads, of pictures in the weights' colour order."""
+    def _entry(self, images: Tensor) -> Tensor:
+        """What the first stage reads, of images in the weights' colour order."""
 
     @abstractmethod
     def _feature(self, maps: Tensor) -> Tensor:
@@ -109,16 +109,16 @@ class SizedBackbone(StagedBackbone):
         """Colour order and input."""
         return f"{super().extra_repr()}, side={self.side}"
 
-    def _scaled(self, pictures: Tensor) -> Tensor:
+    def _scaled(self, images: Tensor) -> Tensor:
         """[0, 255] -> [-1, 1], as the field's face networks are trained."""
-        return (pictures - 127.5) / 127.5
+        return (images - 127.5) / 127.5
 
     def _checked(self, maps: Tensor) -> Tensor:
         """maps, whose size is what the weights are for. Raises ValueError."""
         height, width = maps.shape[-2:]
         if (height, width) != (self.side, self.side):
             raise ValueError(
-                f"FaceNetwork: its last layers were built for pictures of {16 * self.side - 15} to "
+                f"FaceNetwork: its last layers were built for images of {16 * self.side - 15} to "
                 f"{16 * self.side} pixels a side, and these leave maps of {height} x {width} where "
                 f"{self.side} x {self.side} are needed; set data.input_size (for a teacher "
                 "teacher.input_size, with data.crop_size and data.store_size at least that) to the "

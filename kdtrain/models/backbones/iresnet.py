@@ -39,7 +39,7 @@ class Block(nn.Module):
 
 
 class IResNet(SizedBackbone):
-    """Stages end at 1/2, 1/4, 1/8 and 1/16 of the picture; feature: the embedding.
+    """Stages end at 1/2, 1/4, 1/8 and 1/16 of the image; feature: the embedding.
 
     iresnet: every stage begins with a convolution as its shortcut, and the weight of the last
     normalisation stays at 1 (`requires_grad` False). ir: where the channels stay, that shortcut
@@ -83,8 +83,8 @@ class IResNet(SizedBackbone):
                 else:
                     nn.init.normal_(module.weight, std=0.1)
 
-    def _entry(self, pictures: Tensor) -> Tensor:
-        return self.stem(self._scaled(pictures))
+    def _entry(self, images: Tensor) -> Tensor:
+        return self.stem(self._scaled(images))
 
     def _feature(self, maps: Tensor) -> Tensor:
         # flatten names places channel by channel, whatever the layout in memory

@@ -53,7 +53,7 @@ class Inverted(nn.Module):
 
 
 class MobileFaceNet(SizedBackbone):
-    """Stages end at 1/2, 1/4, 1/8 and 1/16 of the picture; feature: the embedding.
+    """Stages end at 1/2, 1/4, 1/8 and 1/16 of the image; feature: the embedding.
 
     divide: every layer but the embedding has 1 / divide of the channels.
     """
@@ -87,8 +87,8 @@ class MobileFaceNet(SizedBackbone):
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def _entry(self, pictures: Tensor) -> Tensor:
-        return self.stem(self._scaled(pictures))
+    def _entry(self, images: Tensor) -> Tensor:
+        return self.stem(self._scaled(images))
 
     def _feature(self, maps: Tensor) -> Tensor:
         return self.embedding(self.depthwise(self.separable(self._checked(maps))).flatten(1))

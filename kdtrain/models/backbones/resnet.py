@@ -1,6 +1,6 @@
 """The paper's network: a bottleneck ResNet of any width, for any input size.
 
-Batch normalisation sits directly on the raw picture, so no mean is subtracted anywhere.
+Batch normalisation sits directly on the raw image, so no mean is subtracted anywhere.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ class ResNet(StagedBackbone):
         self.embedding = embedding_layer(channels, embedding)
         self.width = channels if embedding is None else embedding
 
-    def _entry(self, pictures: Tensor) -> Tensor:
-        return self.pool(torch.relu_(self.stem_norm(self.stem(self.input_norm(pictures)))))
+    def _entry(self, images: Tensor) -> Tensor:
+        return self.pool(torch.relu_(self.stem_norm(self.stem(self.input_norm(images)))))
 
     def _feature(self, maps: Tensor) -> Tensor:
         return self.embedding(maps.mean((2, 3)))

@@ -17,7 +17,7 @@ class TimmNetwork(Backbone):
     """timm.create_model(name, num_classes=0), weights drawn anew; with `embedding`, an embedding
     layer of that width on its pooled feature.
 
-    Pictures are scaled by the mean and deviation of the model's own configuration. A network of a
+    Images are scaled by the mean and deviation of the model's own configuration. A network of a
     fixed input size (ViTs) is built for input_size. Raises ValueError when timm is missing or knows
     no such model.
     """
@@ -46,22 +46,22 @@ class TimmNetwork(Backbone):
         stages = list(getattr(self.network, "feature_info", []))
         self.widths = [stage["num_chs"] for stage in stages][-STAGES:]
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """Features (N, width)."""
-        return self.embedding(self.network(self._scaled(pictures)))
+        return self.embedding(self.network(self._scaled(images)))
 
-    def maps(self, pictures: Tensor, stage: int) -> Tensor:
+    def maps(self, images: Tensor, stage: int) -> Tensor:
         """Output of one of its last four stages; the layers above run too. Raises ValueError where
         the model shows none.
         """
-        return self._stages(pictures)[1][stage - 1]
+        return self._stages(images)[1][stage - 1]
 
-    def attend(self, pictures: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def attend(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Features, and the attention_map of each of its last four stages."""
-        last, maps = self._stages(pictures)
+        last, maps = self._stages(images)
         return self.embedding(self.network.forward_head(last)), tuple(map(attention_map, maps))
 
-    def _stages(self, pictures: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _stages(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The last layer's output, and the stages' maps."""
         if not self.widths or not hasattr(self.network, "forward_intermediates"):
             raise ValueError(
@@ -69,12 +69,12 @@ class TimmNetwork(Backbone):
                 "target.hint and target.attention compare; set these to 0, or take another model"
             )
         return self.network.forward_intermediates(
-            self._scaled(pictures), indices=len(self.widths), output_fmt="NCHW"
+            self._scaled(images), indices=len(self.widths), output_fmt="NCHW"
         )
 
-    def _scaled(self, pictures: Tensor) -> Tensor:
+    def _scaled(self, images: Tensor) -> Tensor:
         mean, deviation = self.get_buffer("mean"), self.get_buffer("std")
-        return (self._ordered(pictures) - mean) / deviation
+        return (self._ordered(images) - mean) / deviation
 
 
 def _timm() -> Any:

@@ -61,7 +61,7 @@ class Published(NamedTuple):
     weights: dict[str, Tensor]
     """Names as in a FaceNetwork, backbone. and all."""
     notes: list[str]
-    """What people should know of the file."""
+    """What identities should know of the file."""
 
 
 def inner(file: object, *keys: str) -> object:

@@ -60,7 +60,7 @@ class Cell:
     state: CellState = "not run"
     note: str = ""
     shown: str = ""
-    """How people see a value that is no percentage, such as "77.3 k"; "" for percentages."""
+    """The printed form of a value that is no percentage, such as "77.3 k"; "" for percentages."""
 
     def __post_init__(self) -> None:
         if (self.state == "done") != (self.value is not None):

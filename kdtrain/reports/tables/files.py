@@ -12,21 +12,21 @@ from pathlib import Path
 from kdtrain.reports.plots import data_uri
 from kdtrain.reports.tables import text
 from kdtrain.reports.tables.data import Table
-from kdtrain.reports.tables.plot import VERDICT_COLOURS, picture
+from kdtrain.reports.tables.plot import VERDICT_COLOURS, draw
 from kdtrain.reports.writing import render
 from kdtrain.training.checkpoint import write_bytes, write_text
 
 SUBJECT = "Distillation transfer"
 
 
-def page(tables: Sequence[Table], pictures: Sequence[bytes], subject: str = SUBJECT) -> str:
+def page(tables: Sequence[Table], figures: Sequence[bytes], subject: str = SUBJECT) -> str:
     """The self-contained HTML of one or several tables: every trend at the top, then table by
-    table. pictures: their PNGs. subject: what the page's title begins with.
+    table. figures: their PNGs. subject: what the page's title begins with.
     """
     return render(
         "tables.html.j2",
         title=f"{subject}: {', '.join(table.name for table in tables)}",
-        tables=list(zip(tables, map(data_uri, pictures), strict=True)),
+        tables=list(zip(tables, map(data_uri, figures), strict=True)),
         colours=VERDICT_COLOURS,
         text=text,
     )
@@ -43,7 +43,7 @@ def write(
     """Write a table's files into `folder`, made if need be; return their paths by what they are.
 
     NAME.txt, NAME.md (shows NAME.png), NAME.csv (a line for each cell), NAME-trends.csv, NAME.png,
-    NAME.html (self-contained). png: its picture. subject: of the page; width: characters of a line
+    NAME.html (self-contained). png: its figure. subject: of the page; width: characters of a line
     of text.
     """
     contents: dict[str, str | bytes] = {
@@ -67,12 +67,12 @@ def write_all(tables: Sequence[Table], folder: str | Path) -> dict[str, Path]:
     """Write several tables' files, and tables.html with all of them; return the paths as NAME.KIND,
     and the page as "html".
     """
-    pictures = [picture(table) for table in tables]
+    figures = [draw(table) for table in tables]
     paths = {
         f"{table.name}.{kind}": path
-        for table, png in zip(tables, pictures, strict=True)
+        for table, png in zip(tables, figures, strict=True)
         for kind, path in write(table, folder, png).items()
     }
     paths["html"] = Path(folder) / "tables.html"
-    write_text(paths["html"], page(tables, pictures))
+    write_text(paths["html"], page(tables, figures))
     return paths

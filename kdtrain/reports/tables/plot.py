@@ -1,4 +1,4 @@
-"""A result table as one picture: for each block its rows as dots, then the trends as intervals.
+"""A result table as one figure: for each block its rows as dots, then the trends as intervals.
 
 Left ours, right the paper's numbers in a panel of their own: they come from other data, so what
 can be compared is the order of rows and the gaps between them. Both panels have the same points an
@@ -86,7 +86,7 @@ class _Floor(NamedTuple):
     style: str
 
 
-def picture(table: Table) -> bytes:
+def draw(table: Table) -> bytes:
     """A PNG of the table, 11 inches wide at 150 dots an inch; the same table gives the same
     bytes.
     """

@@ -206,7 +206,7 @@ def plain(table: Table, width: int = TEXT_WIDTH) -> str:
 
 
 def markdown(table: Table) -> str:
-    """A table as Markdown, for docs, with the picture beside the file."""
+    """A table as Markdown, for docs, with the figure beside the file."""
     parts = [f"## {table.name}: {_flat(table.title)}", _flat(table.source)]
     if table.notes:
         parts.append("\n".join(f"- **{_flat(note)}**" for note in table.notes))
@@ -273,5 +273,5 @@ def _csv(columns: Sequence[str], records: Iterable[Mapping[str, object]]) -> str
 
 
 def _number(value: float | None) -> str:
-    """Six decimals, as a share of 846 pictures has no more to say; nothing for None."""
+    """Six decimals, as a share of 846 images has no more to say; nothing for None."""
     return "" if value is None else repr(round(value, 6))

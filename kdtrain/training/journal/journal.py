@@ -234,7 +234,7 @@ def duration(seconds: float) -> str:
 
 
 class Clock:
-    """Pictures per second, share of time spent waiting for data, time left; without evaluations."""
+    """Images per second, share of time spent waiting for data, time left; without evaluations."""
 
     def __init__(self, steps_total: int, steps_done: int, spent: Mapping[str, float]) -> None:
         """spent: what `spent` returned when the run was last saved; empty at its begin."""
@@ -244,23 +244,23 @@ class Clock:
         self._window = (self.started, 0.0, 0)
         self._before = spent
 
-    def step(self, pictures: int, data_s: float) -> None:
+    def step(self, images: int, data_s: float) -> None:
         """Count one training step."""
         self.done += 1
-        self._samples += pictures
+        self._samples += images
         self.data_s += data_s
 
     def apart(self, seconds: float) -> None:
         """Seconds since the last call that were no training."""
         self._apart_s += seconds
-        then, data_s, pictures = self._window
-        self._window = (then + seconds, data_s, pictures)
+        then, data_s, images = self._window
+        self._window = (then + seconds, data_s, images)
 
     def pace(self) -> dict[str, float]:
-        """Pictures per second and the share spent on data since the last call."""
-        now, (then, data_s, pictures) = time.perf_counter(), self._window
+        """Images per second and the share spent on data since the last call."""
+        now, (then, data_s, images) = time.perf_counter(), self._window
         self._window = (now, self.data_s, self._samples)
-        return _rates(now - then, self._samples - pictures, self.data_s - data_s)
+        return _rates(now - then, self._samples - images, self.data_s - data_s)
 
     def spent(self) -> dict[str, float]:
         """Totals over every interruption: seconds, of these apart or waiting, and samples."""
@@ -297,7 +297,7 @@ def _rates(span_s: float, samples: float, data_s: float) -> dict[str, float]:
 
 
 def console(file_width: int | None = None, stream: Any = None) -> Console:
-    """What people read standard output (or `stream`) with, in lines that nothing breaks.
+    """A console on standard output (or `stream`), in lines that nothing breaks.
 
     file_width: of tables, where it is no terminal and so has no width of its own.
     """
@@ -308,7 +308,7 @@ def console(file_width: int | None = None, stream: Any = None) -> Console:
 
 
 class Screen:
-    """Progress for people: one live line in a terminal, else a plain line per epoch."""
+    """Progress: one live line in a terminal, else a plain line per epoch."""
 
     def __init__(self, title: str, stream: Any = None) -> None:
         self._console = console(stream=stream)

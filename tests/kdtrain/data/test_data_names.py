@@ -68,7 +68,7 @@ def test_the_data_command_shows_names_on_a_terminal_of_any_encoding(folder, enco
     assert main(["data", "--grid", str(folder / "grid.png"), *keys]) == 0
     stream.flush()
     told = stream.buffer.getvalue()
-    assert f"{SHOWN[GBK]}/\\udcff\\x1b[31m.png: cannot read this picture".encode() in told
+    assert f"{SHOWN[GBK]}/\\udcff\\x1b[31m.png: cannot read this image".encode() in told
     assert SHOWN[LATIN].encode() in told.splitlines()[-1]  # the grid's path
     assert b"\x1b" not in told
 
@@ -112,7 +112,7 @@ def test_lists_name_the_same_files_as_the_folder_has(celeba):
     assert [os.fsencode(name) for name in source.names] == [b"1.png", LATIN + b".png"]
     assert np.array(source.read(1)).shape == (20, 20, 3)
     (celeba / "list_landmarks_align_celeba.csv").write_bytes(points(b"1") + b"\n" + GBK + b",1")
-    with pytest.raises(DataError, match="celeba.csv:4: expected a picture and 10 field") as caught:
+    with pytest.raises(DataError, match="celeba.csv:4: expected an image and 10 field") as caught:
         read_celeba(celeba)
     assert SHOWN[GBK] in printable(str(caught.value))
 
@@ -143,18 +143,18 @@ NO_FILES = {
 @pytest.mark.parametrize("make", NO_FILES.values(), ids=NO_FILES)
 def test_what_has_an_images_name_and_is_no_file_is_an_issue_and_never_opened(folder, make):
     make(folder / "a" / "x.png")
-    with pytest.raises(DataError, match=r"x.png: cannot read this picture: expected a file, got"):
+    with pytest.raises(DataError, match=r"x.png: cannot read this image: expected a file, got"):
         read_folder(folder)
     source = read_folder(folder, on_error="skip", workers=2)
-    assert source.num_pictures == 12
-    assert "a/x.png: cannot read this picture: expected a file" in source.skipped[0]
+    assert source.num_images == 12
+    assert "a/x.png: cannot read this image: expected a file" in source.skipped[0]
 
 
 def test_an_image_that_became_a_fifo_is_an_issue_when_it_is_loaded(folder):
     source = read_folder(folder)
     (folder / "a" / "1.png").unlink()
     os.mkfifo(folder / "a" / "1.png")
-    with pytest.raises(DataError, match=r"1.png: cannot read this picture: expected a file"):
+    with pytest.raises(DataError, match=r"1.png: cannot read this image: expected a file"):
         source.read(source.names.index("a/1.png"))
 
 

@@ -1,4 +1,4 @@
-"""CelebA's layout and ImageFolder: formats, bad lines and pictures, groups, splits."""
+"""CelebA's layout and ImageFolder: formats, bad lines and images, groups, splits."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ IDENTITIES = [2880, 2880, 17, 2880, 17, 9]
 
 @pytest.fixture
 def celeba(tmp_path):
-    """Six pictures of three people, lists with CRLF and runs of spaces as CelebA's own."""
+    """Six images of three identities, lists with CRLF and runs of spaces as CelebA's own."""
     folder = tmp_path / "img_align_celeba"
     folder.mkdir()
     for k in range(6):
@@ -51,7 +51,7 @@ def edit_line(path, number, text):
 
 
 def settings(**changes):
-    return DataConfig(**({"kind": "celeba", "root": "pictures", "noise": 0.0} | changes))
+    return DataConfig(**({"kind": "celeba", "root": "images", "noise": 0.0} | changes))
 
 
 def test_celeba_lists_are_read_with_gaps_in_the_identities_closed(celeba):
@@ -112,10 +112,10 @@ def test_without_a_landmark_list_there_are_no_landmarks(celeba):
 
 
 MALFORMED = [
-    ("identity_CelebA.txt", 2, "000002.jpg", "expected a picture and 1 field"),
+    ("identity_CelebA.txt", 2, "000002.jpg", "expected an image and 1 field"),
     ("identity_CelebA.txt", 2, "000002.jpg abc", "integer identity"),
     ("identity_CelebA.txt", 2, "000001.jpg 3", "already on line 1"),
-    ("identity_CelebA.txt", 2, "000099.jpg 3", "no such picture"),
+    ("identity_CelebA.txt", 2, "000099.jpg 3", "no such image"),
     ("list_landmarks_align_celeba.txt", 4, "000002.jpg 1 2 3", "10 field"),
     ("list_landmarks_align_celeba.txt", 4, "000002.jpg 1 2 3 4 x 6 7 8 9 10", "finite"),
     ("list_landmarks_align_celeba.txt", 4, "000002.jpg 1 2 3 4 nan 6 7 8 9 10", "finite"),
@@ -131,7 +131,7 @@ def test_a_malformed_line_is_named_with_file_and_line(celeba, file, line, text, 
 
 
 @pytest.mark.parametrize(("file", "line", "text", "reason"), MALFORMED)
-def test_skip_leaves_the_malformed_picture_out_and_says_so(celeba, file, line, text, reason):
+def test_skip_leaves_the_malformed_image_out_and_says_so(celeba, file, line, text, reason):
     edit_line(celeba / file, line, text)
     source = read_celeba(celeba, on_error="skip")
     assert source.names == [f"{k + 1:06d}.jpg" for k in (0, 2, 3, 4, 5)]
@@ -153,10 +153,10 @@ def test_a_list_cut_short_is_noticed_by_its_row_count(celeba):
 
 @pytest.mark.parametrize("damage", ["empty", "text", "cut"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_corrupt_picture_is_skipped_and_counted(celeba, damage, workers):
-    damage_picture(celeba / "img_align_celeba" / "000006.jpg", damage)
+def test_a_corrupt_image_is_skipped_and_counted(celeba, damage, workers):
+    damage_image(celeba / "img_align_celeba" / "000006.jpg", damage)
     source = read_celeba(celeba, on_error="skip", workers=workers)
-    assert source.num_pictures == 5
+    assert source.num_images == 5
     assert source.class_names == ["17", "2880"]  # the class that became empty is gone
     assert len(source.skipped) == 1
     assert "000006.jpg" in source.skipped[0]
@@ -164,28 +164,28 @@ def test_a_corrupt_picture_is_skipped_and_counted(celeba, damage, workers):
 
 
 @pytest.mark.parametrize("damage", ["empty", "text"])
-def test_a_picture_without_a_readable_header_stops_the_reading(celeba, damage):
-    damage_picture(celeba / "img_align_celeba" / "000006.jpg", damage)
+def test_a_image_without_a_readable_header_stops_the_reading(celeba, damage):
+    damage_image(celeba / "img_align_celeba" / "000006.jpg", damage)
     with pytest.raises(DataError, match=r"identity_CelebA\.txt:6: .*000006\.jpg: cannot read"):
         read_celeba(celeba)
 
 
-def test_a_cut_off_picture_is_named_when_it_is_loaded(celeba):
-    damage_picture(celeba / "img_align_celeba" / "000006.jpg", "cut")
+def test_a_cut_off_image_is_named_when_it_is_loaded(celeba):
+    damage_image(celeba / "img_align_celeba" / "000006.jpg", "cut")
     source = read_celeba(celeba)  # its header is sound
-    with pytest.raises(DataError, match=r"000006\.jpg: cannot read this picture"):
+    with pytest.raises(DataError, match=r"000006\.jpg: cannot read this image"):
         source.read(5)
 
 
-def damage_picture(path, how):
+def damage_image(path, how):
     content = path.read_bytes()
-    path.write_bytes({"empty": b"", "text": b"not a picture", "cut": content[:-30]}[how])
+    path.write_bytes({"empty": b"", "text": b"not an image", "cut": content[:-30]}[how])
 
 
 def test_missing_lists_and_folders_are_named(celeba, tmp_path):
     with pytest.raises(DataError, match=r"identity_CelebA\.txt"):
         read_celeba(tmp_path / "nowhere")
-    (celeba / "img_align_celeba").rename(celeba / "pictures")
+    (celeba / "img_align_celeba").rename(celeba / "images")
     with pytest.raises(DataError, match="img_align_celeba"):
         read_celeba(celeba)
     with pytest.raises(ValueError, match="raise.*skip"):
@@ -198,7 +198,7 @@ def test_index_gives_video_groups_and_split_columns(celeba):
     ]
     write(celeba / "index.csv", ["image_id,video,half", *rows])
     source = read_celeba(celeba)
-    # (person, video) pairs in order of appearance: 2880/0, 2880/0, 17/1, 2880/0, 17/2, 9/0
+    # (identity, video) pairs in order of appearance: 2880/0, 2880/0, 17/1, 2880/0, 17/2, 9/0
     assert source.groups.tolist() == [0, 0, 1, 0, 2, 3]
     assert source.splits["index.csv"]["half"] == list("abcdef")
 
@@ -233,12 +233,12 @@ def test_a_split_value_that_is_neither_side_is_an_error(celeba):
         split_indices(build_source(config), config)
 
 
-def test_folder_takes_each_subfolder_as_a_person(tmp_path):
-    for person, count in (("Bea", 2), ("Al", 3)):
-        (tmp_path / person).mkdir()
+def test_folder_takes_each_subfolder_as_a_identity(tmp_path):
+    for identity, count in (("Bea", 2), ("Al", 3)):
+        (tmp_path / identity).mkdir()
         for k in range(count):
-            Image.new("L", (20, 10 + k), 9).save(tmp_path / person / f"{k}.png")
-    (tmp_path / "Al" / "notes.txt").write_text("no picture")
+            Image.new("L", (20, 10 + k), 9).save(tmp_path / identity / f"{k}.png")
+    (tmp_path / "Al" / "notes.txt").write_text("no image")
     (tmp_path / ".hidden").mkdir()
     source = read_folder(tmp_path)
     assert source.class_names == ["Al", "Bea"]
@@ -247,7 +247,7 @@ def test_folder_takes_each_subfolder_as_a_person(tmp_path):
     assert source.landmarks is None
 
     (tmp_path / "Cy").mkdir()
-    with pytest.raises(DataError, match="Cy: no picture"):
+    with pytest.raises(DataError, match="Cy: no image"):
         read_folder(tmp_path)
     assert "Cy" in read_folder(tmp_path, on_error="skip").skipped[0]
     with pytest.raises(DataError, match="no such folder"):
@@ -263,17 +263,17 @@ def fake_source(labels):
         class_names=[str(k) for k in range(max(labels) + 1)],
         landmarks=None,
         sizes=torch.ones(count, 2, dtype=torch.int64),
-        read=lambda picture: Image.new("RGB", (1, 1)),
+        read=lambda image: Image.new("RGB", (1, 1)),
     )
 
 
-def test_random_split_takes_a_fifth_and_leaves_every_class_a_training_picture():
-    labels = [k for k in range(50) for _ in range(10)] + list(range(50, 90))  # 40 lone pictures
+def test_random_split_takes_a_fifth_and_leaves_every_class_a_training_image():
+    labels = [k for k in range(50) for _ in range(10)] + list(range(50, 90))  # 40 lone images
     source = fake_source(labels)
     train, test = split_indices(source, settings(split="random"))
     assert torch.equal(torch.cat([train, test]).sort().values, torch.arange(540))
     assert set(source.labels[train].tolist()) == set(range(90))
-    assert not (test >= 500).any()  # a lone picture is never tested
+    assert not (test >= 500).any()  # a lone image is never tested
     assert 0.2 * 500 - 15 < len(test) <= 108
     again = split_indices(source, settings(split="random"))
     assert torch.equal(train, again[0])
@@ -283,7 +283,7 @@ def test_random_split_takes_a_fifth_and_leaves_every_class_a_training_picture():
 
 @given(st.lists(st.integers(0, 12), min_size=1), st.floats(0.01, 0.99), st.integers(0, 9))
 @hypothesis.settings(max_examples=60, deadline=None)
-def test_random_split_gives_each_emptied_class_its_first_picture_in_hash_order(ids, share, seed):
+def test_random_split_gives_each_emptied_class_its_first_image_in_hash_order(ids, share, seed):
     labels = torch.unique(torch.tensor(ids), return_inverse=True)[1]
     found = split._random_split(labels, int(labels.max()) + 1, share, seed)
     order = counter_permutation(len(labels), seed, split._STREAM_RANDOM).tolist()
@@ -295,10 +295,10 @@ def test_random_split_gives_each_emptied_class_its_first_picture_in_hash_order(i
     assert set(found.nonzero()[:, 0].tolist()) == expected
 
 
-def test_random_split_of_200_000_identities_with_one_picture_each():
-    """A pass over all pictures per class would take 4e10 comparisons here."""
+def test_random_split_of_200_000_identities_with_one_image_each():
+    """A pass over all images per class would take 4e10 comparisons here."""
     found = split._random_split(torch.arange(200_000), 200_000, 0.5, seed=0)
-    assert not found.any()  # each class keeps its only picture for training
+    assert not found.any()  # each class keeps its only image for training
 
 
 def test_identity_split_puts_nobody_on_both_sides():
@@ -352,7 +352,7 @@ def test_the_real_photographs_are_read(faces):
         root=str(faces), landmark_file="landmarks5_float.csv", split="file:index.csv:split_by_video"
     )
     source = build_source(config)
-    assert (source.num_pictures, source.num_classes) == (4226, 347)
+    assert (source.num_images, source.num_classes) == (4226, 347)
     train, test = split_indices(source, config)
     assert (len(train), len(test)) == (2876, 1350)
     assert set(source.groups[train].tolist()).isdisjoint(source.groups[test].tolist())

@@ -1,4 +1,4 @@
-"""The picture store: one picture in every mode, errors with names, landmark scaling."""
+"""The image store: one image in every mode, errors with names, landmark scaling."""
 
 import numpy as np
 import pytest
@@ -7,17 +7,17 @@ from PIL import Image
 from tiny_runs import read_folder, synthetic
 
 from kdtrain.data import DataError
-from kdtrain.data.store import PictureStore
+from kdtrain.data.store import ImageStore
 
 
 @pytest.fixture
 def folder(tmp_path):
     noise = np.random.default_rng(0)
-    for person in "ab":
-        (tmp_path / person).mkdir()
+    for identity in "ab":
+        (tmp_path / identity).mkdir()
         for k in range(4):
             pixels = noise.integers(0, 256, (40 + k, 30, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / person / f"{k}.png")
+            Image.fromarray(pixels).save(tmp_path / identity / f"{k}.png")
     return tmp_path
 
 
@@ -26,7 +26,7 @@ def folder(tmp_path):
 )
 def test_every_mode_gives_pillows_antialiased_resize(folder, cache, workers):
     source = read_folder(folder)
-    store = PictureStore(source, 16, cache, workers)
+    store = ImageStore(source, 16, cache, workers)
     indices = torch.tensor([6, 0, 3, 0])
     store.prefetch(indices)
     got = store.get(indices)
@@ -36,7 +36,7 @@ def test_every_mode_gives_pillows_antialiased_resize(folder, cache, workers):
     ]
     assert got.dtype == torch.uint8
     assert np.array_equal(got.permute(0, 2, 3, 1).numpy(), np.stack(expected))
-    assert (store._pictures is not None) == (cache != "none")
+    assert (store._images is not None) == (cache != "none")
     store.close()
 
 
@@ -44,8 +44,8 @@ def test_every_mode_gives_pillows_antialiased_resize(folder, cache, workers):
 def test_a_batch_of_several_parts_keeps_its_order(folder, workers):
     source = read_folder(folder)
     indices = torch.tensor([6, 0, 3, 0, 5, 1, 7, 2, 4] * 5)  # more than twice what a thread takes
-    whole = PictureStore(source, 16, "memory").get(indices)
-    store = PictureStore(source, 16, "none", workers)
+    whole = ImageStore(source, 16, "memory").get(indices)
+    store = ImageStore(source, 16, "none", workers)
     assert torch.equal(store.get(indices), whole)
     store.prefetch(indices)
     assert torch.equal(store.get(indices), whole)
@@ -57,16 +57,16 @@ def test_batches_read_ahead_are_found_in_any_order_and_once(folder):
     reads = []
     original = source.read
 
-    def counted(picture):
-        reads.append(picture)
-        return original(picture)
+    def counted(image):
+        reads.append(image)
+        return original(image)
 
     source.read = counted
-    store = PictureStore(source, 16, "none", 2)
+    store = ImageStore(source, 16, "none", 2)
     first, second, third = torch.tensor([0, 1]), torch.tensor([2, 3]), torch.tensor([4])
     store.prefetch(first)
     store.prefetch(second)
-    assert torch.equal(store.get(second), PictureStore(source, 16, "memory").get(second))
+    assert torch.equal(store.get(second), ImageStore(source, 16, "memory").get(second))
     reads.clear()
     store.get(first)
     assert reads == []  # decoded before it was asked for
@@ -78,14 +78,14 @@ def test_batches_read_ahead_are_found_in_any_order_and_once(folder):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_corrupt_picture_is_named_by_both_modes(folder, workers):
+def test_a_corrupt_image_is_named_by_both_modes(folder, workers):
     path = folder / "b" / "1.png"
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
     source = read_folder(folder)
     with pytest.raises(DataError, match=r"b/1\.png: cannot read"):
-        PictureStore(source, 16, "memory", workers)
-    store = PictureStore(source, 16, "none", workers)
+        ImageStore(source, 16, "memory", workers)
+    store = ImageStore(source, 16, "none", workers)
     assert len(store.get(torch.tensor([0, 7]))) == 2
     store.prefetch(torch.tensor([5]))
     with pytest.raises(DataError, match=r"b/1\.png: cannot read"):
@@ -95,16 +95,16 @@ def test_a_corrupt_picture_is_named_by_both_modes(folder, workers):
 
 def test_landmarks_are_scaled_by_width_and_height(folder):
     source = read_folder(folder)
-    store = PictureStore(source, 16)
+    store = ImageStore(source, 16)
     assert store.landmarks_in_store() is None
     source.landmarks = torch.tensor([15.0, 10.0]).expand(8, 5, 2)
     scaled = store.landmarks_in_store()
-    assert torch.allclose(scaled[1, 0], torch.tensor([8.0, 16 * 10 / 41]))  # picture 1 is 30 x 41
+    assert torch.allclose(scaled[1, 0], torch.tensor([8.0, 16 * 10 / 41]))  # image 1 is 30 x 41
 
 
 def test_synthetic_faces_of_another_size_are_resized():
     source = synthetic(identities=2, images_per_identity=2, synthetic_seed=0, size=48)
-    small, whole = PictureStore(source, 24), PictureStore(source, 48, "none")
+    small, whole = ImageStore(source, 24), ImageStore(source, 48, "none")
     indices = torch.tensor([3, 1])
     assert small.get(indices).shape == (2, 3, 24, 24)
     halved = torch.nn.functional.avg_pool2d(whole.get(indices).float(), 2)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from tiny_runs import synthetic
 
-from kdtrain.data.store import PictureStore, sample_grid
+from kdtrain.data.store import ImageStore, sample_grid
 from kdtrain.data.synthetic.geometry import landmarks
-from kdtrain.data.synthetic.parameters import CLUSTER, PERSON, person_parameters
+from kdtrain.data.synthetic.parameters import CLUSTER, IDENTITY, identity_parameters
 from kdtrain.data.synthetic.renderer import render_faces
 from kdtrain.data.synthetic.source import draw_faces
 
@@ -17,12 +17,12 @@ from kdtrain.data.synthetic.source import draw_faces
 @pytest.fixture(scope="module")
 def small():
     source = synthetic(identities=60, images_per_identity=10, synthetic_seed=0, size=36)
-    return source, PictureStore(source, 36)
+    return source, ImageStore(source, 36)
 
 
-def test_a_picture_does_not_depend_on_its_batch_or_on_the_thread_count(small):
+def test_a_image_does_not_depend_on_its_batch_or_on_the_thread_count(small):
     source, store = small
-    whole = store.get(torch.arange(source.num_pictures))
+    whole = store.get(torch.arange(source.num_images))
     torch.set_num_threads(2)
     some = torch.tensor([5, 599, 17, 0, 311, 312, 313])
     assert torch.equal(source.read_batch(some), whole[some])
@@ -31,10 +31,10 @@ def test_a_picture_does_not_depend_on_its_batch_or_on_the_thread_count(small):
         assert torch.equal(alone.permute(2, 0, 1), whole[index])
 
 
-def test_a_picture_depends_only_on_seed_person_and_number(small):
+def test_a_image_depends_only_on_seed_identity_and_number(small):
     source, store = small
     other = synthetic(identities=8, images_per_identity=25, synthetic_seed=0, size=36)
-    ours, theirs = 7 * 10 + 9, 7 * 25 + 9  # picture 9 of person 7
+    ours, theirs = 7 * 10 + 9, 7 * 25 + 9  # image 9 of identity 7
     assert torch.equal(
         store.get(torch.tensor([ours]))[0], other.read_batch(torch.tensor([theirs]))[0]
     )
@@ -54,7 +54,7 @@ def test_the_same_arguments_give_the_same_fingerprint(small):
     )
 
 
-def test_landmarks_lie_inside_the_picture_in_anatomical_order(small):
+def test_landmarks_lie_inside_the_image_in_anatomical_order(small):
     points = small[0].landmarks
     assert points.min() > 0
     assert points.max() < 36
@@ -71,8 +71,8 @@ def test_landmarks_lie_inside_the_picture_in_anatomical_order(small):
 @pytest.mark.parametrize("point", [0, 1])
 def test_eye_landmarks_are_where_the_iris_is_painted(point):
     # eyes open, looking straight ahead: what changes with the iris's size centres on it
-    person, number = torch.arange(12), torch.zeros(12, dtype=torch.int64)
-    face = draw_faces(0, person, number)
+    identity, number = torch.arange(12), torch.zeros(12, dtype=torch.int64)
+    face = draw_faces(0, identity, number)
     still = {"gaze_x": 0.0, "gaze_y": 0.012, "cover": 0.9, "wear_glasses": 1.0, "blur": 0.0}
     still |= {
         "grain": 0.0,
@@ -83,8 +83,8 @@ def test_eye_landmarks_are_where_the_iris_is_painted(point):
         "iris": 0.036,
     }
     face |= {name: torch.full((12,), value, dtype=torch.float64) for name, value in still.items()}
-    small = render_faces({**face, "iris": 0.5 * face["iris"]}, 0, person, number, 192).float()
-    change = (small - render_faces(face, 0, person, number, 192).float()).abs().sum(1)
+    small = render_faces({**face, "iris": 0.5 * face["iris"]}, 0, identity, number, 192).float()
+    change = (small - render_faces(face, 0, identity, number, 192).float()).abs().sum(1)
     points = landmarks(face, 192)
     ticks = torch.arange(192) + 0.5
     near = (ticks - points[:, point, 0, None]).abs()[:, None, :] < 8
@@ -106,7 +106,7 @@ def test_identity_explains_little_of_the_landmarks(small):
     assert between / (between + within) < 0.10
 
 
-def test_a_person_varies_more_than_people_differ_in_pixels(small):
+def test_a_identity_varies_more_than_identities_differ_in_pixels(small):
     _, store = small
     pixels = store.get(torch.arange(600)).float().reshape(60, 10, -1)
     within = pixels.var(1).mean()
@@ -114,8 +114,8 @@ def test_a_person_varies_more_than_people_differ_in_pixels(small):
     assert 0 < between < within
 
 
-def test_raw_pixels_identify_people_a_little_and_not_well(small):
-    # chance is 1.7 %; with 60 people of 10 pictures instead of 350 of 16 the window is wider
+def test_raw_pixels_identify_identities_a_little_and_not_well(small):
+    # chance is 1.7 %; with 60 identities of 10 images instead of 350 of 16 the window is wider
     source, store = small
     pixels = store.get(torch.arange(600))[:, :, 2:34, 2:34].float().flatten(1)
     test = torch.arange(600) % 5 == 0
@@ -124,9 +124,9 @@ def test_raw_pixels_identify_people_a_little_and_not_well(small):
     assert 0.10 < share < 0.45
 
 
-def test_people_of_a_cluster_look_more_alike_than_others():
-    cues = person_parameters(0, torch.arange(400))
-    scaled = torch.stack([(cues[n] - mean) / std for n, (mean, std) in PERSON.items()], 1)
+def test_identities_of_a_cluster_look_more_alike_than_others():
+    cues = identity_parameters(0, torch.arange(400))
+    scaled = torch.stack([(cues[n] - mean) / std for n, (mean, std) in IDENTITY.items()], 1)
     distance = torch.cdist(scaled, scaled)
     cluster = torch.arange(400) // CLUSTER
     same = (cluster[:, None] == cluster) & ~torch.eye(400, dtype=torch.bool)
@@ -134,11 +134,11 @@ def test_people_of_a_cluster_look_more_alike_than_others():
     assert distance[same].min() > 1  # alike, not equal
 
 
-def test_sample_grid_is_a_picture_with_marked_landmarks(small):
+def test_sample_grid_is_a_image_with_marked_landmarks(small):
     source, store = small
-    marked = sample_grid(store, people=3, pictures=4)
+    marked = sample_grid(store, identities=3, images=4)
     assert marked.size == (4 * 108, 3 * 108)
-    plain = sample_grid(PictureStore(dataclasses.replace(source, landmarks=None), 36), 3, 4)
+    plain = sample_grid(ImageStore(dataclasses.replace(source, landmarks=None), 36), 3, 4)
     assert plain.tobytes() != marked.tobytes()
 
 

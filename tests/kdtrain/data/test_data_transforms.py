@@ -18,14 +18,14 @@ def config(crop="random", flip=True, scale_min=0.75, scale_max=0.95):
 
 def batch(count, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    pictures = torch.randint(0, 256, (count, 3, SIDE, SIDE), generator=generator, dtype=torch.uint8)
+    images = torch.randint(0, 256, (count, 3, SIDE, SIDE), generator=generator, dtype=torch.uint8)
     points = 4 + (SIDE - 8) * torch.rand(count, 5, 2, generator=generator)
-    return pictures, points
+    return images, points
 
 
-def run(pictures, points, indices, settings_, size=32, **keys):
+def run(images, points, indices, settings_, size=32, **keys):
     keys = {"seed": 0, "phase": 0, "epoch": 0} | keys
-    return augment(pictures, points, indices, config=settings_, input_size=size, **keys)
+    return augment(images, points, indices, config=settings_, input_size=size, **keys)
 
 
 @settings(deadline=None, max_examples=25)
@@ -36,12 +36,12 @@ def run(pictures, points, indices, settings_, size=32, **keys):
     seed=st.integers(0, 2**40),
 )
 def test_a_crop_does_not_depend_on_batch_or_order(order, cut, crop, seed):
-    pictures, points = batch(9)
+    images, points = batch(9)
     indices = torch.arange(100, 109)
-    whole = run(pictures, points, indices, config(crop), seed=seed, epoch=3)
+    whole = run(images, points, indices, config(crop), seed=seed, epoch=3)
     order = torch.tensor(order)
     for part in (order[:cut], order[cut:]):
-        got = run(pictures[part], points[part], indices[part], config(crop), seed=seed, epoch=3)
+        got = run(images[part], points[part], indices[part], config(crop), seed=seed, epoch=3)
         assert torch.equal(got[0], whole[0][part])
         assert torch.equal(got[1], whole[1][part])
         assert torch.equal(got[2].offset, whole[2].offset[part])
@@ -49,16 +49,16 @@ def test_a_crop_does_not_depend_on_batch_or_order(order, cut, crop, seed):
 
 @pytest.mark.parametrize("key", ["seed", "phase", "epoch"])
 def test_every_key_changes_the_crops(key):
-    pictures, points = batch(32)
-    first = run(pictures, points, torch.arange(32), config())
-    second = run(pictures, points, torch.arange(32), config(), **{key: 1})
+    images, points = batch(32)
+    first = run(images, points, torch.arange(32), config())
+    second = run(images, points, torch.arange(32), config(), **{key: 1})
     moved = (first[2].offset != second[2].offset).any(1) | (first[2].flipped != second[2].flipped)
     assert moved.float().mean() > 0.8  # 1 in 50 draws is the same by chance
 
 
 @pytest.mark.parametrize("crop", ["random", "jitter"])
 def test_landmarks_follow_marked_pixels(crop):
-    # the picture is a bright blot at one landmark: its centroid must move as the landmark does
+    # the image is a bright blot at one landmark: its centroid must move as the landmark does
     count = 40
     points = 10 + 16 * torch.rand(count, 5, 2, generator=torch.Generator().manual_seed(1))
     ticks = torch.arange(SIDE) + 0.5
@@ -66,8 +66,8 @@ def test_landmarks_follow_marked_pixels(crop):
         square = (ticks - points[:, point, 0, None])[:, None, :] ** 2
         square = square + (ticks - points[:, point, 1, None])[:, :, None] ** 2
         blot = (250 * torch.exp(-square / 2 / 1.5**2)).round().to(torch.uint8)
-        pictures = blot.unsqueeze(1).expand(-1, 3, -1, -1).contiguous()
-        crops, moved, frame = run(pictures, points, torch.arange(count), config(crop))
+        images = blot.unsqueeze(1).expand(-1, 3, -1, -1).contiguous()
+        crops, moved, frame = run(images, points, torch.arange(count), config(crop))
         assert frame.flipped.any()
         assert not frame.flipped.all()
         name = torch.where(frame.flipped, torch.tensor((1, 0, 2, 4, 3)[point]), torch.tensor(point))
@@ -87,10 +87,10 @@ def test_landmarks_follow_marked_pixels(crop):
 
 
 def test_flip_mirrors_the_crop_and_swaps_the_sides():
-    pictures, points = batch(64)
+    images, points = batch(64)
     indices = torch.arange(64)
-    crops, moved, frame = run(pictures, points, indices, config())
-    plain, still, unflipped = run(pictures, points, indices, config(flip=False))
+    crops, moved, frame = run(images, points, indices, config())
+    plain, still, unflipped = run(images, points, indices, config(flip=False))
     assert not unflipped.flipped.any()
     assert 16 < frame.flipped.sum() < 48
     for k in indices.tolist():
@@ -109,11 +109,11 @@ def test_flip_mirrors_the_crop_and_swaps_the_sides():
     crop=st.sampled_from(["random", "jitter"]), seed=st.integers(0, 2**32), size=st.integers(8, 36)
 )
 def test_uncrop_inverts_augment(crop, seed, size):
-    pictures, points = batch(16, seed % 1000)
-    _, moved, frame = run(pictures, points, torch.arange(16), config(crop), size, seed=seed)
+    images, points = batch(16, seed % 1000)
+    _, moved, frame = run(images, points, torch.arange(16), config(crop), size, seed=seed)
     # float32 at coordinates up to 36 * 36 / 8
     assert torch.allclose(uncrop(moved, frame), points, atol=1e-4)
-    _, moved, frame = center(pictures, points, size, config(crop))
+    _, moved, frame = center(images, points, size, config(crop))
     assert torch.allclose(uncrop(moved, frame), points, atol=1e-4)
     sizes = torch.tensor([[178, 218]]).expand(16, 2)
     original = to_original(moved, frame, sizes, SIDE)
@@ -121,20 +121,20 @@ def test_uncrop_inverts_augment(crop, seed, size):
 
 
 def test_random_crops_are_windows_at_every_place():
-    pictures, _ = batch(400)
-    crops, none, frame = run(pictures, None, torch.arange(400), config(flip=False))
+    images, _ = batch(400)
+    crops, none, frame = run(images, None, torch.arange(400), config(flip=False))
     assert none is None
     assert crops.dtype == torch.float32
     assert torch.equal(frame.scale, torch.ones(400))
     assert sorted(set(frame.offset.flatten().tolist())) == [0.0, 1.0, 2.0, 3.0, 4.0]
     for k in range(0, 400, 50):
         x, y = frame.offset[k].int().tolist()
-        assert torch.equal(crops[k], pictures[k, :, y : y + 32, x : x + 32].float())
+        assert torch.equal(crops[k], images[k, :, y : y + 32, x : x + 32].float())
 
 
 def test_jittered_crops_stay_inside_and_use_the_whole_scale_range():
-    pictures, _ = batch(1)
-    _, _, frame = run(pictures.expand(2000, -1, -1, -1), None, torch.arange(2000), config("jitter"))
+    images, _ = batch(1)
+    _, _, frame = run(images.expand(2000, -1, -1, -1), None, torch.arange(2000), config("jitter"))
     side = frame.scale * 32 / SIDE
     assert 0.75 <= side.min() < 0.76
     assert 0.94 < side.max() <= 0.95
@@ -152,11 +152,11 @@ def test_jitter_of_a_linear_ramp_is_exact():
 
 
 def test_center_crop_is_the_middle_and_never_flipped():
-    pictures, points = batch(3)
-    crops, moved, frame = center(pictures, points, 32, config())
-    assert torch.equal(crops, pictures[:, :, 2:34, 2:34].float())
+    images, points = batch(3)
+    crops, moved, frame = center(images, points, 32, config())
+    assert torch.equal(crops, images[:, :, 2:34, 2:34].float())
     assert torch.equal(moved, points - 2)
-    _, _, frame = center(pictures, points, 32, config("jitter", scale_min=0.5, scale_max=1.0))
+    _, _, frame = center(images, points, 32, config("jitter", scale_min=0.5, scale_max=1.0))
     assert torch.allclose(frame.offset, torch.tensor(SIDE / 8))
     assert torch.allclose(frame.scale, torch.tensor(0.75 * SIDE / 32))
 
@@ -166,19 +166,19 @@ def test_center_crop_is_the_middle_and_never_flipped():
     [
         ({"input_size": 37}, "input_size"),
         ({"landmarks": torch.zeros(2, 4, 2)}, "landmarks"),
-        ({"pictures": torch.zeros(2, 3, 36, 30, dtype=torch.uint8)}, "pictures"),
+        ({"images": torch.zeros(2, 3, 36, 30, dtype=torch.uint8)}, "images"),
         ({"indices": torch.arange(3)}, "indices"),
     ],
 )
 def test_bad_arguments_are_named(change, message):
     arguments = {
-        "pictures": torch.zeros(2, 3, 36, 36, dtype=torch.uint8),
+        "images": torch.zeros(2, 3, 36, 36, dtype=torch.uint8),
         "landmarks": None,
         "indices": torch.arange(2),
         "config": config(),
         "input_size": 32,
     }
     arguments |= change
-    positional = [arguments.pop(name) for name in ("pictures", "landmarks", "indices")]
+    positional = [arguments.pop(name) for name in ("images", "landmarks", "indices")]
     with pytest.raises(ValueError, match=message):
         augment(*positional, seed=0, phase=0, epoch=0, **arguments)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from kdtrain.experiments.comparison.image import _spread
 from rich.console import Console
 from tiny_runs import TINY, environment
 
@@ -22,7 +23,6 @@ from kdtrain.experiments import campaign, pipeline
 from kdtrain.experiments.comparison import compare, cost
 from kdtrain.experiments.comparison.collect import CLAIMS, Claim, trend
 from kdtrain.experiments.comparison.compare import _overview
-from kdtrain.experiments.comparison.picture import _spread
 from kdtrain.experiments.comparison.request import Place, RunOf, groups, request_from, stages
 from kdtrain.experiments.scheduler import Outcome
 from kdtrain.models.network import FaceNetwork, seeded
@@ -146,7 +146,7 @@ def test_wrong_usage_names_the_option(arguments, words, folder, capsys, monkeypa
     assert words in capsys.readouterr().err
 
 
-# How many of 200 test pictures and 100 pairs each method tells right, and what its curve adds.
+# How many of 200 test images and 100 pairs each method tells right, and what its curve adds.
 RIGHT = {"teacher": 150, "student": 90, "soft": 130, "hidden": 60, "sh_kd": 130, "sh_teacher": 150}
 
 

@@ -23,7 +23,7 @@ from kdtrain.objectives.task import Task
 
 TEACHER = ModelConfig(depth=14, width=16, stem="small")
 CONSTANT = Timing(
-    pictures=4, batch_s=0.5, update_s=0.25, picture_s=0.125, fixed_bytes=1000, batch_bytes=40
+    images=4, batch_s=0.5, update_s=0.25, image_s=0.125, fixed_bytes=1000, batch_bytes=40
 )
 
 
@@ -103,7 +103,7 @@ def test_one_timing_that_other_work_delays_changes_no_estimate(method, late, eac
     planted = {
         "step": timed,
         "kept_bytes": lambda trial, most: (most, 40, timed(trial, most)),
-        "evaluation": lambda _, pictures: pictures * each_s / 4,
+        "evaluation": lambda _, images: images * each_s / 4,
     }
     calls = []
 
@@ -169,7 +169,7 @@ def test_memory_grows_with_batch_width_and_teacher():
     assert _estimate(distilled, teacher=TEACHER).memory_bytes > base
 
 
-def test_a_batch_that_would_not_fit_is_timed_on_fewer_pictures(monkeypatch):
+def test_a_batch_that_would_not_fit_is_timed_on_fewer_images(monkeypatch):
     config = tiny_config(optim__batch_size=16)
     whole = _estimate(config, train=40)
     monkeypatch.setattr(timing, "_timings", {})
@@ -234,7 +234,7 @@ def test_a_teacher_too_few_or_too_many_and_a_short_data_set_are_named():
         _estimate(tiny_config(target__alpha=1.0, teacher="@t"))
     with pytest.raises(ConfigError, match="estimate: teachers must be"):
         _estimate(tiny_config(), teacher=TEACHER)
-    with pytest.raises(ConfigError, match="3 training pictures fill no batch of 4"):
+    with pytest.raises(ConfigError, match="3 training images fill no batch of 4"):
         _estimate(tiny_config(), train=3)
 
 
@@ -271,7 +271,7 @@ def test_wall_time_of_graphs_worked_by_hand():
         wall_time({"a": 1.0}, {}, 0)
 
 
-def test_pictures_that_are_not_there_count_as_published_or_as_stated():
+def test_images_that_are_not_there_count_as_published_or_as_stated():
     recipe = settings.read_recipe(settings.recipe_path("paper/cls_teacher"))
     counts = dryrun.count(settings.build(recipe), None, {})
     assert isinstance(counts, Counts)
@@ -284,17 +284,17 @@ def test_pictures_that_are_not_there_count_as_published_or_as_stated():
     counts = dryrun.count(settings.build({**alignment, "data.root": "elsewhere"}), None, {})
     assert isinstance(counts, Counts)
     assert counts.classes == 10177
-    own = settings.build({**recipe, "data.root": "own-pictures"})
+    own = settings.build({**recipe, "data.root": "own-images"})
     missing = dryrun.count(own, None, {})
     assert isinstance(missing, str)
-    assert "no folder own-pictures" in missing
-    assert "--classes N --pictures N" in missing
+    assert "no folder own-images" in missing
+    assert "--classes N --images N" in missing
     counts = dryrun.count(own, dryrun.Published("given", 50, 1000), {})
     assert isinstance(counts, Counts)
     assert (counts.classes, counts.train, counts.test) == (50, 800, 200)
 
 
-def test_pictures_that_are_there_are_counted_batches_included():
+def test_images_that_are_there_are_counted_batches_included():
     config = tiny_config("verification", data__identities=8, data__images_per_identity=5)
     counts = dryrun.count(config, None, {})
     assert isinstance(counts, Counts)
@@ -333,11 +333,11 @@ def test_a_dry_run_of_one_recipe_is_a_recipe_with_its_cost(measured, capsys, tmp
     comments = [line for line in shown.splitlines() if line.startswith("#")]
     assert comments[0].split()[:4] == ["#", "stage", "network", "input"]
     assert "ResNet-14 w32/8" in comments[1]
-    assert "timed on 4 of 64 pictures" in comments[-1]
+    assert "timed on 4 of 64 images" in comments[-1]
     assert list(tmp_path.iterdir()) == [recipe]
 
 
-def test_a_dry_run_of_the_paper_s_chain_needs_no_pictures(measured, capsys, tmp_path, monkeypatch):
+def test_a_dry_run_of_the_paper_s_chain_needs_no_images(measured, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["pipeline", "--preset", "paper", "--dry-run", "--jobs", "2"]) == 0
     shown = capsys.readouterr().out
@@ -353,7 +353,7 @@ def test_a_dry_run_of_the_paper_s_chain_needs_no_pictures(measured, capsys, tmp_
     assert "92,700" in rows["cls_teacher"]
     assert "46,350" in rows["cls_student"]
     assert "on the clock with --jobs 2" in shown
-    assert "CelebA with 10,177 people" in shown
+    assert "CelebA with 10,177 identities" in shown
     assert list(tmp_path.iterdir()) == []
 
 
@@ -364,9 +364,9 @@ def test_a_dry_run_says_what_is_missing_and_goes_on(measured, capsys, tmp_path, 
     shown = capsys.readouterr().out
     assert "no folder own (data.root)" in shown
     assert "nothing could be timed" in shown
-    assert main([*arguments, "--classes", "1000", "--pictures", "5000"]) == 0
+    assert main([*arguments, "--classes", "1000", "--images", "5000"]) == 0
     assert "4.09 G" in capsys.readouterr().out
-    sized = ["--classes", "1000", "--pictures", "5000"]
+    sized = ["--classes", "1000", "--images", "5000"]
     assert main([*arguments, *sized, "--train.device", "cuda:99"]) == 0
     shown = capsys.readouterr().out
     assert "train.device cuda:99: cannot be used here" in shown
@@ -377,8 +377,8 @@ def test_a_dry_run_says_what_is_missing_and_goes_on(measured, capsys, tmp_path, 
     ("arguments", "message"),
     [
         (["--classes", "5"], "--classes goes with --dry-run"),
-        (["--dry-run", "--classes", "5"], "--classes and --pictures: both or neither"),
-        (["--dry-run", "--pictures", "1"], "--pictures: at least 2, got 1"),
+        (["--dry-run", "--classes", "5"], "--classes and --images: both or neither"),
+        (["--dry-run", "--images", "1"], "--images: at least 2, got 1"),
     ],
 )
 def test_sizes_that_cannot_be_are_wrong_usage(arguments, message, capsys, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Classifier sharing on plain pictures: the recipes of preset `images`, on digits."""
+"""Classifier sharing on plain images: the recipes of preset `images`, on digits."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def runs(tmp_path_factory):
     counts = dict.fromkeys(range(10), 0)
     for image, label in zip(digits.images, digits.target.tolist(), strict=True):
         if counts[label] < DIGITS:
-            folder = root / "pictures" / str(label)
+            folder = root / "images" / str(label)
             folder.mkdir(parents=True, exist_ok=True)
             grey = Image.fromarray((image * 15.9).astype("uint8")).resize((18, 18))
             grey.save(folder / f"{counts[label]:03d}.png")
             counts[label] += 1
     torch.set_num_threads(1)
-    common = {**SMALL, "data.root": str(root / "pictures")}
+    common = {**SMALL, "data.root": str(root / "images")}
     stages = pipeline.plan("images", common, {}, divide=2)
     return root, {s.name: train(s.config, root / s.name) for s in stages}
 

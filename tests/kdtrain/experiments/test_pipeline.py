@@ -27,7 +27,7 @@ from kdtrain.reports import chain_table
 from kdtrain.training import checkpoint, keys
 
 CONSTANT = timing.Timing(
-    pictures=4, batch_s=0.5, update_s=0.25, picture_s=0.125, fixed_bytes=1000, batch_bytes=40
+    images=4, batch_s=0.5, update_s=0.25, image_s=0.125, fixed_bytes=1000, batch_bytes=40
 )
 FLOOR = "floor (raw pixels, mean shape)"
 
@@ -98,7 +98,7 @@ def test_divide_reaches_the_students_only():
         assert stage.config.model.divide == (1 if stage.name.endswith("_teacher") else 4)
 
 
-def test_identity_split_keeps_classification_among_the_training_people():
+def test_identity_split_keeps_classification_among_the_training_identities():
     stages = pipeline.plan("two-cores", {"data.split": "identity"}, {})
     for stage in stages:
         expected = "identity:random" if stage.name.startswith("cls") else "identity"
@@ -199,7 +199,7 @@ def test_the_table_has_teacher_student_control_distilled_and_floor(tmp_path):
     assert rows["distilled student"] == ["62.0", "-", "-", "-"]
     assert rows[FLOOR] == ["20.0", "-", "10.0", "10.0"]
     assert rows[chain_table.UNTRAINED] == ["-", "-", "5.0", "5.0"]
-    # of pictures from videos, and the student's untrained network before its teacher's
+    # of images from videos, and the student's untrained network before its teacher's
     stage("ver_scratch", "verification", 0.2, nn_top1=0.3, nn_top1_other_video=0.12)
     states["ver_scratch"] = "done"
     rows = _rows(tmp_path, states)
@@ -337,7 +337,7 @@ def test_a_stage_that_diverges_is_a_result_and_leaves_the_others(tmp_path):
 
 def test_ctrl_c_stops_the_children_cleanly_and_the_same_command_continues(tmp_path):
     phases = [{"epochs": 3, "lr": 0.05}]
-    # many people make the epochs long enough to be interrupted in
+    # many identities make the epochs long enough to be interrupted in
     slow = {"optim__phases": phases, "data__identities": 60, "data__images_per_identity": 8}
     preset = _preset(tmp_path / "preset", cls_teacher=slow)
     arguments = ("pipeline", "--preset", preset, "--run-dir", "root", "--jobs", "2")
@@ -411,7 +411,7 @@ def test_threads_are_the_users_or_an_equal_share(given, jobs, threads, tmp_path,
 
 @pytest.fixture
 def photographs(tmp_path) -> Path:
-    """A folder of people without landmarks."""
+    """A folder of identities without landmarks."""
     for place in range(40):
         file = tmp_path / "faces" / f"p{place // 5}" / f"{place % 5}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -460,7 +460,7 @@ def test_stages_that_need_landmarks_are_left_out_and_named(
 def test_runs_of_tables_and_methods_that_need_landmarks_are_refused(photographs, tmp_path):
     config = tiny_config("alignment", data__kind="folder", data__root=str(photographs))
     group = campaign.Group("table3", ("a",))
-    with pytest.raises(ConfigError, match="ali_s1: the pictures have no landmarks"):
+    with pytest.raises(ConfigError, match="ali_s1: the images have no landmarks"):
         campaign.make_campaign(
             [group], {"a": pipeline.Stage("ali_s1", config)}, campaign.Order(tmp_path, 1), print
         )  # fmt: skip

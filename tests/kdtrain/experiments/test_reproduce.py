@@ -212,22 +212,22 @@ def test_a_dry_run_prints_runs_costs_and_plan_and_writes_nothing(scale, tmp_path
     assert re.search(r"table3, 1/8 +26 +0", printed)
 
 
-def test_a_dry_run_does_without_the_pictures(scale, tmp_path, capsys):
+def test_a_dry_run_does_without_the_images(scale, tmp_path, capsys):
     away = ["--data.kind", "folder", "--data.root", str(tmp_path / "casia-webface")]
     assert main(["reproduce", "table1", "--scale", str(scale), "--seeds", "1", "--jobs", "1",
                  "--run-dir", str(tmp_path / "runs"), "--dry-run", *away]) == 0  # fmt: skip
     printed = capsys.readouterr().out
     assert "10,575" in printed or "CASIA-WebFace" in printed
-    assert "no plan of all seeds without the pictures" in printed
+    assert "no plan of all seeds without the images" in printed
 
 
-def test_a_dry_run_is_no_excuse_for_pictures_that_cannot_serve(scale, tmp_path, capsys):
+def test_a_dry_run_is_no_excuse_for_images_that_cannot_serve(scale, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     away = ["--data.kind", "folder", "--data.root", str(tmp_path / "empty")]
     assert main(["reproduce", "table1", "--scale", str(scale), "--seeds", "1", "--jobs", "1",
                  "--run-dir", str(tmp_path / "runs"), "--dry-run", *away]) == 1  # fmt: skip
     printed = capsys.readouterr()
-    assert "without the pictures" not in printed.out
+    assert "without the images" not in printed.out
     assert printed.err.splitlines()[-1].startswith("error: ")
 
 

@@ -21,7 +21,7 @@ from kdtrain.experiments.select_targets import plan, stage_name
 from kdtrain.training import checkpoint, engine
 from kdtrain.training.preparation import TrainingError
 
-# two steps: 40 pictures of 8 people, of which 24 are the training split and 19 train the arms
+# two steps: 40 images of 8 identities, of which 24 are the training split and 19 train the arms
 SHORT: dict[str, Any] = {**TINY, "optim.phases": [{"epochs": 1, "lr": 0.05}], "optim.batch_size": 9}
 COMMAND = ["select-targets", "student.yaml", "--run-dir", "runs/chosen", "--seeds", "2"]
 FILES = ("select-targets.txt", "select-targets.csv", "selected.yaml")
@@ -136,7 +136,7 @@ def test_candidates_are_those_named_or_weighed_or_soft_and_hidden(
     assert list(study.seeds) == [1, 2, 3]
 
 
-def test_held_out_training_pictures_judge_unless_the_key_is_given(inside):
+def test_held_out_training_images_judge_unless_the_key_is_given(inside):
     def held_out(recipe: Path, **own: Any) -> tuple[float, float, str]:
         study = plan(recipe, own, Path("runs/chosen"))
         return study.config.data.validation_fraction, study.final_validation, study.split
@@ -154,7 +154,7 @@ def test_the_command_trains_judges_and_writes(done, place, capsys):
     names = {f"{arm}_s{seed}" for arm in ("none", "soft") for seed in (1, 2)}
     assert names <= {path.parent.name for path in done.glob("*/results.json")}
     text = (done / "select-targets.txt").read_text()
-    assert "top1 % (higher is better), 5 pictures of the validation split, seeds 1 to 2" in text
+    assert "top1 % (higher is better), 5 images of the validation split, seeds 1 to 2" in text
     rows = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
     for name in sorted(names):
         results = checkpoint.read_json(done / name / "results.json")
@@ -164,7 +164,7 @@ def test_the_command_trains_judges_and_writes(done, place, capsys):
         at = int(seed) + (arm != "none")  # none has no weight
         assert float(rows[arm][at]) == pytest.approx(100 * results["validation"]["top1"], abs=0.051)
     assert "Command: python -m kdtrain select-targets student.yaml" in text
-    assert "Note: teacher" not in text  # it has seen none of the pictures that judge
+    assert "Note: teacher" not in text  # it has seen none of the images that judge
 
 
 def test_the_chosen_recipe_is_the_users_own_but_for_the_weights(done, inside, capsys):
@@ -260,12 +260,12 @@ def test_a_baseline_that_diverges_is_an_error(inside, capsys):
     assert not Path("runs/none/selected.yaml").exists()
 
 
-def test_input_runs_that_saw_the_judging_pictures_are_named(inside):
+def test_input_runs_that_saw_the_judging_images_are_named(inside):
     recipe = Path("student.yaml")
     study = plan(recipe, {}, Path("runs/chosen"))
     assert select_targets.leaks(study) == []
     (note,) = select_targets.leaks(plan(recipe, {"data.split_seed": 5}, Path("runs/chosen")))
-    assert "teacher (teacher) was trained on pictures that judge here, which favours its" in note
+    assert "teacher (teacher) was trained on images that judge here, which favours its" in note
     assert "--data.validation_fraction 0.2 to leave them out" in note
     other = plan(recipe, {"data.synthetic_seed": 5}, Path("runs/chosen"))
     assert select_targets.leaks(other) == []

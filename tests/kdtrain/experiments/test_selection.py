@@ -27,7 +27,7 @@ from kdtrain.experiments.selection import (
     write,
 )
 
-PICTURES = 200
+IMAGES = 200
 SEEDS = (1, 2, 3)
 
 
@@ -35,8 +35,8 @@ def scores(share: float, seed: int) -> np.ndarray:
     """Right-or-wrong answers of which exactly `share` are right, nearly the same ones with every
     seed.
     """
-    right = np.zeros(PICTURES)
-    right[: round(share * PICTURES)] = 1
+    right = np.zeros(IMAGES)
+    right[: round(share * IMAGES)] = 1
     return np.roll(right, seed)
 
 
@@ -44,8 +44,8 @@ def arm(name: str, *shares: float | None, weight: float = 1.0) -> Arm:
     """One seed for each share; None diverged."""
     measured = tuple(None if s is None else scores(s, n) for n, s in enumerate(shares))
     weights = {} if name == "none" else dict.fromkeys(name.split("+"), weight)
-    pictures = range(PICTURES) if any(s is not None for s in shares) else ()
-    return Arm(name, weights, measured, SEEDS[: len(shares)], pictures)
+    images = range(IMAGES) if any(s is not None for s in shares) else ()
+    return Arm(name, weights, measured, SEEDS[: len(shares)], images)
 
 
 NONE = arm("none", 0.5, 0.5, 0.5)
@@ -78,13 +78,13 @@ def test_the_gain_is_positive_where_less_error_is_better():
     assert judge(HELPS, NONE, False).state == "reversed"
 
 
-def test_arms_without_a_common_picture_are_refused():
-    nothing = tuple(np.full(PICTURES, np.nan) for _ in SEEDS)
+def test_arms_without_a_common_image_are_refused():
+    nothing = tuple(np.full(IMAGES, np.nan) for _ in SEEDS)
     unseen = dataclasses.replace(HELPS, scores=nothing)
-    moved = dataclasses.replace(HELPS, pictures=range(1, PICTURES + 1))
-    with pytest.raises(ValueError, match="soft and none were measured on different pictures"):
+    moved = dataclasses.replace(HELPS, images=range(1, IMAGES + 1))
+    with pytest.raises(ValueError, match="soft and none were measured on different images"):
         judge(moved, NONE, True)
-    with pytest.raises(ValueError, match="no picture was measured in both soft and none"):
+    with pytest.raises(ValueError, match="no image was measured in both soft and none"):
         judge(unseen, NONE, True)
 
 
@@ -98,7 +98,7 @@ def _selection(*arms: Arm, together: Arm | None = None, seeds: int = 3, **kept: 
 def test_the_table_states_every_number_and_the_rule():
     selection = _selection(HELPS, HURTS, LEVEL)
     lines = text(selection).splitlines()
-    assert "top1 % (higher is better), 200 pictures of the validation split" in lines[0]
+    assert "top1 % (higher is better), 200 images of the validation split" in lines[0]
     cells = {line.split()[0]: line.split() for line in lines if line.strip()}
     assert cells["none"][1:] == ["50.0", "50.0", "50.0", "50.0", "±0.0"]
     soft = cells["soft"]

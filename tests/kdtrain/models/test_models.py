@@ -92,7 +92,7 @@ def test_counting_leaves_the_network_as_it_was():
 
 @pytest.mark.parametrize("side", [8, 31, 32, 48])
 @pytest.mark.parametrize("stem", ["small", "imagenet"])
-def test_any_input_size_gives_one_feature_per_picture(side, stem):
+def test_any_input_size_gives_one_feature_per_image(side, stem):
     made = network(ModelConfig(depth=14, width=8, divide=2, stem=stem), landmarks=True).eval()
     out = made(torch.rand(3, 3, side, side) * 255)
     assert out.hidden.shape == (3, 32 * 4)
@@ -106,12 +106,10 @@ def test_without_a_landmark_head_there_are_no_points():
 
 
 def test_in_training_brightness_and_contrast_of_the_whole_batch_do_not_matter():
-    # batch normalisation on the raw picture stands in for mean subtraction
+    # batch normalisation on the raw image stands in for mean subtraction
     made = network().train()
-    pictures = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 100
-    torch.testing.assert_close(
-        made(pictures).logits, made(2 * pictures + 40).logits, rtol=0, atol=1e-4
-    )
+    images = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 100
+    torch.testing.assert_close(made(images).logits, made(2 * images + 40).logits, rtol=0, atol=1e-4)
 
 
 def test_the_same_seed_gives_the_same_weights_and_leaves_torchs_own_stream_alone():
@@ -132,9 +130,9 @@ def test_a_landmark_head_does_not_change_the_other_weights():
 def test_a_network_is_rebuilt_from_its_weights_alone():
     made = network(classes=5, landmarks=True).eval()
     copy = network_from_state(SMALL, made.state_dict()).eval()
-    pictures = torch.rand(2, 3, 16, 16)
+    images = torch.rand(2, 3, 16, 16)
     assert copy.num_classes == 5
-    assert torch.equal(copy(pictures).points, made(pictures).points)
+    assert torch.equal(copy(images).points, made(images).points)
 
 
 def test_weights_of_another_width_are_refused_by_name_and_shape():

@@ -39,7 +39,7 @@ def network(name: str, size: int = 32, classes: int = 7, landmarks: bool = False
         return FaceNetwork(model, classes, landmarks, input_size=size)
 
 
-def pictures(count: int = 4, size: int = 32) -> torch.Tensor:
+def images(count: int = 4, size: int = 32) -> torch.Tensor:
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(1)) * 255
 
 
@@ -73,7 +73,7 @@ def test_sizes_are_the_published_ones(name, parameters, giga):
 @pytest.mark.parametrize("name", [*SMALL, "resnet"])
 def test_a_pass_gives_every_output_and_its_gradient_reaches_every_parameter(name):
     made = network(name, landmarks=True, depth=14, stem="small").train()
-    out = made.attend(pictures())
+    out = made.attend(images())
     assert out.hidden.shape == (4, 24)
     assert out.logits.shape == (4, 7)
     assert out.points is not None
@@ -97,12 +97,12 @@ def test_stages_have_the_widths_and_sides_that_the_network_says(name):
     made = network(name, depth=14, stem="small").eval()
     for stage, width in enumerate(made.backbone.widths):
         side = 16 >> stage
-        assert made.tap(pictures(2), stage + 1).shape == (2, width, side, side)
+        assert made.tap(images(2), stage + 1).shape == (2, width, side, side)
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_a_picture_is_judged_by_itself_in_evaluation_and_by_its_batch_in_training(name):
-    made, seen = network(name), pictures()
+def test_a_image_is_judged_by_itself_in_evaluation_and_by_its_batch_in_training(name):
+    made, seen = network(name), images()
     made.eval()
     with torch.no_grad():
         alone, together = made(seen[:2]).hidden, made(seen).hidden
@@ -116,9 +116,9 @@ def test_a_face_network_is_built_for_its_input_size_and_says_so(name):
     made = network(name, size=40).eval()  # maps of 3 x 3
     with torch.no_grad():
         for size in (33, 48):
-            assert made(pictures(1, size)).hidden.shape == (1, 24)
+            assert made(images(1, size)).hidden.shape == (1, 24)
         with pytest.raises(ValueError, match=r"33 to 48 pixels.*maps of 2 x 2 where 3 x 3"):
-            made(pictures(1, 32))
+            made(images(1, 32))
         with pytest.raises(ValueError, match=r"maps of 3 x 4 where 3 x 3"):
             made(torch.zeros(1, 3, 48, 64))
 
@@ -127,7 +127,7 @@ def test_a_face_network_is_built_for_its_input_size_and_says_so(name):
 def test_bgr_weights_see_bgr(name):
     rgb, bgr = (network(name, depth=14, stem="small", color=c).eval() for c in ("rgb", "bgr"))
     bgr.load_state_dict(rgb.state_dict())
-    seen = pictures()
+    seen = images()
     with torch.no_grad():
         expected = rgb(seen[:, [2, 1, 0]])
         torch.testing.assert_close(bgr(seen).hidden, expected.hidden)
@@ -151,14 +151,14 @@ def test_a_network_is_rebuilt_from_its_weights(name):
     model = ModelConfig(name=name, divide=8, embedding=24, depth=14, stem="small")
     copy = network_from_state(model, made.state_dict(), input_size=32).eval()
     with torch.no_grad():
-        assert torch.equal(copy(pictures()).logits, made(pictures()).logits)
+        assert torch.equal(copy(images()).logits, made(images()).logits)
 
 
 def test_weights_for_another_input_size_are_refused():
     state = network("mobilefacenet").state_dict()
     with pytest.raises(
         ValueError,
-        match=r"mobilefacenet, divide 8, embedding 24 for pictures of 64 pixels.*\(64, 1",
+        match=r"mobilefacenet, divide 8, embedding 24 for images of 64 pixels.*\(64, 1",
     ):
         network_from_state(
             ModelConfig(name="mobilefacenet", divide=8, embedding=24), state, input_size=64
@@ -218,7 +218,7 @@ def test_settings_that_name_no_network_are_refused(change, message):
         ModelConfig(**change)
 
 
-def test_networks_are_shown_by_the_names_people_know():
+def test_networks_are_shown_by_the_names_identities_know():
     assert network_name(ModelConfig(depth=14, width=32, divide=8)) == "ResNet-14 w32/8"
     assert network_name(ModelConfig(name="iresnet100")) == "IResNet-100"
     assert network_name(ModelConfig(name="ir101", divide=2)) == "IR-101/2"
@@ -276,7 +276,7 @@ def test_a_network_of_timm_by_its_name():
     model = ModelConfig(name="timm:toy", embedding=3)
     with seeded(0):
         made = FaceNetwork(model, 4, input_size=16).eval()
-    seen = pictures(2, 16)
+    seen = images(2, 16)
     with torch.no_grad():
         out = made.attend(seen)
         assert made.backbone.widths == [5, 6]
@@ -299,7 +299,7 @@ def test_a_network_of_timm_without_maps_says_so(monkeypatch):
     monkeypatch.delattr(Toy, "forward_intermediates")
     made = FaceNetwork(ModelConfig(name="timm:toy"), 4, input_size=16)
     with pytest.raises(ValueError, match="timm's toy does not show the maps of its stages"):
-        made.tap(pictures(2, 16), 1)
+        made.tap(images(2, 16), 1)
 
 
 def test_without_timm_the_extra_is_named(monkeypatch):

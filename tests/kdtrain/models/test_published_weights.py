@@ -29,7 +29,7 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def networks():
-    """Networks of the three projects, most for pictures of at most 16 or 32 pixels."""
+    """Networks of the three projects, most for images of at most 16 or 32 pixels."""
     torch.manual_seed(0)
     return {
         "iresnet18": disturbed(ArcfaceIResNet(18, WIDTH, 2)),
@@ -54,12 +54,12 @@ def unit(features):
 
 
 def assert_same_features(network, run: Path, *, size: int, bgr: bool) -> None:
-    pictures = torch.randint(0, 256, (3, 3, size, size), generator=torch.Generator().manual_seed(3))
-    theirs = (pictures.float() / 255 - 0.5) / 0.5
+    images = torch.randint(0, 256, (3, 3, size, size), generator=torch.Generator().manual_seed(3))
+    theirs = (images.float() / 255 - 0.5) / 0.5
     ours = load_network(run).eval()
     with torch.no_grad():
         expected = network(theirs.flip(1) if bgr else theirs)
-        features = ours(pictures.float()).hidden
+        features = ours(images.float()).hidden
         assert expected.std() > 1e-2
         torch.testing.assert_close(unit(features), unit(expected), rtol=0, atol=1e-5)
         # and at its length, which AdaFace gives beside the direction
@@ -93,7 +93,7 @@ def test_adaface_s_weights_give_its_outputs_and_logits(prefix, networks, tmp_pat
     network = load_network(tmp_path / "run").eval()
     assert network.num_classes == (5 if prefix else 0)
     if prefix:
-        assert f"head: 5 people, of {file}" in said
+        assert f"head: 5 identities, of {file}" in said
         assert any("only its own training reads them: batch_mean, t" in line for line in said)
         with torch.no_grad():
             out = network(torch.rand(2, 3, 16, 16) * 255)
@@ -304,7 +304,7 @@ def test_heads_of_every_project_are_read(names, entry, networks, tmp_path):
     with pytest.raises(PublishedError, match=r"--classes 4: 2 files hold 6 rows"):
         write_run(file, "arcface_torch", tmp_path / "no", head=head, classes=4)
     write(tmp_path, entry(rows[:5]), names.format(1))
-    with pytest.raises(PublishedError, match=r"shards of \[3, 5\] people are not of one head"):
+    with pytest.raises(PublishedError, match=r"shards of \[3, 5\] identities are not of one head"):
         write_run(file, "arcface_torch", tmp_path / "no", head=head)
     write(tmp_path, entry(rows[:3, :4]), names.format(1))
     with pytest.raises(PublishedError, match=r"\(3, 4\), and the network has 16 values"):
@@ -319,7 +319,7 @@ def test_an_import_is_a_teacher_by_its_features_and_with_its_head_by_its_logits(
     command = ["import", str(file), "--layout", "arcface_torch", "--out"]
     assert main([*command, str(tmp_path / "bare")]) == 0
     assert main([*command, str(tmp_path / "whole"), "--head", str(head)]) == 0
-    assert "head: 4 people" in capsys.readouterr().out
+    assert "head: 4 identities" in capsys.readouterr().out
     short = {
         "optim__phases": [{"epochs": 1, "lr": 0.01}],
         "data__identities": 4,
@@ -336,7 +336,7 @@ def test_an_import_is_a_teacher_by_its_features_and_with_its_head_by_its_logits(
     assert main(["eval", bare, "--data.identities", "6", "--data.test_fraction", "0.5"]) == 0
     shown = capsys.readouterr().out
     assert "nn_top1" in shown
-    assert "it knows 0 people" in shown
+    assert "it knows 0 identities" in shown
 
 
 def test_an_import_starts_a_run_of_the_same_network(networks, tmp_path):

@@ -48,7 +48,7 @@ def teachers(count: int = 3, classes: int = 6) -> list[FaceNetwork]:
     for seed in range(count):
         with seeded(seed):
             network = FaceNetwork(ModelConfig(depth=14, width=8, stem="small"), classes).eval()
-            # untrained classifiers hardly tell people apart
+            # untrained classifiers hardly tell identities apart
             torch.nn.init.normal_(network.classifier.weight, std=0.1)
             made.append(network)
     return made
@@ -82,8 +82,8 @@ def test_one_teacher_with_the_whole_share_is_that_teacher():
     torch.testing.assert_close(found, (logits / TAU).softmax(1))
 
 
-def soft_term(want: torch.Tensor, task, pictures) -> float:
-    ours = (task.network(pictures).logits.double() / TAU).log_softmax(1)
+def soft_term(want: torch.Tensor, task, images) -> float:
+    ours = (task.network(images).logits.double() / TAU).log_softmax(1)
     return -(want * ours).sum(1).mean().item()
 
 
@@ -93,11 +93,11 @@ def test_the_soft_term_is_the_cross_entropy_with_the_mean_prediction():
     task = build_task(config, 6, TeacherMixture(networks, SHARES, TAU))
     with seeded(7):  # an untrained classifier says the same of everyone, and hears no difference
         torch.nn.init.normal_(task.network.classifier.weight, std=1.0)
-    pictures = 255 * torch.rand(10, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    images = 255 * torch.rand(10, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        answers = [network(pictures).logits for network in networks]
-        term = task.step(pictures, torch.arange(10) % 6).terms["soft"].item()
-        right = soft_term(mean_prediction(answers, SHARES, TAU), task, pictures)
+        answers = [network(images).logits for network in networks]
+        term = task.step(images, torch.arange(10) % 6).terms["soft"].item()
+        right = soft_term(mean_prediction(answers, SHARES, TAU), task, images)
         assert term == pytest.approx(right, rel=1e-5)
         # what one might have averaged instead lies well apart
         for wrong in (
@@ -106,19 +106,19 @@ def test_the_soft_term_is_the_cross_entropy_with_the_mean_prediction():
             mean_prediction(answers, [1 / 3] * 3, TAU),
             mean_prediction(answers, SHARES, 1.0),
         ):
-            assert abs(soft_term(wrong, task, pictures) - right) > 1e-3 * right
+            assert abs(soft_term(wrong, task, images) - right) > 1e-3 * right
 
 
 def test_a_streamed_head_learns_the_same_mean_prediction():
     networks = teachers()
-    pictures = 255 * torch.rand(10, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    images = 255 * torch.rand(10, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     terms = []
     for streamed in (False, True):
         config = make_config("classification", alpha=1.0, temperature=TAU)
         config = dataclasses.replace(config, head=HeadConfig(streamed=streamed))
         task = build_task(config, 6, TeacherMixture(networks, SHARES, TAU))
         assert set(task.guide_widths) == {"logits"}
-        terms.append(task.step(pictures, torch.arange(10) % 6).terms["soft"].item())
+        terms.append(task.step(images, torch.arange(10) % 6).terms["soft"].item())
     assert terms[0] == pytest.approx(terms[1], rel=1e-6)
 
 
@@ -129,8 +129,8 @@ def test_the_mixture_is_as_large_as_its_networks_together():
     assert multiply_adds(mixture, 16) == sum(multiply_adds(n, 16) for n in networks)
 
 
-def test_teachers_of_other_people_are_refused():
-    message = "teacher.more: the teachers tell 6, 7 people apart"
+def test_teachers_of_other_identities_are_refused():
+    message = "teacher.more: the teachers tell 6, 7 identities apart"
     with pytest.raises(ValueError, match=message):
         TeacherMixture([*teachers(1), *teachers(1, classes=7)], [0.5, 0.5], TAU)
 

@@ -14,12 +14,12 @@ from sklearn.metrics import roc_curve
 from kdtrain.objectives import all_pairs, evaluate
 
 
-def a_set(seed: int, pictures: int = 90, people: int = 11):
+def a_set(seed: int, images: int = 90, identities: int = 11):
     generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(people, (pictures,), generator=generator)
-    rows = torch.randn(pictures, 8, generator=generator)
-    rows += torch.randn(people, 8, generator=generator)[labels]
-    groups = 4 * labels + torch.randint(4, (pictures,), generator=generator)
+    labels = torch.randint(identities, (images,), generator=generator)
+    rows = torch.randn(images, 8, generator=generator)
+    rows += torch.randn(identities, 8, generator=generator)[labels]
+    groups = 4 * labels + torch.randint(4, (images,), generator=generator)
     return rows, labels, groups
 
 
@@ -69,13 +69,13 @@ def test_a_rate_without_ten_impostors_behind_it_is_not_told():
     few = all_pairs.pair_scores(rows[:12], labels[:12])
     assert all_pairs.metrics(few) == {}
     assert [len(part) for part in all_pairs.curve(few)] == [0, 0]
-    # not one pair of one person: nothing to accept
+    # not one pair of one identity: nothing to accept
     alone = all_pairs.pair_scores(rows, torch.arange(len(rows)))
     assert all_pairs.metrics(alone) == {}
 
 
 def test_parts_and_pruning_change_nothing(monkeypatch):
-    rows, labels, groups = a_set(2, pictures=150)
+    rows, labels, groups = a_set(2, images=150)
     whole = all_pairs.pair_scores(rows.double().float(), labels, groups)
     monkeypatch.setattr(all_pairs, "KEPT", 50)
     short = all_pairs.pair_scores(rows, labels, groups, part=151)  # a row at a time
@@ -110,7 +110,7 @@ def test_as_many_are_accepted_as_the_rate_allows_whatever_floats_make_of_it():
 
 
 def test_the_curve_is_the_rate_at_each_of_its_places():
-    rows, labels, groups = a_set(3, pictures=150)
+    rows, labels, groups = a_set(3, images=150)
     found = all_pairs.pair_scores(rows, labels, groups)
     far, tar = all_pairs.curve(found)
     assert far[0] == all_pairs.LEAST / found.num_impostors

@@ -22,7 +22,7 @@ def features(*rows: float) -> torch.Tensor:
 
 
 def nrmse(*arguments) -> float:
-    return evaluate.nrmse_per_picture(*arguments).mean().item()
+    return evaluate.nrmse_per_image(*arguments).mean().item()
 
 
 def nn_top1(*arguments) -> dict[str, float]:
@@ -33,13 +33,13 @@ def pair_accuracy(a, b, same, folds=10) -> tuple[float, float]:
     return evaluate.over_folds(evaluate.pair_hits(a, b, same, folds), folds)
 
 
-def grouped_set(seed: int, people: int = 12, videos: int = 3, pictures: int = 2):
+def grouped_set(seed: int, identities: int = 12, videos: int = 3, images: int = 2):
     generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(people).repeat_interleave(videos * pictures)
-    groups = torch.arange(people * videos).repeat_interleave(pictures)
+    labels = torch.arange(identities).repeat_interleave(videos * images)
+    groups = torch.arange(identities * videos).repeat_interleave(images)
     rows = torch.randn(len(labels), 6, generator=generator)
-    rows += 1.5 * torch.randn(people * videos, 6, generator=generator)[groups]
-    rows += 1.0 * torch.randn(people, 6, generator=generator)[labels]
+    rows += 1.5 * torch.randn(identities * videos, 6, generator=generator)[groups]
+    rows += 1.0 * torch.randn(identities, 6, generator=generator)[labels]
     order = torch.randperm(len(labels), generator=generator)
     return rows[order], labels[order], groups[order]
 
@@ -50,7 +50,7 @@ def test_top1_counts_the_rows_whose_largest_score_is_the_labels():
     assert evaluate.hits(logits, torch.tensor([1, 1, 0, 0])).tolist() == [True, False, True, False]
 
 
-def test_nrmse_of_one_picture_worked_by_hand():
+def test_nrmse_of_one_image_worked_by_hand():
     true = torch.tensor([[[10.0, 10], [20, 10], [15, 15], [11, 20], [19, 20]]])
     predicted = true.clone()
     predicted[0, 0] += torch.tensor([3.0, 4.0])  # 5 pixels off
@@ -64,17 +64,17 @@ def test_nrmse_of_one_picture_worked_by_hand():
     assert evaluate.per_point_error(predicted, true).tolist() == [[5, 0, 5, 0, 0]]
 
 
-def test_nrmse_is_the_mean_of_the_pictures_own_errors():
+def test_nrmse_is_the_mean_of_the_images_own_errors():
     true = torch.tensor([[[0.0, 0], [10, 0], [5, 5], [0, 10], [10, 10]]]).repeat(2, 1, 1)
     predicted = true + torch.tensor([1.0, 3.0])[:, None, None] * torch.tensor([1.0, 0.0])
     assert nrmse(predicted, true, torch.full((2, 2), 10)) == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("kind", ["interocular", "diagonal"])
-def test_a_face_without_extent_is_an_error_that_names_the_picture(kind):
+def test_a_face_without_extent_is_an_error_that_names_the_image(kind):
     true = torch.rand(3, 5, 2)
     true[1] = 4.0
-    with pytest.raises(ValueError, match=f"the {kind} length of picture 1 is 0"):
+    with pytest.raises(ValueError, match=f"the {kind} length of image 1 is 0"):
         nrmse(true, true, torch.ones(3, 2), kind)
 
 
@@ -101,12 +101,12 @@ def test_the_ced_area_agrees_with_a_fine_integral_of_the_curve():
 
 
 def test_nearest_neighbour_top1_leaves_lone_queries_out_and_counts_them():
-    # person 7 at 1.0 is alone; everyone else has a nearest neighbour of their own
+    # identity 7 at 1.0 is alone; everyone else has a nearest neighbour of their own
     rows, labels = features(0.0, 0.1, 1.0, 1.6, 1.5, 3.0), torch.tensor([4, 4, 7, 2, 2, 2])
     result = nn_top1(rows, labels)
     assert result == {"nn_top1": 1.0, "nn_queries": 5, "nn_lone": 1}
     labels = torch.tensor([4, 4, 7, 2, 5, 2])
-    # now 1.5 is person 5, alone too, and the one that 1.6 finds; 3.0 still finds 1.6
+    # now 1.5 is identity 5, alone too, and the one that 1.6 finds; 3.0 still finds 1.6
     result = nn_top1(rows, labels)
     assert result == {"nn_top1": 0.75, "nn_queries": 4, "nn_lone": 2}
 
@@ -117,7 +117,7 @@ def test_without_any_mate_there_is_no_accuracy():
     assert result["nn_lone"] == 2
 
 
-def test_pictures_of_the_querys_own_video_are_no_neighbours_there():
+def test_images_of_the_querys_own_video_are_no_neighbours_there():
     rows = features(0.0, 0.1, 0.5, 2.0, 2.1, 9.0)
     labels = torch.tensor([0, 0, 1, 1, 1, 0])
     groups = torch.tensor([0, 0, 1, 2, 2, 3])
@@ -197,14 +197,14 @@ def test_pairs_have_lfws_layout_and_never_repeat():
     assert len({frozenset(pair) for pair in zip(a.tolist(), b.tolist(), strict=True)}) == len(a)
 
 
-def test_people_of_one_fold_are_in_no_other():
+def test_identities_of_one_fold_are_in_no_other():
     labels = torch.arange(50).repeat_interleave(4)
     a, b, _ = evaluate.make_pairs(labels, seed=0, folds=5, per_fold=1000)
-    people = [
+    identities = [
         set(labels[torch.cat([x, y])].tolist()) for x, y in zip(a.chunk(5), b.chunk(5), strict=True)
     ]
-    assert len(a) == 5 * 2 * 60  # ten people of six pairs each
-    assert all(not people[i] & people[j] for i in range(5) for j in range(i))
+    assert len(a) == 5 * 2 * 60  # ten identities of six pairs each
+    assert all(not identities[i] & identities[j] for i in range(5) for j in range(i))
 
 
 def test_pairs_follow_from_the_seed_alone():
@@ -224,7 +224,7 @@ def test_pairs_follow_from_the_seed_alone():
     folds=st.integers(2, 4),
     seed=st.integers(0, 99),
 )
-def test_pairs_of_any_split_with_two_people_a_fold_are_sound(counts, folds, seed):
+def test_pairs_of_any_split_with_two_identities_a_fold_are_sound(counts, folds, seed):
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     assume(sum(count > 1 for count in counts) >= 2 * folds)
     a, b, same = evaluate.make_pairs(labels, seed, folds, per_fold=5)
@@ -233,7 +233,7 @@ def test_pairs_of_any_split_with_two_people_a_fold_are_sound(counts, folds, seed
     assert len({frozenset(pair) for pair in zip(a.tolist(), b.tolist(), strict=True)}) == len(a)
 
 
-def test_too_few_people_for_the_folds_is_an_error():
+def test_too_few_identities_for_the_folds_is_an_error():
     with pytest.raises(ValueError, match="each of 10 folds needs"):
         evaluate.make_pairs(torch.tensor([0, 0, 1, 1]), seed=0)
 
@@ -326,7 +326,7 @@ def test_gallery_top1_does_not_depend_on_how_the_gallery_is_cut():
     assert 0 < whole < 1
 
 
-def test_raw_pixels_are_the_pixels_and_averages_of_larger_pictures():
+def test_raw_pixels_are_the_pixels_and_averages_of_larger_images():
     small = torch.rand(2, 3, 8, 8)
     assert torch.equal(evaluate.raw_pixels(small), small.flatten(1))
     large = small.repeat_interleave(2, 2).repeat_interleave(2, 3)

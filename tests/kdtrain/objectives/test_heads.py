@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 from tiny_runs import assert_same_run, stop_after, tiny_config, train
-from tiny_tasks import PEOPLE, make_batch, make_config
+from tiny_tasks import IDENTITIES, make_batch, make_config
 from torch.nn import functional as F
 
 from kdtrain.config import Config, ConfigError, TeacherConfig
@@ -44,20 +44,20 @@ def head_config(task: str = "classification", *, divide: int = 2, **options) -> 
 def teacher_network(config: Config, kind: str = "cosine", divide: int = 1) -> FaceNetwork:
     model = dataclasses.replace(config.model, divide=divide)
     with seeded(9):
-        return FaceNetwork(model, PEOPLE, head=HeadConfig(kind=kind, scale=20.0))
+        return FaceNetwork(model, IDENTITIES, head=HeadConfig(kind=kind, scale=20.0))
 
 
-def forward(task, pictures):
+def forward(task, images):
     """The student's feature in training mode, in float64, and the teacher's outputs; running
     statistics are put back.
     """
     state = {name: tensor.clone() for name, tensor in task.network.state_dict().items()}
-    hidden = task.network.train().backbone(pictures).detach().double()
+    hidden = task.network.train().backbone(images).detach().double()
     task.network.load_state_dict(state)
     if task.teacher is None:
         return hidden, None
     with torch.no_grad():
-        return hidden, task.teacher(pictures)
+        return hidden, task.teacher(images)
 
 
 def cosines(hidden, weight):
@@ -90,9 +90,9 @@ MARGINS = {
 def test_the_hard_term_of_a_cosine_head_has_its_margin_and_the_soft_term_none(margin, fused):
     config = head_config(kind="cosine", scale=16.0, margin=margin, t_gamma=0.5, t_alpha=0.25)
     config = dataclasses.replace(config, fused=fused)
-    task = build_task(config, PEOPLE, teacher_network(config))
-    pictures, labels, _ = make_batch()
-    hidden, guide = forward(task, pictures)
+    task = build_task(config, IDENTITIES, teacher_network(config))
+    images, labels, _ = make_batch()
+    hidden, guide = forward(task, images)
     values = cosines(hidden, task.network.classifier.weight)
     if margin in MARGINS:
         angles, takes = MARGINS[margin](len(labels))
@@ -109,7 +109,7 @@ def test_the_hard_term_of_a_cosine_head_has_its_margin_and_the_soft_term_none(ma
         angles, takes = [0.0] * len(labels), [0.0] * len(labels)
     hard = F.cross_entropy(16 * with_angle(values, labels, angles, takes), labels)
     expected = 0.5 * hard + 0.25 * soft(16 * values, guide.logits, 3.0)
-    result = task.step(pictures, labels)
+    result = task.step(images, labels)
     torch.testing.assert_close(result.loss.double(), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(result.terms["hard"].double(), hard, rtol=1e-4, atol=1e-4)
     result.loss.backward()
@@ -119,17 +119,17 @@ def test_the_hard_term_of_a_cosine_head_has_its_margin_and_the_soft_term_none(ma
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
 def test_no_scores_are_formed_where_the_loss_comes_from_the_feature(kind, monkeypatch):
     config = head_config(kind=kind, streamed=True, scale=16.0, t_alpha=1.0)
-    task = build_task(config, PEOPLE, teacher_network(config, kind))
-    pictures, labels, _ = make_batch()
+    task = build_task(config, IDENTITIES, teacher_network(config, kind))
+    images, labels, _ = make_batch()
     kept = dataclasses.replace(config, head=HeadConfig(kind=kind, scale=16.0))
-    expected = build_task(kept, PEOPLE, teacher_network(config, kind)).step(pictures, labels)
+    expected = build_task(kept, IDENTITIES, teacher_network(config, kind)).step(images, labels)
     for network in (task.network, task.teacher):
         monkeypatch.setattr(network.classifier, "forward", None)
-    result = task.step(pictures, labels)
+    result = task.step(images, labels)
     torch.testing.assert_close(result.loss, expected.loss)
     assert task.guide_widths == {"hidden": task.teacher.width}
     monkeypatch.undo()
-    scores = task.network.eval()(pictures)
+    scores = task.network.eval()(images)
     shown = F.linear(scores.hidden, task.network.classifier.weight, task.network.classifier.bias)
     if kind == "cosine":
         shown = 16 * cosines(scores.hidden, task.network.classifier.weight).float()
@@ -141,18 +141,16 @@ def test_no_scores_are_formed_where_the_loss_comes_from_the_feature(kind, monkey
 )
 def test_heads_of_two_kinds_are_compared_by_their_logits(own, theirs):
     config = head_config(kind=own, scale=16.0, t_alpha=1.0, t_gamma=0.0)
-    task = build_task(config, PEOPLE, teacher_network(config, theirs))
-    assert task.guide_widths == {"logits": PEOPLE}
-    pictures, labels, _ = make_batch()
-    hidden, guide = forward(task, pictures)
+    task = build_task(config, IDENTITIES, teacher_network(config, theirs))
+    assert task.guide_widths == {"logits": IDENTITIES}
+    images, labels, _ = make_batch()
+    hidden, guide = forward(task, images)
     head = task.network.classifier
     ours = 16 * cosines(hidden, head.weight)
     if own == "linear":
         ours = F.linear(hidden, head.weight.double(), head.bias.double()).detach()
     expected = soft(ours, guide.logits, 3.0)
-    torch.testing.assert_close(
-        task.step(pictures, labels).loss.double(), expected, rtol=1e-4, atol=0
-    )
+    torch.testing.assert_close(task.step(images, labels).loss.double(), expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
@@ -162,9 +160,9 @@ def test_the_teachers_classifier_beside_the_students(kind, tau_squared, divide):
     config = head_config(
         divide=divide, t_teacher_head=0.5, t_teacher_head_temperature=2.0, t_tau_squared=tau_squared
     )
-    task = build_task(config, PEOPLE, teacher_network(config, kind))
-    pictures, labels, _ = make_batch()
-    hidden, guide = forward(task, pictures)
+    task = build_task(config, IDENTITIES, teacher_network(config, kind))
+    images, labels, _ = make_batch()
+    hidden, guide = forward(task, images)
     theirs = task.teacher.classifier
     assert ("projection.weight" in task.extra["teacher_head"].state_dict()) == (divide == 2)
     mapped = (
@@ -178,7 +176,7 @@ def test_the_teachers_classifier_beside_the_students(kind, tau_squared, divide):
     head = task.network.classifier
     hard = F.cross_entropy(F.linear(hidden, head.weight.double(), head.bias.double()), labels)
     expected = hard + 0.5 * second * (4 if tau_squared else 1)
-    result = task.step(pictures, labels)
+    result = task.step(images, labels)
     torch.testing.assert_close(result.loss.double(), expected.detach(), rtol=1e-4, atol=0)
     torch.testing.assert_close(
         result.terms["teacher_head"].double(), second.detach(), rtol=1e-4, atol=0
@@ -203,28 +201,28 @@ def test_centres_move_by_the_agreement_of_student_teacher_and_centre():
     labels = torch.tensor([2, 0, 2, 2, 3, 0])
     teacher[4] = -student[4]  # disagrees with its student: the centre becomes the teacher's feature
     heads.move_centres(weight, student, teacher, labels)
-    for person in range(4):
-        rows = (labels == person).nonzero()[:, 0].tolist()
-        centre = F.normalize(before[person], dim=0)
+    for identity in range(4):
+        rows = (labels == identity).nonzero()[:, 0].tolist()
+        centre = F.normalize(before[identity], dim=0)
         moved = []
         for row in rows:
             of_teacher = F.normalize(teacher[row].double(), dim=0)
             of_student = F.normalize(student[row].double(), dim=0)
             share = (of_student @ of_teacher).clamp(0, 1) * (centre @ of_teacher).clamp(0, 1)
             moved.append(share * centre + (1 - share) * of_teacher)
-        expected = torch.stack(moved).mean(0) if rows else before[person]
-        torch.testing.assert_close(weight[person].double(), expected, rtol=1e-5, atol=1e-6)
+        expected = torch.stack(moved).mean(0) if rows else before[identity]
+        torch.testing.assert_close(weight[identity].double(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(weight[3], F.normalize(teacher[4], dim=0))
 
 
 def test_adaptive_centres_move_before_the_loss_and_get_no_gradient():
     config = head_config(divide=1, kind="cosine", scale=16.0, margin="arcface", update="adaptive")
-    task = build_task(config, PEOPLE, teacher_network(config))
-    pictures, labels, _ = make_batch()
-    hidden, guide = forward(task, pictures)
+    task = build_task(config, IDENTITIES, teacher_network(config))
+    images, labels, _ = make_batch()
+    hidden, guide = forward(task, images)
     expected = task.network.classifier.weight.detach().clone()
     heads.move_centres(expected, hidden, guide.hidden, labels)
-    result = task.step(pictures, labels)
+    result = task.step(images, labels)
     result.loss.backward()
     torch.testing.assert_close(task.network.classifier.weight.detach(), expected)
     assert task.network.classifier.weight.grad is None
@@ -236,37 +234,37 @@ def test_adaptive_centres_move_before_the_loss_and_get_no_gradient():
 
 def test_a_frozen_classifier_gets_no_gradient_and_features_of_another_width_are_refused():
     config = head_config(kind="cosine", update="none", run="somewhere")
-    task = build_task(config, PEOPLE)
-    pictures, labels, _ = make_batch()
-    task.step(pictures, labels).loss.backward()
+    task = build_task(config, IDENTITIES)
+    images, labels, _ = make_batch()
+    task.step(images, labels).loss.backward()
     assert task.network.classifier.weight.grad is None
     assert task.network.backbone.stem.weight.grad is not None
     wide = head_config(kind="cosine", update="adaptive")
     with pytest.raises(ConfigError, match=r"head\.update adaptive.*model\.embedding"):
-        build_task(wide, PEOPLE, teacher_network(wide))
+        build_task(wide, IDENTITIES, teacher_network(wide))
 
 
-def test_a_classifier_is_inherited_from_the_same_people_width_and_kind_only():
+def test_a_classifier_is_inherited_from_the_same_identities_width_and_kind_only():
     config = head_config(divide=1, kind="cosine", scale=16.0)
     teacher = teacher_network(config)
-    student = build_task(config, PEOPLE).network
+    student = build_task(config, IDENTITIES).network
     inherit_head(student, teacher, "RUN")
     assert torch.equal(student.classifier.weight, teacher.classifier.weight)
     assert student.classifier.weight is not teacher.classifier.weight
     linear = teacher_network(config, "linear")
     with pytest.raises(ValueError, match=r"head\.run RUN: its head is linear.*head\.kind"):
         inherit_head(student, linear, "RUN")
-    narrow = build_task(head_config(kind="cosine"), PEOPLE).network
+    narrow = build_task(head_config(kind="cosine"), IDENTITIES).network
     with pytest.raises(ValueError, match=r"reads 256 features.*128.*model\.embedding"):
         inherit_head(narrow, teacher, "RUN")
     few = build_task(config, 3).network
-    with pytest.raises(ValueError, match="knows 6 people and the data has 3"):
+    with pytest.raises(ValueError, match="knows 6 identities and the data has 3"):
         inherit_head(few, teacher, "RUN")
     again = network_from_state(
         config.model, teacher.state_dict(), head=HeadConfig(kind="cosine", scale=20)
     )
-    pictures, _, _ = make_batch()
-    torch.testing.assert_close(again.eval()(pictures).logits, teacher.eval()(pictures).logits)
+    images, _, _ = make_batch()
+    torch.testing.assert_close(again.eval()(images).logits, teacher.eval()(images).logits)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +286,7 @@ def test_heads_that_do_not_fit_together_are_refused(options, message):
         HeadConfig(**options)
 
 
-def test_a_sample_of_the_people_is_drawn_anew_and_holds_those_of_the_batch(monkeypatch):
+def test_a_sample_of_the_identities_is_drawn_anew_and_holds_those_of_the_batch(monkeypatch):
     config = head_config(kind="cosine", scale=16.0, sample=0.5, t_alpha=1.0)
     drawn = []
     sample = task_module.sample_classes
@@ -297,10 +295,10 @@ def test_a_sample_of_the_people_is_drawn_anew_and_holds_those_of_the_batch(monke
     )
     with seeded(3):
         task = build_task(config, 40, FaceNetwork(config.model, 40, head=config.head))
-    pictures, labels, _ = make_batch()
-    hidden, guide = forward(task, pictures)
+    images, labels, _ = make_batch()
+    hidden, guide = forward(task, images)
     torch.manual_seed(5)
-    results = [task.step(pictures, labels) for _ in range(2)]
+    results = [task.step(images, labels) for _ in range(2)]
     assert [len(classes) for classes in drawn] == [20, 20]
     assert not torch.equal(*drawn)
     assert all(torch.isin(labels, classes).all() for classes in drawn)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_runs import assert_same_run, quiet, stop_after, tiny_config, train
-from tiny_tasks import PEOPLE, eval_batches, make_batch, make_teacher
+from tiny_tasks import IDENTITIES, eval_batches, make_batch, make_teacher
 
 from kdtrain.cli.arguments import default_run_dir
 from kdtrain.config import Config, ConfigError, ModelConfig, TargetConfig, TeacherConfig
@@ -32,7 +32,7 @@ def make_hint(stage: int = 2, fused: bool = True, reduction: str = "mean") -> Ta
         model=ModelConfig(depth=14, width=8, divide=2, stem="small"),
         target=TargetConfig(gamma=0.0, hint=0.5, hint_stage=stage, hint_reduction=reduction),
     )
-    return build_task(config, PEOPLE, make_teacher(9))
+    return build_task(config, IDENTITIES, make_teacher(9))
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3, 4])
@@ -40,9 +40,9 @@ def test_a_tap_is_what_the_stage_puts_out(stage):
     network = make_teacher().eval()
     seen = []
     network.backbone.stages[stage - 1].register_forward_hook(lambda *a: seen.append(a[2]))
-    pictures = make_batch()[0]
-    network(pictures)
-    maps = network.tap(pictures, stage)
+    images = make_batch()[0]
+    network(images)
+    maps = network.tap(images, stage)
     assert torch.equal(maps, seen[0])
     assert maps.shape[1] == network.backbone.widths[stage - 1] == 4 * 8 * 2 ** (stage - 1)
 
@@ -51,16 +51,16 @@ def test_a_tap_is_what_the_stage_puts_out(stage):
 def test_the_loss_is_the_squared_distance_through_the_regressor(reduction):
     task = make_hint(reduction=reduction)
     assert task.teacher is not None
-    pictures, labels, _ = make_batch()
-    guide = task.teacher.tap(pictures, 2)
+    images, labels, _ = make_batch()
+    guide = task.teacher.tap(images, 2)
     state = {name: tensor.clone() for name, tensor in task.network.state_dict().items()}
     convolution, norm, _ = task.extra["hint"].regressor
     ours = torch.einsum(
-        "nchw,dc->ndhw", task.network.tap(pictures, 2), convolution.weight[:, :, 0, 0]
+        "nchw,dc->ndhw", task.network.tap(images, 2), convolution.weight[:, :, 0, 0]
     )
     ours = torch.nn.functional.batch_norm(ours, None, None, norm.weight, norm.bias, True).relu()
     task.network.load_state_dict(state)
-    result = task.step(pictures, labels)
+    result = task.step(images, labels)
     count = {"mean": guide.numel(), "batchmean": len(guide), "sum": 1}[reduction]
     expected = (ours - guide).square().sum() / count
     torch.testing.assert_close(result.loss, 0.5 * expected)
@@ -111,8 +111,8 @@ def test_maps_of_another_stem_are_averaged_to_the_smaller(student, teacher, side
         FaceNetwork(ModelConfig(depth=14, width=8, divide=d, stem=stem), 3)
         for d, stem in ((2, student), (1, teacher))
     ]
-    pictures = torch.rand(2, 3, side, side) * 255
-    maps = [network.tap(pictures, 2).detach() for network in networks]
+    images = torch.rand(2, 3, side, side) * 255
+    maps = [network.tap(images, 2).detach() for network in networks]
     ours, theirs = HintTarget(32, 64)(*maps)
     smaller = min(maps, key=lambda m: m.shape[-1])
     assert ours.shape == theirs.shape == (2, 64, *smaller.shape[2:])
@@ -123,7 +123,7 @@ def test_maps_of_another_stem_are_averaged_to_the_smaller(student, teacher, side
         assert torch.equal(theirs, maps[1])
 
 
-def test_the_error_is_the_mean_over_elements_and_pictures_and_the_floor_a_constant():
+def test_the_error_is_the_mean_over_elements_and_images_and_the_floor_a_constant():
     task = make_hint(reduction="sum")
     batches = eval_batches(32, 16)
     task.network.train()
@@ -135,16 +135,16 @@ def test_the_error_is_the_mean_over_elements_and_pictures_and_the_floor_a_consta
     task.network.eval()
     task.extra.eval()
     with torch.no_grad():
-        pictures = torch.cat([batch.pictures for batch in batches])
-        guide = task.teacher.tap(pictures, 2)
-        ours, _ = task.extra["hint"](task.network.tap(pictures, 2), guide)
+        images = torch.cat([batch.images for batch in batches])
+        guide = task.teacher.tap(images, 2)
+        ours, _ = task.extra["hint"](task.network.tap(images, 2), guide)
     assert first["hint"] == pytest.approx((ours - guide).square().mean().item(), rel=1e-6)
     items = task.items()
     assert items["index"].tolist() == list(range(32))
     assert np.mean(items["hint"], dtype=np.float64) == pytest.approx(first["hint"], rel=1e-6)
     floor = (guide - guide.mean((0, 2, 3), keepdim=True)).square().mean().item()
     assert task.floors(batches, batches)["hint"] == pytest.approx(floor, rel=1e-5)
-    with pytest.raises(ValueError, match="no picture to look at"):
+    with pytest.raises(ValueError, match="no image to look at"):
         task.evaluate([])
 
 

@@ -24,8 +24,8 @@ SHORT = {"optim__phases": [{"epochs": 1, "lr": 0.05}]}
 
 def _batch():
     generator = torch.Generator().manual_seed(0)
-    pictures = 255 * torch.rand(6, 3, 16, 16, generator=generator)
-    return pictures, torch.arange(6) % 3, 16 * torch.rand(6, 5, 2, generator=generator)
+    images = 255 * torch.rand(6, 3, 16, 16, generator=generator)
+    return images, torch.arange(6) % 3, 16 * torch.rand(6, 5, 2, generator=generator)
 
 
 @pytest.mark.parametrize("task", ["classification", "alignment", "verification"])
@@ -75,10 +75,10 @@ def test_a_hint_s_stages_run_in_the_short_format_and_its_evaluation_does_not():
             )
         losses.append(task.step(*_batch()).loss)
         assert seen == [getattr(torch, precision)] * 2
-        pictures, labels, _ = _batch()
+        images, labels, _ = _batch()
         sizes = torch.full((6, 2), 16)
         places = torch.arange(6)
-        task.evaluate([EvalBatch(pictures=pictures, labels=labels, indices=places, sizes=sizes)])
+        task.evaluate([EvalBatch(images=images, labels=labels, indices=places, sizes=sizes)])
         assert seen[2:] == [torch.float32] * 2
     torch.testing.assert_close(losses[1], losses[0], rtol=0.05, atol=0)
 

@@ -92,9 +92,9 @@ def degenerate() -> list:
         pytest.param(half, zero, id="zero norms"),
         pytest.param(twins, one, id="twins"),
         pytest.param(1e-30 * one, 1e30 * one, id="tiny and huge"),
-        pytest.param(one[:1], one[1:2], id="one picture"),
-        pytest.param(one[:2], one[1:3], id="two pictures"),
-        pytest.param(one[:0], one[:0], id="no picture"),
+        pytest.param(one[:1], one[1:2], id="one image"),
+        pytest.param(one[:2], one[1:3], id="two images"),
+        pytest.param(one[:0], one[:0], id="no image"),
     ]
 
 

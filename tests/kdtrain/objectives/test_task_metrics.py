@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from tiny_tasks import (
+    IDENTITIES,
     NAMES,
-    PEOPLE,
     eval_batches,
     make_batch,
     make_config,
@@ -51,7 +51,7 @@ def test_metrics_do_not_depend_on_the_batches(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_empty_split_is_an_error(name):
-    with pytest.raises(ValueError, match="no picture to look at"):
+    with pytest.raises(ValueError, match="no image to look at"):
         make_task(name).evaluate([])
 
 
@@ -60,7 +60,7 @@ def test_classification_top1_is_the_share_of_right_labels():
     batches = eval_batches()
     task.network.eval()
     with torch.no_grad():
-        logits = torch.cat([task.network(batch.pictures).logits for batch in batches])
+        logits = torch.cat([task.network(batch.images).logits for batch in batches])
     labels = torch.cat([batch.labels for batch in batches])
     metrics = task.evaluate(batches)
     assert metrics["top1"] == (logits.argmax(1) == labels).double().mean().item()
@@ -71,14 +71,14 @@ def test_alignment_is_measured_in_the_original_pixel_frame():
     config = make_config("alignment")
     batches = eval_batches()
     for kind in ("interocular", "diagonal", "side"):
-        task = build_task(dataclasses.replace(config, eval=EvalConfig(normalizer=kind)), PEOPLE)
+        task = build_task(dataclasses.replace(config, eval=EvalConfig(normalizer=kind)), IDENTITIES)
         task.network.eval()
         with torch.no_grad():
-            points = torch.cat([task.network(batch.pictures).points for batch in batches])
+            points = torch.cat([task.network(batch.images).points for batch in batches])
         predicted = to_original((points.reshape(-1, 5, 2) + 0.5) * 16, 4.0)
         true = torch.cat([batch.points_original for batch in batches])
         sizes = torch.cat([batch.sizes for batch in batches])
-        expected = evaluate.nrmse_per_picture(predicted, true, sizes, kind).mean().item()
+        expected = evaluate.nrmse_per_image(predicted, true, sizes, kind).mean().item()
         assert task.evaluate(batches)["nrmse"] == pytest.approx(expected, rel=1e-6)
 
 
@@ -88,15 +88,15 @@ def test_the_mean_shape_is_the_floor_of_alignment():
     shape = torch.cat([batch.points_original for batch in train]).mean(0)  # one frame for all here
     true = torch.cat([batch.points_original for batch in test])
     sizes = torch.cat([batch.sizes for batch in test])
-    expected = evaluate.nrmse_per_picture(shape.expand_as(true), true, sizes).mean().item()
+    expected = evaluate.nrmse_per_image(shape.expand_as(true), true, sizes).mean().item()
     assert floor["nrmse"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_raw_pixels_are_the_floor_of_the_identity_tasks():
     train, test = eval_batches(), eval_batches(24)
-    # people here differ by their mean colour, which raw pixels see
+    # identities here differ by their mean colour, which raw pixels see
     assert make_task("classification").floors(train, test)["top1"] > 0.9
-    pixels = torch.cat([batch.pictures.flatten(1) for batch in test])
+    pixels = torch.cat([batch.images.flatten(1) for batch in test])
     labels = torch.cat([batch.labels for batch in test])
     floor = make_task("verification").floors(train, test)
     assert floor == evaluate.nn_shares(evaluate.nn_hits(pixels, labels))
@@ -107,14 +107,14 @@ def test_neighbours_outside_the_video_are_measured_where_videos_are_known():
     task = make_task("verification")
     assert "nn_top1_other_video" not in task.evaluate(eval_batches())
     metrics = task.evaluate(eval_batches(groups=True))
-    # a video here is one picture of each person
+    # a video here is one image of each identity
     assert metrics["nn_queries_other_video"] == 48
     items = task.items()
     for name in ("nn_top1", "nn_top1_other_video"):
         assert np.nanmean(items[name], dtype=np.float64) == metrics[name]
 
 
-def test_a_lone_query_is_no_number_among_the_pictures_results():
+def test_a_lone_query_is_no_number_among_the_images_results():
     task = make_task("verification")
     batch = eval_batches(48, 48)[0]
     labels = batch.labels.where((batch.labels != 5) | (torch.arange(48) == 5), 4)
@@ -138,11 +138,11 @@ def test_the_untrained_network_is_the_one_before_its_first_step_whatever_came_si
     assert make_task("alignment").untrained(eval_batches()) == {}
 
 
-def test_pair_accuracy_appears_once_ten_folds_have_people_enough():
+def test_pair_accuracy_appears_once_ten_folds_have_identities_enough():
     task = build_task(make_config("verification"), 40)
-    pictures, _, _ = make_batch(1, 80)
+    images, _, _ = make_batch(1, 80)
     batch = dataclasses.replace(
-        eval_batches(80, 80)[0], pictures=pictures, labels=torch.arange(80) // 2
+        eval_batches(80, 80)[0], images=images, labels=torch.arange(80) // 2
     )
     metrics = task.evaluate([batch])
     assert metrics["pairs"] == 2 * 10 * 4
@@ -166,25 +166,25 @@ def test_samples_of_identity_tasks_are_queries_with_their_nearest_neighbours():
         assert int(samples["gallery"]) == 48
         assert (samples["distances"] >= 0).all()
         same = (samples["queries"] == samples["neighbours"]).all((1, 2, 3))
-        assert not same.any()  # a picture is not its own neighbour
+        assert not same.any()  # an image is not its own neighbour
 
 
-def test_samples_of_alignment_are_in_the_pixels_of_the_picture_shown():
+def test_samples_of_alignment_are_in_the_pixels_of_the_image_shown():
     task = make_task("alignment")
     task.evaluate(eval_batches())
     samples = task.artifacts()
-    pictures, _, points = make_batch(1, 48)
+    images, _, points = make_batch(1, 48)
     chosen = torch.linspace(0, 47, 12, dtype=torch.float64).round().long()
     np.testing.assert_allclose(samples["true"], points[chosen], atol=1e-4)
-    np.testing.assert_array_equal(samples["images"], pictures[chosen].round().byte())
+    np.testing.assert_array_equal(samples["images"], images[chosen].round().byte())
     assert samples["ced_share"].shape == samples["ced_threshold"].shape
 
 
-def test_large_pictures_are_shrunk_for_the_report_and_their_points_with_them():
+def test_large_images_are_shrunk_for_the_report_and_their_points_with_them():
     task = make_task("alignment")
     batch = eval_batches(4)[0]
-    large = F.interpolate(batch.pictures, size=(192, 192))
-    task.evaluate([dataclasses.replace(batch, pictures=large)])
+    large = F.interpolate(batch.images, size=(192, 192))
+    task.evaluate([dataclasses.replace(batch, images=large)])
     samples = task.artifacts()
     assert samples["images"].shape == (4, 3, 96, 96)
     # the frame maps crop pixels to the original by 4, whatever the crop's size

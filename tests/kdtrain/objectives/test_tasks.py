@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 from tiny_tasks import (
+    IDENTITIES,
     NAMES,
-    PEOPLE,
     eval_batches,
     make_batch,
     make_config,
@@ -33,21 +33,21 @@ def soft(student, teacher):
     return -(probs * torch.log_softmax(student / 3, 1)).sum(1).mean()
 
 
-def outputs_of(task: Task, pictures: torch.Tensor):
+def outputs_of(task: Task, images: torch.Tensor):
     """What one training step sees; running statistics are put back."""
     state = {name: tensor.clone() for name, tensor in task.network.state_dict().items()}
-    out = task.network.train()(pictures)
+    out = task.network.train()(images)
     task.network.load_state_dict(state)
     return out
 
 
 def test_classification_is_hard_plus_alpha_soft():
     task = make_task("classification", alpha=0.5)
-    pictures, labels, _ = make_batch()
-    out = outputs_of(task, pictures)
+    images, labels, _ = make_batch()
+    out = outputs_of(task, images)
     assert task.teacher is not None
-    guide = task.teacher(pictures)
-    result = task.step(pictures, labels)
+    guide = task.teacher(images)
+    result = task.step(images, labels)
     expected = F.cross_entropy(out.logits, labels) + 0.5 * soft(out.logits, guide.logits)
     torch.testing.assert_close(result.loss, expected)
     assert set(result.terms) == {"hard", "top1", "soft", "teacher_entropy"}
@@ -57,10 +57,10 @@ def test_classification_is_hard_plus_alpha_soft():
 def test_classification_without_its_hard_term_is_the_target_alone(name):
     weight = "alpha" if name == "soft" else "beta" if name == "hidden" else "logits"
     task = make_task("classification", gamma=0.0, **{weight: 0.5})
-    pictures, labels, _ = make_batch()
-    out = outputs_of(task, pictures)
+    images, labels, _ = make_batch()
+    out = outputs_of(task, images)
     assert task.teacher is not None
-    guide = task.teacher(pictures)
+    guide = task.teacher(images)
     if name == "soft":
         expected = soft(out.logits, guide.logits)
     elif name == "logits":
@@ -68,7 +68,7 @@ def test_classification_without_its_hard_term_is_the_target_alone(name):
     else:
         expected = task.extra["hidden"].projection(out.hidden) - guide.hidden
         expected = expected.square().sum(1).mean()
-    result = task.step(pictures, labels)
+    result = task.step(images, labels)
     torch.testing.assert_close(result.loss, 0.5 * expected)
     assert set(result.terms) == {name} | ({"teacher_entropy"} if name == "soft" else set())
     result.loss.backward()
@@ -77,11 +77,11 @@ def test_classification_without_its_hard_term_is_the_target_alone(name):
 
 def test_alignment_is_the_squared_distance_of_ten_coordinates_and_targets():
     task = make_task("alignment", alpha=0.5, beta=0.25, hidden_reduction="mean")
-    pictures, labels, points = make_batch()
-    out = outputs_of(task, pictures)
+    images, labels, points = make_batch()
+    out = outputs_of(task, images)
     assert task.teacher is not None
-    guide = task.teacher(pictures)
-    result = task.step(pictures, labels, points)
+    guide = task.teacher(images)
+    result = task.step(images, labels, points)
     truth = torch.stack([points[:, :, 0] / 16 - 0.5, points[:, :, 1] / 16 - 0.5], 2)
     regression = (out.points.reshape(-1, 5, 2) - truth).square().sum((1, 2)).mean()
     hidden = F.mse_loss(task.extra["hidden"].projection(out.hidden), guide.hidden)
@@ -91,13 +91,13 @@ def test_alignment_is_the_squared_distance_of_ten_coordinates_and_targets():
     torch.testing.assert_close(result.terms["hidden"], hidden.detach())
 
 
-def test_landmarks_of_a_picture_that_is_not_square_are_scaled_by_each_side():
+def test_landmarks_of_a_image_that_is_not_square_are_scaled_by_each_side():
     task = make_task("alignment")
-    pictures = torch.rand(4, 3, 16, 32) * 255
+    images = torch.rand(4, 3, 16, 32) * 255
     points = torch.rand(4, 5, 2) * 16
-    out = outputs_of(task, pictures)
+    out = outputs_of(task, images)
     truth = (points / torch.tensor([32.0, 16.0]) - 0.5).flatten(1)
-    result = task.step(pictures, torch.zeros(4).long(), points)
+    result = task.step(images, torch.zeros(4).long(), points)
     torch.testing.assert_close(result.loss, (out.points - truth).square().sum(1).mean())
 
 
@@ -105,12 +105,12 @@ def test_landmarks_of_a_picture_that_is_not_square_are_scaled_by_each_side():
 def test_verification_is_the_triplet_loss_of_unit_features_and_the_joint_softmax(normalize):
     config = make_config("verification", mining="all", gamma=0.5, alpha=2.0)
     triplet = dataclasses.replace(config.triplet, normalize=normalize)
-    task = build_task(dataclasses.replace(config, triplet=triplet), PEOPLE, make_teacher())
-    pictures, labels, _ = make_batch()
-    out = outputs_of(task, pictures)
+    task = build_task(dataclasses.replace(config, triplet=triplet), IDENTITIES, make_teacher())
+    images, labels, _ = make_batch()
+    out = outputs_of(task, images)
     assert task.teacher is not None
-    guide = task.teacher(pictures)
-    result = task.step(pictures, labels)
+    guide = task.teacher(images)
+    result = task.step(images, labels)
     rows = F.normalize(out.hidden, dim=1) if normalize else out.hidden
     hinges = []
     for a in range(12):
@@ -128,14 +128,14 @@ def test_verification_is_the_triplet_loss_of_unit_features_and_the_joint_softmax
 
 def test_the_triplet_loss_takes_its_weight_and_0_leaves_the_softmax_loss_in_ordinary_batches():
     config = make_config("verification", mining="all", gamma=0.5)
-    pictures, labels, _ = make_batch()
+    images, labels, _ = make_batch()
     losses = {}
     for weight in (0.0, 1.0, 3.0):
         triplet = dataclasses.replace(config.triplet, weight=weight)
         weighted = dataclasses.replace(config, triplet=triplet)
         assert weighted.balanced == (weight > 0)
-        task = build_task(weighted, PEOPLE)
-        losses[weight] = task.step(pictures, labels)
+        task = build_task(weighted, IDENTITIES)
+        losses[weight] = task.step(images, labels)
     assert set(losses[0.0].terms) == {"hard", "top1"}
     torch.testing.assert_close(losses[0.0].loss, 0.5 * losses[0.0].terms["hard"])
     metric = losses[1.0].terms["triplet"]
@@ -149,8 +149,8 @@ def test_the_triplet_loss_takes_its_weight_and_0_leaves_the_softmax_loss_in_ordi
 
 def test_with_the_triplet_loss_alone_the_classifier_gets_no_gradient():
     task = make_task("verification")
-    pictures, labels, _ = make_batch()
-    task.step(pictures, labels).loss.backward()
+    images, labels, _ = make_batch()
+    task.step(images, labels).loss.backward()
     assert task.network.classifier.weight.grad is None
     assert task.network.backbone.stem.weight.grad is not None
 
@@ -269,26 +269,26 @@ def test_a_projection_is_trained_but_kept_out_of_the_network():
 
 def test_a_target_without_its_teacher_is_refused():
     with pytest.raises(ValueError, match="that needs a teacher network"):
-        build_task(make_config("classification", alpha=1.0), PEOPLE)
+        build_task(make_config("classification", alpha=1.0), IDENTITIES)
 
 
-def test_a_teacher_of_other_people_is_refused_unless_only_features_are_compared():
-    with pytest.raises(ValueError, match="tells 9 people apart and the data has 6"):
-        build_task(make_config("alignment", alpha=1.0), PEOPLE, make_teacher(9))
-    assert build_task(make_config("alignment", beta=1.0), PEOPLE, make_teacher(9)).teacher
+def test_a_teacher_of_other_identities_is_refused_unless_only_features_are_compared():
+    with pytest.raises(ValueError, match="tells 9 identities apart and the data has 6"):
+        build_task(make_config("alignment", alpha=1.0), IDENTITIES, make_teacher(9))
+    assert build_task(make_config("alignment", beta=1.0), IDENTITIES, make_teacher(9)).teacher
 
 
 def test_an_unknown_task_names_the_known_ones():
     config = dataclasses.replace(make_config("classification"), task="detection")
     with pytest.raises(ValueError, match="classification, alignment, verification, got 'detect"):
-        build_task(config, PEOPLE)
+        build_task(config, IDENTITIES)
 
 
 def test_alignment_without_landmarks_is_an_error():
     task = make_task("alignment")
-    pictures, labels, _ = make_batch()
+    images, labels, _ = make_batch()
     with pytest.raises(ValueError, match="landmarks are needed"):
-        task.step(pictures, labels)
+        task.step(images, labels)
     bare = [dataclasses.replace(batch, points_original=None) for batch in eval_batches()]
     with pytest.raises(ValueError, match="landmarks are needed"):
         task.evaluate(bare)

@@ -1,4 +1,4 @@
-"""The report page from made-up run folders: numbers, verdicts, pictures, and what is not there."""
+"""The report page from made-up run folders: numbers, verdicts, images, and what is not there."""
 
 from __future__ import annotations
 
@@ -92,11 +92,11 @@ def make_run(
     }
     (folder / "results.json").write_text(json.dumps(results))
     random = np.random.RandomState(0)
-    pictures = random.randint(0, 256, (12, 3, 16, 16), dtype=np.uint8)
+    images = random.randint(0, 256, (12, 3, 16, 16), dtype=np.uint8)
     points = random.rand(12, 5, 2).astype(np.float32) * 16
     if task == "alignment":
         samples = {
-            "images": pictures,
+            "images": images,
             "true": points,
             "predicted": points + 1,
             "errors": np.full(12, 0.123),
@@ -105,8 +105,8 @@ def make_run(
         }
     else:
         samples = {
-            "queries": pictures,
-            "neighbours": pictures[::-1],
+            "queries": images,
+            "neighbours": images[::-1],
             "query_labels": np.arange(12),
             "neighbour_labels": np.where(np.arange(12) < 9, np.arange(12), 99),
             "distances": np.ones(12),
@@ -212,12 +212,12 @@ def test_every_run_says_what_it_started_from_and_what_it_optimised(page):
 
 def test_the_header_states_command_data_machine_and_time(page):
     assert "python -m kdtrain pipeline &lt;x&gt;" in page
-    assert "drawn &lt;faces&gt;, 7,000 pictures of 350 people, 5,600 to train and 1,400" in page
+    assert "drawn &lt;faces&gt;, 7,000 images of 350 identities, 5,600 to train and 1,400" in page
     assert "2 skipped" in page
     assert "A Processor, 1 thread a run; torch 2.13.0" in page
     assert "8:16 in 8 of 8 runs" in page
     assert "NRMSE by interocular, in original pixels" in page
-    assert "7 queries without another picture of their person left out" in page
+    assert "7 queries without another image of their identity left out" in page
 
 
 def test_the_page_needs_nothing_from_outside(page):
@@ -229,12 +229,12 @@ def test_the_page_needs_nothing_from_outside(page):
     assert "url(" not in page
 
 
-def test_pictures_are_real_images(page):
+def test_images_are_real_images(page):
     sizes = []
     for code in re.findall(r"data:image/png;base64,([^\"'\s>]+)", page):
-        with Image.open(io.BytesIO(base64.b64decode(code))) as picture:
-            picture.verify()
-            sizes.append(picture.size)
+        with Image.open(io.BytesIO(base64.b64decode(code))) as image:
+            image.verify()
+            sizes.append(image.size)
     assert (16, 16) in sizes  # faces
     assert max(width for width, _ in sizes) > 1000  # curves
 
@@ -256,7 +256,7 @@ def test_neighbours_are_framed_right_or_wrong_by_their_labels(tmp_path):
     assert page.count("<figure class='right'>") == 9
     assert page.count("<figure class='wrong'>") == 3
     assert "ver_teacher: 9 of 12 right" in page
-    assert "looked up among 1,400 test pictures" in page
+    assert "looked up among 1,400 test images" in page
 
 
 def test_a_teacher_below_the_floor_makes_its_column_uninformative(tmp_path):
@@ -288,7 +288,7 @@ def test_a_planned_stage_is_said_to_be_not_run(tmp_path):
     assert rows_of(page)["scratch student"][0] == "not run"
     assert rows_of(page)["teacher"][0] == "90.0"
     assert "in 1 of 2 runs" in page
-    assert page.count("<dt>pictures</dt>") == 1  # that of the run whose pictures are known
+    assert page.count("<dt>images</dt>") == 1  # that of the run whose images are known
 
 
 def test_a_journal_cut_off_in_a_line_or_holding_null_is_read(tmp_path):

@@ -18,7 +18,7 @@ from rich.console import Console
 from kdtrain.reports.tables import files as table_files
 from kdtrain.reports.tables.data import Block, Cell, CellState, Row, Table, Trend, Verdict
 from kdtrain.reports.tables.files import page
-from kdtrain.reports.tables.plot import WIDTH_RATIOS, _floors, _limits, _lines, _span, picture
+from kdtrain.reports.tables.plot import WIDTH_RATIOS, _floors, _limits, _lines, _span, draw
 from kdtrain.reports.tables.text import cells_csv, markdown, plain, row_entries, show, trends_csv
 from kdtrain.training import checkpoint
 
@@ -217,7 +217,7 @@ def test_csv_of_trends_gives_back_every_verdict() -> None:
 
 
 class Page(HTMLParser):
-    """Table rows cell by cell, chips with their colour, pictures, and tags left open."""
+    """Table rows cell by cell, chips with their colour, figures, and tags left open."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -281,12 +281,12 @@ def test_a_page_of_several_tables_starts_with_all_their_verdicts() -> None:
     assert text.index('href="#table3"') < text.index('id="table1"') < text.index('id="table3"')
 
 
-def test_the_picture_is_as_wide_as_a_page_and_shows_states_paper_and_verdicts() -> None:
-    first = picture(TABLE)
-    assert picture(TABLE) == first  # the same table, the same bytes
+def test_the_figure_is_as_wide_as_a_page_and_shows_states_paper_and_verdicts() -> None:
+    first = draw(TABLE)
+    assert draw(TABLE) == first  # the same table, the same bytes
 
     def pixels(table: Table) -> np.ndarray:
-        return np.asarray(Image.open(io.BytesIO(picture(table))).convert("RGB"))
+        return np.asarray(Image.open(io.BytesIO(draw(table))).convert("RGB"))
 
     def has(image: np.ndarray, colour: str) -> bool:
         wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
@@ -310,12 +310,10 @@ def test_a_table_of_which_nothing_was_run_is_drawn_too() -> None:
         rows=(Row("hidden", "paper", (Cell(), Cell())), Row("raw", "floor", (Cell(), Cell()))),
     )
     table = Table("table1", "nothing yet", "a paper", (empty,), (TRENDS[-1],))
-    assert Image.open(io.BytesIO(picture(table))).size[0] == 1650
+    assert Image.open(io.BytesIO(draw(table))).size[0] == 1650
     assert [floor.text for floor in _floors(empty)] == ["floor: raw not run"]
     assert "not run" in plain(table)
-    assert (
-        Image.open(io.BytesIO(picture(Table("table1", "no block", "a paper", ())))).size[0] == 1650
-    )
+    assert Image.open(io.BytesIO(draw(Table("table1", "no block", "a paper", ())))).size[0] == 1650
 
 
 def test_rows_get_a_lane_for_each_network_and_the_teacher_gets_one() -> None:
@@ -348,7 +346,7 @@ def test_files_are_replaced_whole_and_a_second_writing_gives_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "results" / "new"
-    png = picture(TABLE)
+    png = draw(TABLE)
     paths = table_files.write(TABLE, folder, png)
     assert {kind: path.name for kind, path in paths.items()} == {
         **{kind: f"table1.{kind}" for kind in ("txt", "md", "csv", "html", "png")},

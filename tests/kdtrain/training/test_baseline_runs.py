@@ -9,7 +9,7 @@ import torch
 import yaml
 from relations_by_hand import angle_by_hand, distance_by_hand
 from tiny_runs import TINY, assert_same_run, quiet, stop_after, tiny_config, train
-from tiny_tasks import NAMES, PEOPLE, make_batch, make_config, make_task, make_teacher
+from tiny_tasks import IDENTITIES, NAMES, make_batch, make_config, make_task, make_teacher
 from torch.nn import functional as F
 
 from kdtrain.config import ConfigError, ModelConfig
@@ -47,7 +47,7 @@ def test_a_step_in_bfloat16_keeps_float32_terms_near_those_of_float32():
     for precision in ("float32", "bfloat16"):
         config = make_config("verification", **WEIGHTS)
         train = dataclasses.replace(config.train, precision=precision)
-        task = build_task(dataclasses.replace(config, train=train), PEOPLE, make_teacher())
+        task = build_task(dataclasses.replace(config, train=train), IDENTITIES, make_teacher())
         results.append(task.step(*make_batch()[:2]))
     for name in WEIGHTS:
         exact, found = (result.terms[name] for result in results)
@@ -60,14 +60,14 @@ def test_a_step_in_bfloat16_keeps_float32_terms_near_those_of_float32():
 @pytest.mark.parametrize("fused", [True, False])
 def test_every_task_adds_its_weighed_targets_and_logs_them_by_name(name, fused):
     task, plain = make_task(name, fused=fused, **WEIGHTS), make_task(name, fused=fused)
-    pictures, labels, points = make_batch()
+    images, labels, points = make_batch()
     with torch.no_grad():
         state = {n: t.clone() for n, t in task.network.state_dict().items()}
-        ours = task.network.train().attend(pictures)
+        ours = task.network.train().attend(images)
         task.network.load_state_dict(state)
         assert task.teacher is not None
-        theirs = task.teacher.attend(pictures)
-        plainly = task.teacher(pictures)
+        theirs = task.teacher.attend(images)
+        plainly = task.teacher(images)
     for one, other in zip(theirs[:2], plainly[:2], strict=True):
         assert torch.equal(one, other)
     projected = ours.hidden @ task.extra["embedding"].projection.weight.detach().T
@@ -83,7 +83,7 @@ def test_every_task_adds_its_weighed_targets_and_logs_them_by_name(name, fused):
         "rkd_angle": angle_by_hand(ours.hidden.numpy(), theirs.hidden.numpy()),
         "attention": maps,
     }
-    result, base = task.step(pictures, labels, points), plain.step(pictures, labels, points)
+    result, base = task.step(images, labels, points), plain.step(images, labels, points)
     assert set(result.terms) == set(base.terms) | set(WEIGHTS)
     for term, value in expected.items():
         assert float(result.terms[term]) == pytest.approx(float(value), rel=1e-4), term
@@ -96,9 +96,9 @@ def test_every_task_adds_its_weighed_targets_and_logs_them_by_name(name, fused):
 
 
 @pytest.mark.parametrize("target", WEIGHTS)
-def test_each_target_alone_teaches_from_a_teacher_of_other_people(target):
+def test_each_target_alone_teaches_from_a_teacher_of_other_identities(target):
     config = make_config("classification", **{target: WEIGHTS[target], "gamma": 0.0})
-    task = build_task(config, PEOPLE, make_teacher(9))
+    task = build_task(config, IDENTITIES, make_teacher(9))
     parameters = [*task.network.parameters(), *task.extra.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=0.05 / WEIGHTS[target])
     steps = []
@@ -129,14 +129,14 @@ def test_the_kept_answer_teaches_as_the_teacher_does():
     for name, weight in targets.items():
         task = make_task("verification", **{name: weight})
         assert set(task.guide_widths) == {"hidden"}
-        pictures, labels, _ = make_batch()
-        guide = task.guide(pictures)
+        images, labels, _ = make_batch()
+        guide = task.guide(images)
         assert guide is not None
         kept = guide._replace(logits=None)
         state = {n: t.clone() for n, t in task.network.state_dict().items()}
-        online = task.step(pictures, labels).loss
+        online = task.step(images, labels).loss
         task.network.load_state_dict(state)
-        assert torch.equal(task.step(pictures, labels, guide=kept).loss, online)
+        assert torch.equal(task.step(images, labels, guide=kept).loss, online)
 
 
 def test_attention_is_not_kept_and_says_that_the_teacher_answers_online(tmp_path, monkeypatch):

@@ -136,7 +136,7 @@ def test_learning_rate_follows_the_phases(wholes):
     records = read_lines(wholes["classification"] / "metrics.jsonl")
     lines = [r for r in records if r["kind"] == "train"]
     assert {(r["phase"], r["lr"]) for r in lines} == {(0, 0.05), (1, 0.01)}
-    # 24 training pictures in batches of 4: the last line of each epoch stands at its end
+    # 24 training images in batches of 4: the last line of each epoch stands at its end
     assert [r["step"] for r in lines] == [4, 6, 8, 12, 16, 18]
 
 
@@ -157,7 +157,7 @@ def test_every_phase_end_is_evaluated_and_kept_in_the_results(tmp_path):
     ("task", "names"),
     [("classification", {"top1"}), ("alignment", {"nrmse"}), ("verification", {"nn_top1"})],
 )
-def test_the_pictures_results_average_to_the_metrics_of_every_phase(task, names, wholes):
+def test_the_images_results_average_to_the_metrics_of_every_phase(task, names, wholes):
     results = checkpoint.read_json(wholes[task] / "results.json")
     assert results is not None
     test = RunData(tiny_config(task)).test
@@ -171,7 +171,7 @@ def test_the_pictures_results_average_to_the_metrics_of_every_phase(task, names,
         for name, values in items.items():
             assert values.dtype == np.float32
             assert values.shape == index.shape
-            # stored as float32: relative 6e-8 a picture
+            # stored as float32: relative 6e-8 an image
             mean = np.nanmean(values, dtype=np.float64)
             assert mean == pytest.approx(phase["metrics"][name], rel=1e-6)
     assert len(list((wholes[task] / "items").iterdir())) == len(results["phases"]) == 2
@@ -205,7 +205,7 @@ def _poisoned(monkeypatch, at, poison):
     monkeypatch.setattr(Task, "step", step)
 
 
-def test_a_loss_that_is_not_finite_names_step_term_and_pictures(tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_names_step_term_and_images(tmp_path, monkeypatch):
     def poison(result):
         return result._replace(
             loss=result.loss * float("nan"),
@@ -258,7 +258,7 @@ def test_a_task_without_landmarks_in_the_data_is_refused(tmp_path, monkeypatch):
         train(tiny_config("alignment"), tmp_path)
 
 
-def test_pictures_that_fill_no_batch_are_an_error(tmp_path):
+def test_images_that_fill_no_batch_are_an_error(tmp_path):
     with pytest.raises(ValueError, match="batch"):
         train(tiny_config(optim__batch_size=64), tmp_path)
 
@@ -304,7 +304,7 @@ def test_evaluate_repeats_the_run_s_own_measurement(wholes):
     assert set(again["untrained"]) == set(again["metrics"])
 
 
-def test_evaluation_on_other_people_leaves_out_what_the_classifier_says(wholes):
+def test_evaluation_on_other_identities_leaves_out_what_the_classifier_says(wholes):
     other = tiny_config(data__identities=60)
     metrics = engine.evaluate(other, wholes["classification"])["metrics"]
     assert "top1" not in metrics

@@ -41,7 +41,7 @@ def test_a_run_measures_its_features_against_the_gallerys(runs):
     config = tiny_config("verification", **KEYS)
     data = RunData(config)
     ours = observe.look(load_network(root / "student"), data.evaluation(data.test), data.device)
-    # what the teacher's own run sees of these pictures
+    # what the teacher's own run sees of these images
     view = {"data__store_size": 24, "data__input_size": 20, "augment__crop": "jitter"}
     own = RunData(tiny_config("verification", **KEYS, **view))
     theirs = observe.look(load_network(root / "teacher"), own.evaluation(data.test), data.device)

@@ -1,4 +1,4 @@
-"""What is written while a run trains: terms, lines, pace, and what people see."""
+"""What is written while a run trains: terms, lines, pace, and what identities see."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_time_left_follows_the_pace_of_this_process(monkeypatch):
     monkeypatch.setattr("kdtrain.training.journal.journal.time.perf_counter", lambda: next(now))
     clock = Clock(steps_total=50, steps_done=30, spent={})
     for _ in range(5):
-        clock.step(pictures=8, data_s=0.5)
+        clock.step(images=8, data_s=0.5)
     assert clock.left_s() == pytest.approx(15 * 10 / 5)
     assert clock.pace() == {"samples_per_s": 4.0, "wait_share": 0.25}
 

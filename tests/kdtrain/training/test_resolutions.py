@@ -1,4 +1,4 @@
-"""One crop, two resolutions: student and teacher see the same window and flip of a picture."""
+"""One crop, two resolutions: student and teacher see the same window and flip of an image."""
 
 from __future__ import annotations
 
@@ -44,49 +44,49 @@ def root(tmp_path_factory):
     return root
 
 
-def whole_pictures(count: int, side: int, seed: int = 0) -> torch.Tensor:
+def whole_images(count: int, side: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (count, 3, side, side), generator=generator, dtype=torch.uint8)
 
 
-def averaged(pictures: torch.Tensor, side: int) -> torch.Tensor:
+def averaged(images: torch.Tensor, side: int) -> torch.Tensor:
     """The area average in float64, by pixels so small that both grids consist of them."""
-    fine = pictures.double().repeat_interleave(side, -1).repeat_interleave(side, -2)
-    return F.avg_pool2d(fine, pictures.shape[-1])
+    fine = images.double().repeat_interleave(side, -1).repeat_interleave(side, -2)
+    return F.avg_pool2d(fine, images.shape[-1])
 
 
 def window(stored: torch.Tensor, draw, crop: int, side: int, change: str = "") -> torch.Tensor:
-    """What the network should see of stored pictures, float64, from where the crops lie; `change`
+    """What the network should see of stored images, float64, from where the crops lie; `change`
     plants a mistake.
     """
-    pictures = []
-    for k, picture in enumerate(stored):
+    images = []
+    for k, image in enumerate(stored):
         x, y = (int(place) for place in draw.offset[k])
         x += change == "offset"
-        cut = picture[:, y : y + crop, x : x + crop]
+        cut = image[:, y : y + crop, x : x + crop]
         if bool(draw.flipped[k]) != (change == "flip"):
             cut = cut.flip(-1)
         if change == "no antialiasing":
-            pictures.append(cut[:, :: crop // side, :: crop // side][:, :side, :side].double())
+            images.append(cut[:, :: crop // side, :: crop // side][:, :side, :side].double())
         else:
-            pictures.append(averaged(cut, side))
-    return torch.stack(pictures)
+            images.append(averaged(cut, side))
+    return torch.stack(images)
 
 
 @example_settings(deadline=None, max_examples=20)
 @given(size=st.integers(1, 40), side=st.integers(1, 40), seed=st.integers(0, 99))
 def test_the_average_is_exact_at_every_ratio_whatever_the_batch_and_the_mirror(size, side, seed):
     size, side = max(size, side), min(size, side)
-    pictures = whole_pictures(3, size, seed).float()
-    small = area_average(pictures, side)
+    images = whole_images(3, size, seed).float()
+    small = area_average(images, side)
     # sums of whole numbers are exact, so one rounding is left
-    torch.testing.assert_close(small.double(), averaged(pictures, side), rtol=2**-23, atol=0)
-    assert torch.equal(area_average(pictures[1:2], side), small[1:2])
-    assert torch.equal(area_average(pictures.flip(-1), side), small.flip(-1))
+    torch.testing.assert_close(small.double(), averaged(images, side), rtol=2**-23, atol=0)
+    assert torch.equal(area_average(images[1:2], side), small[1:2])
+    assert torch.equal(area_average(images.flip(-1), side), small.flip(-1))
 
 
-def test_pictures_are_never_enlarged():
-    with pytest.raises(ValueError, match=r"from 1 to the pictures' 8 pixels.* got 9"):
+def test_images_are_never_enlarged():
+    with pytest.raises(ValueError, match=r"from 1 to the images' 8 pixels.* got 9"):
         area_average(torch.zeros(1, 3, 8, 8), 9)
 
 
@@ -104,34 +104,34 @@ def test_student_and_teacher_see_the_same_window_and_flip(sides, seed):
         data__input_size=small,
         teacher__input_size=theirs,
     )
-    stored, indices = whole_pictures(8, STORE, seed % 97), torch.arange(50, 58)
+    stored, indices = whole_images(8, STORE, seed % 97), torch.arange(50, 58)
     views = training_batch(stored, indices, None, indices, config, phase=1, epoch=2)
     place = {"seed": seed, "phase": 1, "epoch": 2, "config": config.augment}
     _, _, draw = augment(stored, None, indices, input_size=crop, **place)
     rounding = {"rtol": 2**-23, "atol": 0}
     want = window(stored, draw, crop, small)
-    torch.testing.assert_close(views.pictures.double(), want, **rounding)
+    torch.testing.assert_close(views.images.double(), want, **rounding)
     if theirs == small:
-        assert views.teacher_pictures is None
+        assert views.teacher_images is None
     else:
         want = window(stored, draw, crop, theirs)
-        torch.testing.assert_close(views.teacher_pictures.double(), want, **rounding)
+        torch.testing.assert_close(views.teacher_images.double(), want, **rounding)
 
 
 @pytest.mark.parametrize("mistake", ["flip", "offset", "no antialiasing"])
 def test_the_comparison_of_windows_notices_a_mistake(mistake):
-    config, stored, indices = student(), whole_pictures(8, STORE), torch.arange(8)
+    config, stored, indices = student(), whole_images(8, STORE), torch.arange(8)
     views = training_batch(stored, indices, None, indices, config, phase=0, epoch=0)
     centre = {"seed": 0, "phase": 0, "epoch": 0, "config": config.augment}
     _, _, draw = augment(stored, None, indices, input_size=16, **centre)
-    assert torch.equal(views.pictures.double(), window(stored, draw, 16, 8))
-    for picture, wrong in zip(views.pictures, window(stored, draw, 16, 8, mistake), strict=True):
-        assert (picture.double() - wrong).abs().max() > 1
+    assert torch.equal(views.images.double(), window(stored, draw, 16, 8))
+    for image, wrong in zip(views.images, window(stored, draw, 16, 8, mistake), strict=True):
+        assert (image.double() - wrong).abs().max() > 1
 
 
 @pytest.mark.parametrize("crop", ["random", "jitter"])
-def test_landmarks_and_frames_follow_the_smaller_picture(crop):
-    stored, side = whole_pictures(12, 36), SimpleNamespace(scale_min=0.8, scale_max=0.9)
+def test_landmarks_and_frames_follow_the_smaller_image(crop):
+    stored, side = whole_images(12, 36), SimpleNamespace(scale_min=0.8, scale_max=0.9)
     how = SimpleNamespace(crop=crop, flip=True, **vars(side))
     points = 4 + 28 * torch.rand(12, 5, 2, generator=torch.Generator().manual_seed(1))
     place = {"seed": 0, "phase": 0, "epoch": 0, "config": how, "input_size": 32}
@@ -139,8 +139,8 @@ def test_landmarks_and_frames_follow_the_smaller_picture(crop):
         augment(stored, points, torch.arange(12), **place),
         center(stored, points, 32, how),
     ):
-        pictures, moved, frame = shrink(*made, 12)
-        assert pictures.shape[-1] == frame.input_size == 12
+        images, moved, frame = shrink(*made, 12)
+        assert images.shape[-1] == frame.input_size == 12
         assert moved is not None
         torch.testing.assert_close(moved, made[1] * 0.375)
         torch.testing.assert_close(uncrop(moved, frame), points, atol=1e-4, rtol=0)
@@ -151,12 +151,12 @@ def test_batches_and_evaluations_of_a_run_have_the_student_s_resolution():
     whole, half = RunData(tiny_config("alignment")), RunData(student("alignment"))
     indices = whole.train[:6]
     large, small = (data.batch(indices, 0, 0, None) for data in (whole, half))
-    assert large.teacher_pictures is None
-    assert torch.equal(small.teacher_pictures, large.pictures)
+    assert large.teacher_images is None
+    assert torch.equal(small.teacher_images, large.images)
     torch.testing.assert_close(small.points, large.points / 2)
-    assert small.pictures.shape == (6, 3, 8, 8)
+    assert small.images.shape == (6, 3, 8, 8)
     one, other = (next(data.evaluation(data.test)) for data in (whole, half))
-    torch.testing.assert_close(other.pictures, F.avg_pool2d(one.pictures, 2), rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(other.images, F.avg_pool2d(one.images, 2), rtol=1e-5, atol=1e-3)
     corners = torch.tensor([[0.0, 0], [8, 8], [4, 2], [1, 7], [3, 3]]).expand(len(one.labels), 5, 2)
     torch.testing.assert_close(other.to_original(corners), one.to_original(2 * corners))
 
@@ -210,9 +210,9 @@ def test_a_teacher_that_is_asked_at_another_size_than_its_own_is_told_once(root)
         config = student(**own)
         prepare_task(config, RunData(config), root / "told", screen)
         said = " ".join(screen._console.file.getvalue().split())
-        assert said.count(
-            "was trained on pictures of 16 pixels and is asked on the student's 8"
-        ) == (expected)
+        assert said.count("was trained on images of 16 pixels and is asked on the student's 8") == (
+            expected
+        )
 
 
 @pytest.mark.parametrize(
@@ -239,8 +239,8 @@ def test_attention_is_transferred_between_resolutions_that_halve(root):
     data = RunData(config)
     task = prepare_task(config, data, root / "attention", quiet())
     batch = data.batch(data.epoch(0)[0], 0, 0, None)
-    seen = batch.teacher_pictures
-    terms = task.step(batch.pictures, batch.labels, teacher_pictures=seen).terms
+    seen = batch.teacher_images
+    terms = task.step(batch.images, batch.labels, teacher_images=seen).terms
     assert terms["attention"] > 0
 
 

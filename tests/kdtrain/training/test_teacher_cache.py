@@ -146,17 +146,17 @@ def test_losses_with_float16_answers_move_by_no_more_than_rounding_explains(root
     cache.open(0, 0, batches)
     for number, indices in enumerate(batches):
         batch = data.batch(indices, phase=0, epoch=0, following=None)
-        online = task.guide(batch.pictures)
+        online = task.guide(batch.images)
         assert online is not None
-        rounded = cache.guide(number, partial(task.guide, batch.pictures))
+        rounded = cache.guide(number, partial(task.guide, batch.images))
         moved = (rounded.logits - online.logits).abs().max().item()
         assert 0 < moved <= 2**-11 * online.logits.abs().max().item()
-        pair = [task.step(batch.pictures, batch.labels, guide=g) for g in (online, rounded)]
+        pair = [task.step(batch.images, batch.labels, guide=g) for g in (online, rounded)]
         exact, close = ({k: v.item() for k, v in result.terms.items()} for result in pair)
         assert close["hard"] == exact["hard"]
         # p moves by p (d - <p, d>) / tau where the logits move by d
         tau = config.target.temperature
-        surprise = -(task.network(batch.pictures).logits / tau).log_softmax(1).min().item()
+        surprise = -(task.network(batch.images).logits / tau).log_softmax(1).min().item()
         assert abs(close["soft"] - exact["soft"]) <= 2 * moved / tau * surprise
         assert close["logits"] == pytest.approx(exact["logits"], rel=2**-9)
         assert close["hidden"] == pytest.approx(exact["hidden"], rel=2**-9)
@@ -340,7 +340,7 @@ def test_a_disk_without_room_is_refused_before_the_run_and_named_within_it(
 ):
     config = student(teacher__cache="float32", teacher__cache_dir=str(tmp_path / "kept"))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1, 1, 5000))
-    # 24 pictures x (8 people + 256 features) x 4 bytes x 3 epochs
+    # 24 images x (8 identities + 256 features) x 4 bytes x 3 epochs
     message = r"76\.0 kB more are needed .* 5\.0 kB are free; set teacher\.cache none"
     with pytest.raises(CacheError, match=message):
         train(config, root / "refused")

@@ -132,7 +132,7 @@ def test_fused_and_eager_training_agree_step_by_step(task, tmp_path):
         # is mined, and two runs part
         runs[False].network.load_state_dict(runs[True].network.state_dict())
         batch = data.batch(indices, phase=0, epoch=0, following=None)
-        results = {f: r.step(batch.pictures, batch.labels, batch.points) for f, r in runs.items()}
+        results = {f: r.step(batch.images, batch.labels, batch.points) for f, r in runs.items()}
         optimizer.zero_grad()
         runs[False].network.zero_grad()
         for result in results.values():
@@ -180,16 +180,16 @@ def test_a_diverging_run_ends_with_status_1_and_one_line_and_stays_diverged(tmp_
     assert not (run / "diverged.json").exists()
 
 
-def test_a_damaged_picture_ends_with_status_1_and_names_its_file(tmp_path, capsys):
+def test_a_damaged_image_ends_with_status_1_and_names_its_file(tmp_path, capsys):
     from PIL import Image
 
-    for person in ("anna", "berta"):
-        (tmp_path / "faces" / person).mkdir(parents=True)
+    for identity in ("anna", "berta"):
+        (tmp_path / "faces" / identity).mkdir(parents=True)
         for number in range(4):
             Image.new("RGB", (24, 24), (number, 9, 9)).save(
-                tmp_path / "faces" / person / f"{number}.png"
+                tmp_path / "faces" / identity / f"{number}.png"
             )
-    (tmp_path / "faces" / "berta" / "2.png").write_bytes(b"no picture")
+    (tmp_path / "faces" / "berta" / "2.png").write_bytes(b"no image")
     recipe = tmp_path / "recipe.yaml"
     config = tiny_config(
         data__kind="folder", data__root=str(tmp_path / "faces"), optim__batch_size=2
@@ -237,7 +237,7 @@ def test_eval_and_data_say_what_they_measured(tmp_path, capsys):
     recipe = tmp_path / "run" / "config.yaml"
     assert main(["data", str(recipe), "--grid", str(tmp_path / "grid.png")]) == 0
     shown = capsys.readouterr().out
-    assert "pictures    40 of 8 people" in shown
+    assert "images    40 of 8 identities" in shown
     assert "random: 24 training, 16 test" in shown
     assert (tmp_path / "grid.png").stat().st_size > 1000
 

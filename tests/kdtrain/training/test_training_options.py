@@ -21,7 +21,7 @@ from kdtrain.training.journal.journal import read_lines
 from kdtrain.training.optimization import Optimisation, learning_rate
 from kdtrain.training.preparation import prepare_task
 
-# 24 training pictures in batches of 5: five batches, the last of 4; steps of three and two
+# 24 training images in batches of 5: five batches, the last of 4; steps of three and two
 GROUPS = {"optim__batch_size": 5, "optim__accumulate": 3, "train__drop_last": False}
 EVERYTHING = {
     **GROUPS,
@@ -47,7 +47,7 @@ def interrupted_everywhere(config, folder) -> int:
             resume, interrupts = True, interrupts + 1
 
 
-def test_a_step_takes_the_mean_gradient_of_its_batches_by_pictures(tmp_path, monkeypatch):
+def test_a_step_takes_the_mean_gradient_of_its_batches_by_images(tmp_path, monkeypatch):
     gradients, original = [], Optimisation.step
 
     def step(self, number):
@@ -68,7 +68,7 @@ def test_a_step_takes_the_mean_gradient_of_its_batches_by_pictures(tmp_path, mon
             expected = [torch.zeros_like(p) for p in task.network.parameters()]
             for indices in group:
                 batch = data.batch(indices, 0, 0, None)
-                loss = task.step(batch.pictures, batch.labels, batch.points).loss
+                loss = task.step(batch.images, batch.labels, batch.points).loss
                 weight = len(indices) / sum(map(len, group))
                 for total, part in zip(
                     expected,
@@ -77,7 +77,7 @@ def test_a_step_takes_the_mean_gradient_of_its_batches_by_pictures(tmp_path, mon
                 ):
                     total += weight * part
             for one, other in zip(found, expected, strict=True):
-                # float32 sums in another order; equal weights of 5 and 4 pictures differ by 0.1
+                # float32 sums in another order; equal weights of 5 and 4 images differ by 0.1
                 assert (one - other).norm() <= 1e-4 * other.norm() + 1e-6
     (line,) = [r for r in read_lines(tmp_path / "metrics.jsonl") if r["kind"] == "train"]
     assert line["step"] == 2
@@ -132,7 +132,7 @@ def test_the_averaged_weights_are_what_is_measured_kept_and_inherited(tmp_path):
     )
 
 
-def test_a_loss_that_is_not_finite_names_the_pictures_of_the_whole_step(tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_names_the_images_of_the_whole_step(tmp_path, monkeypatch):
     original, count = Optimisation.backward, 0
 
     def backward(self, loss):

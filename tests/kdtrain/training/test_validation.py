@@ -1,4 +1,4 @@
-"""The held-out part of the training pictures, the evaluations on it, and early stopping."""
+"""The held-out part of the training images, the evaluations on it, and early stopping."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from kdtrain.training.outcome import History
 
 
 @pytest.mark.parametrize("split", ["random", "identity", "identity:random"])
-def test_the_test_pictures_stay_and_the_training_pictures_are_divided(split):
+def test_the_test_images_stay_and_the_training_images_are_divided(split):
     config = tiny_config("verification", data__split=split, data__identities=20)
     plain = RunData(config)
     held = RunData(replace(config, data=replace(config.data, validation_fraction=0.25)))
@@ -31,7 +31,7 @@ def test_the_test_pictures_stay_and_the_training_pictures_are_divided(split):
     assert len(plain.validation) == 0
     assert torch.equal(plain.held_out, plain.test)
     assert torch.equal(held.held_out, held.validation)
-    # a person whose pictures were all chosen gave one back
+    # an identity whose images were all chosen gave one back
     assert len(held.validation) == pytest.approx(0.25 * len(plain.train), abs=2)
     both = torch.cat([held.train, held.validation]).sort().values
     assert torch.equal(both, plain.train)
@@ -49,15 +49,15 @@ def test_what_is_held_out_follows_the_split_s_seed_alone():
     assert not torch.equal(other.validation, first)
 
 
-def test_every_person_keeps_a_training_picture_and_an_empty_part_is_refused():
+def test_every_identity_keeps_a_training_image_and_an_empty_part_is_refused():
     labels = RunData(tiny_config(data__validation_fraction=0.99)).source.labels
     data = RunData(tiny_config(data__validation_fraction=0.99, optim__batch_size=2))
     assert labels[data.train].unique().tolist() == list(range(8))
-    with pytest.raises(DataError, match="0.001 of 24 training pictures of 8 people leaves 24"):
+    with pytest.raises(DataError, match="0.001 of 24 training images of 8 identities leaves 24"):
         RunData(tiny_config(data__validation_fraction=0.001))
 
 
-def test_no_training_picture_s_wrong_label_changes_when_pictures_are_held_out():
+def test_no_training_image_s_wrong_label_changes_when_images_are_held_out():
     keys = {"data__noise": 0.3}
     plain, held = (RunData(tiny_config(data__validation_fraction=f, **keys)) for f in (0.0, 0.25))
     assert torch.equal(plain.labels[held.train], held.labels[held.train])
@@ -66,7 +66,7 @@ def test_no_training_picture_s_wrong_label_changes_when_pictures_are_held_out():
 
 @pytest.fixture(scope="module")
 def held_out_run(tmp_path_factory):
-    """A run with a validation part, the pictures of every evaluation, and its results."""
+    """A run with a validation part, the images of every evaluation, and its results."""
     folder, asked = tmp_path_factory.mktemp("held"), []
     original = RunData.evaluation
 
@@ -84,7 +84,7 @@ def held_out_run(tmp_path_factory):
 def test_evaluations_see_the_validation_part_and_ends_of_phases_the_test_split_too(held_out_run):
     config, folder, asked, results = held_out_run
     data = RunData(config)
-    # two phases of two epochs and one; the floors: training pictures and test split; the network
+    # two phases of two epochs and one; the floors: training images and test split; the network
     # before its first step
     expected = [data.validation, data.validation, data.test, data.validation, data.test]
     expected += [data.train, data.test, data.test]
@@ -181,13 +181,13 @@ def test_a_stopped_run_that_was_interrupted_everywhere_ends_the_same(tmp_path):
             resume, interrupts = True, interrupts + 1
     assert interrupts >= 3
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
-    # the last evaluation is kept picture by picture though the phase did not end
+    # the last evaluation is kept image by image though the phase did not end
     with np.load(tmp_path / "parts" / "items" / "validation_phase0.npz") as arrays:
         mean = np.nanmean(arrays["nn_top1"])
     assert mean == pytest.approx(whole["validation"]["nn_top1"], rel=1e-6)
 
 
-def test_early_stopping_needs_held_out_pictures_and_a_metric():
+def test_early_stopping_needs_held_out_images_and_a_metric():
     with pytest.raises(ConfigError, match="data.validation_fraction"):
         build({"train.early_stop": 3})
     history = History("nn_top1", +1, 1)

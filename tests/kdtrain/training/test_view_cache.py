@@ -1,4 +1,4 @@
-"""Kept features: the online teacher's bits for whole batches, its numbers for pictures by view."""
+"""Kept features: the online teacher's bits for whole batches, its numbers for images by view."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from kdtrain.training.teacher_cache import CacheError, KeptFile
 from kdtrain.training.view_cache import ViewCache
 
 SHORT = {"optim__phases": [{"epochs": 2, "lr": 0.01}]}
-WHOLE = {"data__store_size": 16}  # as large as the crop: a picture and its mirror image
+WHOLE = {"data__store_size": 16}  # as large as the crop: an image and its mirror image
 JITTER = {"augment__crop": "jitter", "augment__scale_min": 1.0, "augment__scale_max": 1.0}
 KEPT = {"teacher__cache": "float32", "teacher__cache_what": "features"}
 
@@ -63,7 +63,7 @@ def no_teacher(*_):
 
 
 def prepared(root, folder, **keys):
-    """The pictures, task and cache of a run by view."""
+    """The images, task and cache of a run by view."""
     config = student(**{**WHOLE, **KEPT, "teacher__cache_dir": str(folder), **keys})
     data = RunData(config)
     task = prepare_task(config, data, root / "x", quiet())
@@ -136,9 +136,7 @@ def test_another_seed_other_epochs_and_another_student_read_the_same_features(ro
     own = {**short, "seed": 5, "optim__batch_size": 7, "model__divide": 4, "target__alpha": 0.0}
     assert "4 groups read, 0 computed" in shown(student(**kept, **own), root / "another")
     changed = {**kept, "data__split_seed": 1, "augment__flip": False}
-    assert "0 groups read, 2 computed" in shown(
-        student(**changed, **short), root / "other_pictures"
-    )
+    assert "0 groups read, 2 computed" in shown(student(**changed, **short), root / "other_images")
 
 
 def test_training_by_view_is_training_with_the_online_teacher_but_for_rounding(root, tmp_path):
@@ -155,8 +153,8 @@ def test_training_by_view_is_training_with_the_online_teacher_but_for_rounding(r
             assert by_view[name] == close, name
 
 
-@pytest.mark.parametrize("mistake", ["", "view", "picture"])
-def test_a_picture_s_feature_is_found_by_its_number_and_its_flip(mistake, root, tmp_path):
+@pytest.mark.parametrize("mistake", ["", "view", "image"])
+def test_a_image_s_feature_is_found_by_its_number_and_its_flip(mistake, root, tmp_path):
     data, task, cache = prepared(root, tmp_path)
     assert isinstance(cache, ViewCache)
     batches = data.epoch(0)
@@ -164,7 +162,7 @@ def test_a_picture_s_feature_is_found_by_its_number_and_its_flip(mistake, root, 
     if mistake == "view":
         half = len(data.train)
         cache._rows = np.roll(cache._rows, half, axis=0)
-    if mistake == "picture":
+    if mistake == "image":
         cache._rows = np.roll(cache._rows, 1, axis=0)
     for number, indices in enumerate(batches):
         batch = data.batch(indices, 0, 0, None)
@@ -252,7 +250,7 @@ def test_what_cannot_be_kept_is_refused_by_name(root, tmp_path):
         cache.open(0, 0, [])
 
 
-def test_views_are_counted_where_crops_are_whole_pictures():
+def test_views_are_counted_where_crops_are_whole_images():
     random, jitter = (
         SimpleNamespace(crop=crop, flip=flip, scale_min=1.0, scale_max=1.0)
         for crop, flip in (("random", True), ("jitter", False))

@@ -1,4 +1,4 @@
-"""A comparison as one picture: TAR over FAR, accuracy against parameters and against speed, and the
+"""A comparison as one figure: TAR over FAR, accuracy against parameters and against speed, and the
 claims as intervals.
 """
 
@@ -46,13 +46,13 @@ class _Dot(NamedTuple):
     x: float
     """Where it is drawn."""
     cost: float
-    """Parameters, or pictures a second."""
+    """Parameters, or images per second."""
     y: float
     low: float
     high: float
 
 
-def picture(comparison: Comparison, table: Table) -> bytes:
+def draw(comparison: Comparison, table: Table) -> bytes:
     """A PNG, 11 inches wide at 150 dots an inch; the same table gives the same bytes."""
     colours = _colours(comparison)
     rows: list[tuple[str, bool, float]] = []
@@ -139,9 +139,9 @@ def _draw_curves(
 def _draw_costs(
     part: FigureBase, comparison: Comparison, second: bool, colours: dict[str, str]
 ) -> None:
-    """Accuracy against the backbone's parameters, and against pictures a second."""
+    """Accuracy against the backbone's parameters, and against images per second."""
     metric = next((m for m in ACCURACY if m in comparison.metrics(second)), ACCURACY[-1])
-    titles = ("size", "parameters of the backbone"), ("speed", "pictures a second, 64 at a time")
+    titles = ("size", "parameters of the backbone"), ("speed", "images per second, 64 at a time")
     for axis, (word, label) in zip(part.subplots(1, 2), titles, strict=True):
         _draw_dots(axis, _dots(comparison, second, metric, colours, speed=word == "speed"))
         axis.set_xlabel(label, fontsize=8, color=LABEL)

@@ -64,15 +64,15 @@ def neutral(a: Scores, b: Scores) -> Verdict:
     return replace(found, margin=MARGIN_POINTS)
 
 
-def at_least(better: Scores, worse: Scores) -> Verdict:
-    """Whether one arm does no worse than another, where more is better: held, reversed,
-    inconclusive or not run.
+def at_least(better: Scores, worse: Scores, *, higher_is_better: bool = True) -> Verdict:
+    """Whether one arm does no worse than another: held, reversed, inconclusive or not run.
 
     held: the whole 95 % interval of the mean of better - worse lies above -MARGIN_POINTS;
     reversed: the whole interval lies below it; inconclusive: it crosses. `agreeing` counts the
     seeds whose mean lies above. Everything else as in `neutral`.
     """
-    found = _verdict(_differences("at_least", better, worse, 1.0), -MARGIN_POINTS, math.inf)
+    paired = _differences("at_least", better, worse, 1.0 if higher_is_better else -1.0)
+    found = _verdict(paired, -MARGIN_POINTS, math.inf)
     return replace(found, margin=MARGIN_POINTS, one_sided=True)
 
 

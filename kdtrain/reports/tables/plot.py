@@ -95,12 +95,8 @@ def draw(table: Table) -> bytes:
         for block in table.blocks
     ]
     if table.trends:
-        heights.append(EDGES_IN + 0.34 * len(table.trends))
-    figure = Figure(figsize=(WIDTH_IN, sum(heights) + 0.7), dpi=DPI, layout="constrained")
-    title = plots.drawable(f"{table.name}: {table.title}")
-    words = plots.drawable(f"{table.source}. {HOW_TO_READ}")
-    figure.suptitle(title, x=0.008, ha="left", fontsize=11, fontweight="bold", color=INK)
-    figure.supxlabel(words, x=0.008, ha="left", fontsize=7.5, color=SOFT)
+        heights.append(trends_height(table.trends))
+    figure = framed(table, HOW_TO_READ, sum(heights))
     grid = figure.add_gridspec(
         max(1, len(heights)), 2, width_ratios=WIDTH_RATIOS, height_ratios=heights or [1.0]
     )
@@ -109,6 +105,21 @@ def draw(table: Table) -> bytes:
     if table.trends:
         draw_trends(figure, grid, len(table.blocks), table.trends)
     return png_of(figure)
+
+
+def framed(table: Table, words: str, height_in: float) -> Figure:
+    """An empty figure with the table's title, and its source and `words` below."""
+    figure = Figure(figsize=(WIDTH_IN, height_in + 0.7), dpi=DPI, layout="constrained")
+    title = plots.drawable(f"{table.name}: {table.title}")
+    words = plots.drawable(f"{table.source}. {words}")
+    figure.suptitle(title, x=0.008, ha="left", fontsize=11, fontweight="bold", color=INK)
+    figure.supxlabel(words, x=0.008, ha="left", fontsize=7.5, color=SOFT)
+    return figure
+
+
+def trends_height(trends: Sequence[Trend]) -> float:
+    """Inches of the claims as intervals."""
+    return EDGES_IN + 0.34 * len(trends)
 
 
 def png_of(figure: Figure, colours: int = 128) -> bytes:

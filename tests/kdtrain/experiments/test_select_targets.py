@@ -5,21 +5,20 @@ what it refuses.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from tiny_runs import TINY, quiet, tiny_config, train
+from in_process import in_process
+from tiny_runs import TINY, tiny_config, train
 
 from kdtrain.cli import main
 from kdtrain.config import ConfigError, settings
 from kdtrain.experiments import pipeline, select_targets
-from kdtrain.experiments.scheduler import Outcome, Work
 from kdtrain.experiments.select_targets import plan, stage_name
 from kdtrain.training import checkpoint, engine
-from kdtrain.training.preparation import TrainingError
 
 # two steps: 40 images of 8 identities, of which 24 are the training split and 19 train the arms
 SHORT: dict[str, Any] = {**TINY, "optim.phases": [{"epochs": 1, "lr": 0.05}], "optim.batch_size": 9}
@@ -36,35 +35,6 @@ def write_recipe(path: Path, **own: Any) -> Path:
         (tree.setdefault(section, {}) if section else tree)[leaf] = value
     path.write_text(yaml.safe_dump(tree))
     return path
-
-
-def in_process(stop: Callable[[], bool] = lambda: False) -> Callable[..., Any]:
-    """The scheduler's run_all without processes, which cost seconds each; the same answers."""
-
-    def run_all(
-        works: Sequence[Work],
-        root: Path,
-        jobs: int,
-        console: Any,
-        before: Mapping[str, Outcome] | None = None,
-        overview: Any = None,
-    ) -> tuple[int, dict[str, Outcome]]:
-        outcomes = dict(before or {})
-        for work in works:
-            config = settings.build(settings.read_recipe(work.recipe))
-            try:
-                options = {"resume": work.resume, "stop": stop, "screen": quiet()}
-                engine.train(config, work.folder, **options)
-                outcomes[work.name] = Outcome("done", "", 0.0)
-            except engine.Interrupted:
-                outcomes[work.name] = Outcome("stopped", "checkpoint saved", 0.0)
-                return 130, {**{w.name: Outcome("stopped", "", 0.0) for w in works}, **outcomes}
-            except TrainingError as error:
-                state = "diverged" if str(error).startswith("diverged") else "failed"
-                outcomes[work.name] = Outcome(state, str(error), 0.0)
-        return int(any(o.state != "done" for o in outcomes.values())), outcomes
-
-    return run_all
 
 
 @pytest.fixture(scope="module")
@@ -180,9 +150,9 @@ def test_the_chosen_recipe_is_the_users_own_but_for_the_weights(done, inside, ca
 
 def test_a_second_run_trains_nothing_and_ends_in_the_same_files(done, inside, monkeypatch, capsys):
     before = {name: (done / name).read_bytes() for name in FILES}
-    trained: list[Work] = []
+    trained: list[Any] = []
 
-    def note(works, root, jobs, console, before, *_: Any) -> tuple[int, dict[str, Outcome]]:
+    def note(works, root, jobs, console, before, *_: Any) -> tuple[int, dict[str, Any]]:
         trained.extend(works)
         return 0, dict(before)
 

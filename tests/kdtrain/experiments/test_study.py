@@ -11,71 +11,55 @@ import numpy as np
 import pytest
 
 from kdtrain.config import ConfigError, settings
-from kdtrain.experiments.study import Result
-from kdtrain.experiments.tables.paper import FULL, PARTS, WIDTHS, At, table_specs
-from kdtrain.experiments.tables.reproduce import Collection, table
-from kdtrain.experiments.tables.stages import (
-    SCHEDULES,
-    Request,
-    RunOf,
-    groups,
-    schedules,
-    stages,
-)
+from kdtrain.experiments.campaign import groups_of, stages_of
+from kdtrain.experiments.collect import Collection, Result, table
+from kdtrain.experiments.study import SCHEDULES, At, Run, Study, adjusted, load
 
-ALL = tuple(table_specs())
+ALL = ("table1", "table2", "table3", "table4", "table5")
 SCALES = [f.parent.name for f in sorted(settings.RECIPES.glob(f"*/{SCHEDULES}"))]
+ARMS = load("table1").arms
 
 
-def every_place(second: bool = True):
-    for name, spec in table_specs(second=second).items():
-        for block in spec.blocks:
+def studies(*names: str, common=None, special=None, **options) -> list[Study]:
+    """Packaged studies with the options of a command line."""
+    return adjusted([load(name) for name in names], options, common or {}, special or {})
+
+
+def runs_of(found: list[Study]) -> list[Run]:
+    return [run for group in groups_of(found) for run in group.runs]
+
+
+def every_place():
+    for name in ALL:
+        for block in load(name).blocks:
             for line in block.lines:
-                for at in line.places:
-                    if at is not None:
-                        yield name, block, line, at
+                yield from ((name, block, line, at) for at in line.places if at is not None)
 
 
-def test_every_place_names_a_part_and_every_part_has_a_place():
-    named = {at.part for *_, at in every_place()}
-    assert named <= set(PARTS)
-    unseen = {p.name for p in PARTS.values()} - named
-    assert unseen == {"cls_hint"}  # a start alone
-
-
-def test_whatever_a_claim_speaks_of_is_planned_with_its_table():
-    for name, spec in table_specs().items():
-        request = Request((name,), seeds=(1,))
-        runs = {run for group in groups(request) for run in group.runs}
-        for claim in spec.claims:
-            for at in (*claim.better, *claim.worse):
-                assert request.run_of(at, 1, claim.second) in runs, (name, claim.text)
-
-
-def test_rows_have_a_place_for_each_column_and_claims_speak_of_cells():
-    for name, spec in table_specs(second=True).items():
-        for block in spec.blocks:
-            for line in block.lines:
-                assert len(line.places) == len(block.columns), (name, line.name)
-        shown = {
-            (at.part, at.width, at.phase)
-            for block in spec.blocks
-            for line in block.lines
-            for at in line.places
-            if at is not None
-        }
-        for claim in spec.claims:
+def test_every_arm_has_a_cell_and_every_claim_speaks_of_cells():
+    unseen = set(ARMS) - {at.arm for *_, at in every_place()}
+    assert unseen == {"cls_hint"}  # an input alone
+    shown = {(at.arm, at.width, at.phase) for *_, at in every_place()}
+    for name in ALL:
+        for claim in load(name).claims:
             assert len(claim.better) == len(claim.worse)
             for at in (*claim.better, *claim.worse):
-                if claim.text.endswith("the joint softmax lifts") and "triplet" in at.part:
-                    continue  # in table 4
-                assert (at.part, at.width, at.phase) in shown, (name, claim.text)
+                assert (at.arm, at.width, at.phase) in shown, (name, claim.text)
+
+
+def test_every_run_of_a_claim_is_planned_with_its_table():
+    for name in ALL:
+        (study,) = studies(name, seeds=1)
+        runs = set(runs_of([study]))
+        for claim in study.claims:
+            for at in (*claim.better, *claim.worse):
+                assert study.run_of(at, 1, claim.second) in runs, (name, claim.text)
 
 
 def test_the_papers_differences_are_what_its_text_says():
     found = {
         claim.text: sum(a.paper - b.paper for a, b in zip(claim.better, claim.worse, strict=True))
-        for claim in table_specs()["table1"].claims
+        for claim in load("table1").claims
         if all(at.paper for at in (*claim.better, *claim.worse))
     }
     # section 5.2: "10% and 5% higher than the Scratch and Fitnet"
@@ -89,12 +73,13 @@ def test_the_papers_differences_are_what_its_text_says():
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_runs_come_after_what_they_read_and_build(scale):
-    seeds, widths = ((1, 2), (4, 8)) if scale == "two-cores" else ((1,), (8,))
-    request = Request(ALL, scale, seeds=seeds, widths=widths, second={"data.synthetic_seed": 5},
-                      common={"data.kind": "synthetic", "data.root": None})  # fmt: skip
-    runs = [run for group in groups(request) for run in group.runs]
+    seeds, widths = (2, "4,8") if scale == "two-cores" else (1, "8")
+    common = {"data.kind": "synthetic", "data.root": None}
+    asked = studies(*ALL, scale=scale, seeds=seeds, widths=widths, common=common,
+                    special={"second": {"data.synthetic_seed": 5}})  # fmt: skip
+    runs = runs_of(asked)
     assert len(runs) == len(set(runs))
-    found = stages(runs, request)
+    found = list(stages_of(asked, runs).values())
     names = [stage.name for stage in found]
     assert len(set(names)) == len(names)
     for place, stage in enumerate(found):
@@ -119,7 +104,8 @@ def test_runs_come_after_what_they_read_and_build(scale):
 
 
 def test_a_budget_meets_the_cheap_tables_and_the_narrow_student_first():
-    labels = [g.label for g in groups(Request(ALL, second={}))]
+    order = ("table3", "table1", "table4", "table5", "table2")
+    labels = [group.label for group in groups_of(studies(*order, special={"second": {}}))]
     assert labels[:4] == ["table3, 1/8", "table1, 1/8", "table4, 1/8", "table5, 1/8"]
     assert all("second" in label for label in labels[-3:])
     extra = labels.index("table1, 1/8, further rows")
@@ -127,27 +113,26 @@ def test_a_budget_meets_the_cheap_tables_and_the_narrow_student_first():
 
 
 def test_a_shared_teacher_is_one_run_for_every_seed():
-    request = Request(("table3",), seeds=(1, 2, 3), shared_teachers=True)
-    runs = [run for group in groups(request) for run in group.runs]
-    teachers = {run for run in runs if PARTS[run.part].full_width}
-    assert {run.seed for run in teachers} == {1}
-    students = [s for s in stages(runs, request) if s.name.startswith("cls_distilled")]
+    asked = studies("table3", teachers="one")
+    runs = runs_of(asked)
+    assert {run.seed for run in runs if run.arm.endswith("_teacher")} == {1}
+    found = stages_of(asked, runs).values()
+    students = [s for s in found if s.name.startswith("cls_distilled")]
     assert {s.config.teacher.run for s in students} == {"@cls_teacher_s1"}
     assert {s.config.init_from for s in students} == {f"@cls_scratch_8_s{k}" for k in (1, 2, 3)}
 
 
 def test_keys_of_one_task_reach_its_runs_alone():
-    request = Request(("table3",), "paper", seeds=(1,), common={"data.root": "casia"},
-                      tasks={"alignment": {"data.root": "celeba"}})  # fmt: skip
-    runs = [run for group in groups(request) for run in group.runs]
-    for stage in stages(runs, request):
+    asked = studies("table3", scale="paper", seeds=1, common={"data.root": "casia"},
+                    special={"alignment": {"data.root": "celeba"}})  # fmt: skip
+    for stage in stages_of(asked, runs_of(asked)).values():
         alignment = stage.config.task == "alignment"
         assert stage.config.data.root == ("celeba" if alignment else "casia")
 
 
 def test_an_unknown_scale_names_the_known_ones():
     with pytest.raises(ConfigError, match="did you mean two-cores"):
-        schedules("two-core")
+        _ = studies("table3", scale="two-core")[0].schedules
 
 
 def finished(folder: Path, key: str, metrics: dict[str, list[float]], **items: np.ndarray) -> None:
@@ -162,12 +147,12 @@ def finished(folder: Path, key: str, metrics: dict[str, list[float]], **items: n
 
 
 @pytest.fixture
-def request8():
-    return Request(("table1",), seeds=(1, 2))
+def request8() -> Study:
+    return studies("table1", seeds=2)[0]
 
 
-def collected(request: Request, root: Path, keys: dict[str, str], **failures: str) -> Collection:
-    runs = [run for group in groups(request) for run in group.runs]
+def collected(request: Study, root: Path, keys: dict[str, str], **failures: str) -> Collection:
+    runs = runs_of([request])
     return Collection(
         request,
         {run: Result.read(root / run.name, keys.get(run.name, "k"), failures.get(run.name, ""))
@@ -218,7 +203,7 @@ def test_verdicts_pair_the_seeds_and_items_of_both_arms(tmp_path, request8):
         finished(tmp_path / f"cls_distilled_8_s{seed}", "k", ours, top1=better[None])
         control = {"top1": [float(base.mean())]}
         finished(tmp_path / f"cls_control_8_s{seed}", "k", control, top1=base[None])
-    shown = table(table_specs()["table1"], collected(request8, tmp_path, {}), [])
+    shown = table(collected(request8, tmp_path, {}), [])
     verdicts = {trend.claim: trend.verdict for trend in shown.trends}
     control = verdicts["full > softmax alone, same rates"]
     assert control.state == "held"
@@ -232,31 +217,37 @@ def test_verdicts_pair_the_seeds_and_items_of_both_arms(tmp_path, request8):
 
 def test_a_teacher_below_the_floor_makes_the_block_uninformative(tmp_path, request8):
     finished(tmp_path / "cls_teacher_s1", "k", {"top1": [0.3, 0.45]})
-    shown = table(table_specs()["table1"], collected(request8, tmp_path, {}), [])
+    shown = table(collected(request8, tmp_path, {}), [])
     assert any("uninformative" in note and "45.0" in note for note in shown.notes)
     finished(tmp_path / "cls_teacher_s2", "k", {"top1": [0.9, 0.95]})
-    shown = table(table_specs()["table1"], collected(request8, tmp_path, {}), [])
+    shown = table(collected(request8, tmp_path, {}), [])
     assert not any("uninformative" in note for note in shown.notes)
 
 
 def test_names_of_runs_tell_them_apart():
-    request = Request(ALL, second={})
-    runs = {request.run_of(At(p, FULL if PARTS[p].full_width else w), s, b)
-            for p in PARTS for w in WIDTHS for s in (1, 2) for b in (False, True)}  # fmt: skip
+    (request,) = studies("table2", special={"second": {}})
+    runs = {
+        request.run_of(At(arm, width), seed, second)
+        for arm in ARMS
+        for width in request.widths
+        for seed in (1, 2)
+        for second in (False, True)
+    }
     assert len({run.name for run in runs}) == len(runs)
-    assert RunOf("cls_soft", 8, 1).name == "cls_soft_8_s1"
-    assert RunOf("cls_teacher", FULL, 2, True).name == "b_cls_teacher_s2"
+    assert Run("cls_soft", 1, 8).name == "cls_soft_8_s1"
+    assert request.run_of(At("cls_teacher", 4), 2, True).name == "b_cls_teacher_s2"
+    assert Run("kt", 1, None, 16).name == "kt_r16_s1"
 
 
 def test_claims_over_all_count_the_pairs_that_are_there_and_compare_them_with_the_paper(tmp_path):
-    request = Request(("table4",), seeds=(1,))
+    (request,) = studies("table4", seeds=1)
     for start, top in (("pretrain", 0.0), ("distill", 1.0)):
         for target in ("none", "hidden", "soft"):
             scores = {"nn_top1": np.full((1, 50), top, np.float32)}
             finished(
                 tmp_path / f"ver_triplet_{start}_{target}_8_s1", "k", {"nn_top1": [top]}, **scores
             )
-    shown = table(table_specs()["table4"], collected(request, tmp_path, {}), [])
+    shown = table(collected(request, tmp_path, {}), [])
     (over,) = [t for t in shown.trends if t.claim == "over all: Distill beats Pretrain"]
     assert over.verdict.state == "held"
     assert over.note == "over 3 of 9 pairs"
@@ -268,21 +259,21 @@ def test_a_claim_whose_arm_diverged_says_so(tmp_path, request8):
         folder = tmp_path / f"cls_fitnet_8_s{seed}"
         folder.mkdir()
         (folder / "diverged.json").write_text('{"key": "k", "message": "nan"}')
-    shown = table(table_specs()["table1"], collected(request8, tmp_path, {}), [])
+    shown = table(collected(request8, tmp_path, {}), [])
     verdicts = {trend.claim: trend.verdict.state for trend in shown.trends}
     assert verdicts["FitNet > scratch"] == "diverged"
     assert verdicts["hidden > logits, first rate"] == "not run"
 
 
 def test_an_untrained_network_stands_below_the_width_that_it_has(tmp_path):
-    request = Request(("table2",), seeds=(1,))
+    (request,) = studies("table2", seeds=1)
     for width, floor in ((2, 0.7), (8, 0.5)):
         folder = tmp_path / f"cls_soft_{width}_s1"
         finished(folder, "k", {"pair_accuracy": [0.9, 0.9]})
         results = json.loads((folder / "results.json").read_text())
         results["untrained"] = {"pair_accuracy": floor}
         (folder / "results.json").write_text(json.dumps(results))
-    shown = table(table_specs()["table2"], collected(request, tmp_path, {}), [])
+    shown = table(collected(request, tmp_path, {}), [])
     rows = {row.name: row for row in shown.blocks[1].rows}
     values = [cell.value for cell in rows["untrained network"].cells]
     assert values == [pytest.approx(70), None, pytest.approx(50)]

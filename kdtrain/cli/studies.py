@@ -155,7 +155,7 @@ def _order(options: dict[str, Any], root: str, command: str) -> Order:
 
 def select_targets(argv: Sequence[str]) -> int:
     """Measure which of the teacher's targets help a student; write that recipe."""
-    from kdtrain.experiments.selection import CANDIDATES
+    from kdtrain.experiments.select_targets import CANDIDATES
 
     parser = arguments.command_parser(
         "select-targets",
@@ -194,10 +194,9 @@ def select_targets(argv: Sequence[str]) -> int:
     words = (*PROGRAM.split(), "select-targets", *argv)
     command = shlex.join(word for word in words if word != "--overwrite")
     order = _order(options, str(root), command)
-    from kdtrain.experiments import select_targets as study
+    from kdtrain.experiments import select_targets as selecting
 
     targets, seeds = options.get("targets"), options.get("seeds", 3)
-    asked = study.plan(path, overrides, root, targets=targets, seeds=seeds)
-    keep, overwrite = bool(options.get("keep_inconclusive")), bool(options.get("overwrite"))
-    status = study.run(asked, out, order, keep_inconclusive=keep, overwrite=overwrite)
-    return ended(status, command)
+    asked = selecting.plan(path, overrides, root, targets=targets, seeds=seeds)
+    keep = bool(options.get("keep_inconclusive"))
+    return ended(selecting.run(asked, out, order, keep_inconclusive=keep), command)

@@ -163,12 +163,16 @@ class Collection:
         return Cell(paper=at.paper, state=state, note=note, per_seed=tuple(percent))
 
     def metrics(self, second: bool) -> list[str]:
-        """The study's metrics; without them those that a finished run of a data source has."""
+        """The study's metrics; without them those that a finished run of a data source has, and
+        without any the metric of the first arm's task.
+        """
+        if self.study.metrics:
+            return list(self.study.metrics)
         found = [r for run, r in self.results.items() if run.second == second]
         split = self.study.split
         measured = [m for m in METRICS if any(r.metric(m, -1, split) is not None for r in found)]
-        first = self.stages[self.study.of(At(self.study.rows[0]), second)[0]].config
-        return list(self.study.metrics) or measured or [TASKS[first.task].metric[0]]
+        first = self.study.of(At(self.study.rows[0]), second)[0]
+        return measured or [TASKS[self.stages[first].config.task].metric[0]]
 
     def floor(self, places: Iterable[At], kind: str, metric: str, second: bool) -> float | None:
         """The mean floor (kind: floors or untrained) of finished runs, in percent, if any."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,13 +51,19 @@ MARKS = {
 LEGEND = "■ done  ▶ running  · waiting  ✗ diverged or failed  - skipped  blank: not planned"
 
 
-def run(studies: Sequence[Study], order: Order, beside: Sequence[Study] = ()) -> int:
+def run(
+    studies: Sequence[Study],
+    order: Order,
+    beside: Sequence[Study] = (),
+    write: Callable[..., None] | None = None,
+) -> int:
     """Plan, print it, train what the budget takes and write the tables; exit status 0, 1 (a run
     failed) or 130 (interrupted). A run that diverged is a result.
 
     beside: other studies of the run directory, whose tables are written again where they have been
-    written before. Raises BudgetError where the budget takes no group that is not finished, after
-    the tables of what is; ConfigError for a run that does not fit, before anything is timed.
+    written before. write: called in the place of `write_tables`. Raises BudgetError where the
+    budget takes no group that is not finished, after the tables of what is; ConfigError for a run
+    that does not fit, before anything is timed.
     """
     console, status, shown = order.console, 0, []
     if order.dry_run:
@@ -81,7 +87,7 @@ def run(studies: Sequence[Study], order: Order, beside: Sequence[Study] = ()) ->
     order.root.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     status, outcomes = carry_out(plan, lambda states: overview(plan, states))
-    write(studies, plan, outcomes, beside, timed=status != INTERRUPTED)
+    (write or write_tables)(studies, plan, outcomes, beside, timed=status != INTERRUPTED)
     console.print(f"{duration(time.monotonic() - started)} on the clock")
     if problem is not None:
         raise problem
@@ -176,7 +182,7 @@ def collected(
     return replace(found, lengths=lengths, sizes=sizes, speeds=speeds), setting
 
 
-def write(
+def write_tables(
     studies: Sequence[Study],
     plan: Campaign,
     outcomes: Mapping[str, Outcome],

@@ -56,7 +56,7 @@ class Arm:
     """A recipe with further keys."""
 
     recipe: str
-    """Name of a recipe in the study's folder, or of a packaged one, or a path."""
+    """Name of a recipe in the study's folder, or of a packaged one, or a path; "": keys alone."""
     schedule: str | None = None
     """Phases of the folder's _tables.yaml, as classification.scratch; None: the recipe's."""
     keys: Mapping[str, Any] = field(default_factory=dict)
@@ -166,7 +166,7 @@ class Study:
         waiting = [(name, self._file(arm.recipe), arm.keys) for name, arm in self.arms.items()]
         while waiting:
             name, path, keys = waiting.pop(0)
-            flat = {**read(path), **keys}
+            flat = {**(read(path) if path.name else {}), **keys}
             if name in found:
                 if flat != found[name]:
                     raise ConfigError(
@@ -189,6 +189,9 @@ class Study:
         return found
 
     def _file(self, recipe: str) -> Path:
+        """The file of a recipe's name or path; none for ""."""
+        if not recipe:
+            return Path()
         beside = _folder(self.recipes) / f"{recipe}.yaml"
         return beside if beside.is_file() else settings.recipe_path(recipe)
 

@@ -41,8 +41,6 @@ from kdtrain.experiments import (
     study,
 )
 from kdtrain.experiments.estimate import Counts, Estimate
-from kdtrain.experiments.scheduler import Outcome
-from kdtrain.experiments.selection import Selection, check, judge, table, write
 from kdtrain.experiments.timing import network_size
 from kdtrain.reports import chain_table
 from kdtrain.reports.report import report
@@ -165,32 +163,28 @@ def _render_comparison(out: Path) -> None:
 
 
 def selection(out: Path) -> None:
-    """The evidence and the recipe that `select-targets` writes, and its table on the console."""
-    root = RUNS / "selection" / "arms"
-    config = build(read_recipe(RECIPES / "selection.yaml"))
-    study = select_targets.Study(root, config, TARGETS, SELECTION_SEEDS, 0.0)
-    arms = {name: select_targets.read_arm(study, name, _outcomes(study, name))
-            for name in ((), *((target,) for target in TARGETS))}  # fmt: skip
-    none = arms.pop(())
-    judged = [judge(arm, none, True) for arm in arms.values()]
-    kept = tuple(one.arm.name for one in judged if one.kept)
-    together = select_targets.read_arm(study, kept, _outcomes(study, kept))
-    found = Selection(
-        study.split,
-        "top1",
-        True,
-        none,
-        judged,
-        check(together, none, judged, True),
-        select_targets.leaks(study),
-        "python -m kdtrain select-targets selection.yaml",
-    )
-    write(found, study.weighed(kept), out, out / "selected.yaml")
-    console, text = _console(200)
-    console.print(table(found))
-    for line in found.remarks():
-        console.print(line, markup=False)
-    _write(out / "console.txt", text())
+    """The evidence and the recipe that `select-targets` writes."""
+    with contextlib.chdir(RUNS / "selection"):
+        _render_selection(out)
+
+
+def _render_selection(out: Path) -> None:
+    root = Path("arms")
+    flat = read_recipe(RECIPES / "selection.yaml")
+    config = build(pipeline.rename_runs(flat, lambda name: name.removeprefix("@")))
+    selected = select_targets.Selection(root, config, TARGETS, SELECTION_SEEDS, 0.0)
+
+    def found(studied: study.Study) -> collect.Collection:
+        runs = [run for group in campaign.groups_of([studied]) for run in group.runs]
+        stages = campaign.stages_of([studied], runs)
+        return collect.Collection(studied, {r: _result(root / r.name) for r in runs}, stages)
+
+    kept = select_targets.judge(found(selected.study()), ("held",))
+    collection = found(selected.study(kept))
+    setting = [("command", "python -m kdtrain select-targets selection.yaml")]
+    made = select_targets.evidence(selected, collection, kept, setting)
+    files.write(made, out, figure.draw(collection, made), subject="Targets")
+    _write(out / "selected.yaml", select_targets.recipe_text(selected, kept, made))
 
 
 def data(out: Path) -> None:
@@ -324,15 +318,6 @@ def _comparison() -> study.Study:
 
 def _dry(root: str) -> campaign.Order:
     return campaign.Order(Path(root), 2, 2.0, dry_run=True)
-
-
-def _outcomes(study: select_targets.Study, arm: tuple[str, ...]) -> dict[str, Outcome]:
-    names = [select_targets.stage_name(arm, seed) for seed in study.seeds]
-    found = {}
-    for name in names:
-        diverged = (study.root / name / "diverged.json").exists()
-        found[name] = Outcome("diverged" if diverged else "done", "", 0.0)
-    return found
 
 
 @contextlib.contextmanager

@@ -144,6 +144,7 @@ def make_campaign(
     seconds = seconds_of(open_runs, stages, threads_of(order.jobs), sources)
     by_name = {stage.name: run for run, stage in stages.items()}
     have = {run for run, state in states.items() if state == "reused"}
+    first = controls(stages.values())
     taken: list[Group] = []
     left: list[tuple[str, float]] = []
     clock = 0.0
@@ -155,7 +156,7 @@ def make_campaign(
             continue  # it reads runs of a group that was left out
         found = [stages[run] for one in (*taken, group) for run in one.runs]
         costs = {stage.name: seconds[stage.name] for stage in found if stage.name in seconds}
-        needed = wall_time(costs, {stage.name: stage.inputs for stage in found}, order.jobs)
+        needed = wall_time(costs, {stage.name: stage.inputs for stage in found}, order.jobs, first)
         if order.budget_min is None or needed <= 60 * order.budget_min:
             taken.append(group)
             have |= set(group.runs)
@@ -164,6 +165,21 @@ def make_campaign(
             left.append((group.label, needed))
     least = min(left, key=lambda one: one[1], default=None)
     return Campaign(order, tuple(groups), stages, keys, states, seconds, tuple(taken), clock, least)
+
+
+def controls(stages: Iterable[pipeline.Stage]) -> set[str]:
+    """The stages that learn from no teacher, nor any of their inputs, and are nobody's teacher;
+    they are trained first, as the others are compared with them. stages: inputs first.
+    """
+    stages, found = list(stages), set()
+    taught = ("teacher", "gallery")
+    runs = [item for stage in stages for item in stage.config.runs().items()]
+    teachers = {run.removeprefix("@") for key, run in runs if key.startswith(taught)}
+    for stage in stages:
+        learns = any(key.startswith("teacher") for key in stage.config.runs())
+        if not learns and stage.name not in teachers and found.issuperset(stage.inputs):
+            found.add(stage.name)
+    return found
 
 
 def seconds_of(
@@ -233,7 +249,7 @@ def carry_out(
     }
     order = campaign.order
     return pipeline.run(
-        pipeline.ordered(wanted),
+        pipeline.ordered(wanted, controls(campaign.stages.values())),
         order.root,
         jobs=order.jobs,
         overwrite=order.overwrite,

@@ -95,6 +95,11 @@ def test_a_control_comes_first_within_a_budget(folder):
     request = asked(folder, "soft", "sh_kd", "student", seeds=1)
     assert [group.label for group in groups(request)] == ["student", "soft", "sh_kd"]
     assert request.students == ("soft", "sh_kd", "student")
+    found = stages(request)
+    assert campaign.controls(found.values()) == {"student_s1"}
+    by_name = {stage.name: stage for stage in found.values()}
+    trained = pipeline.ordered(by_name, campaign.controls(found.values()))
+    assert [stage.name for stage in trained][:2] == ["student_s1", "teacher_s1"]
 
 
 def test_resolutions_are_of_the_methods_alone_and_of_the_same_crop(folder):

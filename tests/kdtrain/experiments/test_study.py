@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from kdtrain.config import ConfigError, settings
-from kdtrain.experiments.campaign import groups_of, stages_of
+from kdtrain.experiments import pipeline
+from kdtrain.experiments.campaign import controls, groups_of, stages_of
 from kdtrain.experiments.collect import Collection, Result, table
 from kdtrain.experiments.study import SCHEDULES, At, Run, Study, adjusted, load
 
@@ -277,3 +278,13 @@ def test_an_untrained_network_stands_below_the_width_that_it_has(tmp_path):
     rows = {row.name: row for row in shown.blocks[1].rows}
     values = [cell.value for cell in rows["untrained network"].cells]
     assert values == [pytest.approx(70), None, pytest.approx(50)]
+
+
+def test_students_without_a_teacher_are_trained_first_with_their_inputs():
+    asked = studies("table3", seeds=1)
+    found = stages_of(asked, runs_of(asked))
+    first = controls(found.values())
+    names = ["ali_pretrain_none", "ali_plain_none", "ali_scratch", "cls_control", "cls_scratch"]
+    assert first == {f"{name}_8_s1" for name in names}
+    ordered = pipeline.ordered({stage.name: stage for stage in found.values()}, first)
+    assert {stage.name for stage in ordered[: len(first)]} == first

@@ -96,9 +96,9 @@ def wall_time(
     """Seconds on the clock until every stage is done, `jobs` of them side by side.
 
     As run_all runs them: the stages of `first`, then the one with the longest chain of followers,
-    as soon as its inputs are done; an input that is no stage here is done already. seconds: of each stage while
-    others run beside it (two jobs that share caches and memory are each slower than alone). Raises
-    ValueError for jobs below 1 or stages that wait for each other.
+    as soon as its inputs are done; an input that is no stage here is done already. seconds: of each
+    stage while others run beside it (two jobs that share caches and memory are each slower than
+    alone). Raises ValueError for jobs below 1 or stages that wait for each other.
     """
     if jobs < 1:
         raise ValueError(f"wall_time: jobs must be at least 1, got {jobs}")

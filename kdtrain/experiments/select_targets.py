@@ -32,7 +32,7 @@ from kdtrain.experiments.scheduler import Outcome
 from kdtrain.experiments.study import Arm, At, Claim, Study
 from kdtrain.objectives.tasks import TASKS
 from kdtrain.reports.tables import files
-from kdtrain.reports.tables.data import Block, Cell, Row, Table, Trend
+from kdtrain.reports.tables.data import ONE_SEED, Block, Cell, Row, Table, Trend
 from kdtrain.reports.tables.text import difference_text, plain, show
 from kdtrain.training import checkpoint, keys
 from kdtrain.training.input_runs import run_config, same_set
@@ -44,9 +44,9 @@ VALIDATION = 0.2
 NONE = "none"
 RULE = (
     "Rule: a target is judged by the paired bootstrap of its arm against none over seeds and "
-    "images (95 %). held: its weight stays; reversed (it hurts): 0; inconclusive: 0 too, as a "
-    "target without a gain still costs a pass of the teacher (--keep-inconclusive keeps it); "
-    "diverged in any seed: 0."
+    "images (95 %). held: its weight stays; reversed (it hurts): 0; inconclusive or one seed: 0 "
+    "too, as a target without a gain still costs a pass of the teacher (--keep-inconclusive keeps "
+    "it); diverged in any seed: 0."
 )
 
 
@@ -209,7 +209,7 @@ def run(selection: Selection, out: Path, order: Order, *, keep_inconclusive: boo
     """
     study, wanted = selection.study(), ("held",)
     if keep_inconclusive:
-        wanted = ("held", "inconclusive", "one seed: no verdict")
+        wanted = ("held", "inconclusive", ONE_SEED)
     last: list[tuple[Campaign, Mapping[str, Outcome]]] = []
 
     def note(_: Any, plan: Campaign, outcomes: Mapping[str, Outcome], *__: Any, **___: Any) -> None:

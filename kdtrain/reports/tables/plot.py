@@ -24,7 +24,7 @@ from PIL import Image
 
 from kdtrain.reports import plots
 from kdtrain.reports.plots import DPI, EDGE, INK, LABEL, LEGEND, LINE, SMALL, SOFT, WIDTH_IN
-from kdtrain.reports.tables.data import Block, Cell, Row, Table, Trend
+from kdtrain.reports.tables.data import ONE_SEED, Block, Cell, Row, Table, Trend
 from kdtrain.reports.tables.text import difference_text, has_paper, name_text, own_text, seeds_text
 from kdtrain.reports.writing import decimal
 
@@ -36,6 +36,7 @@ VERDICT_COLOURS = {
     "held": "#059669",
     "reversed": BAD,
     "inconclusive": "#b45309",
+    ONE_SEED: "#4b5563",
     "not run": EDGE,
     "diverged": "#b91c1c",
 }
@@ -339,7 +340,8 @@ def draw_trends(figure: FigureBase, grid: GridSpec, number: int, trends: Sequenc
         if verdict.margin is not None:
             width = verdict.margin * (1 if verdict.one_sided else 2)
             axis.barh(y, width, 0.7, -verdict.margin, color="#e0f2fe", zorder=0)
-        side.text(0, y, verdict.state, va="center", fontsize=8.5, color=colour, fontweight="bold")
+        words = verdict.state.replace(": ", ":\n")
+        side.text(0, y, words, va="center", fontsize=8.5, color=colour, fontweight="bold")
         if verdict.difference is not None and verdict.low is not None and verdict.high is not None:
             axis.plot([verdict.low, verdict.high], [y, y], color=colour, linewidth=2)
             axis.plot(verdict.difference, y, "o", color=colour, markersize=6)

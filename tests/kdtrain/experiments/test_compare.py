@@ -291,7 +291,7 @@ def test_a_run_that_diverged_is_a_result(folder, fake, tmp_path):
     assert table["accuracy", "hidden", "NN top-1"]["state"] == "diverged"
     soft = table["accuracy", "soft", "NN top-1"]
     assert (soft["state"], soft["seeds"], soft["note"]) == ("done", "1", "diverged")
-    assert verdicts_of(root)["soft > student, NN top-1"] == "held"
+    assert verdicts_of(root)["soft > student, NN top-1"] == "one seed: no verdict"
 
 
 def test_resolutions_and_a_second_source_have_columns_and_blocks(folder, fake, tmp_path):

@@ -419,8 +419,11 @@ def _speed(one: Quartiles | None) -> Cell:
 
 
 def _speed_up(one: Quartiles | None, base: Quartiles | None) -> Cell:
+    """The ratio of the medians; no number where the quartiles overlap, but that of the base."""
     if one is None or base is None:
         return NOT_THERE
+    if one is not base and one.low <= base.high and base.low <= one.high:
+        return Cell(state="no difference")
     ratio = one.median / base.median
     return _shown(ratio, lambda _: f"{ratio:.2g}x" if ratio < 9.95 else f"{ratio:.0f}x")
 

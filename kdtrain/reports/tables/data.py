@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
-CellState = Literal["done", "not run", "unfinished", "diverged", "failed", "not measured", "none"]
+CellState = Literal[
+    "done", "not run", "unfinished", "diverged", "failed", "not measured", "no difference", "none"
+]
 RowKind = Literal["paper", "control", "extra", "floor", "teacher"]
 ROW_KINDS: tuple[RowKind, ...] = get_args(RowKind)
 ONE_SEED: Final = "one seed: no verdict"
@@ -48,7 +50,8 @@ class Cell:
     """One number of a table: mean over seeds in percent, or why there is none.
 
     state: done | not run | unfinished (interrupted) | diverged | failed | not measured (the data
-    have not what the metric needs), or none where the table has no such cell (printed as a dash).
+    have not what the metric needs) | no difference (a speed-up within the quartiles), or none where
+    the table has no such cell (printed as a dash).
     Only a done cell has a value; one that is done with fewer seeds than per_seed has places for
     says so. Raises ValueError when state and value disagree.
     """

@@ -33,6 +33,7 @@ STATE_STYLES = {
     ONE_SEED: "bold",
     **{"diverged": "red", "failed": "red", "unfinished": "cyan"},
     **{"not run": "dim", "not measured": "dim", "none": "dim"},
+    "no difference": "dim",
 }
 TREND_TITLES = ("", "claim", "verdict", "difference", "agreeing", "paper")
 TRENDS_NOTE = (

@@ -20,7 +20,7 @@ from kdtrain.cli import main
 from kdtrain.config import ConfigError
 from kdtrain.experiments import campaign, cost, engine, pipeline
 from kdtrain.experiments.campaign import groups_of, stages_of
-from kdtrain.experiments.collect import Collection, read_all
+from kdtrain.experiments.collect import Collection, _speed_up, read_all
 from kdtrain.experiments.figure import _spread
 from kdtrain.experiments.scheduler import Outcome
 from kdtrain.experiments.study import At, Claim, Run, Study, adjusted, comparison
@@ -402,6 +402,16 @@ def test_networks_take_turns_and_are_timed_without_their_heads(folder, monkeypat
     assert all(one.low <= one.median <= one.high for one in found["a"].values())
 
 
+def test_a_speed_up_within_the_quartiles_is_no_number():
+    base = cost.Quartiles(90.0, 100.0, 110.0)
+    assert _speed_up(base, base).shown == "1x"
+    assert _speed_up(cost.Quartiles(180.0, 200.0, 220.0), base).shown == "2x"
+    for low, high in ((105.0, 140.0), (60.0, 92.0), (95.0, 105.0)):
+        cell = _speed_up(cost.Quartiles(low, (low + high) / 2, high), base)
+        assert (cell.state, cell.value) == ("no difference", None)
+    assert _speed_up(None, base).state == "none"
+
+
 def test_it_trains_and_ends_in_a_table(folder, tmp_path):
     root = tmp_path / "runs"
     command = [sys.executable, "-m", "kdtrain", "compare", "soft", "--folder", str(folder),
@@ -412,4 +422,4 @@ def test_it_trains_and_ends_in_a_table(folder, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     table = cells(root)
     assert table["accuracy", "soft", "NN top-1"]["state"] == "done"
-    assert table["cost", "soft", "speed-up, 64"]["state"] == "done"
+    assert table["cost", "soft", "speed-up, 64"]["state"] in ("done", "no difference")

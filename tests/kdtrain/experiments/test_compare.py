@@ -5,16 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from in_process import in_process
 from rich.console import Console
-from tiny_runs import TINY, environment
+from tiny_runs import TINY
 
 from kdtrain.cli import main
 from kdtrain.config import ConfigError
@@ -412,14 +411,12 @@ def test_a_speed_up_within_the_quartiles_is_no_number():
     assert _speed_up(None, base).state == "none"
 
 
-def test_it_trains_and_ends_in_a_table(folder, tmp_path):
+def test_it_trains_and_ends_in_a_table(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "run_all", in_process())
+    monkeypatch.setattr(cost, "CALL_S", 1e-4)
     root = tmp_path / "runs"
-    command = [sys.executable, "-m", "kdtrain", "compare", "soft", "--folder", str(folder),
-               "--seeds", "1", "--jobs", "2", "--run-dir", str(root)]  # fmt: skip
-    done = subprocess.run(
-        command, env=environment(), capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert main(["compare", "soft", "--folder", str(folder), "--seeds", "1", "--jobs", "2",
+                 "--run-dir", str(root)]) == 0  # fmt: skip
     table = cells(root)
     assert table["accuracy", "soft", "NN top-1"]["state"] == "done"
     assert table["cost", "soft", "speed-up, 64"]["state"] in ("done", "no difference")

@@ -40,7 +40,7 @@ def study(argv: Sequence[str]) -> int:
     parser.add_argument("studies", nargs="*", help="packaged studies, or YAML files")
     _add_options(parser)
     options, common, special, command = _given(parser, "study", argv)
-    from kdtrain.experiments import study as found
+    from kdtrain.experiments import study_file as found
 
     if not options.get("studies"):
         for name in found.names():
@@ -62,7 +62,7 @@ def reproduce(argv: Sequence[str]) -> int:
     parser.add_argument("tables", nargs="+", help="table1 ... table5, or all")
     _add_options(parser)
     options, common, special, command = _given(parser, "reproduce", argv)
-    from kdtrain.experiments.study import load
+    from kdtrain.experiments.study_file import load
 
     for name in options["tables"]:
         if name not in (*TABLES, "all"):
@@ -84,7 +84,7 @@ def compare(argv: Sequence[str]) -> int:
     parser.add_argument("--folder", type=str, help="folder of recipes in the preset, or a path")
     _add_options(parser)
     options, common, special, command = _given(parser, "compare", argv)
-    from kdtrain.experiments.study import comparison
+    from kdtrain.experiments.study_file import comparison
 
     scale, folder = options.pop("scale", "two-cores"), options.get("folder", "systems")
     found = comparison(options["methods"], scale, folder)
@@ -126,7 +126,7 @@ def _run(
 ) -> int:
     """Run studies with the options of `_add_options` and the keys of a command line."""
     from kdtrain.experiments import engine
-    from kdtrain.experiments.study import adjusted, load, names
+    from kdtrain.experiments.study_file import adjusted, load, names
 
     studies = adjusted(studies, options, common, special)
     roots = {str(study.root) for study in studies}

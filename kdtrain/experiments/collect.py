@@ -155,8 +155,9 @@ class Collection:
         if any(v is not None for v in percent):
             missing = {r.state for r, v in zip(found, percent, strict=True) if v is None}
             return Cell.of(percent, paper=at.paper, note=", ".join(sorted(missing)))
-        worst: tuple[CellState, ...] = ("diverged", "failed", "unfinished")
-        state: CellState = next((one for one in worst if one in states), "not run")
+        state: CellState = "not run"
+        for worse in ("unfinished", "failed", "diverged"):
+            state = worse if worse in states else state
         note = next((r.note for r in found if r.note), "")
         if states <= {"done"}:
             state, note = "not measured", "these images have not what it needs"
@@ -307,7 +308,8 @@ def _block(spec: BlockSpec, collection: Collection) -> Block:
     columns = list(zip(*(line.places for line in spec.lines), strict=True))
     every = [[at for at in column if at is not None] for column in columns]
     lines = [line for line in spec.lines if line.kind != "teacher"]
-    students = [[at for line in lines if (at := line.places[k])] for k in range(len(columns))]
+    below = list(zip(*(line.places for line in lines), strict=True)) or [()] * len(columns)
+    students = [[at for at in column if at is not None] for column in below]
     raw = students
     if not spec.metrics:  # one metric: one floor
         raw = [[at for column in every for at in column]]

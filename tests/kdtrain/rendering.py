@@ -39,6 +39,7 @@ from kdtrain.experiments import (
     pipeline,
     select_targets,
     study,
+    study_file,
 )
 from kdtrain.experiments.estimate import Counts, Estimate
 from kdtrain.experiments.timing import network_size
@@ -208,7 +209,7 @@ def dry_runs(out: Path) -> None:
             dryrun.show_stages(stages, Path("runs/demo"), 2, {})
         with _printed(out / "reproduce.txt"):
             options = {"seeds": 1, "widths": "8"}
-            (table3,) = study.adjusted([study.load("table3")], options, SMALL, {})
+            (table3,) = study_file.adjusted([study_file.load("table3")], options, SMALL, {})
             engine.run([table3], _dry("runs/tables"))
         with _printed(out / "compare.txt"), contextlib.chdir(RECIPES):
             engine.run([_comparison()], _dry("runs/comparison"))
@@ -308,12 +309,14 @@ def _result(folder: Path) -> collect.Result:
 
 def _studies_of_tables() -> list[study.Study]:
     options = {"seeds": 2, "widths": "8"}
-    return study.adjusted([study.load(name) for name in TABLES], options, {}, {"second": {}})
+    return study_file.adjusted(
+        [study_file.load(name) for name in TABLES], options, {}, {"second": {}}
+    )
 
 
 def _comparison() -> study.Study:
-    found = study.comparison(METHODS, "two-cores", "tiny")
-    return study.adjusted([found], {"seeds": 2, "resolutions": "16,8"}, {}, {})[0]
+    found = study_file.comparison(METHODS, "two-cores", "tiny")
+    return study_file.adjusted([found], {"seeds": 2, "resolutions": "16,8"}, {}, {})[0]
 
 
 def _dry(root: str) -> campaign.Order:

@@ -78,5 +78,5 @@ def write_all(
     if len(tables) == 1:
         return pages[0]
     path = Path(folder) / "tables.html"
-    write_text(path, page(*zip(*tables, strict=True), subject))
+    write_text(path, page([one for one, _ in tables], [png for _, png in tables], subject))
     return path

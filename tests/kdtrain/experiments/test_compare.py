@@ -22,7 +22,8 @@ from kdtrain.experiments.campaign import groups_of, stages_of
 from kdtrain.experiments.collect import Collection, _speed_up, read_all
 from kdtrain.experiments.figure import _spread
 from kdtrain.experiments.scheduler import Outcome
-from kdtrain.experiments.study import At, Claim, Run, Study, adjusted, comparison
+from kdtrain.experiments.study import At, Claim, Run, Study
+from kdtrain.experiments.study_file import adjusted, comparison
 from kdtrain.models.network import FaceNetwork, seeded
 from kdtrain.reports import writing
 from kdtrain.training import checkpoint

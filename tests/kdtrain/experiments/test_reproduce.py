@@ -23,7 +23,7 @@ from rich.console import Console
 from tiny_runs import TASK_KEYS, TINY, environment
 
 from kdtrain.cli import main
-from kdtrain.experiments import campaign, engine, pipeline, study
+from kdtrain.experiments import campaign, engine, pipeline, study_file
 from kdtrain.experiments.campaign import Campaign, Order
 
 ONE = [{"epochs": 1, "lr": 0.05}]
@@ -133,7 +133,8 @@ def test_killed_in_the_middle_and_started_again_it_ends_in_the_same_table(table3
 
 def planned(scale: Path, root: Path, budget: float | None, seeds: int = 1) -> Campaign:
     options = {"scale": str(scale), "seeds": seeds}
-    studies = study.adjusted([study.load(n) for n in ("table3", "table1")], options, {}, {})
+    studies = [study_file.load(name) for name in ("table3", "table1")]
+    studies = study_file.adjusted(studies, options, {}, {})
     return engine.make_plan(studies, Order(root, 2, budget, console=Console(quiet=True)))
 
 

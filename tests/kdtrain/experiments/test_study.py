@@ -4,17 +4,24 @@ numbers and differences are the paper's, and run folders become the right cells.
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
+from in_process import in_process
+from tiny_runs import TINY
 
+from kdtrain.cli import main
 from kdtrain.config import ConfigError, settings
-from kdtrain.experiments import pipeline
+from kdtrain.experiments import campaign, pipeline
 from kdtrain.experiments.campaign import controls, groups_of, stages_of
 from kdtrain.experiments.collect import Collection, Result, table
-from kdtrain.experiments.study import SCHEDULES, At, Run, Study, adjusted, load
+from kdtrain.experiments.study import SCHEDULES, At, Run, Study
+from kdtrain.experiments.study_file import adjusted, load, names
 
 ALL = ("table1", "table2", "table3", "table4", "table5")
 SCALES = [f.parent.name for f in sorted(settings.RECIPES.glob(f"*/{SCHEDULES}"))]
@@ -288,3 +295,137 @@ def test_students_without_a_teacher_are_trained_first_with_their_inputs():
     assert first == {f"{name}_8_s1" for name in names}
     ordered = pipeline.ordered({stage.name: stage for stage in found.values()}, first)
     assert {stage.name for stage in ordered[: len(first)]} == first
+
+
+@pytest.mark.parametrize("name", ["systems", "resolutions"])
+def test_packaged_studies_with_a_row_per_arm_build_their_runs(name):
+    asked = studies(name, seeds=1)
+    found = stages_of(asked, runs_of(asked))
+    assert {run.arm for run in found} >= set(asked[0].rows)
+    assert asked[0].teachers[0] == "teacher"
+    arms = {at.arm for claim in asked[0].claims for at in (*claim.better, *claim.worse)}
+    assert arms <= set(asked[0].students)
+    assert {stage.config.seed for stage in found.values()} == {1}
+
+
+def test_the_study_in_the_docs_loads_and_builds(tmp_path):
+    text = (settings.RECIPES.parent.parent / "docs" / "studies.md").read_text(encoding="utf-8")
+    (tmp_path / "targets.yaml").write_text(text.partition("```yaml\n")[2].partition("```")[0])
+    study = load(str(tmp_path / "targets.yaml"))
+    names = {stage.name for stage in stages_of([study], runs_of([study])).values()}
+    arms = ("teacher", "student", "longer", "soft", "hidden")
+    assert names == {f"{arm}_s{seed}" for arm in arms for seed in (1, 2)}
+
+
+STUDY = {
+    "recipes": ".",
+    "title": "soft target",
+    "seeds": 2,
+    "keys": {"data": {"identities": 9}},
+    "arms": {
+        "teacher": {},
+        "student": {},
+        "soft": {"recipe": "student", "teacher": "@teacher", "target": {"alpha": 1.0}},
+    },
+    "claims": [{"kind": "worse", "rows": [["E", "student < soft", "student", "soft"]]}],
+}
+
+
+def written(folder: Path, tree: object) -> str:
+    for name, width in (("teacher", 16), ("student", 8)):
+        recipe = {**TINY, "model.width": width, "optim.phases": [{"epochs": 1, "lr": 0.05}]}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings.nested(recipe)))
+    (folder / "mine.yaml").write_text(yaml.safe_dump(tree))
+    return str(folder / "mine.yaml")
+
+
+def test_a_users_study_trains_and_ends_in_its_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pipeline, "run_all", in_process())
+    monkeypatch.setattr(campaign, "seconds_of", lambda *_: {})
+    words = ["study", written(tmp_path, STUDY), "--run-dir", str(tmp_path / "runs"), "--jobs", "1"]
+    assert main(words) == 0
+    assert "6 runs in all, 0 finished before" in capsys.readouterr().out
+    folder = tmp_path / "runs" / "tables"
+    names = {file.name for file in folder.iterdir()}
+    assert names == {
+        f"mine{end}" for end in (".txt", ".md", ".csv", ".html", ".png", "-trends.csv")
+    }
+    with open(folder / "mine-trends.csv", newline="") as file:
+        rows = {row["claim"]: row for row in csv.DictReader(file)}
+    assert set(rows) == {"student < soft, top-1"}
+    results = {
+        arm: [
+            json.loads((tmp_path / "runs" / f"{arm}_s{seed}" / "results.json").read_text())
+            for seed in (1, 2)
+        ]
+        for arm in ("student", "soft")
+    }
+    assert results["soft"][0]["data"]["classes"] == 9
+    means = {arm: np.mean([r["metrics"]["top1"] for r in two]) for arm, two in results.items()}
+    gain = 100 * (means["soft"] - means["student"])
+    assert float(rows["student < soft, top-1"]["difference"]) == pytest.approx(gain, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"arms": None}, "arms: expected a mapping of arms, or a list of recipes' names, got None"),
+        ({"arm": {}}, "arm: unknown key; did you mean arms?"),
+        ({"seeds": 0}, "seeds: expected a number, or a list of seeds, got 0"),
+        ({"resolutions": [4]}, "expected a list of different whole numbers of at least 8"),
+        ({"costs": "yes"}, "costs: expected true or false, got 'yes'"),
+        ({"keys": {"data": {"identites": 3}}}, "unknown key 'data.identites'"),
+        ({"arms": {"a": {"target": {"alfa": 1}}}}, "arms.a: unknown key 'target.alfa'"),
+        ({"arms": {"a": {"seed": 1}}}, "arms.a: task is the recipe's, seed the study's"),
+        ({"arms": {"a": 3}}, "arms.a: expected a mapping of keys, got 3"),
+        ({"arms": {"a": {"recipe": 3}}}, "arms.a.recipe: expected text, got 3"),
+        ({"arms": {"a": {}}, "claims": []}, "claims: expected a list that is not empty"),
+        ({"claims": [{"rows": [["E", "x", "soft"]]}]}, "claims.0.rows.0: expected [CODE, CLAIM,"),
+        ({"claims": [{"kind": "best"}]}, "kind: expected one of better, worse, neutral, at_least"),
+        ({"claims": [{"rows": [["E", "x", "sofd", "soft"]]}]}, "got 'sofd'; did you mean soft?"),
+        ({"claims": [{"rows": [["E", "x", "so ft", "soft"]]}]}, "expected a cell ARM, ARM/WIDTH"),
+        ({"claims": [{"rows": [["E", "x", "soft/8", "soft"]]}]}, "expected a width of widths []"),
+        ({"blocks": [{"title": "t"}]}, "blocks.0.columns: expected a list of texts, got nothing"),
+        (
+            {"blocks": [{"title": "t", "columns": ["c"], "metric": "top1", "lines": [["soft"]]}]},
+            "blocks.0.lines.0: expected [NAME, KIND] and 1 cells, got ['soft']",
+        ),
+        ({"base": 3}, "base: expected a study file, got 3"),
+        ({"base": "mine.yaml"}, "base studies form a circle"),
+    ],
+)
+def test_a_bad_study_names_file_key_and_what_was_expected(change, words, tmp_path, capsys):
+    path = written(tmp_path, {**STUDY, **change})
+    assert main(["study", path, "--run-dir", str(tmp_path / "runs")]) == 2
+    told = capsys.readouterr().err
+    assert words in told
+    assert path in told
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_arm_whose_keys_do_not_fit_is_refused_before_anything_is_timed(tmp_path, capsys):
+    arms = {**STUDY["arms"], "soft": {"recipe": "student", "target": {"alpha": 1.0}}}
+    path = written(tmp_path, {**STUDY, "arms": arms})
+    assert main(["study", path, "--run-dir", str(tmp_path / "runs")]) == 2
+    assert re.search("soft_s.: target.alpha, .* need a teacher", capsys.readouterr().err)
+    arms = {**STUDY["arms"], "soft": {"recipe": "student", "teacher": "@coach"}}
+    path = written(tmp_path, {**STUDY, "arms": arms})
+    assert main(["study", path]) == 2
+    assert "soft: takes @coach, and there is no arm of that name" in capsys.readouterr().err
+
+
+def test_an_unknown_study_names_the_nearest(capsys):
+    assert main(["study", "tabel3"]) == 2
+    assert "no study 'tabel3'; did you mean table3?" in capsys.readouterr().err
+    assert main(["study", "nowhere.yaml"]) == 2
+    assert "no study file nowhere.yaml" in capsys.readouterr().err
+    assert main(["study"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == names()
+
+
+def test_arms_of_one_name_in_two_studies_must_be_the_same(tmp_path, capsys):
+    one, other = written(tmp_path, STUDY), tmp_path / "other.yaml"
+    other.write_text(yaml.safe_dump({**STUDY, "arms": {"soft": {"recipe": "student"}}, "claims": [
+        {"rows": [["E", "x", "soft", "soft"]]}]}))  # fmt: skip
+    assert main(["study", one, str(other), "--run-dir", str(tmp_path / "runs")]) == 2
+    assert "mine and other have different arms soft; run one alone" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import shlex
 import pytest
 import torch
 from conftest import ROOT
+from tiny_runs import tiny_config, train
 from torch.nn import functional as F
 
 import kdkernels
@@ -57,6 +58,21 @@ def test_every_link_and_command_of_a_page_exists(page):
         assert anchor[1] in slugs, anchor
     named = re.findall(r"python -m kdtrain ([a-z][\w-]*)", text)
     assert set(named) <= set(COMMANDS) | {"help"}, set(named) - set(COMMANDS)
+
+
+def test_the_tutorial_s_student_embeds_and_exports(tmp_path, capsys):
+    config = tiny_config(optim__phases=[{"epochs": 1, "lr": 0.01}])
+    train(config, tmp_path / "run")
+    text = (ROOT / "docs/training.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    block = block.replace("runs/demo/ver_distilled", str(tmp_path / "run"))
+    values = {}
+    exec(compile(block.replace("32, 32", "16, 16"), "training.md", "exec"), values)
+    assert -1 <= float(capsys.readouterr().out.split()[-1]) <= 1
+    exported = torch.export.export(values["network"], (values["images"],)).module()
+    with torch.no_grad():
+        want, got = values["network"](values["images"]), exported(values["images"])
+    torch.testing.assert_close(got.hidden, want.hidden)
 
 
 def commands_of(page):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 REDUCTIONS = ("mean", "sum", "none")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -106,6 +107,12 @@ def validates() -> bool:
     return _validates
 
 
-def looks_at_values(device: torch.device) -> bool:
-    """Whether a call on that device may look at values: never while it is being compiled."""
-    return not torch.compiler.is_compiling() and (device.type == "cpu" or validates())
+def looks_at_values(tensor: Tensor) -> bool:
+    """Whether a check may read the values of a tensor: off the CPU under validate(True) only.
+
+    Never where there are none: in a call that is being compiled or exported, under FakeTensorMode
+    and on the meta device.
+    """
+    if torch.compiler.is_compiling() or tensor.is_meta or is_fake(tensor):
+        return False
+    return tensor.device.type == "cpu" or validates()

@@ -158,7 +158,7 @@ def _compare(claim: Claim, got: Tensor, unit: float, found: Verdict) -> None:
     if not np.isfinite(error.sum()):
         same = (np.isnan(value) & np.isnan(numbers)) | (value == numbers)
         largest = LARGEST.get(got.dtype, np.inf)
-        overflows = np.isinf(numbers) & (numbers * value > 0) & (np.abs(value) + bound >= largest)
+        overflows = np.isinf(numbers) & (np.sign(numbers) * value + bound >= largest)
         ratio = np.where(np.isfinite(error), ratio, np.where(same | overflows, 0.0, np.inf))
     if claim.is_judged is not True or claim.decided_at is not np.inf:
         is_judged = (claim.decided_at > unit) & np.broadcast_to(claim.is_judged, value.shape)

@@ -224,6 +224,9 @@ def rows_of(
         found.gradient = found.gradient + slope * gradient
         found.gradient_bound = found.gradient_bound + abs(slope) * (gradient_bound + TINY)
         found.gradient_bound = found.gradient_bound + 2 * u * np.abs(found.gradient)
+    # the products that make a gradient of probabilities, and its additions, may underflow too
+    slope = factor_of(options) / tau if found.soft_bound.any() else 0.0
+    found.gradient_bound = found.gradient_bound + 4 * TINY * (1 + abs(slope))
     return found
 
 
@@ -411,6 +414,8 @@ def linear_op(values: dict[str, Array], options: dict, incoming: Array, u: float
         known["target"] = places
     mask = counts[:, None]
     x = np.where(mask, x, 0.0)
+    if "target" not in values and options["alpha"] == 0.0:
+        x = np.zeros_like(x)  # nothing is computed: not even a NaN is seen
     bias = values["bias"][chosen] if "bias" in values else None
     scale = options["scale"] if is_normalized else None
     head = Head.of(x, every_weight[chosen], bias, scale, u)
@@ -468,8 +473,11 @@ def linear_op(values: dict[str, Array], options: dict, incoming: Array, u: float
         if is_normalized:
             value, bound = _through_norm(value, sizes, bound, mine, norm, u)
         judged = row.is_judged[:, None] if name == "features" else is_judged
-        if name == "weight":
+        if np.isnan(value).any():  # a row of zeros has gradient 0 or, with a NaN around, NaN
+            judged = judged & np.broadcast_to(norm != 0, value.shape)
+        if name == "weight" and classes != every:
             value, bound = _scattered(value, bound, chosen, every)
+            judged = np.ones_like(value, dtype=bool) & is_judged
         claims.append(Claim(f"d {name}", value, bound, is_judged=judged))
     value, bound = g.sum(axis=0), dg.sum(axis=0) + (rows + 4) * u * size.sum(axis=0)
     if classes != every:

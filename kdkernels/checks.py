@@ -22,7 +22,9 @@ def check_tensor(op: str, name: str, value: object, dims: int | None = None) -> 
         raise reject(op, f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in FLOATS:
         wanted = ", ".join(str(d).removeprefix("torch.") for d in FLOATS)
-        raise reject(op, f"{name} must be one of {wanted}, got {value.dtype}")
+        are_labels = name == "teacher" and value.dtype in (torch.int32, torch.int64)
+        hint = ": teacher and target look swapped, labels go to target" if are_labels else ""
+        raise reject(op, f"{name} must be one of {wanted}, got {value.dtype}{hint}")
     if value.layout != torch.strided:
         raise reject(op, f"{name} must be a dense tensor, got layout {value.layout}")
     if dims is not None and value.dim() != dims:

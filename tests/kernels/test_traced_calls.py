@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 import kdkernels
-from kdkernels.backends import OPS, is_interpreted
+from kdkernels.backends import OPS
 from kdkernels.sample import Sample
 
 BACKENDS = [(op, backend) for op in OPS for backend in available_backends(op)]
@@ -87,6 +87,10 @@ PROGRAMS = {
     "SparseTeacher": (
         Returning(lambda x, w, y, t: kdkernels.linear_kd_cross_entropy(x, w, y, teacher=t)),
         (X, W, LABELS, TOP),
+    ),
+    "classes": (
+        Returning(lambda x, w, y, c: kdkernels.linear_kd_cross_entropy(x, w, y, classes=c)),
+        (X, W, LABELS, torch.arange(5)),
     ),
     "TripletLoss": (kdkernels.TripletLoss(), (X, Y, X + 1)),
     "BatchTripletLoss": (kdkernels.BatchTripletLoss(), (X, LABELS)),

@@ -88,8 +88,10 @@ def _hard(h: Array, dh: Array, label: Array, smoothing: float, u: float) -> tupl
     sizes = np.where(hot == 0, 0.0, np.where(np.isfinite(z), np.abs(z), 0.0) + softmax.log_sum)
     bound = (hot * (4 * u * sizes + dh)).sum(axis=1) + softmax.log_sum_bound[:, 0]
     bound += (smoothing * (classes + 4) + 4) * u * (hot * sizes).sum(axis=1)
+    bound += u * smoothing * sizes[rows, label]  # 1 - smoothing, of a rounded number
     gradient = softmax.probs - hot
     gradient_bound = softmax.bound + 6 * u * (softmax.probs + hot)
+    gradient_bound[rows, label] += u * smoothing
     return value, bound + 2 * u * np.abs(value), gradient, gradient_bound
 
 
@@ -316,6 +318,7 @@ def logits_op(values: dict[str, Array], options: dict, incoming: Array, u: float
     weight = per_row(incoming, divisor, len(s))[:, None]
     gradient = weight * row.gradient
     bound = np.abs(weight) * row.gradient_bound + 5 * u * np.abs(gradient)
+    bound = bound + 2 * TINY * np.abs(weight) * divisor  # stored before the incoming gradient
     soft = factor_of(options) / options["temperature"] if teacher is not None else 0.0
     claims.append(
         Claim(

@@ -22,13 +22,14 @@ def form(tensors: list[Tensor]) -> list[tuple]:
 
 
 def calls(op: Op) -> list[Sample]:
-    """The smallest sample of each combination of tensors and options."""
+    """The smallest sample of each combination of tensors, margin and mining."""
     found: dict[tuple, Sample] = {}
     for sample in sorted(op.samples, key=size_of):
         tensors = [(k, len(flatten([v]))) for k, v in sample.tensors.items() if v is not None]
-        options = [k if not isinstance(v, str) else v for k, v in sample.options.items()]
-        found.setdefault((*tensors, *options), sample)
-    return [sample for sample in found.values() if 20 < size_of(sample) < 5_000]
+        kinds = type(sample.options.get("margin")), sample.options.get("mining")
+        if size_of(sample) > 20:
+            found.setdefault((*tensors, *kinds), sample)
+    return list(found.values())
 
 
 def moved(sample: Sample, to) -> Sample:

@@ -46,13 +46,13 @@ def weight_of(table_ptr, weight_ptr, weight_stride, rows_of_table, row, place):
 
 @triton.jit
 def as_stored(coefficient):
-    """2^4 m of a coefficient m 2^e with m in [1/2, 1), and 2^(e-4), for float16: a mean over
+    """2^8 m of a coefficient m 2^e with m in [1/2, 1), and 2^(e-8), for float16: a mean over
     millions of elements cannot flush the gradient to zero, and a power of two costs no rounding."""
     bits = coefficient.to(tl.int32, bitcast=True)
     exponent = (bits & EXPONENT) >> 23
     plain = (exponent < 8) | (exponent == 255)  # 0, infinite, or nothing that float16 could hold
-    stored = ((bits & ~EXPONENT) | (130 << 23)).to(tl.float32, bitcast=True)
-    post_scale = ((exponent - 3) << 23).to(tl.float32, bitcast=True)
+    stored = ((bits & ~EXPONENT) | (134 << 23)).to(tl.float32, bitcast=True)
+    post_scale = ((exponent - 7) << 23).to(tl.float32, bitcast=True)
     return tl.where(plain, coefficient, stored), tl.where(plain, 1.0, post_scale)
 
 

@@ -271,9 +271,9 @@ def test_float16_gradient_of_a_mean_survives(backend):
 
 
 @each_kernel
-@pytest.mark.parametrize("size", [1e-5, 1.0, 3e4])
+@pytest.mark.parametrize("size", [1e-30, 1e-9, 1e-5, 1e-3, 1.0, 3e4])
 def test_float16_gradients_keep_their_digits_at_any_size(backend, size):
-    # 3e4 outgrows the stored power of two and is swept again with a smaller one
+    # Where the stored power of two does not suit the largest difference, the pair is swept again.
     students, teachers = pairs_of(make([(8, 5000)], seed=14, spread=1.0))
     student = (students[0].detach().clamp(-2, 2) * size).half().requires_grad_()
     teacher = teachers[0].clamp(-2, 2) * size
@@ -282,6 +282,18 @@ def test_float16_gradients_keep_their_digits_at_any_size(backend, size):
     want = 8.0 * 2 * (student.detach().double() - teacher.double()) / 8 / size
     assert got.isfinite().all()
     assert (got.double() - want).norm() / want.norm() < 5e-4
+
+
+@both
+def test_a_loss_scale_saves_the_float16_gradients_of_all_pairs(backend):
+    sizes = [1e-9, 2e-8, 1e-6, 1e-3, 0.25]
+    students = [torch.zeros(3, 4, dtype=torch.float16, requires_grad=True) for _ in sizes]
+    teachers = [torch.full((3, 4), -size) for size in sizes]
+    arrives = torch.tensor(65536.0)
+    got = gradients(students, teachers, arrives, reduction="sum", backend=backend)
+    for gradient, size in zip(got, sizes, strict=True):
+        want = torch.full((3, 4), 2.0 * size * 65536.0)
+        torch.testing.assert_close(gradient.float(), want, rtol=2.0**-10, atol=0.0)
 
 
 @each_kernel

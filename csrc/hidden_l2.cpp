@@ -129,6 +129,7 @@ void hidden_l2(const std::vector<HiddenL2Input>& inputs, float* loss, float* ter
       }
     }
     pair.coefficient = static_cast<float>(coefficient);
+    pair.counts = inputs[i].weight != 0.0;
     pairs.push_back(pair);
     if (pair.gradient != nullptr) gradient_bytes += pair.elements * bytes_of(pair.student_dtype);
   }

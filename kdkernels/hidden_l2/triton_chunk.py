@@ -242,6 +242,19 @@ def _strided_chunk(
 
 
 @triton.jit
+def clear_chunk(table_ptr, rows_of_table, row, chunk, STUDENT_DTYPE: tl.constexpr):
+    """Stores a gradient of 0 for a chunk of a pair of weight 0, whose tensors are not read."""
+    begin = (chunk - tl.load(table_ptr + row)) * CHUNK
+    left = tl.load(table_ptr + ELEMENTS * rows_of_table + row) - begin
+    address = tl.load(table_ptr + GRADIENT * rows_of_table + row)
+    gradient_ptr = address.to(tl.pointer_type(STUDENT_DTYPE)) + begin
+    zeros = tl.zeros((SCATTERED_TILE,), STUDENT_DTYPE)
+    for start in range(0, tl.minimum(left, CHUNK).to(tl.int32), SCATTERED_TILE):
+        at = start + tl.arange(0, SCATTERED_TILE)
+        tl.store(gradient_ptr + at, zeros, mask=at < left)
+
+
+@triton.jit
 def chunk_of_pair(
     table_ptr,
     rows_of_table,

@@ -25,6 +25,7 @@ from kdkernels.hidden_l2.triton_chunk import (
     SCATTERED_TILE,
     as_stored,
     chunk_of_pair,
+    clear_chunk,
     find,
     float_at,
     weight_of,
@@ -61,21 +62,25 @@ def _sweep(
     coefficient = 2.0 * weight * float_at(table_ptr, SCALE * rows_of_table + row)
     if HALF:
         coefficient, _ = as_stored(coefficient)
-    total, largest = chunk_of_pair(
-        table_ptr,
-        rows_of_table,
-        row,
-        chunk,
-        coefficient,
-        STUDENT_DTYPE,
-        TEACHER_DTYPE,
-        HAS_GRADIENT,
-        HALF,
-        UNIT,
-        WIDE,
-        DIMS,
-        TILE,
-    )
+    total, largest = 0.0, 0.0
+    if weight != 0.0:
+        total, largest = chunk_of_pair(
+            table_ptr,
+            rows_of_table,
+            row,
+            chunk,
+            coefficient,
+            STUDENT_DTYPE,
+            TEACHER_DTYPE,
+            HAS_GRADIENT,
+            HALF,
+            UNIT,
+            WIDE,
+            DIMS,
+            TILE,
+        )
+    elif HAS_GRADIENT:
+        clear_chunk(table_ptr, rows_of_table, row, chunk, STUDENT_DTYPE)
     tl.store(partial_ptr + chunk, total)
     if HALF:
         tl.store(partial_ptr + chunks + chunk, largest)

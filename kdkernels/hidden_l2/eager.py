@@ -43,7 +43,9 @@ def hidden_l2(
             difference = difference.masked_fill(weight == 0, 0.0)
         elif weight == 0:
             difference = difference.masked_fill(torch.tensor(True, device=difference.device), 0.0)
-        terms.append(difference.square().sum() * scale_of(student.shape, reduction))
+        # contiguous: the order of a sum follows the strides
+        total = difference.square().contiguous().sum()
+        terms.append(total * scale_of(student.shape, reduction))
     each = torch.stack(terms)  # (P,)
     if isinstance(weights, Tensor):
         factors = weights.detach().to(compute)

@@ -121,7 +121,8 @@ def linear_kd_cross_entropy(
     with torch.autocast(features.device.type, enabled=False):
         wide = torch.float64 in (features.dtype, weight.dtype)
         compute = torch.float64 if wide else torch.float32
-        x = features.to(compute)
+        # contiguous: the order of a sum follows the strides
+        x = features.to(compute).contiguous()
         if target is not None:
             # a NaN in a row that counts for nothing must not reach the weight's gradient
             x = torch.where((target != ignore_index)[:, None], x, 0.0)
@@ -132,9 +133,9 @@ def linear_kd_cross_entropy(
             student = rows.zero_rows(x) + sum(rows.zero_rows(t).sum() for t in inputs)
             student = student[:, None]
         else:
-            student = logits_of(x, weight.to(compute), offset, scale, normalize)  # (N, C)
+            student = logits_of(x, weight.to(compute).contiguous(), offset, scale, normalize)
         if isinstance(teacher, tuple):
-            parts = [part.detach().to(compute) for part in teacher]
+            parts = [part.detach().to(compute).contiguous() for part in teacher]
             offset = parts[2] if len(parts) == 3 else None
             teacher = logits_of(parts[0], parts[1], offset, teacher_scale, normalize)
         soft_terms = None
@@ -150,7 +151,7 @@ def linear_kd_cross_entropy(
             soft_terms = soft_over_bins(
                 student,
                 torch.where((counts & good)[:, None], indices, 0).long(),
-                torch.where(counts[:, None], log_probs.to(compute), 0.0),
+                torch.where(counts[:, None], log_probs.to(compute).contiguous(), 0.0),
                 temperature,
             )
         hard = None

@@ -57,7 +57,8 @@ def batch_triplet_loss(
     number. A negative at an infinite distance is one like any other.
     """
     compute = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
-    x = embeddings.to(compute)
+    # contiguous: the order of a sum follows the strides, and equal rows must have equal distances
+    x = embeddings.to(compute).contiguous()
     rows = len(x)
     if rows == 0:
         return reduce(x.sum(dim=1), torch.zeros((), device=x.device), reduction)

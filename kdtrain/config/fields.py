@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import json
 import math
 import textwrap
 import typing
@@ -25,6 +26,13 @@ RANGES: Mapping[str, Callable[[float], bool]] = {
     "0 <= x <= 1": lambda x: 0 <= x <= 1,
 }
 """Ranges that a number may be `within`, by their text in an error."""
+WORDS = {
+    bool: ("true or false", "true|false"),
+    int: ("a whole number", "N"),
+    float: ("a number", "X"),
+    str: ("text", "TEXT"),
+}
+"""Types of a value in an error, and in the help of an option."""
 
 
 class ConfigError(ValueError):
@@ -36,7 +44,7 @@ class ConfigError(ValueError):
 def require(holds: bool, key: str, expected: str, got: object) -> None:
     """Raises ConfigError, by name, where a key's value does not hold."""
     if not holds:
-        raise ConfigError(f"{key}: expected {expected}, got {got!r}")
+        raise ConfigError(f"{key}: expected {expected}; got {got!r}")
 
 
 def setting(
@@ -63,20 +71,45 @@ def setting(
     return dataclasses.field(default=default, default_factory=factory, metadata=metadata)
 
 
+def in_words(kind: Any, within: str | None = None) -> str:
+    """The values of a setting: 'one of a, b', or 'a whole number, at least 2, or null'."""
+    members = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, members))}"
+    if typing.get_origin(kind) is list:
+        item = members[0]
+        if item in WORDS:
+            return f"a list, each {WORDS[item][0]}"
+        fields = ", ".join(f"{s.key}: {in_words(s.kind)}" for s in settings_of(item))
+        return f"a list of {{{fields}}}"
+    if type(None) in members:
+        return f"{in_words(members[0], within)}, or null"
+    return ", ".join(filter(None, (WORDS[kind][0], within)))
+
+
+def placeholder(kind: Any) -> str:
+    """A value in the help of an option: 'a|b', 'N', 'LIST'."""
+    members = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return "|".join(map(str, members))
+    if typing.get_origin(kind) is list:
+        return "LIST"
+    return placeholder(members[0]) if members else WORDS[kind][1]
+
+
 def check_settings(section: Any, prefix: str) -> None:
-    """Raises ConfigError, by name, for a value that is not one of its Literal type's, or not finite
-    and within its setting's range. prefix: of the keys.
+    """Raises ConfigError, by name, for a value outside its Literal type, and for a number that is
+    not finite or outside its setting's range. prefix: of the keys.
     """
     for item in dataclasses.fields(section):
         key, value = prefix + item.name, getattr(section, item.name)
         kind, within = _types(type(section))[item.name], item.metadata.get("within")
         if typing.get_origin(kind) is Literal:
-            known = typing.get_args(kind)
-            require(value in known, key, f"one of {', '.join(map(str, known))}", value)
+            require(value in typing.get_args(kind), key, in_words(kind), value)
         elif within is not None:
-            nullable = item.default is None
+            nullable = type(None) in typing.get_args(kind)
             holds = nullable if value is None else math.isfinite(value) and RANGES[within](value)
-            require(holds, key, f"{within}, or null" if nullable else within, value)
+            require(holds, key, in_words(kind, within), value)
 
 
 class Setting(NamedTuple):
@@ -91,6 +124,19 @@ class Setting(NamedTuple):
     cost: Cost
     own: bool
     run: str | None
+    within: str | None
+
+    @property
+    def shown_default(self) -> str:
+        """The default as a recipe has it."""
+        if isinstance(self.default, str):
+            return self.default
+        return json.dumps(self.default, default=dataclasses.asdict).replace('"', "")
+
+    @property
+    def limits(self) -> str:
+        """The range, if any, and the default: 'at least 2; default 256'."""
+        return "; ".join(filter(None, (self.within, f"default {self.shown_default}")))
 
 
 def settings_of(kind: type, prefix: str = "", cost: Cost = "value") -> Iterator[Setting]:
@@ -112,6 +158,7 @@ def settings_of(kind: type, prefix: str = "", cost: Cost = "value") -> Iterator[
             cost=own_cost,
             own=said.get("own", False),
             run=said.get("run"),
+            within=said.get("within"),
         )
 
 

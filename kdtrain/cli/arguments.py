@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import itertools
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from kdtrain.config import SETTINGS, settings
 from kdtrain.config.fields import Setting, in_words, placeholder
 from kdtrain.config.program import INTERRUPTED, PROGRAM, cores, printable
-from kdtrain.config.settings import add_keys, correction, flatten
+from kdtrain.config.settings import correction, flatten
 
 USUAL = (
     *("task", "seed", "init_from", "teacher.run", "data.kind", "data.root", "data.split"),
@@ -50,8 +51,12 @@ class CommandParser(ArgumentParser):
         text.start_section("arguments")
         text.add_arguments(own)
         text.end_section()
+        # a command of many runs sets their own keys itself
+        usual = [s for s in SETTINGS if s.key in USUAL and not (s.own and self.many_runs)]
+        groups = [(f"{len(usual)} of {len(SETTINGS)} keys (all: --help-all)", None, usual)]
+        groups = settings.sections() if self.all_keys else groups
         takes_keys = any(action.dest == "seed" for action in self._actions)
-        for title, about, members in self._keys() if takes_keys else ():
+        for title, about, members in groups if takes_keys else ():
             text.start_section(title)
             text.add_text(about)
             text.add_arguments([_help_of(setting, self.all_keys) for setting in members])
@@ -62,24 +67,13 @@ class CommandParser(ArgumentParser):
             text.end_section()
         return text.format_help()
 
-    def _keys(self) -> Iterator[tuple[str, str | None, Sequence[Setting]]]:
-        """Title, text and settings of each group of keys."""
-        if self.all_keys:
-            yield from settings.sections()
-        else:
-            # a command of many runs sets what distinguishes them
-            usual = [s for s in SETTINGS if s.key in USUAL and not (s.own and self.many_runs)]
-            yield f"{len(usual)} of {len(SETTINGS)} keys (all: --help-all)", None, usual
-
 
 def _help_of(setting: Setting, long: bool) -> argparse.Action:
     """The option of a key: its first sentence, or all of its text with range and default."""
-    text, value = setting.text, placeholder(setting.kind)
-    if long:
-        text += f" [{setting.limits}]"
-    else:
-        text = text.partition(". ")[0].rstrip(".")
-        value = re.sub(r"\|[^|]{3,}$", "|...", re.sub(r"(\w+)\|.{9,}", r"\1|...", value))
+    text, value = f"{setting.text} [{setting.limits}]", placeholder(setting.kind)
+    if not long:
+        text = setting.text.partition(". ")[0].rstrip(".")
+        value = re.sub(r"\|.*", "|...", value)
     return argparse.Action([f"--{setting.key}"], "", metavar=value, help=text.replace("%", "%%"))
 
 
@@ -143,18 +137,21 @@ def _correction(name: str, known: set[str], stages: Sequence[str]) -> str:
 def _problem(error: ArgumentError, parser: ArgumentParser, argv: Sequence[str]) -> str:
     """An error of jsonargparse or argparse in words of our own."""
     name = settings.wrong_key(error)
-    if name in set(settings.keys()):
-        return f"{name}: expected {settings.values_of(name)}; got {value_of(argv, f'--{name}')!r}"
     if name:
         option = _option(parser, name)
         kind = next(vars(action)["_typehint"] for action in parser._actions if action.dest == name)
-        return f"{option}: expected {in_words(kind)}; got {value_of(argv, option)!r}"
+        is_key = name in set(settings.keys())
+        expected = settings.values_of(name) if is_key else in_words(kind)
+        got = value_of(argv, option)
+        return f"{name if is_key else option}: expected {expected}; got {got!r}"
     option = re.match("argument (--[^/:]+)", str(error))
     if option:
         takes = "takes no value" if "explicit" in str(error) else "a value is missing"
         return f"{option[1]}: {takes}"
     what, _, words = str(error).partition(": ")
-    return f"{words.upper()} is missing" if "required" in what else f"unexpected argument {words}"
+    if "required" in what:
+        return f"missing: {', '.join(_option(parser, name) for name in words.split(', '))}"
+    return f"unexpected argument {words}"
 
 
 def _option(parser: ArgumentParser, name: str) -> str:
@@ -173,39 +170,33 @@ def add_dry_run(parser: ArgumentParser, text: str) -> None:
 
 def check_dry_run(options: Mapping[str, Any]) -> None:
     """Raises UsageError for --classes or --images without --dry-run, alone, or below 2."""
-    sizes = {f"--{name}": options.get(name) for name in ("classes", "images")}
+    sizes = {f"--{name}": options[name] for name in ("classes", "images") if name in options}
     for name, value in sizes.items():
-        if value is not None and not options.get("dry_run"):
+        if not options.get("dry_run"):
             raise UsageError(f"{name} goes with --dry-run; training counts the images itself")
-        if value is not None and value < 2:
-            raise UsageError(f"{name}: at least 2, got {value}")
-    if len([value for value in sizes.values() if value is not None]) == 1:
-        raise UsageError("--classes and --images: both or neither; images counts the test too")
+        if value < 2:
+            raise UsageError(f"{name}: expected at least 2; got {value}")
+    if len(sizes) == 1:
+        raise UsageError("--classes and --images: both or neither; images include the test images")
 
 
 def take_stage_keys(argv: list[str], stages: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Remove --STAGE.key value from argv; the dotted keys by stage. Raises UsageError."""
+    """Remove --STAGE.KEY VALUE from argv; the dotted keys by stage. Raises UsageError."""
     taken: dict[str, list[str]] = {}
     rest: list[str] = []
     words = iter(argv)
     for word in words:
         stage, dot, key = word.removeprefix("--").partition(".")
-        if not (word.startswith("--") and dot and stage in stages):
+        if word.startswith("--") and dot and stage in stages:
+            value = () if "=" in key else itertools.islice(words, 1)
+            taken.setdefault(stage, []).extend([f"--{key}", *value])
+        else:
             rest.append(word)
-            continue
-        taken.setdefault(stage, []).append(f"--{key}")
-        if "=" not in key:
-            value = next(words, None)
-            if value is None:
-                raise UsageError(f"{word}: a value is missing")
-            taken[stage].append(value)
     argv[:] = rest
     special = {}
     for stage, given in taken.items():
-        parser = ArgumentParser(prog=stage, exit_on_error=False, add_help=False)
-        add_keys(parser)
         try:
-            special[stage] = parse(parser, given)[1]
+            special[stage] = parse(settings.key_parser(), given)[1]
         except UsageError as error:
             raise UsageError(f"stage {stage}: {error}") from None
     return special

@@ -22,7 +22,7 @@ import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from kdtrain.cli import studies
 from kdtrain.cli.arguments import (
@@ -234,37 +234,29 @@ def import_weights(argv: Sequence[str]) -> int:
         "--init_from or --head.run. Every name and shape is checked.",
         "import backbone.pth --layout arcface_torch --out runs/r50",
     )
-    layouts = ", ".join(PREFIXES)
-    parser.add_argument("weights", help="the project's file: .pt, .pth, .ckpt or .safetensors")
     add = parser.add_argument
-    add("--layout", type=str, help=f"project of the weights: {layouts}")
-    add("--out", type=str, metavar="RUN", help="run directory to write")
-    add("--name", type=str, help="network, to be checked (default: the one that fits)")
+    add("weights", help="file of the project: .pt, .pth, .ckpt or .safetensors")
+    layouts = Literal[tuple(PREFIXES)]
+    add("--layout", type=layouts, required=True, metavar="LAYOUT", help=", ".join(PREFIXES))
+    add("--out", type=str, required=True, metavar="RUN", help="run directory to write")
+    name = "network, to be checked (default: the one that fits)"
+    add("--name", type=Literal[NAMES], metavar="NAME", help=name)
     head = "file of the classifier, or one of its shards (default: adaface's own, else none)"
     add("--head", type=str, metavar="FILE", help=head)
     add("--classes", type=int, metavar="N", help="identities, where the last rows are padding")
     add("--scale", type=float, metavar="X", help=f"scale of the cosines (default {SCALE:g})")
-    add("--color", type=str, help="rgb or bgr (default: as published)")
+    color = "order of the color channels (default: as published)"
+    add("--color", type=Literal["rgb", "bgr"], metavar="rgb|bgr", help=color)
     options, _ = parse(parser, argv)
-    for name, wanted in (("layout", f"one of {layouts}"), ("out", "the run directory to write")):
-        if options.get(name) is None:
-            raise UsageError(f"--{name} is missing: {wanted}")
-    if options["layout"] not in PREFIXES:
-        raise UsageError(f"--layout: one of {layouts}, got {options['layout']}")
-    name, color = options.get("name"), options.get("color")
-    if name is not None and name not in NAMES:
-        raise UsageError(f"--name: one of {', '.join(NAMES)}, got {name}")
-    if color not in (None, "rgb", "bgr"):
-        raise UsageError(f"--color: rgb or bgr, got {color}")
     for line in write_run(
         Path(options["weights"]),
         options["layout"],
         Path(options["out"]),
-        name=name,
+        name=options.get("name"),
         head=Path(options["head"]) if options.get("head") else None,
         classes=options.get("classes"),
         scale=options.get("scale") or SCALE,
-        color=color,
+        color=options.get("color"),
     ):
         print(printable(line))
     return 0
@@ -289,18 +281,27 @@ def recipes(argv: Sequence[str]) -> int:
         raise UsageError(f"no recipe's name contains {wanted!r}; {nearest(wanted, names)}")
     width = shutil.get_terminal_size((160, 24)).columns
     for folder, members in itertools.groupby(found, lambda place: place[0]):
+        rows = [_recipe(folder, name) for _, name in members]
+        if options.get("verbose"):
+            for name, *_, comment in rows:
+                print(f"{folder}/{name}\n{textwrap.indent(comment, '    ')}")
+            continue
+        names, results = (max(len(row[place]) for row in rows) for place in (0, 2))
+        room = max(20, width - names - results - 6)
         print(folder)
-        for _, name in members:
-            comment = settings.head_comment(settings.recipe_path(f"{folder}/{name}"))
-            if options.get("verbose"):
-                print(textwrap.indent(f"{name}\n{textwrap.indent(comment, '  ')}", "  "))
-                continue
-            about, _, rest = comment.partition("Command:")
-            result = re.sub(r" \(.*?\)|: docs.*", "", rest.partition("Result:")[2].splitlines()[0])
-            result = "" if re.match(" *(not run|part of)", result) else result.strip()
-            line = f"  {name:19} {result:44} {about.splitlines()[0].rstrip('.')}"
-            print(line if len(line) <= width else f"{line[: width - 3].rstrip()}...")
+        for name, about, result, _ in rows:
+            about = textwrap.shorten(about, room, placeholder="...")
+            print(f"  {name:{names}}  {about:{room}}  {result}".rstrip())
     return 0
+
+
+def _recipe(folder: str, name: str) -> tuple[str, str, str, str]:
+    """Name, content, result and the whole comment of a recipe."""
+    comment = settings.head_comment(settings.recipe_path(f"{folder}/{name}"))
+    about, _, rest = comment.partition("Command:")
+    result = re.sub(r" \(.*?\)|: docs.*", "", rest.partition("Result:")[2].splitlines()[0]).strip()
+    result = "" if result.startswith(("not run", "part of")) else result
+    return name, about.splitlines()[0].rstrip("."), result, comment
 
 
 def report(argv: Sequence[str]) -> int:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import itertools
 import json
 import math
 import textwrap
 import typing
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
@@ -47,28 +49,9 @@ def require(holds: bool, key: str, expected: str, got: object) -> None:
         raise ConfigError(f"{key}: expected {expected}; got {got!r}")
 
 
-def setting(
-    default: Any = dataclasses.MISSING,
-    *,
-    factory: Callable[[], Any] | Any = dataclasses.MISSING,
-    counted: bool = True,
-    cost: Cost | None = None,
-    own: bool = False,
-    run: str | None = None,
-    within: str | None = None,
-) -> Any:
-    """A dataclass field that says more of a setting than type, default and help text.
-
-    counted: whether it can change a trained number, so that it is part of a run's key. cost: what
-    of it the time and memory of a step depend on: its value (the default), whether it is set, or
-    nothing; a section passes it on to its fields. own: what distinguishes the runs of a table of
-    the paper, so that a command line cannot set it for all of them. run: name of the input whose
-    run directory (or @NAME, the run beside; or a list of them) is the value; the input's key counts
-    in its place. within: one of RANGES; null is allowed where it is the default.
-    """
-    metadata = {"counted": counted and run is None, "cost": cost, "own": own, "run": run}
-    metadata["within"] = within
-    return dataclasses.field(default=default, default_factory=factory, metadata=metadata)
+def setting(default: Any = MISSING, *, factory: Any = MISSING, **about: Any) -> Any:
+    """A dataclass field of a config. about: fields of Setting other than their default."""
+    return dataclasses.field(default=default, default_factory=factory, metadata=about)
 
 
 def in_words(kind: Any, within: str | None = None) -> str:
@@ -120,11 +103,22 @@ class Setting(NamedTuple):
     kind: Any
     default: Any
     text: str
-    counted: bool
-    cost: Cost
-    own: bool
-    run: str | None
-    within: str | None
+    counted: bool = True
+    """Whether it can change a trained number, so that it is part of a run's key."""
+    cost: Cost = "value"
+    """Dependence of a step's time and memory: on the value, on whether it is set, or none; a
+    section passes its own on to its fields.
+    """
+    own: bool = False
+    """Whether it distinguishes the runs of a table: a command line cannot set it for all."""
+    run: str | None = None
+    """Name of the input, where the value is a run directory, @NAME or a list of them; the input's
+    key counts in its place.
+    """
+    within: str | None = None
+    """One of RANGES."""
+    target: Mapping[str, Any] | None = None
+    """The row of a distillation target, for a setting that weighs one (target.py)."""
 
     @property
     def shown_default(self) -> str:
@@ -140,42 +134,27 @@ class Setting(NamedTuple):
 
 
 def settings_of(kind: type, prefix: str = "", cost: Cost = "value") -> Iterator[Setting]:
-    """Every setting of a dataclass and of the sections in it, in their order; see `setting`."""
+    """Every setting of a dataclass and of the sections in it, in their order."""
     types, texts = _types(kind), _texts(kind)
     for item in dataclasses.fields(kind):
-        said: Mapping[str, Any] = item.metadata
-        own_cost: Cost = said.get("cost") or cost
-        if dataclasses.is_dataclass(types[item.name]):
-            yield from settings_of(types[item.name], f"{prefix}{item.name}.", own_cost)
+        inner, about = types[item.name], {"cost": cost, **item.metadata}
+        if dataclasses.is_dataclass(inner):
+            yield from settings_of(inner, f"{prefix}{item.name}.", about["cost"])
             continue
-        factory = item.default_factory
-        yield Setting(
-            key=prefix + item.name,
-            kind=types[item.name],
-            default=item.default if factory is dataclasses.MISSING else factory(),
-            text=texts[item.name],
-            counted=said.get("counted", True),
-            cost=own_cost,
-            own=said.get("own", False),
-            run=said.get("run"),
-            within=said.get("within"),
-        )
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        about["counted"] = about.get("counted", True) and "run" not in about
+        yield Setting(prefix + item.name, inner, default, texts[item.name], **about)
 
 
 _types = cache(typing.get_type_hints)
 
 
 def _texts(kind: type) -> dict[str, str]:
-    """The string literal under each field of a dataclass."""
+    """The string literal below each field of a dataclass, by the field's name."""
     body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
     assert isinstance(body, ast.ClassDef)
-    texts = {}
-    for here, below in zip(body.body, body.body[1:], strict=False):
-        if (
-            isinstance(here, ast.AnnAssign)
-            and isinstance(here.target, ast.Name)
-            and isinstance(below, ast.Expr)
-            and isinstance(below.value, ast.Constant)
-        ):
-            texts[here.target.id] = " ".join(str(below.value.value).split())
-    return texts
+    return {
+        ast.unparse(field.target): " ".join(ast.literal_eval(below.value).split())
+        for field, below in itertools.pairwise(body.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr)
+    }

@@ -30,11 +30,6 @@ MARGINS: Mapping[str, float] = {
 """Margins and their m where head.m is null: the values of their papers."""
 
 
-def is_known(name: str) -> bool:
-    """Whether model.name can be this: one of NAMES, or timm:NAME."""
-    return name in NAMES or (name.startswith(TIMM) and len(name) > len(TIMM))
-
-
 def network_title(model: Mapping[str, Any]) -> str:
     """'ResNet-50/8', 'IResNet-50', 'timm:convnext_tiny' of the settings under `model`.
 
@@ -62,9 +57,7 @@ class ModelConfig:
     data.input_size; timm:NAME is a network of timm, untrained.
     """
     embedding: int | None = setting(None, within="at least 1")
-    """Width of an embedding layer between backbone and classifier. null: 512 in face networks, no
-    such layer in resnet and timm.
-    """
+    "Width of the embedding layer. null: 512 in face networks, no layer in resnet and timm."
     color: Literal["rgb", "bgr"] = "rgb"
     "Order of the color channels that the weights expect. The network converts RGB images."
     depth: Literal[50, 14] = 50
@@ -74,21 +67,15 @@ class ModelConfig:
     divide: Literal[1, 2, 4, 8] = setting(1, own=True)
     "Divisor of the channels of every layer. It must be 1 for timm networks."
     stem: Literal["imagenet", "small"] = "imagenet"
-    """First layers of the resnet. imagenet is a 7x7 convolution of stride 2 and max pooling, small
-    is a 3x3 convolution of stride 2.
-    """
+    "First layers of the resnet: 7x7 convolution and pooling (imagenet), or 3x3 (small)."
 
     def __post_init__(self) -> None:
         check_settings(self, "model.")
-        require(
-            is_known(self.name), "model.name", f"one of {', '.join(NAMES)}, timm:NAME", self.name
-        )
-        require(
-            self.width >= self.divide and self.width % self.divide == 0,
-            "model.width",
-            f"a multiple of model.divide ({self.divide})",
-            self.width,
-        )
+        names = f"one of {', '.join(NAMES)}, timm:NAME"
+        known = self.name in NAMES or (self.name.startswith(TIMM) and self.name != TIMM)
+        require(known, "model.name", names, self.name)
+        divides = self.width >= self.divide and self.width % self.divide == 0
+        require(divides, "model.width", f"a multiple of model.divide ({self.divide})", self.width)
 
     @property
     def embedding_width(self) -> int | None:
@@ -130,9 +117,7 @@ class HeadConfig:
     m_cosine: float = setting(0.2, cost="none", within="0 or more")
     "Cosine part of the margin (combined)."
     m_min: float = setting(0.2, cost="none", within="0 or more")
-    """Smallest angle of the margin (distillation), for an image far from its label in the teacher's
-    space.
-    """
+    "Smallest margin, for an image that the teacher puts far from its label (distillation)."
     h: float = setting(0.333, cost="none", within="0 or more")
     "Sensitivity of the margin to the feature's norm (adaface)."
     margin_grad: Literal["exact", "straight_through"] = "exact"
@@ -146,9 +131,7 @@ class HeadConfig:
     moves each class center towards the teacher's features of its images (AdaDistill).
     """
     streamed: bool = False
-    """Compute the loss of a linear classifier without storing the logits. Saves memory with very
-    many identities.
-    """
+    "Compute the loss of a linear classifier without storing logits, to save memory."
     sample: float = setting(1.0, within="0 < x <= 1")
     """Share of the identities with logits in a step (PartialFC). Identities of the batch are always
     among them; below 1 needs a cosine or streamed head.

@@ -38,20 +38,16 @@ class DataConfig:
     train or test from a column.
     """
     test_fraction: float = setting(0.2, within="0 < x < 1")
-    "Share of the images held out for testing. With data.split identity, share of the identities."
+    "Share of the images held out for testing; with data.split identity, of the identities."
     validation_fraction: float = setting(0.0, within="0 <= x < 1")
     """Share of the training images held out for validation. With a validation split, evaluations,
     best/ and early stopping use it instead of the test split. With data.split identity, share of
     the training identities.
     """
     split_seed: int = 0
-    """Seed of the split. It is independent of seed, so that runs with other seeds share the test
-    images.
-    """
+    "Seed of the split, independent of seed: runs of all seeds share the test images."
     on_error: Literal["raise", "skip"] = "raise"
-    """Effect of a missing or damaged image. raise stops the run; skip omits, counts and reports the
-    image.
-    """
+    "Effect of a damaged image. raise stops the run; skip omits and reports the image."
     store_size: int = setting(36, cost="value")
     "Side of the stored images, in pixels. Every image is resized to this square once."
     crop_size: int | None = setting(None, cost="value")
@@ -79,25 +75,14 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_settings(self, "data.")
         by_file = self.split.startswith("file:") and self.split.count(":") >= 2
-        require(
-            by_file or self.split in ("random", "identity", "identity:random"),
-            "data.split",
-            "random, identity, identity:random or file:NAME.csv:COLUMN",
-            self.split,
-        )
-        require(
-            self.crop_side >= self.input_size,
-            "data.crop_size",
-            f"at least data.input_size ({self.input_size}), as crops are never enlarged",
-            self.crop_size,
-        )
-        crop = "input_size" if self.crop_size is None else "crop_size"
-        require(
-            self.store_size >= self.crop_side,
-            "data.store_size",
-            f"at least data.{crop} ({self.crop_side})",
-            self.store_size,
-        )
+        known = ("random", "identity", "identity:random")
+        splits = f"{', '.join(known)} or file:NAME.csv:COLUMN"
+        require(by_file or self.split in known, "data.split", splits, self.split)
+        side, crop = self.input_size, self.crop_side
+        least = f"at least data.input_size ({side}), as crops are never enlarged"
+        require(crop >= side, "data.crop_size", least, self.crop_size)
+        least = f"at least data.{'input_size' if self.crop_size is None else 'crop_size'} ({crop})"
+        require(self.store_size >= crop, "data.store_size", least, self.store_size)
         if self.kind != "synthetic":
             require(bool(self.root), "data.root", f"a folder, for data.kind {self.kind}", self.root)
 
@@ -116,9 +101,7 @@ class AugmentConfig:
     flip: bool = setting(True, cost="none")
     "Mirror half of the training images. Left and right landmarks are exchanged."
     crop: Literal["random", "jitter"] = "random"
-    """Crop of a training image. random shifts a crop of data.crop_size; jitter also scales it,
-    within the image.
-    """
+    "Crop in training. random shifts the crop; jitter also scales it, within the image."
     scale_min: float = setting(0.85, cost="none")
     "Smallest side of the crop, as a share of the image's side (jitter)."
     scale_max: float = setting(0.95, cost="none")
@@ -126,12 +109,9 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         check_settings(self, "augment.")
-        require(
-            0 < self.scale_min <= self.scale_max <= 1,
-            "augment.scale_min, augment.scale_max",
-            "0 < min <= max <= 1",
-            (self.scale_min, self.scale_max),
-        )
+        scales = self.scale_min, self.scale_max
+        keys = "augment.scale_min, augment.scale_max"
+        require(0 < scales[0] <= scales[1] <= 1, keys, "0 < min <= max <= 1", scales)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,9 +159,7 @@ class OptimConfig:
     """SGD with Nesterov momentum, and its schedule in steps of the optimizer."""
 
     phases: list[Phase] = setting(factory=lambda: [Phase(epochs=30, lr=0.1)], cost="none", own=True)
-    """Epochs and learning rate of each phase. The paper uses lr 0.1 from scratch and 0.01 for an
-    initialised network.
-    """
+    "Epochs and learning rate of each phase. The paper's lr: 0.1 from scratch, 0.01 initialised."
     schedule: Literal["constant", "cosine"] = setting("constant", cost="none")
     """Learning rate within a phase. constant keeps lr; cosine decays it by half a cosine to
     optim.final_lr_fraction of lr.
@@ -191,21 +169,15 @@ class OptimConfig:
     warmup_epochs: float = setting(0.0, cost="none")
     "Epochs of linear warmup from learning rate 0 at the start of the run."
     batch_size: int = setting(256, within="at least 2")
-    """Images per batch. Verification with a triplet loss uses triplet.identities times
-    triplet.images_per_identity instead.
-    """
+    "Images per batch. A triplet loss takes triplet.identities x triplet.images_per_identity."
     accumulate: int = setting(1, cost="none", within="at least 1")
-    """Batches per step. The step uses the mean of their gradients; batch normalisation and triplet
-    mining see one batch at a time.
-    """
+    "Batches per step, by the mean of their gradients. Mining and normalisation see one batch."
     momentum: float = setting(0.9, cost="none")
     "Nesterov momentum, between 0 and 1."
     weight_decay: float = setting(5e-4, cost="none", within="0 or more")
     "L2 penalty on the parameters. optim.no_decay exempts some of them."
     no_decay: Literal["none", "norm_and_bias"] = "none"
-    """Parameters without weight decay: none, or all biases and the parameters of normalisation
-    layers.
-    """
+    "Parameters without weight decay: none, or biases and normalisation layers."
     clip_norm: float | None = setting(None, cost="switch", within="more than 0")
     "Largest norm of the gradient. A larger gradient is scaled down; null never scales."
     ema: float | None = setting(None, cost="switch", within="0 < x < 1")
@@ -218,12 +190,8 @@ class OptimConfig:
         require(len(self.phases) > 0, "optim.phases", "at least one {epochs, lr}", self.phases)
         require(0 < self.momentum < 1, "optim.momentum", "0 < x < 1 (Nesterov)", self.momentum)
         epochs = sum(phase.epochs for phase in self.phases)
-        require(
-            0 <= self.warmup_epochs <= epochs,
-            "optim.warmup_epochs",
-            f"from 0 to the epochs of all phases ({epochs})",
-            self.warmup_epochs,
-        )
+        known = f"from 0 to the epochs of all phases ({epochs})"
+        require(0 <= self.warmup_epochs <= epochs, "optim.warmup_epochs", known, self.warmup_epochs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,9 +205,7 @@ class TrainConfig:
     deterministic: bool = True
     "Use deterministic algorithms only. Exact resume needs them."
     log_every: int = setting(10, counted=False, cost="none", within="at least 1")
-    """Steps between two lines of metrics.jsonl. Loss terms are transferred from the device at this
-    interval.
-    """
+    "Steps between two lines of metrics.jsonl."
     eval_every: int = setting(1, cost="none", within="at least 1")
     "Epochs between two evaluations. Every phase ends with an evaluation."
     early_stop: int | None = setting(None, cost="none", within="at least 1")
@@ -291,8 +257,8 @@ class Config:
     fused: bool = True
     "Use the fused kernels of kdkernels. false runs every op on the eager backend."
     init_from: str | None = setting(None, run="init_from", cost="none", own=True)
-    """Run directory that initialises the weights. RUN takes its last weights, RUN/best its best
-    ones; @NAME is the run beside this one.
+    """Run directory that initialises the weights. RUN/best takes its best weights; @NAME is the run
+    beside this one.
     """
     teacher: TeacherConfig = setting(factory=TeacherConfig, cost="none")
     data: DataConfig = setting(factory=DataConfig, cost="none")
@@ -308,59 +274,45 @@ class Config:
     def __post_init__(self) -> None:
         known = f"target.{', '.join(TEACHER_WEIGHTS[:-1])} and {TEACHER_WEIGHTS[-1]}"
         if self.target.needs_teacher and self.teacher.run is None:
-            raise ConfigError(
-                f"{known} need a teacher: set --teacher to its run folder, or the weights to 0"
-            )
+            raise ConfigError(f"{known} need a teacher: set teacher.run, or the weights to 0")
         if self.head.needs_teacher and self.teacher.run is None:
             raise ConfigError(
-                "head.margin distillation and head.update adaptive need a teacher: set --teacher "
-                "to its run folder"
+                "head.margin distillation and head.update adaptive need a teacher: set teacher.run"
             )
         if self.teacher.run is not None and not self.needs_teacher:
             raise ConfigError(f"teacher is set but {known} are all 0: weigh one, or drop it")
         if self.head.update == "none" and self.head.run is None and self.init_from is None:
             raise ConfigError(
-                "head.update none would freeze a random classifier: name the run that it comes "
-                "from with head.run, or train it (head.update gradient)"
+                "head.update none freezes a random classifier: set head.run, or update to gradient"
             )
         for target in self.target.weighed:
             # two images are always one mean distance apart
             if not self.balanced and self.optim.batch_size < target.least:
+                needed = f"at least {target.least}, as target.{target.key} compares so many images"
                 raise ConfigError(
-                    f"target.{target.key} compares at least {target.least} images of a batch, "
-                    f"and optim.batch_size is {self.optim.batch_size}: raise it, or set "
-                    f"target.{target.key} to 0"
+                    f"optim.batch_size: expected {needed}; got {self.optim.batch_size}"
                 )
         check_teachers(self.target, self.teacher, self.head.needs_teacher)
         check_sizes(self.target, self.data.input_size, self.teacher_side, self.data.crop_side)
         if self.eval.gallery is not None and self.task != "verification":
-            raise ConfigError(
-                f"eval.gallery: features are searched in task verification, got {self.task}; set "
-                "eval.gallery to null"
-            )
+            raise ConfigError(f"eval.gallery needs task verification, got {self.task}")
         if self.target.hint and self.task != "classification":
             raise ConfigError(
-                f"target.hint is a stage before classification, got task {self.task}: set task to "
-                "classification (the teacher may be of any task)"
+                f"target.hint needs task classification, got {self.task} (the teacher's may differ)"
             )
         if self.train.early_stop is not None and not self.data.validation_fraction:
             raise ConfigError(
-                "train.early_stop: needs held-out images to judge by, as the test split must not "
-                "decide; set data.validation_fraction above 0, or train.early_stop to null"
+                "train.early_stop needs a validation split: set data.validation_fraction above 0"
             )
         has_other_loss = self.target.gamma > 0 or self.target.needs_teacher
         if self.task == "classification":
             if self.data.split == "identity":
                 raise ConfigError(
-                    "data.split identity tests on identities without a class of their own: "
-                    "use identity:random, random or file: for classification"
+                    "data.split identity leaves test identities without a class: use random, "
+                    "identity:random or file:NAME.csv:COLUMN for classification"
                 )
-            require(
-                has_other_loss,
-                "target.gamma",
-                "more than 0 for classification, unless a target of the teacher has a weight",
-                self.target.gamma,
-            )
+            needed = "more than 0 for classification, unless a target of the teacher has a weight"
+            require(has_other_loss, "target.gamma", needed, self.target.gamma)
         if self.task == "verification" and not (self.triplet.weight or has_other_loss):
             raise ConfigError(
                 "triplet.weight 0 leaves verification without a loss: raise it or target.gamma"

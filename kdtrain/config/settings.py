@@ -32,13 +32,6 @@ from kdtrain.config.synonyms import HINTS
 RECIPES = Path(__file__).parent.parent / "recipes"
 # keys that may be written shorter
 SHORT = {"teacher": "teacher.run"}
-RENAMED = {
-    "data.people": "data.identities",
-    "data.pictures": "data.images_per_identity",
-    "triplet.people": "triplet.identities",
-    "triplet.pictures": "triplet.images_per_identity",
-}
-"""Keys of versions before 0.1, whose run directories are refused by name."""
 SIMILAR = 0.75  # difflib's ratio of two names, below which an error suggests neither
 MANY = 16  # known names, above which an error does not list them
 FEW = 3  # suggestions
@@ -86,16 +79,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def correction(word: str, known: Iterable[str]) -> str:
-    """The setting that a name of an older version or of another trainer stands for; else what
-    `nearest` finds. word, known: options with their dashes, or keys.
+    """The setting that an option of another trainer stands for; else the result of `nearest`. word,
+    known: options with their dashes, or keys.
     """
     known, tail = list(known), _tail(word).lower().replace("-", "_")
-    new = RENAMED.get(word.lstrip("-"))
-    if new is not None:
-        return f"the key {word.lstrip('-')} is now {new}"
-    if tail in HINTS and {"seed", "--seed"} & set(known):
-        return HINTS[tail]
-    return nearest(word, known)
+    is_key = tail in HINTS and {"seed", "--seed"}.intersection(known)
+    return HINTS[tail] if is_key else nearest(word, known)
 
 
 def _tail(name: str) -> str:
@@ -252,7 +241,6 @@ def read_recipe(path: Path, _found: dict[Path, Any] | None = None) -> dict[str, 
     for base in bases:
         flat.update(read_recipe(_base(base, path), found))
     own = in_full(flatten(tree))
-    check_version(own, path)
     try:
         _typed(own)
     except ConfigError as error:
@@ -275,16 +263,6 @@ def _base(name: str, recipe: Path) -> Path:
     return RECIPES / f"{name}.yaml"
 
 
-def check_version(flat: Mapping[str, Any], path: Path) -> None:
-    """Raises ConfigError for the config.yaml of a run directory that an older version wrote."""
-    old = [key for key in RENAMED if key in flat]
-    if old and path.name == "config.yaml":
-        raise ConfigError(
-            f"{path.parent}: written by an older version of kdtrain (its {old[0]} is now "
-            f"{RENAMED[old[0]]}); train that run again"
-        )
-
-
 def build(flat: Mapping[str, Any]) -> Config:
     """A checked Config from dotted keys, short ones too; keys that are not set take the schema's
     defaults.
@@ -293,8 +271,7 @@ def build(flat: Mapping[str, Any]) -> Config:
     together.
     """
     values = _typed(in_full(flat))
-    types = typing.get_type_hints(Config)
-    for name, kind in types.items():
+    for name, kind in typing.get_type_hints(Config).items():
         if dataclasses.is_dataclass(kind):
             values[name] = kind(**values.get(name, {}))  # type: ignore[operator]
     return Config(**values)
@@ -323,7 +300,7 @@ def _typed(flat: Mapping[str, Any]) -> dict[str, Any]:
         if value is None and type(None) not in typing.get_args(_BY_KEY[key].kind):
             raise ConfigError(f"{key}: expected {values_of(key)}; got null")
         _check_numbers(key, value)
-    parser = _key_parser()
+    parser = key_parser()
     try:
         # a copy: the parser puts objects of its own in the place of mappings
         given = parser.parse_object(copy.deepcopy(nested(flat)), defaults=False)
@@ -358,8 +335,9 @@ def _check_numbers(key: str, value: Any) -> None:
 
 
 @cache
-def _key_parser() -> ArgumentParser:
-    parser = ArgumentParser(exit_on_error=False)
+def key_parser() -> ArgumentParser:
+    """A parser of keys alone."""
+    parser = ArgumentParser(exit_on_error=False, add_help=False)
     add_keys(parser)
     return parser
 

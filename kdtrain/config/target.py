@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from kdtrain.config.fields import ConfigError, check_settings, require, setting
@@ -49,8 +49,7 @@ class Target:
 def _weight(name: str, words: str, reads: str, **more: Any) -> float:
     """The field that weighs a target, with the target's row but for its key."""
     row = {"name": name, "words": words, "reads": reads, **more}
-    said = {"target": row, "cost": "switch", "own": True, "within": "0 or more"}
-    return field(default=0.0, metadata=said)
+    return setting(0.0, target=row, cost="switch", own=True, within="0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +71,7 @@ class TargetConfig:
     embedding_cosine: float = _weight(
         "embedding_cosine", "embedding cosine", "feature", published=128.0
     )
-    """Weight of the embedding target as 1 - cos, half of embedding_l2. Published weights are 64 and
-    128.
-    """
+    "Weight of the embedding target as 1 - cos. Published weights are 64 and 128."
     rkd_distance: float = _weight(
         "rkd_distance", "RKD distance", "feature", published=25.0, least=3
     )
@@ -108,25 +105,17 @@ class TargetConfig:
     teacher_head_temperature: float | None = setting(None, within="more than 0")
     "Temperature of target.teacher_head. null takes target.temperature."
     teacher_head_proj: Literal["linear", "none"] = "linear"
-    """Projection of the student's feature before the teacher's classifier, where widths differ. It
-    is learnt, and dropped after training.
-    """
+    "Learnt projection of the student's feature before that classifier, if widths differ."
     hidden_proj: Literal["linear", "none"] = "linear"
-    """Projection of the student's feature before the hidden target, where widths differ. It is
-    learnt, and dropped after training.
-    """
+    "Learnt projection of the student's feature before the hidden target, if widths differ."
     hidden_normalize: bool = False
     "Scale both features to unit length before the hidden target."
     embedding_proj: Literal["linear", "none"] = "linear"
-    """Projection of the student's feature before the embedding targets, where widths differ. It is
-    separate from target.hidden_proj.
-    """
+    "Learnt projection of the student's feature before embedding targets, if widths differ."
     hidden_reduction: Literal["batchmean", "mean", "sum"] = "batchmean"
-    """Reduction of the hidden target. batchmean divides by the images, as the paper does; mean also
-    by the feature's length.
-    """
+    "Reduction of the hidden target. batchmean divides by images, mean also by feature width."
     logits_reduction: Literal["batchmean", "mean", "sum"] = "batchmean"
-    "Reduction of the logits target. batchmean divides by the images, mean also by the identities."
+    "Reduction of the logits target. batchmean divides by images, mean also by identities."
     hint_stage: Literal[1, 2, 3, 4] = 2
     "Residual stage whose output is the hint, in student and teacher."
     hint_reduction: Literal["batchmean", "mean", "sum"] = "batchmean"
@@ -180,21 +169,17 @@ class TeacherConfig:
     """
 
     run: str | None = setting(None, run="teacher", own=True)
-    """Run directory of the teacher. RUN takes its last weights, RUN/best its best ones; @NAME is
-    the run beside this one.
+    """Run directory of the teacher. RUN/best takes its best weights; @NAME is the run beside this
+    one.
     """
     more: list[str] = setting(factory=list, run="teacher_more")
     """Run directories of further teachers of the same identities. The soft target (target.alpha)
     takes the mean of all predictions; the other targets need a single teacher.
     """
     weights: list[float] | None = None
-    """Weights of teacher.run and each of teacher.more in the mean prediction. null weighs them
-    equally.
-    """
+    "Weights of teacher.run and teacher.more in the mean prediction; null: equal."
     input_size: int | None = setting(None, cost="value")
-    """Side of the teacher's input, in pixels. The teacher receives the student's crops and flips at
-    this resolution; null takes data.input_size.
-    """
+    "Side of the teacher's input, in pixels. It sees the student's crops; null: data.input_size."
     cache: Literal["none", "float32", "float16"] = "none"
     """Cache of the teacher outputs on disk, shared by all students with the same batches. float32
     trains bitwise identically to none; float16 rounds the outputs and takes half the space.
@@ -209,24 +194,19 @@ class TeacherConfig:
     "Directory of the cache. null is teacher_cache beside the run directory."
 
     def __post_init__(self) -> None:
-        weights = self.weights
-        require(
-            weights is None
-            or (len(weights) == 1 + len(self.more) and all(0 < w < math.inf for w in weights)),
-            "teacher.weights",
-            f"null, or a number above 0 for each of the {1 + len(self.more)} teachers",
-            weights,
-        )
+        weights, teachers = self.weights or [], 1 + len(self.more)
+        holds = len(weights) == teachers and all(0 < w < math.inf for w in weights)
+        needed = f"null, or a number above 0 for each of the {teachers} teachers"
+        require(self.weights is None or holds, "teacher.weights", needed, self.weights)
         features = self.cache_what == "features"
         if features and self.cache == "none":
             raise ConfigError(
-                "teacher.cache_what features keeps nothing while teacher.cache is none: set "
-                "teacher.cache to float32 or float16"
+                "teacher.cache_what features needs teacher.cache float32 or float16, got none"
             )
         if features and self.more:
             raise ConfigError(
-                "teacher.cache_what features: the averaged prediction of several teachers "
-                "(teacher.more) is not that of one feature; set teacher.cache_what to outputs"
+                "teacher.cache_what features holds one teacher's features, and teacher.more names "
+                "others: set teacher.cache_what to outputs"
             )
 
     @property
@@ -248,9 +228,8 @@ def check_teachers(target: TargetConfig, teacher: TeacherConfig, head_asks: bool
     others += ["head.margin or head.update reads the teacher's features"] if head_asks else []
     if others or not target.alpha:
         raise ConfigError(
-            "teacher.more: several teachers are averaged in target.alpha alone, and "
-            f"{others[0] if others else 'it is 0'}: weigh target.alpha and nothing else of the "
-            "teacher, or leave one teacher"
+            f"teacher.more needs target.alpha as the only target, and "
+            f"{others[0] if others else 'it is 0'}: set others to 0, or use one teacher"
         )
 
 
@@ -258,12 +237,8 @@ def check_sizes(target: TargetConfig, side: int, theirs: int, crop: int) -> None
     """Raises ConfigError where the teacher's images cannot be had from the crop, or maps are
     compared that do not halve into each other. side, theirs: pixels that student and teacher see.
     """
-    require(
-        8 <= theirs <= crop,
-        "teacher.input_size",
-        f"from 8 to the crop's {crop} pixels (data.crop_size, at most data.store_size), or null",
-        theirs,
-    )
+    needed = f"from 8 to the crop's {crop} pixels (data.crop_size), or null"
+    require(8 <= theirs <= crop, "teacher.input_size", needed, theirs)
     if theirs == side:
         return
     if target.hint:

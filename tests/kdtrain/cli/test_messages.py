@@ -75,8 +75,9 @@ def test_a_wrong_option_is_named_with_what_it_takes(argv, message, capsys):
     assert message in error(capsys, "train", "demo/cls_student", *argv)
 
 
-def test_a_missing_operand_is_named(capsys):
-    assert error(capsys, "train") == "RECIPE is missing"
+def test_a_missing_argument_is_named(capsys):
+    assert error(capsys, "train") == "missing: RECIPE"
+    assert error(capsys, "import", "x.pth") == "missing: --layout, --out"
 
 
 @pytest.mark.parametrize(

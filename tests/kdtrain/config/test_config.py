@@ -252,7 +252,7 @@ def test_the_command_line_wins_over_the_recipe(shown):
     ("arguments", "message"),
     [
         (["trian"], "did you mean train?"),
-        (["train"], "RECIPE is missing"),
+        (["train"], "missing: RECIPE"),
         (["train", "two-cores/cls_techer"], "did you mean two-cores/cls_teacher?"),
         (["train", "two-cores/cls_teacher", "--modle.depth", "50"], "did you mean --model.depth?"),
         (["train", "two-cores/cls_teacher", "--model.dep", "50"], "did you mean --model.depth?"),
@@ -287,35 +287,6 @@ def test_stage_keys_are_taken_out_of_the_command_line():
     assert argv == ["--seed", "1", "--data.kind", "folder"]
     with pytest.raises(UsageError, match="value is missing"):
         take_stage_keys(["--one.seed"], ["one"])
-
-
-@pytest.mark.parametrize(("old", "new"), sorted(settings.RENAMED.items()))
-def test_a_renamed_key_is_an_error_that_names_the_new_one(old, new, tmp_path, capsys):
-    known = settings.keys()
-    assert old not in known
-    assert new in known
-    section, _, name = old.partition(".")
-    (tmp_path / "recipe.yaml").write_text(f"{section}: {{{name}: 4}}\n")
-    expected = f"the key {old} is now {new}"
-    with pytest.raises(ConfigError, match=expected):
-        settings.read_recipe(tmp_path / "recipe.yaml")
-    with pytest.raises(ConfigError, match=expected):
-        settings.build({old: 4})
-    assert main(["train", "demo/cls_student", f"--{old}", "4"]) == 2
-    assert expected in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("command", ["train", "eval", "report"])
-def test_a_run_directory_of_an_older_version_is_one_error_that_says_so(command, tmp_path, capsys):
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "config.yaml").write_text("task: classification\ndata: {people: 4, pictures: 5}\n")
-    assert main([command, str(run)]) != 0
-    error = capsys.readouterr().err.splitlines()[0]
-    assert error == (
-        f"error: {run}: written by an older version of kdtrain (its data.people is now "
-        "data.identities); train that run again"
-    )
 
 
 def test_an_empty_value_of_an_option_is_a_usage_error(capsys):

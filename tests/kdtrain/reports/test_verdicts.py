@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kdtrain.experiments import verdicts
-from kdtrain.experiments.verdicts import at_least, compare, neutral, pooled
+from kdtrain.reports.tables import verdicts
+from kdtrain.reports.tables.verdicts import at_least, compare, neutral, pooled
 
 
 def arms(

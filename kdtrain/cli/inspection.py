@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 from pathlib import Path
 
@@ -12,13 +11,11 @@ from kdtrain.config import Config
 from kdtrain.config.program import printable
 from kdtrain.data import left_out, sample_grid
 from kdtrain.data.run_data import RunData
-from kdtrain.objectives.tasks import TASKS, build_task
+from kdtrain.objectives.tasks import build_task
 from kdtrain.training.checkpoint import write_bytes
 from kdtrain.training.environment import computing
 from kdtrain.training.journal.journal import console, number
 from kdtrain.training.preparation import without_teacher
-
-SKIPPED_SHOWN = 5
 
 
 def show(config: Config, grid: Path) -> None:
@@ -44,9 +41,8 @@ def show(config: Config, grid: Path) -> None:
         say(f"landmarks   {'5 points' if source.landmarks is not None else 'none'}")
         if source.groups is not None:
             say(f"videos      {len(source.groups.unique())}")
-        say(f"skipped     {len(source.skipped)}")
-        for line in source.skipped[:SKIPPED_SHOWN]:
-            say(f"            {printable(line)}", markup=False)
+        for line in data.notes():
+            say(f"note        {printable(line)}", markup=False)
         kept = f", {len(data.validation)} validation" if len(data.validation) else ""
         say(
             f"split       {config.data.split}: {len(data.train)} training{kept}, "
@@ -58,15 +54,11 @@ def show(config: Config, grid: Path) -> None:
         say(f"            {data.unseen()} test images of identities without a training image")
         alone = len(left_out(data.train, data.labels))
         say(f"            {alone} training images are their identity's only one (no triplet)")
-        say("floors      what a method scores that learns nothing:")
-        for name in TASKS:
-            if source.landmarks is None and TASKS[name].needs_landmarks:
-                continue
-            alone_config = dataclasses.replace(without_teacher(config), task=name)
-            task = build_task(alone_config, source.num_classes)
+        task = build_task(without_teacher(config), source.num_classes)
+        if source.landmarks is not None or not task.needs_landmarks:
             floors = task.floors(data.evaluation(data.train), data.evaluation(data.test))
-            shown = [f"{key} {number(key, value)}" for key, value in floors.items()]
-            say(f"            {name}: {', '.join(shown)}")
+            say(f"floors      what a method scores in {config.task} that learns nothing:")
+            say(f"            {', '.join(f'{k} {number(k, v)}' for k, v in floors.items())}")
         sheet = io.BytesIO()
         sample_grid(data.store).save(sheet, format="PNG")
         write_bytes(grid, sheet.getvalue())

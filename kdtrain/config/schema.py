@@ -34,7 +34,8 @@ class DataConfig:
     "Folder of the images (celeba, folder)."
     split: str = "random"
     """random by image | identity (disjoint identities) | identity:random (by image, among the
-    training identities of identity) | file:NAME.csv:COLUMN, whose column holds train or test.
+    training identities of identity) | file:NAME.csv:COLUMN, whose column holds train or test
+    (file:list_eval_partition.txt:partition is CelebA's own).
     """
     test_fraction: float = setting(0.2, within="0 < x < 1")
     "Share of the images (of the identities, for identity) that is held out."

@@ -29,7 +29,7 @@ class Target:
     its pooled feature, the attention maps of its stages, or a stage's output.
     """
     published: float = 1.0
-    """Weight that its authors use, beside a softmax loss (docs/training.md)."""
+    """Weight that its authors use, beside a softmax loss (docs/targets.md)."""
     form: str = ""
     """Field of TargetConfig that a report puts in brackets."""
     least: int = 1

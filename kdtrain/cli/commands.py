@@ -221,7 +221,7 @@ def import_weights(argv: Sequence[str]) -> int:
     """Write published weights as a run folder."""
     from kdtrain.config.networks import NAMES
     from kdtrain.models.published.layouts import PREFIXES
-    from kdtrain.training.import_weights import SCALE, write_run
+    from kdtrain.training.published.import_weights import SCALE, write_run
 
     parser = command_parser(
         "import",

@@ -48,6 +48,7 @@ def setting(
     own: bool = False,
     run: str | None = None,
     within: str | None = None,
+    source: bool = False,
 ) -> Any:
     """A dataclass field that says more of a setting than type, default and help text.
 
@@ -56,10 +57,11 @@ def setting(
     nothing; a section passes it on to its fields. own: what distinguishes the runs of a table of
     the paper, so that a command line cannot set it for all of them. run: name of the input whose
     run directory (or @NAME, the run beside; or a list of them) is the value; the input's key counts
-    in its place. within: one of RANGES; null is allowed where it is the default.
+    in its place. within: one of RANGES; null is allowed where it is the default. source: whether it
+    says which images are read, and how.
     """
     metadata = {"counted": counted and run is None, "cost": cost, "own": own, "run": run}
-    metadata["within"] = within
+    metadata |= {"within": within, "source": source}
     return dataclasses.field(default=default, default_factory=factory, metadata=metadata)
 
 

@@ -26,11 +26,11 @@ from kdtrain.config.target import (
 class DataConfig:
     """Which images, how they are split, and how large they are kept."""
 
-    kind: Literal["synthetic", "celeba", "folder"] = "synthetic"
+    kind: Literal["synthetic", "celeba", "folder"] = setting("synthetic", source=True)
     """synthetic draws faces; celeba reads CelebA's layout; folder reads one folder per class
     (ImageFolder).
     """
-    root: str | None = setting(None, counted=False)
+    root: str | None = setting(None, counted=False, source=True)
     "Folder of the images (celeba, folder)."
     split: str = "random"
     """random by image | identity (disjoint identities) | identity:random (by image, among the
@@ -46,9 +46,9 @@ class DataConfig:
     """
     split_seed: int = 0
     "Seed of the split alone, so that runs with other seeds are tested on the same images."
-    on_error: Literal["raise", "skip"] = "raise"
+    on_error: Literal["raise", "skip"] = setting("raise", source=True)
     "A missing or damaged image stops the run, or is left out, counted and reported."
-    store_size: int = setting(36, cost="value")
+    store_size: int = setting(36, cost="value", source=True)
     "Images are resized to this square once, pixels."
     crop_size: int | None = setting(None, cost="value")
     """Side of the crop in stored pixels (with augment.crop jitter: in pixels that the window is
@@ -58,17 +58,17 @@ class DataConfig:
     "Side of the network's input: the crop, averaged down to it where it is larger."
     cache: Literal["auto", "memory", "none"] = setting("auto", counted=False)
     "Keep resized images in memory; auto does so up to 2 GiB."
-    workers: int = setting(0, counted=False, within="0 or more")
+    workers: int = setting(0, counted=False, within="0 or more", source=True)
     "Threads that decode images ahead when they are not kept in memory."
-    identities: int = setting(350, within="at least 2")
+    identities: int = setting(350, within="at least 2", source=True)
     "Number of identities (synthetic only)."
-    images_per_identity: int = setting(20, within="at least 2")
+    images_per_identity: int = setting(20, within="at least 2", source=True)
     "Images of each identity (synthetic only)."
     noise: float = setting(0.04, within="0 <= x < 1")
     "Share of images with a wrong label (synthetic only)."
-    synthetic_seed: int = 0
+    synthetic_seed: int = setting(0, source=True)
     "Seed of the synthetic faces (synthetic only)."
-    landmark_file: str | None = None
+    landmark_file: str | None = setting(None, source=True)
     "Landmark list inside root (celeba); null takes list_landmarks_align_celeba.txt."
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -27,10 +27,6 @@ from kdtrain.data.transforms import area_average, augment, center, shrink, to_or
 EVAL_BATCH = 256
 SKIPPED_SHOWN = 5
 LARGE_SHARE = 0.25  # of the test split's genuine pairs, from which one identity is named
-_SOURCE_SETTINGS = (
-    *("kind", "root", "on_error", "identities", "images_per_identity", "synthetic_seed"),
-    *("store_size", "landmark_file", "workers"),
-)
 
 
 class Batch(NamedTuple):
@@ -108,7 +104,7 @@ def shared_source(data: DataConfig, sources: dict[DataConfig, FaceSource]) -> Fa
     """The source of a data section, from `sources` where one was read alike before: how images
     are split, resized and kept makes no other source.
     """
-    kept = {name: getattr(data, name) for name in _SOURCE_SETTINGS}
+    kept = {f.name: getattr(data, f.name) for f in fields(data) if f.metadata.get("source")}
     split = data.split if data.split.startswith("file:") else "random"
     read = DataConfig(**kept, split=split, input_size=data.store_size)
     if read not in sources:

@@ -22,20 +22,16 @@ if TYPE_CHECKING:
 TASKS = ("classification", "alignment", "verification")
 # In this order `reproduce` spends a budget: table 3 costs least, table 2 most.
 TABLES = ("table3", "table1", "table4", "table5", "table2")
-AGAIN = (
-    "The plan and its cost are printed first. Run again, it reuses finished runs and resumes "
-    "unfinished ones. Keys count for every run, --TASK.section.key for the runs of one task, "
-    "--second.section.key for those on a second data source."
-)
 
 
 def study(argv: Sequence[str]) -> int:
-    """Run studies: arms over seeds, a table with verdicts; without a name, list them."""
+    """Train the arms of a study over seeds; without a name, list."""
     parser = arguments.command_parser(
         "study",
-        "[NAME|FILE.yaml ...] [--seeds N] [--budget MINUTES] [--section.key value ...]",
-        "Train every arm of a study over several seeds and write its table as text, Markdown, CSV, "
-        f"HTML and PNG. Without a name, list the packaged studies. {AGAIN}",
+        "[NAME|FILE.yaml ...] [--KEY VALUE ...]",
+        "Train the arms of studies over several seeds and write a table with verdicts.",
+        "study table3 --budget 60",
+        "study my.yaml --seeds 2 --dry-run",
     )
     parser.add_argument("studies", nargs="*", help="packaged studies, or YAML files")
     _add_options(parser)
@@ -52,12 +48,12 @@ def study(argv: Sequence[str]) -> int:
 
 
 def reproduce(argv: Sequence[str]) -> int:
-    """Reproduce the tables of arXiv 1709.02929: studies table1 to table5."""
+    """Reproduce the tables of arXiv 1709.02929."""
     parser = arguments.command_parser(
         "reproduce",
-        "table1|table2|table3|table4|table5|all ... [--section.key value ...]",
-        "Train every cell of the tables of arXiv 1709.02929 with its controls, over several seeds, "
-        f"and write each table as text, Markdown, CSV, HTML and PNG. {AGAIN}",
+        "table1|...|table5|all ... [--KEY VALUE ...]",
+        "Train every cell of the tables of arXiv 1709.02929, and write the tables.",
+        "reproduce table3 --scale demo --alignment.data.root photos",
     )
     parser.add_argument("tables", nargs="+", help="table1 ... table5, or all")
     _add_options(parser)
@@ -72,13 +68,12 @@ def reproduce(argv: Sequence[str]) -> int:
 
 
 def compare(argv: Sequence[str]) -> int:
-    """Train several methods under one budget: a study with a row per recipe."""
+    """Train several recipes; one table, a row per recipe."""
     parser = arguments.command_parser(
         "compare",
-        "METHODS ... [--resolutions 24,16] [--section.key value ...] [--second.section.key value]",
-        "Train several methods over the same seeds and images, with the teachers and students "
-        "that they need, and write one table with floors and verdicts as text, Markdown, CSV, HTML "
-        f"and PNG. A method is a recipe in the folder, by its name, or a path of a recipe. {AGAIN}",
+        "METHODS ... [--KEY VALUE ...]",
+        "Train recipes over the same seeds and write one table with costs and verdicts.",
+        "compare student soft th_kd --jobs 2",
     )
     parser.add_argument("methods", nargs="+", help="names of recipes in the folder, or paths")
     parser.add_argument("--folder", type=str, help="folder of recipes in the preset, or a path")
@@ -94,16 +89,16 @@ def compare(argv: Sequence[str]) -> int:
 def _add_options(parser: ArgumentParser) -> None:
     """Add the options of every study, and the keys."""
     add = parser.add_argument
-    add("--scale", type=str, help="preset or folder of the arms' recipes (the study's, two-cores)")
-    add("--seeds", type=int, help="number of seeds, from --first-seed on (3)")
-    add("--first-seed", type=int, help="first seed (1: seed 0 is where schedules were chosen)")
-    add("--widths", type=str, help="divisions of the students' kernels (the study's), as 8,4")
-    add("--resolutions", type=str, help="sides of the arms' input (the recipes'), as 24,16")
-    add("--teachers", type=str, help="each: one per seed (default) | one: for all seeds")
-    add("--budget", type=float, help="minutes on the clock; the rest is not run")
-    add("--run-dir", type=str, help="root of the run directories (runs/STUDY)")
+    add("--scale", type=str, metavar="DIR", help="preset or folder of the recipes")
+    add("--seeds", type=int, metavar="N", help="number of seeds (3)")
+    add("--first-seed", type=int, metavar="N", help="first seed (1)")
+    add("--widths", type=str, metavar="N,N", help="divisions of the kernels, as 8,4")
+    add("--resolutions", type=str, metavar="N,N", help="input sizes, as 24,16")
+    add("--teachers", type=str, metavar="each|one", help="teachers of each seed, or of the first")
+    add("--budget", type=float, metavar="MINUTES", help="time on the clock")
+    add("--run-dir", type=str, metavar="DIR", help="root of the run directories")
     arguments.add_jobs(parser)
-    add("--dry-run", action="store_true", help="print the plan and train nothing")
+    add("--dry-run", action="store_true", help="print the plan; train nothing")
     add_keys(parser)
 
 
@@ -155,33 +150,20 @@ def _order(options: dict[str, Any], root: str, command: str) -> Order:
 
 def select_targets(argv: Sequence[str]) -> int:
     """Measure which of the teacher's targets help a student; write that recipe."""
-    from kdtrain.experiments.select_targets import CANDIDATES
-
     parser = arguments.command_parser(
         "select-targets",
-        "RECIPE [--targets soft,hidden,logits] [--seeds N] [--section.key value ...]",
-        "Train a student without targets and with each target alone, over the same seeds; keep the "
-        "weights of those that help, set the others to 0, and write the recipe and the evidence. "
-        "Images held out of the training split judge. Run again, it reuses finished runs and "
-        "continues unfinished ones.",
+        "RECIPE [--KEY VALUE ...]",
+        "Train a student without targets and with each alone; keep those that help.",
+        "select-targets demo/cls_distilled --seeds 3",
     )
     add = parser.add_argument
-    add("recipe", help="recipe name, YAML file or run folder, with a teacher")
-    add(
-        "--targets",
-        type=str,
-        help=f"candidates: {', '.join(CANDIDATES)} "
-        "(default: those with a weight, else soft,hidden)",
-    )
-    add("--seeds", type=int, default=3, help="every arm trains seeds 1 to N (3)")
-    add(
-        "--keep-inconclusive",
-        action="store_true",
-        help="keep a target that neither helps nor hurts",
-    )
+    add("recipe", help="name, YAML file or run directory, with a teacher")
+    add("--targets", type=str, metavar="NAMES", help="candidates (the weighted; or soft,hidden)")
+    add("--seeds", type=int, default=3, metavar="N", help="number of seeds (3)")
+    add("--keep-inconclusive", action="store_true", help="keep a target without a verdict too")
     arguments.add_jobs(parser)
-    add("--run-dir", type=str, help="folder of the runs (default: runs/RECIPE-targets)")
-    add("--out", type=str, help="the chosen recipe (default: selected.yaml in the run dir)")
+    add("--run-dir", type=str, metavar="DIR", help="default: runs/RECIPE-targets")
+    add("--out", type=str, metavar="FILE", help="chosen recipe (RUN-DIR/selected.yaml)")
     add("--overwrite", action="store_true", help="train every run anew")
     add_keys(parser)
     options, overrides = arguments.parse(parser, argv)

@@ -10,13 +10,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from kdtrain.experiments import cost, verdicts
+from kdtrain.experiments import cost
 from kdtrain.experiments.campaign import Campaign
 from kdtrain.experiments.cost import Length, Quartiles, Size, Speeds
 from kdtrain.experiments.pipeline import Stage, stage_state
 from kdtrain.experiments.scheduler import Outcome
 from kdtrain.experiments.study import At, BlockSpec, Claim, Line, Run, Study, pixels, where
 from kdtrain.objectives.tasks import TASKS
+from kdtrain.reports.tables import verdicts
 from kdtrain.reports.tables.data import Block, Cell, CellState, Row, Table, Trend, Verdict
 from kdtrain.reports.writing import count, lower_is_better
 from kdtrain.training.checkpoint import read_arrays, read_json

@@ -242,7 +242,7 @@ def table(collection: Collection, setting: Sequence[tuple[str, str]]) -> Table:
         trends.append(collection.trend(claim, claim.metric or study.blocks[0].metric))
     for second in () if study.blocks else study.sources:
         metrics = collection.metrics(second)
-        sides = study.resolutions or (None,)
+        sides = list(study.resolutions) or [None]
         if len(sides) > 1:
             known = [metric for metric in metrics if metric in HEADLINE]
             cells = [(side, metric) for side in sides for metric in known]

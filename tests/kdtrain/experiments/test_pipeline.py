@@ -303,7 +303,7 @@ def test_train_refuses_to_destroy_what_is_in_the_run_folder(chain):
     assert "--overwrite" in other.stderr
     strange = _run("train", recipe, "--run-dir", root, "--overwrite", cwd=root)
     assert strange.returncode == 2
-    assert "not a run folder" in strange.stderr
+    assert "not a run directory" in strange.stderr
     assert (folder / "last" / checkpoint.WEIGHTS).read_bytes() == before
 
 

@@ -298,7 +298,7 @@ def test_a_network_of_timm_by_its_name():
 def test_a_network_of_timm_without_maps_says_so(monkeypatch):
     monkeypatch.delattr(Toy, "forward_intermediates")
     made = FaceNetwork(ModelConfig(name="timm:toy"), 4, input_size=16)
-    with pytest.raises(ValueError, match="timm's toy does not show the maps of its stages"):
+    with pytest.raises(ValueError, match="timm's toy has no stage maps"):
         made.tap(images(2, 16), 1)
 
 

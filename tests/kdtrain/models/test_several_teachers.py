@@ -130,7 +130,7 @@ def test_the_mixture_is_as_large_as_its_networks_together():
 
 
 def test_teachers_of_other_identities_are_refused():
-    message = "teacher.more: the teachers tell 6, 7 identities apart"
+    message = "teacher.more: the teachers have 6, 7 identities"
     with pytest.raises(ValueError, match=message):
         TeacherMixture([*teachers(1), *teachers(1, classes=7)], [0.5, 0.5], TAU)
 

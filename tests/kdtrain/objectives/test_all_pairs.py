@@ -77,7 +77,7 @@ def test_a_rate_without_ten_impostors_behind_it_is_not_told():
 def test_parts_and_pruning_change_nothing(monkeypatch):
     rows, labels, groups = a_set(2, images=150)
     whole = all_pairs.pair_scores(rows.double().float(), labels, groups)
-    monkeypatch.setattr(all_pairs, "KEPT", 50)
+    monkeypatch.setattr(all_pairs, "MOST", 50)
     short = all_pairs.pair_scores(rows, labels, groups, part=151)  # a row at a time
     assert len(short.impostors) < len(whole.impostors)
     assert torch.allclose(short.impostors, whole.impostors[: len(short.impostors)], atol=1e-6)

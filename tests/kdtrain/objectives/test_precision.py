@@ -177,7 +177,7 @@ def test_an_overflow_is_skipped_counted_and_no_divergence(tmp_path, monkeypatch)
 def test_a_gradient_that_overflows_at_every_scale_is_a_divergence(tmp_path, monkeypatch):
     monkeypatch.setattr(outcome, "MAX_SKIPPED", 4)
     _overflowing(monkeypatch, set(range(8, 100)))
-    message = "step 11: the gradient of 4 steps in a row.*train.precision to bfloat16"
+    message = "step 11: the gradients of 4 steps in a row.*train.precision to bfloat16"
     with pytest.raises(TrainingError, match=message):
         train(tiny_config(train__precision="float16"), tmp_path)
     record = checkpoint.read_json(tmp_path / "diverged.json")

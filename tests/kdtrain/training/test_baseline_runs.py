@@ -139,17 +139,17 @@ def test_the_kept_answer_teaches_as_the_teacher_does():
         assert torch.equal(task.step(images, labels, guide=kept).loss, online)
 
 
-def test_attention_is_not_kept_and_says_that_the_teacher_answers_online(tmp_path, monkeypatch):
+def test_attention_is_not_cached_and_logs_that_the_teacher_runs_per_step(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(preparation, "load_network", lambda _: make_teacher(8))
-    monkeypatch.setattr(preparation, "say_other_size", lambda *_: None)
+    monkeypatch.setattr(preparation, "run_config", lambda _: config)
     options = {"target__attention": 1000.0, "target__beta": 1.0, "teacher__cache": "float32"}
     config = tiny_config(teacher="@teacher", **options)
     data, screen = RunData(config), quiet()
     task = prepare_task(config, data, tmp_path / "run", screen)
     monkeypatch.setattr(screen, "say", said.append)
     assert prepare_cache(config, data, task, tmp_path / "run", screen) is None
-    assert "is not kept, the teacher answers online" in said[0]
+    assert "are not cached; the teacher runs per step" in said[0]
 
 
 @pytest.mark.parametrize(

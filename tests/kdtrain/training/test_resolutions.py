@@ -210,7 +210,7 @@ def test_a_teacher_that_is_asked_at_another_size_than_its_own_is_told_once(root)
         config = student(**own)
         prepare_task(config, RunData(config), root / "told", screen)
         said = " ".join(screen._console.file.getvalue().split())
-        assert said.count("was trained on images of 16 pixels and is asked on the student's 8") == (
+        assert said.count("was trained on images of 16 pixels and runs on the student's 8") == (
             expected
         )
 

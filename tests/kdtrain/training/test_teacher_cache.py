@@ -1,4 +1,4 @@
-"""Kept teacher answers: the same bits as online, whoever filled them and whatever was killed."""
+"""Cached teacher outputs: bitwise identical to a forward pass, for any writer and after any kill."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from kdtrain.training import checkpoint, keys, teacher_cache
 from kdtrain.training.engine import Interrupted
 from kdtrain.training.journal.journal import Screen
 from kdtrain.training.preparation import prepare_cache, prepare_task
-from kdtrain.training.teacher_cache import CacheError, OwnedFiles, TeacherCache, identity
+from kdtrain.training.teacher_cache import CacheError, OwnedFiles, TeacherCache, owner_of
 
 BATCHES = [torch.tensor([4, 1, 7]), torch.tensor([2, 2])]
 # Imports once and forks a process for each run folder, before torch has computed.
@@ -96,7 +96,7 @@ def test_other_students_and_schedules_of_the_seed_read_what_the_first_one_asked(
     phases = [{"epochs": 1, "lr": 0.01}, {"epochs": 1, "lr": 0.001}]
     said = shown(student(**kept, **other, optim__phases=phases), root / "other")
     assert "5 batches read, 5 computed" in said  # phase 1 has other crops
-    assert "it there already" in said
+    assert "it cached already" in said
     steps = {"optim__phases": phases[:1], "optim__accumulate": 2, **other}
     assert "5 batches read, 0 computed" in shown(student(**kept, **steps), root / "accumulated")
     train(student(**steps), root / "accumulated_online")
@@ -215,9 +215,9 @@ def test_another_teacher_is_another_owner():
     config = student()
     data = RunData(config)
     one, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
-    assert identity(config, data, one) == identity(config, data, one)
-    assert identity(config, data, one) != identity(config, data, other)
-    assert identity(config, data, one) == identity(student(model__width=16), data, one)
+    assert owner_of(config, data, one) == owner_of(config, data, one)
+    assert owner_of(config, data, one) != owner_of(config, data, other)
+    assert owner_of(config, data, one) == owner_of(student(model__width=16), data, one)
 
 
 def opened(folder: Path, said: list[str], dtype: str = "float32", **change) -> TeacherCache:
@@ -256,7 +256,7 @@ def test_an_answer_is_kept_for_its_own_batch_of_its_own_epoch(tmp_path):
         with pytest.raises(AssertionError, match="was asked"):
             kept(other, batch)
     assert said == []
-    assert cache.summary() == "teacher's answers: 1 batches read, 2 computed"
+    assert cache.summary() == "teacher cache: 1 batches read, 2 computed"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -315,7 +315,7 @@ def test_a_damaged_answer_is_told_and_computed_again(place, tmp_path):
     assert said == []
     cache.guide(1, lambda: answer(1))
     assert len(said) == 1
-    assert "the answer to batch 1 is damaged and is computed again" in said[0]
+    assert "the output of batch 1 is damaged and computed again" in said[0]
     assert torch.equal(kept(cache, 1), answer(1).logits)
 
 
@@ -328,7 +328,7 @@ def test_a_file_that_does_not_belong_is_told_and_made_anew(damage, tmp_path):
     path.write_bytes(other[damage])
     said: list[str] = []
     cache = opened(tmp_path, said)
-    assert [f"{path} is not what belongs there and is made anew" in line for line in said] == [True]
+    assert [f"{path} has another header or size and is replaced" in line for line in said] == [True]
     with pytest.raises(AssertionError, match="was asked"):
         kept(cache, 0)
     cache.guide(0, lambda: answer(0))
@@ -358,7 +358,7 @@ def test_a_disk_without_room_is_refused_before_the_run_and_named_within_it(
 
 def test_float16_refuses_what_it_cannot_hold(tmp_path):
     cache = opened(tmp_path, [], "float16")
-    with pytest.raises(CacheError, match=r"an answer of 1\.71e\+05 .* float32"):
+    with pytest.raises(CacheError, match=r"an output of 1\.71e\+05 .* float32"):
         cache.guide(0, lambda: answer(0, factor=150_000.0))
     infinite = Guide(torch.full((3, 3), float("inf")), None)
     assert cache.guide(0, lambda: infinite).logits is not None  # the loss says what is wrong
@@ -386,11 +386,11 @@ def test_a_task_without_a_teacher_keeps_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_hint_is_not_kept_and_leaves_the_teacher_online(root):
+def test_a_hint_is_not_cached_and_the_teacher_runs_per_step(root):
     targets = {"target__gamma": 0.0, "target__hint": 1.0, "optim__phases": ONE_EPOCH}
     config = tiny_config(teacher="@teacher", teacher__cache="float32", **targets)
     said = shown(config, root / "hint")
-    assert "what this target reads is not kept, the teacher answers online" in said
+    assert "this target's outputs are not cached; the teacher runs per step" in said
     assert not (root / "teacher_cache").exists()
 
 

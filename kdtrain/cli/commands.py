@@ -1,5 +1,5 @@
-"""The commands: demo, train, eval, pipeline, reproduce, compare, select-targets, import, data,
-recipes, report.
+"""The commands: demo, train, eval, pipeline, study, reproduce, compare, select-targets, import,
+data, recipes, report.
 
 Exit status: 0 done; 1 the run could not go on (one line says why); 2 wrong usage; 130 interrupted,
 to be continued.
@@ -326,6 +326,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "eval": evaluate_run,
     "pipeline": pipeline,
+    "study": studies.study,
     "reproduce": studies.reproduce,
     "compare": studies.compare,
     "select-targets": studies.select_targets,

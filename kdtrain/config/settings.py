@@ -131,7 +131,7 @@ def recipe_names() -> list[str]:
     """Names of the packaged recipes, as two-cores/cls_teacher; those in a folder of a preset are no
     stages of its pipeline.
     """
-    files = sorted(RECIPES.glob("*/**/[!_]*.yaml"))
+    files = sorted(f for f in RECIPES.glob("*/**/[!_]*.yaml") if f.parent.name != "studies")
     return [f.relative_to(RECIPES).with_suffix("").as_posix() for f in files]
 
 

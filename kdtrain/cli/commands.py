@@ -291,7 +291,7 @@ def recipes(argv: Sequence[str]) -> int:
         print(folder)
         for name, about, result, _ in rows:
             about = textwrap.shorten(about, room, placeholder="...")
-            print(f"  {name:{names}}  {about:{room}}  {result}".rstrip())
+            print(f"  {name:{names}}  {about:{room}}  {result}".rstrip()[:width])
     return 0
 
 

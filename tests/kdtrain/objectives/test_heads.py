@@ -272,12 +272,12 @@ def test_a_classifier_is_inherited_from_the_same_identities_width_and_kind_only(
     [
         ({"margin": "arcface"}, "head.margin arcface is of cosines"),
         ({"update": "adaptive"}, "head.update adaptive is of cosines"),
-        ({"kind": "cosine", "scale": 0.0}, "head.scale: expected more than 0"),
+        ({"kind": "cosine", "scale": 0.0}, "head.scale: expected a number, more than 0"),
         (
             {"kind": "cosine", "margin": "arcface", "m": 10.0},
             "head.m: expected an angle of at most",
         ),
-        ({"kind": "cosine", "margin": "arcface", "m": -0.1}, "head.m: expected 0 or more"),
+        ({"kind": "cosine", "margin": "arcface", "m": -0.1}, "head.m: expected a number, 0 or more"),
         ({"kind": "cosine", "margin": "distillation", "m": 0.1}, "head.m_min: expected at most"),
     ],
 )

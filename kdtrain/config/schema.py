@@ -1,4 +1,4 @@
-"""The one schema of a run: frozen dataclasses with a help text under every field, and their checks.
+"""The schema of a run: frozen dataclasses with a docstring under every field, and their checks.
 
 settings.py turns YAML recipes and command-line keys into a Config.
 """
@@ -88,7 +88,7 @@ class DataConfig:
 
     @property
     def crop_side(self) -> int:
-        """Pixels of the crop's side, from which every network's input is made."""
+        """Side of the crop, in pixels; the input of every network is made from it."""
         return self.input_size if self.crop_size is None else self.crop_size
 
 
@@ -286,7 +286,7 @@ class Config:
                 "head.update none freezes a random classifier: set head.run, or update to gradient"
             )
         for target in self.target.weighed:
-            # two images are always one mean distance apart
+            # the distance of two images equals its own mean
             if not self.balanced and self.optim.batch_size < target.least:
                 needed = f"at least {target.least}, as target.{target.key} compares so many images"
                 raise ConfigError(
@@ -320,23 +320,21 @@ class Config:
 
     @property
     def needs_teacher(self) -> bool:
-        """True when a target with weight, or the head, asks the teacher."""
+        """True when a target with a weight, or the head, reads the teacher."""
         return self.target.needs_teacher or self.head.needs_teacher
 
     @property
     def balanced(self) -> bool:
-        """True where triplets are mined: a batch is then triplet.identities times
-        triplet.images_per_identity.
-        """
+        """True for identity-balanced batches: triplet.identities x triplet.images_per_identity."""
         return self.task == "verification" and self.triplet.weight > 0
 
     def runs(self) -> dict[str, str]:
-        """What names a run that this one reads, by the name of the input; see named_runs."""
+        """Run directories that this run reads, by the name of the input; see named_runs."""
         return named_runs(lambda key: attrgetter(key)(self))
 
     @property
     def teacher_side(self) -> int:
-        """Side of the images that the teacher is asked on."""
+        """Side of the teacher's input, in pixels."""
         own = self.teacher.input_size
         return self.data.input_size if own is None else own
 
@@ -344,14 +342,12 @@ class Config:
 SETTINGS = tuple(settings_of(Config))
 """Every setting of a run."""
 RUN_SETTINGS: Mapping[str, str] = {s.run: s.key for s in SETTINGS if s.run is not None}
-"""Settings whose value is a run directory, or @NAME for the run beside, or a list of them: by the
-input's name.
-"""
+"""Settings whose value is a run directory, @NAME or a list of them, by the input's name."""
 
 
 def named_runs(get: Callable[[str], Any]) -> dict[str, str]:
-    """The runs that settings name, by the name of the input: RUN_SETTINGS, NAME_1, NAME_2 ... for
-    the entries of a list. get: the value of a dotted key.
+    """The run directories that settings name, by the name of the input; NAME_1, NAME_2 ... for the
+    entries of a list. get: returns the value of a dotted key.
     """
     found: dict[str, str] = {}
     for name, key in RUN_SETTINGS.items():
@@ -364,5 +360,5 @@ def named_runs(get: Callable[[str], Any]) -> dict[str, str]:
 
 
 def run_folder(name: str, run_dir: Path) -> Path:
-    """The folder that a setting of RUN_SETTINGS names; @NAME is the run beside run_dir."""
+    """The run directory that a setting of RUN_SETTINGS names; @NAME is the run beside run_dir."""
     return run_dir.parent / name[1:] if name.startswith("@") else Path(name)

@@ -258,7 +258,10 @@ def test_the_command_line_wins_over_the_recipe(shown):
         (["train", "two-cores/cls_teacher", "--model.dep", "50"], "did you mean --model.depth?"),
         (["train", "two-cores/cls_teacher", "--model.depth", "51"], "model.depth"),
         (["train", "two-cores/cls_teacher", "--target.alpha", "1"], "teacher"),
-        (["train", "nosuch-run", "--resume"], "error: no run folder and no recipe 'nosuch-run'; "),
+        (
+            ["train", "nosuch-run", "--resume"],
+            "error: no run directory and no recipe 'nosuch-run'; ",
+        ),
         (["train", "nowhere.yaml"], "no recipe file"),
         (["pipeline", "--preset", "two-core"], "did you mean two-cores?"),
         (["pipeline", "--task", "alignment"], "task is each stage's own"),

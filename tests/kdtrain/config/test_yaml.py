@@ -114,7 +114,7 @@ WRONG = {
     "seed: !!python/object/apply:os.getpid []\n": "seed: expected text, .* got .*os.getpid",
     "seed: 0b_\n": "seed: '0b_' cannot be read as int",
     'data: {root: "a\\0"}\n': "data.root: .* cannot be read as str",
-    LAUGHS: "more than 10000 values, aliases written out",
+    LAUGHS: "more than 10000 values, aliases expanded",
     "a: &a [*a]\n": "a: nested deeper than 12 levels",
     "a: &a {b: *a}\n": "a: nested deeper than 12 levels",
     f"a: {'[' * 20}{']' * 20}\n": "a: nested deeper than 12 levels",

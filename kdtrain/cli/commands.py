@@ -180,6 +180,10 @@ def evaluate_run(argv: Sequence[str]) -> int:
     config = settings.build({**settings.read_recipe(recipe), **overrides})
     results = engine.evaluate(config, run)
     _print_results(results, f"{run}: test split of {config.data.kind}")
+    for line in results["data"]["notes"]:
+        print(printable(f"  note: {line}"))
+    if results["warning"]:
+        print(printable(f"  warning: {run} {results['warning']}"))
     trained, found = results["trained_classes"], results["data"]["classes"]
     if trained != found:
         print(
@@ -224,7 +228,7 @@ def import_weights(argv: Sequence[str]) -> int:
     """Write published weights as a run directory."""
     from kdtrain.config.networks import NAMES
     from kdtrain.models.published.layouts import PREFIXES
-    from kdtrain.training.import_weights import SCALE, write_run
+    from kdtrain.training.published.import_weights import SCALE, write_run
 
     parser = command_parser(
         "import",
@@ -398,11 +402,14 @@ def _print_results(results: dict[str, Any], title: str) -> None:
     from kdtrain.training.journal.journal import number
 
     print(printable(title))
+    pairs = results["metrics"].get("pairs")
+    drawn = f"   ({pairs:,} pairs drawn from this test split)" if pairs else ""
     for name, value in results["metrics"].items():
         known = {"floor": results["floors"].get(name), "untrained": results["untrained"].get(name)}
         # counts are equal in all three
         beside = [f"{k} {number(name, v)}" for k, v in known.items() if v not in (None, value)]
         shown = f"   ({', '.join(beside)})" if beside else ""
+        shown += drawn if name == "pair_accuracy" else ""
         print(f"  {name:24} {number(name, value):>9}{shown}")
 
 

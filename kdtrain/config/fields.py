@@ -115,6 +115,8 @@ class Setting(NamedTuple):
     """
     within: str | None = None
     """One of RANGES."""
+    source: bool = False
+    """Whether it selects the images that are read, or how they are read."""
     target: Mapping[str, Any] | None = None
     """The row of a distillation target, for a setting that weighs one (target.py)."""
 
@@ -136,7 +138,7 @@ def settings_of(kind: type, prefix: str = "", cost: Cost = "value") -> Iterator[
     types, texts = _types(kind), _texts(kind)
     for item in dataclasses.fields(kind):
         inner, about = types[item.name], {"cost": cost, **item.metadata}
-        if dataclasses.is_dataclass(inner):
+        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
             yield from settings_of(inner, f"{prefix}{item.name}.", about["cost"])
             continue
         default = item.default if item.default_factory is MISSING else item.default_factory()

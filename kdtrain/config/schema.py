@@ -26,16 +26,16 @@ from kdtrain.config.target import (
 class DataConfig:
     """Images, their split into training and test, and their sizes."""
 
-    kind: Literal["synthetic", "celeba", "folder"] = "synthetic"
+    kind: Literal["synthetic", "celeba", "folder"] = setting("synthetic", source=True)
     """Source of the images. synthetic generates faces, celeba reads the CelebA layout below
     data.root, folder reads one subdirectory per identity (ImageFolder).
     """
-    root: str | None = setting(None, counted=False)
+    root: str | None = setting(None, counted=False, source=True)
     "Directory of the images (celeba, folder)."
     split: str = "random"
     """Split into training and test images. random splits by image, identity by identity,
     identity:random by image among the training identities of identity; file:NAME.csv:COLUMN reads
-    train or test from a column.
+    train or test from a column (CelebA's own split: file:list_eval_partition.txt:partition).
     """
     test_fraction: float = setting(0.2, within="0 < x < 1")
     "Share of the images held out for testing; with data.split identity, of the identities."
@@ -46,9 +46,9 @@ class DataConfig:
     """
     split_seed: int = 0
     "Seed of the split, independent of seed: runs of all seeds share the test images."
-    on_error: Literal["raise", "skip"] = "raise"
+    on_error: Literal["raise", "skip"] = setting("raise", source=True)
     "Effect of a damaged image. raise stops the run; skip omits and reports the image."
-    store_size: int = setting(36, cost="value")
+    store_size: int = setting(36, cost="value", source=True)
     "Side of the stored images, in pixels. Every image is resized to this square once."
     crop_size: int | None = setting(None, cost="value")
     """Side of the crop, in stored pixels. Training crops at a random place, evaluation at the
@@ -59,17 +59,17 @@ class DataConfig:
     "Side of the network's input, in pixels. A larger crop is averaged down to this size."
     cache: Literal["auto", "memory", "none"] = setting("auto", counted=False)
     "Cache of the resized images in memory. auto caches up to 2 GiB."
-    workers: int = setting(0, counted=False, within="0 or more")
+    workers: int = setting(0, counted=False, within="0 or more", source=True)
     "Threads that decode images ahead. They are idle where the images are cached in memory."
-    identities: int = setting(350, within="at least 2")
+    identities: int = setting(350, within="at least 2", source=True)
     "Number of identities (synthetic)."
-    images_per_identity: int = setting(20, within="at least 2")
+    images_per_identity: int = setting(20, within="at least 2", source=True)
     "Images per identity (synthetic)."
     noise: float = setting(0.04, within="0 <= x < 1")
     "Share of the images with a wrong label (synthetic)."
-    synthetic_seed: int = 0
+    synthetic_seed: int = setting(0, source=True)
     "Seed of the faces (synthetic)."
-    landmark_file: str | None = None
+    landmark_file: str | None = setting(None, source=True)
     "Landmark list below data.root (celeba). null takes list_landmarks_align_celeba.txt."
 
     def __post_init__(self) -> None:

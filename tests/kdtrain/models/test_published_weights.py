@@ -16,8 +16,8 @@ from kdtrain.cli import main
 from kdtrain.config import ConfigError
 from kdtrain.models.published.layouts import published
 from kdtrain.training import checkpoint, keys
-from kdtrain.training.import_weights import PublishedError, read_file, shards, write_run
 from kdtrain.training.input_runs import load_network, run_config
+from kdtrain.training.published.import_weights import PublishedError, read_file, shards, write_run
 
 WIDTH = 16
 

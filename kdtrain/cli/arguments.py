@@ -230,10 +230,10 @@ def default_run_dir(recipe: str, path: Path) -> Path:
     """
     if Path(recipe).is_dir():
         return Path(recipe)
-    if path.is_relative_to(settings.RECIPES):
-        # two-cores/tables/cls_hint too is beside the runs that it names by @
-        return Path("runs") / path.relative_to(settings.RECIPES).parts[0] / path.stem
-    return Path("runs") / path.stem
+    inside = path.is_relative_to(settings.RECIPES)
+    # two-cores/tables/cls_hint too is beside the runs that it names by @
+    preset = path.relative_to(settings.RECIPES).parts[0] if inside else ""
+    return Path("runs") / preset / path.stem
 
 
 def add_jobs(parser: ArgumentParser, what: str = "runs") -> None:

@@ -86,15 +86,15 @@ def _command(argv: list[str]) -> int:
     except BrokenPipeError:
         raise
     except (RuntimeError, ValueError, OSError) as error:
+        text = printable(" ".join(str(error).split())) or type(error).__name__
         if os.environ.get("KDTRAIN_TRACEBACK"):
             traceback.print_exc()
         elif not _is_ours(error):
             # an error without its cause in the message: show the line that raised it
             last = traceback.extract_tb(error.__traceback__)[-1]
-            where = f" ({Path(last.filename).name}:{last.lineno}; KDTRAIN_TRACEBACK=1 shows all)"
-            print(f"error: {type(error).__name__}: {_line(error)}{where}", file=sys.stderr)
-            return 1
-        print(f"error: {_line(error)}", file=sys.stderr)
+            where = f"{Path(last.filename).name}:{last.lineno}; KDTRAIN_TRACEBACK=1 shows all"
+            text = f"{type(error).__name__}: {text} ({where})"
+        print(f"error: {text}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, Exception) as error:
         # an import that a signal interrupts may raise another error
@@ -411,10 +411,6 @@ def _print_results(results: dict[str, Any], title: str) -> None:
         shown = f"   ({', '.join(beside)})" if beside else ""
         shown += drawn if name == "pair_accuracy" else ""
         print(f"  {name:24} {number(name, value):>9}{shown}")
-
-
-def _line(error: BaseException) -> str:
-    return printable(" ".join(str(error).split())) or type(error).__name__
 
 
 def _is_ours(error: BaseException) -> bool:

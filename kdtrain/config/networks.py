@@ -99,9 +99,7 @@ class HeadConfig:
     """The classifier on the feature: its form, margin, initialisation and update."""
 
     kind: Literal["linear", "cosine"] = "linear"
-    """Form of the classifier. linear has weight and bias; cosine is head.scale times the cosine of
-    feature and weight, computed without storing the logits.
-    """
+    "Form of the classifier: weight and bias (linear), or scaled cosine without logits (cosine)."
     scale: float = setting(64.0, cost="none", within="more than 0")
     "Scale of the cosines (cosine)."
     margin: Literal["none", "arcface", "cosface", "combined", "adaface", "distillation"] = "none"
@@ -123,9 +121,7 @@ class HeadConfig:
     margin_grad: Literal["exact", "straight_through"] = "exact"
     "Gradient through the margin. straight_through replaces its factor by 1, as InsightFace does."
     run: str | None = setting(None, run="head", cost="none")
-    """Run directory that initialises the classifier. Widths and identities must agree; RUN/best
-    takes the best weights, @NAME is the run beside this one.
-    """
+    "Run directory that initialises the classifier. Widths and identities must agree."
     update: Literal["gradient", "none", "adaptive"] = "gradient"
     """Update of the classifier. gradient trains it, none freezes it (ProxylessKD, SH-KD), adaptive
     moves each class center towards the teacher's features of its images (AdaDistill).
@@ -133,9 +129,7 @@ class HeadConfig:
     streamed: bool = False
     "Compute the loss of a linear classifier without storing logits, to save memory."
     sample: float = setting(1.0, within="0 < x <= 1")
-    """Share of the identities with logits in a step (PartialFC). Identities of the batch are always
-    among them; below 1 needs a cosine or streamed head.
-    """
+    "Share of the identities with logits in a step (PartialFC); below 1, cosine or streamed only."
 
     def __post_init__(self) -> None:
         check_settings(self, "head.")

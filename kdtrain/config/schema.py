@@ -119,9 +119,7 @@ class TripletConfig:
     """The triplet loss of verification and its batches, which hold several images per identity."""
 
     weight: float = setting(1.0, cost="switch", within="0 or more")
-    """Weight of the triplet loss. 0 trains verification by the softmax loss (target.gamma) in
-    ordinary batches, as most face networks are trained.
-    """
+    "Weight of the triplet loss. 0 trains by the softmax loss (target.gamma) in ordinary batches."
     margin: float = setting(0.4, cost="none", within="0 or more")
     "Margin of the triplet loss: lambda of eq. 8."
     mining: Literal["hard", "semihard", "all"] = "semihard"
@@ -161,9 +159,7 @@ class OptimConfig:
     phases: list[Phase] = setting(factory=lambda: [Phase(epochs=30, lr=0.1)], cost="none", own=True)
     "Epochs and learning rate of each phase. The paper's lr: 0.1 from scratch, 0.01 initialised."
     schedule: Literal["constant", "cosine"] = setting("constant", cost="none")
-    """Learning rate within a phase. constant keeps lr; cosine decays it by half a cosine to
-    optim.final_lr_fraction of lr.
-    """
+    "Learning rate in a phase: constant, or cosine down to optim.final_lr_fraction of lr."
     final_lr_fraction: float = setting(0.0, cost="none", within="0 <= x <= 1")
     "Learning rate at the end of a phase, as a share of its lr (cosine)."
     warmup_epochs: float = setting(0.0, cost="none")
@@ -209,9 +205,7 @@ class TrainConfig:
     eval_every: int = setting(1, cost="none", within="at least 1")
     "Epochs between two evaluations. Every phase ends with an evaluation."
     early_stop: int | None = setting(None, cost="none", within="at least 1")
-    """Evaluations without improvement before the run stops. The validation split decides, so
-    data.validation_fraction must be above 0; null never stops early.
-    """
+    "Evaluations of the validation split without improvement before the run stops; null: never."
     save_every: int = setting(200, counted=False, cost="none", within="at least 1")
     "Steps between two checkpoints. Every epoch ends with a checkpoint."
     drop_last: bool = setting(True, cost="none")
@@ -238,15 +232,16 @@ class EvalConfig:
     normalizer: Literal["interocular", "diagonal", "side"] = "interocular"
     "Length that normalises landmark errors: distance of the eyes, diagonal or side of the image."
     gallery: str | None = setting(None, run="gallery")
-    """Run directory of a gallery network, such as the teacher (verification). Features of this
-    run's network are searched among the gallery network's features, which adds the metrics
-    asym_...; training does not change. @NAME is the run beside this one, RUN/best its best weights.
+    """Run directory of the network whose features are searched, such as the teacher's
+    (verification). Adds the metrics asym_...; training does not change.
     """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Task, seed and initialisation of a run."""
+    """Task, seed and initialisation of a run. Of a run directory, RUN is its last weights and
+    RUN/best its best ones; @NAME is the run beside this one.
+    """
 
     task: Literal["classification", "alignment", "verification"] = setting(
         "classification", own=True
@@ -257,9 +252,7 @@ class Config:
     fused: bool = True
     "Use the fused kernels of kdkernels. false runs every op on the eager backend."
     init_from: str | None = setting(None, run="init_from", cost="none", own=True)
-    """Run directory that initialises the weights. RUN/best takes its best weights; @NAME is the run
-    beside this one.
-    """
+    "Run directory that initialises the weights."
     teacher: TeacherConfig = setting(factory=TeacherConfig, cost="none")
     data: DataConfig = setting(factory=DataConfig, cost="none")
     augment: AugmentConfig = field(default_factory=AugmentConfig)

@@ -59,9 +59,7 @@ class TargetConfig:
     beta: float = _weight("hidden", "feature", form="hidden_reduction", name="hidden")
     "Weight of the hidden target. It is the squared distance of the pooled features."
     gamma: float = setting(1.0, cost="switch", own=True, within="0 or more")
-    """Weight of the softmax loss with the labels, which is the task's loss in classification and an
-    additional loss elsewhere. 0 trains classification by its targets alone.
-    """
+    "Weight of the softmax loss. 0 trains classification by its targets alone."
     logits: float = _weight("logits", "logits", form="logits_reduction")
     "Weight of the logits target: the squared distance of the logits."
     embedding_l2: float = _weight("embedding L2", "feature")
@@ -69,28 +67,20 @@ class TargetConfig:
     embedding_cosine: float = _weight("embedding cosine", "feature", published=128.0)
     "Weight of the embedding target as 1 - cos. Published weights are 64 and 128."
     rkd_distance: float = _weight("RKD distance", "feature", published=25.0, least=3)
-    """Weight of RKD's distance loss between the images of a batch (Park et al. 2019). Published
-    weights are 25 beside a softmax loss and 1 in metric learning.
-    """
+    "Weight of RKD's distance loss (Park et al. 2019). Published weights are 25 and 1."
     rkd_angle: float = _weight("RKD angle", "feature", published=50.0, least=3)
     "Weight of RKD's angle loss between triples of a batch. Published weights are 50 and 2."
     attention: float = _weight("attention transfer", "attention", published=1000.0)
-    """Weight of attention transfer (Zagoruyko and Komodakis 2017): the squared distance of the
-    normalised attention maps of the residual stages. The published weight is 1000.
-    """
+    "Weight of attention transfer (Zagoruyko and Komodakis 2017). The published weight is 1000."
     teacher_head: float = _weight(
         "soft through the teacher's classifier",
         "prediction",
         published=0.02,
         form="teacher_head_temperature",
     )
-    """Weight of the soft target through the teacher's frozen classifier (TH-KD), without storing
-    its logits. The published weight is 0.02, for CIFAR-100.
-    """
+    "Weight of the soft target through the teacher's frozen classifier (TH-KD); published: 0.02."
     hint: float = _weight("hint of stage {hint_stage}", "maps", form="hint_reduction")
-    """Weight of a FitNet hint: the squared distance of a middle stage's output through a learnt
-    regressor. A hint run has no other loss, and the student's higher layers stay unchanged.
-    """
+    "Weight of a FitNet hint, the only loss of its run: regression of a middle stage's output."
     temperature: float = setting(3.0, cost="none", within="more than 0")
     "Temperature of the soft target."
     tau_squared: bool = setting(False, cost="none", own=True)
@@ -162,13 +152,9 @@ class TeacherConfig:
     """
 
     run: str | None = setting(None, run="teacher", own=True)
-    """Run directory of the teacher. RUN/best takes its best weights; @NAME is the run beside this
-    one.
-    """
+    "Run directory of the teacher."
     more: list[str] = setting(factory=list, run="teacher_more")
-    """Run directories of further teachers of the same identities. The soft target (target.alpha)
-    takes the mean of all predictions; the other targets need a single teacher.
-    """
+    "Run directories of further teachers. The soft target takes the mean of all predictions."
     weights: list[float] | None = None
     "Weights of teacher.run and teacher.more in the mean prediction; null: equal."
     input_size: int | None = setting(None, cost="value")

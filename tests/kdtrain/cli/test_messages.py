@@ -161,8 +161,9 @@ DIRECTORY_OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("command", DIRECTORY_OPTIONS)
-@pytest.mark.parametrize("below", ["", "/run"])
+@pytest.mark.parametrize(
+    ("command", "below"), [("train", ""), *((name, "/run") for name in DIRECTORY_OPTIONS)]
+)
 def test_a_run_directory_that_is_a_file_is_named_by_its_option(command, below, tmp_path, capsys):
     (tmp_path / "file").touch()
     place = f"{tmp_path}/file{below}"

@@ -215,12 +215,11 @@ def _in_full(word: str) -> str:
 
 
 def value_of(argv: Sequence[str], option: str) -> str | None:
-    """The value of one option, which determines the other options, before the rest is parsed."""
-    for here, word in enumerate(argv):
-        if word == option and here + 1 < len(argv):
-            return argv[here + 1]
-        if word.startswith(f"{option}="):
-            return word.partition("=")[2]
+    """The last value of an option, without parsing the rest; None without one."""
+    for here in reversed(range(len(argv))):
+        name, equals, value = argv[here].partition("=")
+        if name == option:
+            return value if equals else next(iter(argv[here + 1 :]), None)
     return None
 
 

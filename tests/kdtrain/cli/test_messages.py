@@ -65,6 +65,7 @@ def test_a_wrong_value_of_any_setting_is_named_in_plain_words_in_a_recipe():
         (["--optim.ema", "x"], "expected a number, 0 < x < 1, or null; got 'x'"),
         (["--train.compile", "3"], "train.compile: expected true or false; got '3'"),
         (["--classes", "x"], "--classes: expected a whole number; got 'x'"),
+        (["--classes=3", "--classes", "x"], "--classes: expected a whole number; got 'x'"),
         (["--seed"], "--seed: a value is missing"),
         (["--resume=3"], "--resume: takes no value"),
         (["more"], "unexpected argument more"),

@@ -99,7 +99,7 @@ class HeadConfig:
     """The classifier on the feature: its form, margin, initialisation and update."""
 
     kind: Literal["linear", "cosine"] = "linear"
-    "Form of the classifier. linear: weight and bias; cosine: scaled cosine, without logits."
+    "Form of the classifier. linear: weight and bias; cosine: scaled cosine, logits not stored."
     scale: float = setting(64.0, cost="none", within="more than 0")
     "Scale of the cosines (cosine)."
     margin: Literal["none", "arcface", "cosface", "combined", "adaface", "distillation"] = "none"

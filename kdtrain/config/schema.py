@@ -239,8 +239,8 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Task, seed and initialisation of a run. Where a key takes a run directory, RUN/best stands for
-    its best weights and @NAME for the run beside this one.
+    """Task, seed and initialisation of a run. Where a key takes a run directory, RUN/best stands
+    for its best weights and @NAME for the run beside this one.
     """
 
     task: Literal["classification", "alignment", "verification"] = setting(

@@ -67,9 +67,9 @@ class TargetConfig:
     embedding_cosine: float = _weight("embedding cosine", "feature", published=128.0)
     "Weight of the embedding target as 1 - cos. Published weights are 64 and 128."
     rkd_distance: float = _weight("RKD distance", "feature", published=25.0, least=3)
-    "Weight of RKD's distance loss (Park et al. 2019). Published weights are 25 and 1."
+    "Weight of RKD's distance loss (Park et al. 2019); published: 25, or 1 in metric learning."
     rkd_angle: float = _weight("RKD angle", "feature", published=50.0, least=3)
-    "Weight of RKD's angle loss between triples of a batch. Published weights are 50 and 2."
+    "Weight of RKD's angle loss (Park et al. 2019); published: 50, or 2 in metric learning."
     attention: float = _weight("attention transfer", "attention", published=1000.0)
     "Weight of attention transfer (Zagoruyko and Komodakis 2017). The published weight is 1000."
     teacher_head: float = _weight(
@@ -88,7 +88,7 @@ class TargetConfig:
     teacher_head_temperature: float | None = setting(None, within="more than 0")
     "Temperature of target.teacher_head. null takes target.temperature."
     teacher_head_proj: Literal["linear", "none"] = "linear"
-    "Learnt projection of the student's feature before the teacher's classifier, if needed."
+    "Learnt projection of the feature before the teacher's classifier, if widths differ."
     hidden_proj: Literal["linear", "none"] = "linear"
     "Learnt projection of the student's feature before the hidden target, if widths differ."
     hidden_normalize: bool = False

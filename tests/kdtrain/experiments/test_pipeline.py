@@ -299,7 +299,7 @@ def test_train_refuses_to_destroy_what_is_in_the_run_folder(chain, capsys):
     before = (folder / "last" / checkpoint.WEIGHTS).read_bytes()
     words = ["train", str(recipe), "--run-dir"]
     assert main([*words, str(folder)]) == 0
-    assert "finished before, reused" in capsys.readouterr().out
+    assert "already finished, reused" in capsys.readouterr().out
     assert main([*words, str(folder), "--seed", "5"]) == 2
     told = capsys.readouterr().err
     assert "seed: 5 here, 0 there" in told
@@ -362,7 +362,7 @@ def test_ctrl_c_stops_the_children_cleanly_and_the_same_command_continues(tmp_pa
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert "stopped; to continue: python -m kdtrain pipeline --preset" in err
+    assert "stopped; to resume: python -m kdtrain pipeline --preset" in err
     assert "Traceback" not in err
     assert not (folder / "results.json").exists()
     result = _run(*arguments, cwd=tmp_path)
@@ -441,7 +441,7 @@ def test_stages_that_need_landmarks_are_left_out_and_named(
         ver_after={"task": "verification", "init_from": "@ali_teacher"},
         ver_teacher={"task": "verification", "init_from": "@cls_teacher"},
     )
-    line = f"left out, as {pipeline.NO_LANDMARKS}: ali_teacher, ver_after\n"
+    line = f"omitted, as {pipeline.NO_LANDMARKS}: ali_teacher, ver_after\n"
     monkeypatch.setattr(timing, "_measure", lambda *_: CONSTANT)
     words = _of(photographs, "--preset", preset, "--run-dir", tmp_path / "root")
     assert main([*words, "--dry-run"]) == 0
@@ -458,7 +458,7 @@ def test_stages_that_need_landmarks_are_left_out_and_named(
     assert capsys.readouterr().out == line
     alone = _preset(tmp_path / "alone", ali_teacher={"task": "alignment"})
     assert main(_of(photographs, "--preset", alone, "--run-dir", tmp_path / "root")) == 2
-    assert f"every stage is left out, as {pipeline.NO_LANDMARKS}" in capsys.readouterr().err
+    assert f"every stage is omitted, as {pipeline.NO_LANDMARKS}" in capsys.readouterr().err
 
 
 def test_runs_of_tables_and_methods_that_need_landmarks_are_refused(photographs, tmp_path):
@@ -487,4 +487,4 @@ def test_a_dry_run_ends_as_the_run_would(photographs, tmp_path, monkeypatch, cap
 @pytest.mark.parametrize("jobs", ["0", "-3"])
 def test_no_jobs_at_all_is_wrong_usage(jobs, capsys):
     assert main(["pipeline", "--jobs", jobs, "--dry-run"]) == 2
-    assert f"--jobs: at least 1, got {jobs}" in capsys.readouterr().err
+    assert f"--jobs: expected at least 1; got {jobs}" in capsys.readouterr().err

@@ -422,6 +422,9 @@ def _hidden_l2(draw: Draw) -> tuple:
         draw.among((0.1, 0.0), (0.8, lambda: draw.between(-1, 4)), (0.1, 1e-3))
         for _ in range(pairs)
     ]
+    for i, weight in enumerate(weights):  # where the weight is 0 no result has the NaN
+        if weight == 0 and draw.chance(0.2):
+            tensors[f"teacher{i}"] = tensors[f"teacher{i}"] * NAN
     kind = draw.among((0.4, None), (0.3, "numbers"), (0.3, "tensor"))
     if kind == "tensor":
         tensors["weights"] = draw.tensor(np.asarray(weights), torch.float32)

@@ -210,6 +210,8 @@ def hidden_op(values: dict[str, Array], options: dict, incoming: Array, u: float
             scale = 1.0 / max(1, len(student))
         elif options["reduction"] == "mean":
             scale = 1.0 / max(1, elements)
+        if weights[i] == 0:  # a pair of weight 0 is not computed
+            student = teacher = np.zeros_like(student)
         difference = student - teacher
         term = scale * (difference * difference).sum()
         terms.append(term)

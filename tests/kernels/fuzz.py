@@ -117,7 +117,8 @@ def judge(case: Case, claims: list[Claim], backend: str, function: Callable) -> 
         found.messages.append(f"{type(error).__name__}: {error}")
         return found
     for name, was in before.items():
-        if not torch.equal(was.nan_to_num(), case.tensors[name].nan_to_num()):
+        now = case.tensors[name]
+        if not (torch.equal(was, now) or torch.equal(was.nan_to_num(), now.nan_to_num())):
             found.messages.append(f"{name} was written to")
     unit = UNIT[torch.float64 if case.is_wide else torch.float32]
     if backend == "native" and case.op in SELECTING:
@@ -130,8 +131,14 @@ def judge(case: Case, claims: list[Claim], backend: str, function: Callable) -> 
     return found
 
 
-def _tolerance(claim: Claim, dtype: torch.dtype) -> np.ndarray:
+def tolerance(claim: Claim, dtype: torch.dtype) -> np.ndarray:
     """The claim's bound with the rounding to the output's dtype."""
+    if dtype not in claim.tolerances:
+        claim.tolerances[dtype] = _tolerance(claim, dtype)
+    return claim.tolerances[dtype]
+
+
+def _tolerance(claim: Claim, dtype: torch.dtype) -> np.ndarray:
     value = claim.value
     if dtype not in ROUNDING:  # integers
         return np.zeros_like(value)
@@ -152,7 +159,7 @@ def _compare(claim: Claim, got: Tensor, unit: float, found: Verdict) -> None:
         return
     if not numbers.size:
         return
-    bound = _tolerance(claim, got.dtype)
+    bound = tolerance(claim, got.dtype)
     error = np.abs(numbers - value)
     ratio = np.where(error == 0, 0.0, error / bound)
     if not np.isfinite(error.sum()):

@@ -7,7 +7,7 @@ u is 2^-24 for a call in float32 and 2^-53 for one in float64. Constants count o
 longer of the two ways, native's and eager's, and are never fitted.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ class Claim:
     decided_at: Array | float = np.inf
     is_judged: Array | bool = True
     largest: Array | None = None
+    tolerances: dict[torch.dtype, Array] = field(default_factory=dict)  # computed once per dtype
 
 
 def total(values: Array, bounds: Array, u: float) -> tuple[Array, Array]:

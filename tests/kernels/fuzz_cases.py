@@ -99,8 +99,8 @@ class Draw:
         return self.dtypes[self.whole(0, len(self.dtypes) - 1)]
 
     def tensor(self, values: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
-        """The values in a dtype and a layout: contiguous, at an offset, permuted, every other column
-        or row of a larger tensor, or the first row expanded to all (which changes the values)."""
+        """The values in a dtype and a layout: contiguous, offset, permuted, every other row or
+        column of a larger tensor, or the first row expanded to all (which changes the values)."""
         dtype = dtype or self.dtype()
         if dtype == torch.float16:
             finite = np.isfinite(values)

@@ -49,7 +49,7 @@ def table() -> str:
         version = importlib.metadata.version("triton")
         lines.append(f"triton on cuda: {version}, for NVIDIA GPUs from sm_80 on and AMD's gfx942")
     if not torch.version.cuda and not torch.version.hip:
-        lines.append("cuda: this build of torch has no GPU support, so no tensor will be there")
+        lines.append("cuda: this build of torch has no GPU support")
     return "\n".join(lines)
 
 

@@ -118,7 +118,7 @@ def linear_kd_cross_entropy(
     sparse: (indices, log_probs), (N, k) each, in a teacher's place. Without teacher, sparse and
     target the loss is 0 with gradient 0.
     """
-    with torch.autocast(features.device.type, enabled=False):
+    with torch.autocast("cpu" if features.is_meta else features.device.type, enabled=False):
         wide = torch.float64 in (features.dtype, weight.dtype)
         compute = torch.float64 if wide else torch.float32
         # contiguous: the order of a sum follows the strides

@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from kdtrain.config import TARGETS, Config, settings
-from kdtrain.experiments.verdicts import Scores, compare
 from kdtrain.reports.tables.data import Verdict, VerdictState
+from kdtrain.reports.tables.verdicts import Scores, compare
 from kdtrain.reports.writing import direction
 from kdtrain.training import checkpoint
 

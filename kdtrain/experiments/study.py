@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from kdtrain.experiments import verdicts
 from kdtrain.experiments.campaign import Campaign, Run
 from kdtrain.experiments.pipeline import stage_state
 from kdtrain.experiments.scheduler import Outcome
+from kdtrain.reports.tables import verdicts
 from kdtrain.reports.tables.data import Cell, CellState, Row, Verdict
 from kdtrain.training.checkpoint import read_arrays, read_json
 from kdtrain.training.journal.journal import duration

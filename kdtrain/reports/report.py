@@ -1,13 +1,14 @@
 """`report(run_root)`: one self-contained HTML page about a chain of runs, or about a single run.
 
-Read from the run folders alone (config.yaml, results.json, metrics.jsonl, samples.npz); what is not
-there is said to be not run or not finished, so a page can be written at any moment.
+Read from the run directories alone (config.yaml, results.json, metrics.jsonl, samples.npz, items).
+A run without results is shown as not run or not finished, so a page can be written at any moment.
 """
 
 from __future__ import annotations
 
 import datetime
 import itertools
+import math
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from kdtrain.config import run_folder
-from kdtrain.reports import plots, runs
-from kdtrain.reports.chain_table import results
-from kdtrain.reports.plots import Curve, Panel
+from kdtrain.reports import charts, plots, runs
+from kdtrain.reports.chain_table import ONE_SEED, QUESTION, answers, results
+from kdtrain.reports.charts import Curve, Panel
 from kdtrain.reports.runs import CHAIN, TASKS, Stage, epochs_done, judge
 from kdtrain.reports.writing import (
     decimal,
@@ -36,8 +37,9 @@ from kdtrain.training.journal.journal import duration, unit
 PLACE = ("kind", "step", "phase", "epoch", "lr", "skipped_steps")
 NOT_TERMS = (*PLACE, "loss", "top1", "gradient_norm", "teacher_entropy")
 RUN_COLUMNS: dict[str, Callable[[Stage], str]] = {
-    "run": lambda stage: stage.name,
-    "starts from": runs.start_text,
+    "task": lambda stage: stage.task,
+    "network": lambda stage: runs.network_text([stage]),
+    "initialised from": runs.start_text,
     "loss": runs.loss_text,
     "phases": runs.phases_text,
     "after each phase": runs.after_phases_text,
@@ -49,6 +51,14 @@ FLOORS = {
     "alignment": "the mean landmarks",
     "verification": "the nearest test image in raw pixels, the cosine of raw pixels",
 }
+TERMS = {
+    "hard": "Cross-entropy with the labels",
+    "soft": "KL divergence from the teacher's prediction",
+    "triplet": "Triplet loss",
+    "points": "Landmark loss",
+    "hidden": "Distance to the teacher's feature",
+}
+"""Titles of the panels of the loss terms; any other term has its own name."""
 Points = tuple[Sequence[float], Sequence[float]]
 
 
@@ -68,15 +78,20 @@ def report(run_root: str | Path, *, command: str | None = None) -> Path:
     page = render(
         "report.html.j2",
         title=f"{root.name}: distillation report",
-        facts=_facts(stages, command if command is not None else _own_command()),
+        count=len(stages),
+        question=QUESTION,
+        one_seed=ONE_SEED,
+        answers=answers(stages),
         columns=[(name, direction(lower_is_better(metric))) for name, _, metric in table.columns],
         rows=[(name, runs.network_text(mine), map(_cell, row)) for name, mine, row in table.rows],
         foot=[(title, map(percent, values)) for title, values in table.foot],
         of_floor=", ".join(dict.fromkeys(FLOORS[task] for _, task, _ in table.columns)),
         doubts=_doubts(root, stages, table.columns),
         run_titles=RUN_COLUMNS,
-        runs=[[text(stage) for text in RUN_COLUMNS.values()] for stage in stages],
+        runs=[(stage, [text(stage) for text in RUN_COLUMNS.values()]) for stage in stages],
+        span=f"{charts.SPAN:g}",
         tasks=[_task_section(task, mine) for task in TASKS if (mine := _of_task(stages, task))],
+        facts=_facts(stages, command if command is not None else _own_command()),
     )
     path = root / "report.html"
     write_text(path, page)
@@ -157,20 +172,16 @@ def _of_task(stages: Sequence[Stage], task: str) -> list[Stage]:
 
 
 def _task_section(task: str, stages: Sequence[Stage]) -> dict[str, Any]:
-    drawn = [p for p in (_metric_panel(task, stages), _second_panel(task, stages)) if p.curves]
-    terms = [panel for stage in stages if (panel := _term_panel(stage)) is not None]
+    panels = [_metric_panel(task, stages), _second_panel(task, stages)]
     done = [stage for stage in stages if stage.results]
-    asked = [stage for stage in stages if "queries" in stage.samples]
-    front = [stage for stage in asked if stage.role in ("teacher", "distilled")] or asked
     return {
         "name": task,
-        "curves": plots.panels(drawn, 2) if drawn else "",
-        "terms": plots.panels(terms, 4 if len(terms) in (4, 7, 8) else 3) if terms else "",
-        "landmarks": [_landmark_strip(stage) for stage in stages if "true" in stage.samples],
-        "gallery": f"{int(front[0].samples['gallery']):,}" if front else "",
-        "neighbours": [_neighbour_strip(stage) for stage in front],
-        "others": [_neighbour_strip(stage) for stage in asked if stage not in front],
-        "done": [stage.name for stage in done],
+        "legend": [(stage, color) for stage, color in _colors(stages) if stage.records],
+        "curves": [charts.drawn(panel) for panel in panels if panel.curves],
+        "terms": [charts.drawn(panel) for panel in _term_panels(stages)],
+        "landmarks": [_landmarks(stage) for stage in stages if "true" in stage.samples],
+        "neighbours": _neighbours([stage for stage in stages if "queries" in stage.samples]),
+        "done": done,
         "metrics": {
             name: [
                 *(full(name, stage.metric(name)) for stage in done),
@@ -181,12 +192,23 @@ def _task_section(task: str, stages: Sequence[Stage]) -> dict[str, Any]:
     }
 
 
-def _curves(stages: Sequence[Stage], points: Callable[[Stage], Points | None]) -> list[Curve]:
-    """The points of each run that has some, in the run's colour."""
+def _colors(stages: Sequence[Stage]) -> list[tuple[Stage, str]]:
+    """Each run with its role's color, or one of the others."""
+    others = itertools.cycle(charts.OTHER_COLORS)
+    return [(stage, charts.ROLE_COLORS.get(stage.role) or next(others)) for stage in stages]
+
+
+def _curves(
+    stages: Sequence[Stage], points: Callable[[Stage], Points | None], *, by_epoch: bool = True
+) -> list[Curve]:
+    """The points of each run that has some; the control's line is dashed and above the others."""
     found = []
-    for stage, other in zip(stages, itertools.cycle(plots.OTHER_COLOURS), strict=False):
+    for stage, color in sorted(_colors(stages), key=lambda both: both[0].dashed):
         if (drawn := points(stage)) is not None:
-            found.append(Curve(stage.name, *drawn, plots.ROLE_COLOURS.get(stage.role, other)))
+            phases = stage.config.get("optim", {}).get("phases", [])
+            ends = np.cumsum([phase["epochs"] for phase in phases])[:-1] if by_epoch else []
+            turns = [float(end) for end in ends if end < drawn[0][-1]]
+            found.append(Curve(stage.title, *drawn, color, stage.dashed, turns))
     return found
 
 
@@ -203,7 +225,7 @@ def _metric_panel(task: str, stages: Sequence[Stage]) -> Panel:
     floor = runs.floor_of(stages, task, name)
     splits = {r.get("split", "test") for stage in stages for r in stage.lines("eval")}
     return Panel(
-        f"{name}, {' or '.join(sorted(splits))} split",
+        f"{runs.METRICS.get(name, name)} on the {' or '.join(sorted(splits))} split",
         "epoch",
         "%" if unit(name) == "fraction" else unit(name),
         _curves(stages, points),
@@ -215,45 +237,60 @@ def _metric_panel(task: str, stages: Sequence[Stage]) -> Panel:
 def _second_panel(task: str, stages: Sequence[Stage]) -> Panel:
     """Training accuracy of classification, cumulative errors of alignment, ROC of verification."""
 
-    def training(stage: Stage) -> Points | None:
-        records = stage.lines("train")
-        if not records or "top1" not in records[-1]:
-            return None
-        return _epochs(stage, records), [plotted("top1", r.get("top1")) for r in records]
-
     def samples(across: str, up: str, scale: float) -> list[Curve]:
         def points(stage: Stage) -> Points | None:
             if across not in stage.samples or up not in stage.samples:
                 return None
             x, y = scale * stage.samples[across], 100 * stage.samples[up]
-            drawn = x > 0  # as the axis may be logarithmic
-            return x[drawn].tolist(), y[drawn].tolist()
+            positive = x > 0  # as the axis may be logarithmic
+            return x[positive].tolist(), y[positive].tolist()
 
-        return _curves(stages, points)
+        return _curves(stages, points, by_epoch=False)
 
     if task == "classification":
-        return Panel("top1, training batches", "epoch", "%", _curves(stages, training))
+        curves = _curves(stages, lambda stage: _logged(stage, "top1", 100))
+        return Panel("Top-1 on the training batches", "epoch", "%", curves)
     if task == "alignment":
         curves = samples("ced_threshold", "ced_share", 100)
-        return Panel("cumulative errors, test split", "NRMSE at most, %", "% of images", curves)
-    curves, title = samples("roc_far", "roc_tar", 1), "ROC of pairs, test split"
-    return Panel(title, "false accepts (share)", "true accepts, %", curves, log_x=True)
+        return Panel(
+            "cumulative errors on the test split", "NRMSE at most, %", "% of images", curves
+        )
+    curves = samples("roc_far", "roc_tar", 1)
+    return Panel(
+        "ROC of the test pairs", "false accepts (share)", "true accepts, %", curves, log_x=True
+    )
 
 
-def _term_panel(stage: Stage) -> Panel | None:
+def _term_panels(stages: Sequence[Stage]) -> list[Panel]:
+    """A panel per loss term, with the line of every run that has it."""
+    last = [lines[-1] for stage in stages if (lines := stage.lines("train"))]
+    names = dict.fromkeys(name for line in last for name in line if name not in NOT_TERMS)
+    return [
+        Panel(
+            TERMS.get(name, name.replace("_", " ")),
+            "epoch",
+            "",
+            _curves(stages, lambda stage, name=name: _logged(stage, name)),
+            log_y=True,
+        )
+        for name in names
+    ]
+
+
+def _logged(stage: Stage, name: str, scale: float = 1) -> Points | None:
+    """A quantity over the epochs of training, thinned, None where the run does not log it. The
+    teacher's entropy, the least value of the soft term, is subtracted from it.
+    """
     records = stage.lines("train")
-    names = [n for n in (records[-1] if records else {}) if n not in NOT_TERMS]
-    if not names:
+    if not records or name not in records[-1]:
         return None
-    x, nan, others = _epochs(stage, records), float("nan"), itertools.cycle(plots.OTHER_COLOURS)
-    curves = []
-    for name, other in zip(names, others, strict=False):
-        y = [nan if record.get(name) is None else record[name] for record in records]
-        curves.append(Curve(name, x, y, plots.TERM_COLOURS.get(name, other)))
-    phases = stage.config.get("optim", {}).get("phases", [])
-    breaks = np.cumsum([phase["epochs"] for phase in phases])[:-1].tolist()
-    positive = all(value > 0 or np.isnan(value) for curve in curves for value in curve.y)
-    return Panel(stage.name, "epoch", "", curves, breaks=breaks, log_y=positive)
+    values = [scale * value if (value := r.get(name)) is not None else math.nan for r in records]
+    if name == "soft":
+        values = [
+            value - (record.get("teacher_entropy") or 0.0)
+            for value, record in zip(values, records, strict=True)
+        ]
+    return charts.thinned(_epochs(stage, records)), charts.thinned(values)
 
 
 def _epochs(stage: Stage, records: Sequence[Mapping[str, Any]]) -> list[float]:
@@ -262,18 +299,31 @@ def _epochs(stage: Stage, records: Sequence[Mapping[str, Any]]) -> list[float]:
     return [record["step"] / steps_per_epoch for record in records]
 
 
-def _landmark_strip(stage: Stage) -> dict[str, Any]:
+def _landmarks(stage: Stage) -> dict[str, Any]:
     columns = [stage.samples[name] for name in ("images", "true", "predicted", "errors")]
     faces = [
         (plots.marked_face(image, true, predicted), decimal(100 * float(error)))
         for image, true, predicted, error in zip(*columns, strict=True)
     ]
-    return {"title": stage.name, "faces": faces}
+    return {"run": stage, "faces": faces}
 
 
-def _neighbour_strip(stage: Stage) -> dict[str, Any]:
-    samples = stage.samples
-    right = (samples["query_labels"] == samples["neighbour_labels"]).tolist()
-    pairs = [map(plots.face, samples[name]) for name in ("queries", "neighbours")]
-    title = f"{stage.name}: {sum(right)} of {len(right)} right"
-    return {"title": title, "faces": list(zip(*pairs, right, strict=True))}
+def _neighbours(stages: Sequence[Stage]) -> list[dict[str, Any]]:
+    """Runs with the same queries under each other: the queries once, then what each run found."""
+    groups: dict[bytes, list[Stage]] = {}
+    for stage in stages:
+        groups.setdefault(stage.samples["queries"].tobytes(), []).append(stage)
+    return [
+        {
+            "gallery": f"{int(mine[0].samples['gallery']):,}",
+            "queries": map(plots.face, mine[0].samples["queries"]),
+            "rows": [{"run": stage, "faces": _found(stage)} for stage in mine],
+        }
+        for mine in groups.values()
+    ]
+
+
+def _found(stage: Stage) -> list[tuple[str, bool]]:
+    """The nearest neighbours, and whether each is of the query's identity."""
+    right = stage.samples["query_labels"] == stage.samples["neighbour_labels"]
+    return list(zip(map(plots.face, stage.samples["neighbours"]), right.tolist(), strict=True))

@@ -24,6 +24,8 @@ COLUMNS = (
     ("NN top-1, other videos", "verification", "nn_top1_other_video"),
     ("pair accuracy", "verification", "pair_accuracy"),
 )
+METRICS = {"top1": "Top-1", "nrmse": "NRMSE", "nn_top1": "Nearest-neighbour top-1"}
+"""The metric that judges a task, in words."""
 TASKS = tuple(dict.fromkeys(task for _, task, _ in COLUMNS))
 ROWS = (
     ("teacher", ("_teacher",)),
@@ -53,6 +55,7 @@ class Stage:
     samples: Mapping[str, np.ndarray]
     diverged: bool = False
     """It ended on a loss or weight that was not finite."""
+    folder: Path = Path()
 
     @property
     def task(self) -> str:
@@ -63,6 +66,16 @@ class Stage:
     def role(self) -> str:
         """teacher | scratch | control | distilled of a run of the chain, else the name."""
         return CHAIN[self.name].split()[0] if self.name in CHAIN else self.name
+
+    @property
+    def title(self) -> str:
+        """Its role in words, such as distilled student; the name of a run outside the chain."""
+        return CHAIN.get(self.name, self.name)
+
+    @property
+    def dashed(self) -> bool:
+        """Whether its line is dashed, on top of the distilled student's, which it may cover."""
+        return self.role == "control"
 
     @property
     def teachers(self) -> list[str]:
@@ -87,6 +100,11 @@ class Stage:
     def metric(self, name: str) -> float | None:
         """A metric at the end of training."""
         return self.results.get("metrics", {}).get(name)
+
+    def items(self, metric: str) -> np.ndarray | None:
+        """The metric of every test item at the end of training; None where it is not stored."""
+        last = len(self.config.get("optim", {}).get("phases", [])) - 1
+        return read_arrays(self.folder / "items" / f"phase{last}.npz").get(metric)
 
     def beats_floor(self, metric: str) -> bool | None:
         """Whether a metric at the end is better than the run's floor; None without either."""
@@ -121,7 +139,7 @@ def read_stage(folder: Path) -> Stage:
     results = read_json(folder / "results.json") or {}
     records = read_lines(folder / "metrics.jsonl")
     diverged = (folder / "diverged.json").is_file()
-    return Stage(printable(folder.name), config, results, records, samples, diverged)
+    return Stage(printable(folder.name), config, results, records, samples, diverged, folder)
 
 
 def images_text(stage: Stage) -> str:

@@ -293,7 +293,9 @@ def test_the_report_renders_tables_and_a_chart(tmp_path, capsys):
         "| 256x10575 | torch | 1 | 10 (10 to 10) | 5x (5 to 5) | 10x |  | >= 9x | missed (busy) |"
     ) in page
     assert "77" not in page, "the older file's rows of the same case are replaced"
-    assert (docs / "benchmarks.png").read_bytes()[:4] == b"\x89PNG"
+    for theme in ("light", "dark"):
+        assert f"benchmarks-{theme}.png" in page
+        assert (docs / f"benchmarks-{theme}.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_report_without_rows_is_an_error(tmp_path, capsys):

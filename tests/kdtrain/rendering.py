@@ -273,7 +273,7 @@ def without_images(page: str, place: Path) -> str:
             (place.parent / beside[content]).write_bytes(content)
         return f"image {beside[content]}"
 
-    return re.sub(r"data:image/png;base64,([\w+/=]+)", replaced, page)
+    return re.sub(r"data:image/(?:png|jpeg);base64,([\w+/=]+)", replaced, page)
 
 
 def reduced(content: bytes) -> bytes:

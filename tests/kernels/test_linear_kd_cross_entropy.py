@@ -422,6 +422,12 @@ def test_labels_out_of_range_and_wrong_arguments_name_what_is_wrong(backend):
             linear_kd_cross_entropy(*arguments, **options, backend=backend)
 
 
+def test_a_margin_that_is_called_names_the_op_that_takes_it():
+    for margin in (ArcFace(0.5), CosFace(), CombinedMargin(0.3, 0.2)):
+        with pytest.raises(TypeError, match=r"is a margin, not a loss: .*scale=64.0, margin="):
+            margin(torch.randn(3, 4), torch.tensor([0, 1, 2]))
+
+
 def test_the_module_passes_every_option_on():
     sample = make(6, 30, 8, reduction="none")
     options = {

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import numpy as np
 
 from kdtrain.config import Config
-from kdtrain.experiments import study, verdicts
+from kdtrain.experiments import study
 from kdtrain.experiments.comparison import cost
 from kdtrain.experiments.comparison.cost import Length, Quartiles, Size, Speeds
 from kdtrain.experiments.comparison.request import Place, Request, RunOf
 from kdtrain.experiments.study import Result, where
+from kdtrain.reports.tables import verdicts
 from kdtrain.reports.tables.data import Block, Cell, Row, RowKind, Table, Trend
 from kdtrain.reports.writing import count
 from kdtrain.training.checkpoint import read_arrays

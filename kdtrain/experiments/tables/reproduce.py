@@ -19,13 +19,13 @@ from rich.console import RenderableType
 from rich.table import Table as Grid
 from rich.text import Text
 
-from kdtrain.experiments import campaign, study, verdicts
+from kdtrain.experiments import campaign, study
 from kdtrain.experiments.campaign import LEGEND, Campaign, Order, make_campaign
 from kdtrain.experiments.scheduler import Outcome
 from kdtrain.experiments.study import Result
 from kdtrain.experiments.tables.paper import FULL, SOURCE, WIDTHS, At, BlockSpec, Claim, TableSpec
 from kdtrain.experiments.tables.stages import TABLES, Request, RunOf, groups, stages
-from kdtrain.reports.tables import files
+from kdtrain.reports.tables import files, verdicts
 from kdtrain.reports.tables.data import Block, Cell, Row, Table, Trend
 from kdtrain.reports.tables.text import show
 from kdtrain.reports.writing import lower_is_better

@@ -1,7 +1,7 @@
 """What a finished or half-finished result table is made of: cells, rows, blocks, trends.
 
 Plain values: kdtrain/experiments fills them from run folders,
-kdtrain/experiments/verdicts.py judges the trends, files.py writes them down. Numbers are in
+verdicts.py judges the trends, files.py writes them down. Numbers are in
 percent, differences in points (hundredths), as the paper prints them.
 """
 
@@ -20,7 +20,7 @@ VerdictState = Literal["held", "reversed", "inconclusive", "diverged", "not run"
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a claim about two rows was seen, and by how much (experiments/verdicts.py)."""
+    """Whether a claim about two rows was seen, and by how much (verdicts.py)."""
 
     state: VerdictState
     difference: float | None = None

@@ -18,6 +18,7 @@ import pytest
 import yaml
 from PIL import Image
 from rich.console import Console
+from rich.table import Table
 from tiny_runs import TASK_KEYS, TINY, environment, tiny_config
 
 from kdtrain.cli import main
@@ -217,7 +218,8 @@ def test_every_stage_outside_the_chain_has_a_row_of_its_own(preset, tmp_path):
         results = {"task": "classification", "metrics": {"top1": value, "pair_accuracy": 0.9}}
         results |= {"floors": {"top1": 0.2}, "untrained": {"top1": value / 10}}
         checkpoint.write_json(tmp_path / name / "results.json", results)
-    table = chain_table.result_table(tmp_path, dict.fromkeys(names, "done"))
+    table = chain_table.result_table(tmp_path, dict.fromkeys(names, "done")).renderables[0]
+    assert isinstance(table, Table)
     assert [column.header for column in table.columns] == ["", "classification\ntop-1"]
     titles = [str(cell) for cell in table.columns[0].cells]
     assert titles == [*names, "floor (raw pixels)", chain_table.UNTRAINED]

@@ -56,8 +56,8 @@ def test_a_report_names_every_target_that_has_a_weight(key):
 
 @pytest.mark.parametrize("key", TARGETS)
 def test_the_documentation_has_every_target_with_its_published_weight(key):
-    rows = re.findall(r"^\| `target\.(\w+)` \|.*", (ROOT / "docs/training.md").read_text(), re.M)
-    lines = (ROOT / "docs/training.md").read_text().splitlines()
+    rows = re.findall(r"^\| `target\.(\w+)` \|.*", (ROOT / "docs/targets.md").read_text(), re.M)
+    lines = (ROOT / "docs/targets.md").read_text().splitlines()
     row = next(line for line in lines if line.startswith(f"| `target.{key}` |"))
     assert rows.count(key) == 1
     weight = row.split("|")[3]

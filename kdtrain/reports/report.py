@@ -17,17 +17,10 @@ from typing import Any
 import numpy as np
 
 from kdtrain.config import run_folder
-from kdtrain.reports import chain_table, charts, plots, runs
+from kdtrain.reports import chain_table, charts, plots, runs, writing
 from kdtrain.reports.charts import Curve, Panel
 from kdtrain.reports.runs import CHAIN, TASKS, Stage, baseline, epochs_done, judge
-from kdtrain.reports.writing import (
-    direction,
-    full,
-    lower_is_better,
-    percent,
-    plotted,
-    render,
-)
+from kdtrain.reports.writing import plotted, render
 from kdtrain.training.checkpoint import write_text
 from kdtrain.training.journal.journal import duration, unit
 
@@ -35,37 +28,6 @@ NOT_TERMS = (
     *("kind", "step", "phase", "epoch", "lr", "skipped_steps"),
     *("loss", "top1", "gradient_norm", "teacher_entropy"),
 )
-RUN_COLUMNS: dict[str, Callable[[Stage], str]] = {
-    "task": lambda stage: stage.task,
-    "network": lambda stage: runs.network_text([stage]),
-    "initialised from": lambda stage: (stage.config.get("init_from") or "scratch").lstrip("@"),
-    "loss": runs.loss_text,
-    "phases": runs.phases_text,
-    "after each phase": runs.after_phases_text,
-    "best": runs.best_text,
-    "time": lambda stage: duration(s) if (s := stage.results.get("seconds")) else stage.state,
-}
-FLOORS = {
-    "classification": "the label of the nearest training image in raw pixels",
-    "alignment": "the mean landmarks",
-    "verification": "the nearest test image in raw pixels, the cosine of raw pixels",
-}
-TERMS = {
-    "hard": "Cross-entropy with the labels",
-    "soft": "KL divergence from the teacher's prediction",
-    "triplet": "Triplet loss",
-    "points": "Landmark loss",
-    "hidden": "Distance to the teacher's feature",
-}
-"""Titles of the panels of the loss terms; any other term has its own name."""
-TEXT: dict[str, Callable[..., Any]] = {
-    "network": runs.network_text,
-    "percent": percent,
-    "full": full,
-    "baseline": baseline,
-    "direction": lambda metric: direction(lower_is_better(metric)),
-}
-"""Functions that the template calls."""
 Points = Sequence[tuple[float, float | None]]
 
 
@@ -91,17 +53,16 @@ def report(run_root: str | Path, *, command: str | None = None) -> Path:
         columns=columns,
         rows=chain_table.rows(stages),
         foot=chain_table.foot(stages),
-        of_floor=", ".join(dict.fromkeys(FLOORS[task] for _, task, _ in columns)),
         doubts=_doubts(root, stages, columns),
         runs=stages,
-        run_columns=RUN_COLUMNS,
         tasks=[
             _task_section(task, mine)
             for task in TASKS
             if (mine := [stage for stage in stages if stage.task == task])
         ],
         span=f"{charts.SPAN:g}",
-        text=TEXT,
+        text=runs,
+        writing=writing,
         facts=_facts(stages, command if command is not None else _own_command()),
     )
     path = root / "report.html"
@@ -237,8 +198,7 @@ def _term_panels(stages: Sequence[Stage]) -> list[Panel]:
     panels = []
     for name in names:
         curves = _curves(stages, lambda stage, name=name: _logged(stage, name))
-        title = TERMS.get(name, name.replace("_", " "))
-        panels.append(Panel(title, "epoch", "", curves, log_y=True))
+        panels.append(Panel(name, "epoch", "", curves, log_y=True))
     return [panel for panel in panels if panel.curves]
 
 

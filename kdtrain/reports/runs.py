@@ -15,7 +15,7 @@ from kdtrain.config.networks import network_title
 from kdtrain.config.program import printable
 from kdtrain.reports.writing import better, brief, count
 from kdtrain.training.checkpoint import read_arrays, read_json
-from kdtrain.training.journal.journal import read_lines
+from kdtrain.training.journal.journal import duration, read_lines
 
 # The result table: columns by task and metric, rows by the end of the chain's names.
 COLUMNS = (
@@ -262,6 +262,12 @@ def best_text(stage: Stage) -> str:
     return f"{value} (epoch {epochs_done(stage, best)}{split})"
 
 
+def time_text(stage: Stage) -> str:
+    """The time that training took, or how far the run got."""
+    seconds = stage.results.get("seconds")
+    return duration(seconds) if seconds else stage.state
+
+
 def phase_ends(stage: Stage) -> list[int]:
     """The epochs done at the end of each phase."""
     phases = stage.config.get("optim", {}).get("phases", [])
@@ -281,10 +287,11 @@ def judge(stage: Stage) -> str:
 
 
 def baseline(stages: Sequence[Stage], section: str, task: str, metric: str) -> float | None:
-    """A metric of a network that learned nothing, from the first finished run of a task, students
-    before teachers; None where there is none. section: floors, or untrained (the run's own network
-    before its first step).
+    """A metric of a network that learned nothing, from the first finished run of a task; None where
+    there is none. section: floors, or untrained (the run's network before its first step: of a
+    student where there is one).
     """
-    ordered = sorted(stages, key=lambda stage: stage.name.endswith("teacher"))
+    last = "teacher" if section == "untrained" else "-"
+    ordered = sorted(stages, key=lambda stage: stage.name.endswith(last))
     found = [stage.results.get(section, {}).get(metric) for stage in ordered if stage.task == task]
     return next((value for value in found if value is not None), None)

@@ -28,7 +28,10 @@ from kdkernels.linear_kd_cross_entropy.sampling import sample_classes
 from kdkernels.native import empty_cache
 from kdkernels.nearest_neighbor.eager import Nearest
 from kdkernels.nearest_neighbor.op import nearest_neighbor
+from kdkernels.registration import register_types
 from kdkernels.triplet_loss.op import TripletLoss, TripletMarginLoss, triplet_loss
+
+register_types(KDTerms, SparseTeacher, Nearest, ArcFace, CosFace, CombinedMargin)
 
 __version__ = "0.1.0"
 

@@ -1,5 +1,7 @@
-"""`python -m kdkernels`: the backends of each op here, and why the rest is missing."""
+"""`python -m kdkernels` and the command `kdkernels`: the backends of each op here, and why the rest
+is missing."""
 
+import argparse
 import importlib.metadata
 import os
 import platform
@@ -51,9 +53,21 @@ def table() -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> int:
+    """Prints the table, or the version."""
+    parser = argparse.ArgumentParser(
+        prog="kdkernels", description="Prints the backends of each op."
+    )
+    version = f"kdkernels {kdkernels.__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    parser.parse_args(argv)
     try:
         print(table(), flush=True)
     except BrokenPipeError:  # nobody reads: end as SIGPIPE would, without a traceback at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+        return 128 + signal.SIGPIPE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

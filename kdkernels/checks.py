@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 REDUCTIONS = ("mean", "sum", "none")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -21,7 +22,9 @@ def check_tensor(op: str, name: str, value: object, dims: int | None = None) -> 
         raise reject(op, f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in FLOATS:
         wanted = ", ".join(str(d).removeprefix("torch.") for d in FLOATS)
-        raise reject(op, f"{name} must be one of {wanted}, got {value.dtype}")
+        are_labels = name == "teacher" and value.dtype in (torch.int32, torch.int64)
+        hint = ": teacher and target look swapped, labels go to target" if are_labels else ""
+        raise reject(op, f"{name} must be one of {wanted}, got {value.dtype}{hint}")
     if value.layout != torch.strided:
         raise reject(op, f"{name} must be a dense tensor, got layout {value.layout}")
     if dims is not None and value.dim() != dims:
@@ -106,6 +109,12 @@ def validates() -> bool:
     return _validates
 
 
-def looks_at_values(device: torch.device) -> bool:
-    """Whether a call on that device may look at values: never while it is being compiled."""
-    return not torch.compiler.is_compiling() and (device.type == "cpu" or validates())
+def looks_at_values(tensor: Tensor) -> bool:
+    """Whether a check may read the values of a tensor: off the CPU under validate(True) only.
+
+    Never where there are none: in a call that is being compiled or exported, under FakeTensorMode
+    and on the meta device.
+    """
+    if torch.compiler.is_compiling() or tensor.is_meta or is_fake(tensor):
+        return False
+    return tensor.device.type == "cpu" or validates()

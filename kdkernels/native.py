@@ -54,7 +54,7 @@ def empty_cache() -> int:
     return extension.empty_pool() if extension is not None else 0
 
 
-def give_gradient(gradient: Tensor, incoming: Tensor, post_scale: Tensor) -> None:
+def give_gradient(gradient: Tensor, incoming: Tensor, post_scale: Tensor | float) -> None:
     """`gradient` times the incoming one (0-d, or one per row) and `post_scale`, in place."""
     assert extension is not None
     if gradient.numel() == 0:

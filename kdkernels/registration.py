@@ -1,11 +1,13 @@
-"""Registration of the raw ops, and the hand-over of gradients in backward."""
+"""Registration of the raw ops and the public types, and the hand-over of gradients in backward."""
 
+import dataclasses
 import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from kdkernels import native as calls
 
@@ -39,6 +41,17 @@ def define(
 def raw(name: str, backend: str) -> Callable:
     """The raw op of that name on a backend."""
     return getattr(torch.ops.kdkernels, name if backend == "native" else f"{name}_{backend}")
+
+
+def register_types(*types: type) -> None:
+    """Makes NamedTuples and dataclasses of tensors part of what torch.export saves and loads."""
+    torch.serialization.add_safe_globals(list(types))
+    for kind in types:
+        name = f"kdkernels.{kind.__name__}"
+        if dataclasses.is_dataclass(kind):
+            pytree.register_dataclass(kind, serialized_type_name=name)
+        else:
+            pytree._register_namedtuple(kind, serialized_type_name=name)
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

@@ -170,6 +170,9 @@ class BatchTripletLoss(nn.Module):
     torch has no such loss. It replaces a miner on an (N, N) distance matrix followed by
     torch.nn.TripletMarginLoss; differences: squared distances unless squared=False, no eps, margin
     0.4.
+
+    A batch without a triplet, for instance one image per identity, has loss 0 and gradient 0, not
+    NaN and not an error: draw batches with at least two images of each of several identities.
     """
 
     def __init__(

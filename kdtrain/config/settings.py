@@ -10,36 +10,31 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
-import inspect
 import math
 import os
+import re
 import reprlib
 import typing
 from collections.abc import Iterable, Mapping
 from functools import cache
-from itertools import accumulate, takewhile
+from itertools import accumulate, groupby, takewhile
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from kdtrain.config.fields import ConfigError
+from kdtrain.config.fields import ConfigError, Setting, in_words
 from kdtrain.config.program import name_bytes, regular
 from kdtrain.config.schema import SETTINGS, Config
+from kdtrain.config.synonyms import HINTS
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 # keys that may be written shorter
 SHORT = {"teacher": "teacher.run"}
-RENAMED = {
-    "data.people": "data.identities",
-    "data.pictures": "data.images_per_identity",
-    "triplet.people": "triplet.identities",
-    "triplet.pictures": "triplet.images_per_identity",
-}
-"""Keys of versions before 0.1, whose run directories are refused by name."""
-MANY = 16  # known words, above which an error lists the FEW nearest of them
-FEW = 3
+SIMILAR = 0.75  # difflib's ratio of two names, below which an error suggests neither
+MANY = 16  # known names, above which an error does not list them
+FEW = 3  # suggestions
 LENGTH, DEPTH, VALUES = 100_000, 12, 10_000
 """Bounds of a YAML file: characters, nested levels, values with aliases written out."""
 
@@ -52,34 +47,49 @@ def keys() -> tuple[str, ...]:
     return tuple(_BY_KEY)
 
 
+def sections() -> list[tuple[str, str, list[Setting]]]:
+    """Name, docstring and settings of every section; `run` holds the keys of no section."""
+    owners = typing.get_type_hints(Config)
+    groups = groupby(SETTINGS, lambda setting: setting.key.rpartition(".")[0] or "run")
+    return [
+        (name, " ".join(str(owners.get(name, Config).__doc__).split()), list(members))
+        for name, members in groups
+    ]
+
+
 def add_keys(parser: ArgumentParser) -> None:
-    """Add one option per key of the schema, with its default and help, grouped by section."""
-    owners, groups = typing.get_type_hints(Config), {}
+    """Add one option per key of the schema."""
     for key, setting in _BY_KEY.items():
-        section = key.partition(".")[0] if "." in key else "run"
-        if section not in groups:
-            text = inspect.getdoc(owners.get(section, Config))
-            groups[section] = parser.add_argument_group(section, text)
-        groups[section].add_argument(
-            f"--{key}", type=setting.kind, default=setting.default, help=setting.text
-        )
+        parser.add_argument(f"--{key}", type=setting.kind)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """'did you mean ...?' for the closest known word; else all of them, of many the FEW nearest."""
+    """'did you mean ...?' for the known names whose last part is like that of `word`; else all of
+    them, if they are few.
+    """
     known = list(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if not close:
-        by_tail = {key.rpartition(".")[2]: key for key in known}
-        close = [
-            by_tail[m] for m in difflib.get_close_matches(word.rpartition(".")[2], by_tail, n=1)
-        ]
+    tails = {name: _tail(name) for name in known}
+    like = difflib.get_close_matches(_tail(word), set(tails.values()), n=1, cutoff=SIMILAR)
+    ends = [name for name in known if tails[name] in like]
+    most = FEW if word.lstrip("-") == _tail(word) else 1
+    close = difflib.get_close_matches(word, ends, n=most, cutoff=0.0)
     if close:
-        return f"did you mean {close[0]}?"
-    if len(known) <= MANY:
-        return f"known: {', '.join(known)}"
-    few = difflib.get_close_matches(word, known, n=FEW, cutoff=0.0)
-    return f"the nearest of {len(known)} names: {', '.join(few)}"
+        return f"did you mean {' or '.join(close)}?"
+    return f"known: {', '.join(known)}" if len(known) <= MANY else "no known name is similar"
+
+
+def correction(word: str, known: Iterable[str]) -> str:
+    """The setting that an option of another trainer stands for; else the result of `nearest`. word,
+    known: options with their dashes, or keys.
+    """
+    known, tail = list(known), _tail(word).lower().replace("-", "_")
+    is_key = tail in HINTS and {"seed", "--seed"}.intersection(known)
+    return HINTS[tail] if is_key else nearest(word, known)
+
+
+def _tail(name: str) -> str:
+    """The last part of an option, a key or a path."""
+    return re.split("[./]", name)[-1].lstrip("-")
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -229,9 +239,8 @@ def read_recipe(path: Path, _found: dict[Path, Any] | None = None) -> dict[str, 
         )
     flat: dict[str, Any] = {}
     for base in bases:
-        flat.update(read_recipe(path.parent / base, found))
+        flat.update(read_recipe(_base(base, path), found))
     own = in_full(flatten(tree))
-    check_version(own, path)
     try:
         _typed(own)
     except ConfigError as error:
@@ -240,21 +249,18 @@ def read_recipe(path: Path, _found: dict[Path, Any] | None = None) -> dict[str, 
     return found[path]
 
 
-def unknown(key: str) -> str:
-    """What is wrong with a key that the schema does not have, for an error."""
-    if key in RENAMED:
-        return f"the key {key} is now {RENAMED[key]}"
-    return f"unknown key {key!r}; {nearest(key, keys())}"
-
-
-def check_version(flat: Mapping[str, Any], path: Path) -> None:
-    """Raises ConfigError for the config.yaml of a run directory that an older version wrote."""
-    old = [key for key in RENAMED if key in flat]
-    if old and path.name == "config.yaml":
+def _base(name: str, recipe: Path) -> Path:
+    """The file of `base: name` in a recipe: a YAML file beside it, or a packaged recipe."""
+    if name.endswith((".yaml", ".yml")):
+        if not (recipe.parent / name).exists():
+            raise ConfigError(f"{recipe}: base: no file {recipe.parent / name}")
+        return recipe.parent / name
+    if name not in recipe_names():
         raise ConfigError(
-            f"{path.parent}: written by an older version of kdtrain (its {old[0]} is now "
-            f"{RENAMED[old[0]]}); train that run again"
+            f"{recipe}: base: no packaged recipe {name!r}; {nearest(name, recipe_names())} "
+            "(a file's name ends in .yaml)"
         )
+    return RECIPES / f"{name}.yaml"
 
 
 def build(flat: Mapping[str, Any]) -> Config:
@@ -265,8 +271,7 @@ def build(flat: Mapping[str, Any]) -> Config:
     together.
     """
     values = _typed(in_full(flat))
-    types = typing.get_type_hints(Config)
-    for name, kind in types.items():
+    for name, kind in typing.get_type_hints(Config).items():
         if dataclasses.is_dataclass(kind):
             values[name] = kind(**values.get(name, {}))  # type: ignore[operator]
     return Config(**values)
@@ -289,13 +294,13 @@ def _typed(flat: Mapping[str, Any]) -> dict[str, Any]:
         if key not in _BY_KEY:
             if any(known.startswith(f"{key}.") for known in _BY_KEY):
                 got = reprlib.repr(value)
-                raise ConfigError(f"{key}: expected a mapping of its keys, got {got}")
-            raise ConfigError(unknown(key))
+                raise ConfigError(f"{key}: expected a mapping of its keys; got {got}")
+            raise ConfigError(f"unknown key {key!r}; {correction(key, keys())}")
         # the parser takes null for any type
         if value is None and type(None) not in typing.get_args(_BY_KEY[key].kind):
-            raise ConfigError(f"{key}: expected a value, got null")
+            raise ConfigError(f"{key}: expected {values_of(key)}; got null")
         _check_numbers(key, value)
-    parser = _key_parser()
+    parser = key_parser()
     try:
         # a copy: the parser puts objects of its own in the place of mappings
         given = parser.parse_object(copy.deepcopy(nested(flat)), defaults=False)
@@ -303,7 +308,19 @@ def _typed(flat: Mapping[str, Any]) -> dict[str, Any]:
             _check_numbers(key, value)
         return parser.instantiate(given).as_dict()
     except ArgumentError as error:
-        raise ConfigError(" ".join(str(error).split())) from None
+        key = wrong_key(error)
+        raise ConfigError(f"{key}: expected {values_of(key)}; got {flat[key]!r}") from None
+
+
+def values_of(key: str) -> str:
+    """The values that a key may have, in words."""
+    return in_words(_BY_KEY[key].kind, _BY_KEY[key].within)
+
+
+def wrong_key(error: ArgumentError) -> str:
+    """The key whose value jsonargparse rejects; '' where the error is of another kind."""
+    found = re.match('Parser key "(.+?)":', str(error))
+    return found[1] if found else ""
 
 
 def _check_numbers(key: str, value: Any) -> None:
@@ -312,14 +329,15 @@ def _check_numbers(key: str, value: Any) -> None:
         for place, item in value.items() if isinstance(value, dict) else enumerate(value):
             _check_numbers(f"{key}.{place}", item)
     elif isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{key}: expected a finite number, got {value}")
+        raise ConfigError(f"{key}: expected a finite number; got {value}")
     elif isinstance(value, int) and abs(value) >= 2**63:
-        raise ConfigError(f"{key}: expected at most 63 bits, got {reprlib.repr(value)}")
+        raise ConfigError(f"{key}: expected at most 63 bits; got {reprlib.repr(value)}")
 
 
 @cache
-def _key_parser() -> ArgumentParser:
-    parser = ArgumentParser(exit_on_error=False)
+def key_parser() -> ArgumentParser:
+    """A parser of keys alone."""
+    parser = ArgumentParser(exit_on_error=False, add_help=False)
     add_keys(parser)
     return parser
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from kdtrain.config.fields import ConfigError, check_settings, require, setting
@@ -49,44 +49,40 @@ class Target:
 def _weight(name: str, words: str, reads: str, **more: Any) -> float:
     """The field that weighs a target, with the target's row but for its key."""
     row = {"name": name, "words": words, "reads": reads, **more}
-    said = {"target": row, "cost": "switch", "own": True, "within": "0 or more"}
-    return field(default=0.0, metadata=said)
+    return setting(0.0, target=row, cost="switch", own=True, within="0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetConfig:
-    """Weights and form of every term beside the task's own loss."""
+    """Weights and forms of the distillation targets, beside the loss of the task."""
 
     alpha: float = _weight("soft", "soft", "prediction", form="temperature")
-    "Weight of the soft target: cross-entropy with the teacher's softened prediction."
+    "Weight of the soft target. It is the cross-entropy with the teacher's softened prediction."
     beta: float = _weight("hidden", "hidden", "feature", form="hidden_reduction")
-    "Weight of the hidden target: squared distance of the pooled features."
+    "Weight of the hidden target. It is the squared distance of the pooled features."
     gamma: float = setting(1.0, cost="switch", own=True, within="0 or more")
-    """Weight of the softmax loss with the labels: the task loss of classification, the joint
-    softmax elsewhere. 0 leaves classification to its targets (to the hidden one alone: the
-    classifier stays untrained, and top1 says so).
+    """Weight of the softmax loss with the labels, which is the task's loss in classification and an
+    additional loss elsewhere. 0 trains classification by its targets alone.
     """
     logits: float = _weight("logits", "logits", "logits", form="logits_reduction")
-    "Weight of the logits target: squared distance of the logits."
+    "Weight of the logits target: the squared distance of the logits."
     embedding_l2: float = _weight("embedding_l2", "embedding L2", "feature")
-    """Weight of the embedding target: squared distance of the pooled features scaled to unit
-    length, 2 (1 - cos), mean over images.
-    """
+    "Weight of the embedding target: the squared distance of unit-length features, 2 (1 - cos)."
     embedding_cosine: float = _weight(
         "embedding_cosine", "embedding cosine", "feature", published=128.0
     )
-    "Weight of the same as 1 - cos, half of embedding_l2; published weights are 64 and 128."
+    "Weight of the embedding target as 1 - cos. Published weights are 64 and 128."
     rkd_distance: float = _weight(
         "rkd_distance", "RKD distance", "feature", published=25.0, least=3
     )
-    """Weight of RKD's distances between the images of a batch (Park et al. 2019); published
+    """Weight of RKD's distance loss between the images of a batch (Park et al. 2019). Published
     weights are 25 beside a softmax loss and 1 in metric learning.
     """
     rkd_angle: float = _weight("rkd_angle", "RKD angle", "feature", published=50.0, least=3)
-    "Weight of RKD's angles between three images of a batch; published weights are 50 and 2."
+    "Weight of RKD's angle loss between triples of a batch. Published weights are 50 and 2."
     attention: float = _weight("attention", "attention transfer", "attention", published=1000.0)
-    """Weight of attention transfer: squared distance of the residual stages' unit-length maps of
-    summed squared activations (Zagoruyko and Komodakis 2017); the published weight is 1000.
+    """Weight of attention transfer (Zagoruyko and Komodakis 2017): the squared distance of the
+    normalised attention maps of the residual stages. The published weight is 1000.
     """
     teacher_head: float = _weight(
         "teacher_head",
@@ -95,46 +91,37 @@ class TargetConfig:
         published=0.02,
         form="teacher_head_temperature",
     )
-    """Weight of the soft target through the teacher's own classifier, which stands frozen beside
-    the student's and is never kept (TH-KD); the published weight is 0.02, of CIFAR-100.
+    """Weight of the soft target through the teacher's frozen classifier (TH-KD), without storing
+    its logits. The published weight is 0.02, for CIFAR-100.
     """
     hint: float = _weight("hint", "hint of stage {hint_stage}", "maps", form="hint_reduction")
-    """Weight of a FitNet hint: squared distance of a middle stage's output, through a learnt
-    regressor. A stage of its own, without any other term; the student's layers above keep their
-    values.
+    """Weight of a FitNet hint: the squared distance of a middle stage's output through a learnt
+    regressor. A hint run has no other loss, and the student's higher layers stay unchanged.
     """
     temperature: float = setting(3.0, cost="none", within="more than 0")
     "Temperature of the soft target."
     tau_squared: bool = setting(False, cost="none", own=True)
-    """Multiply the soft targets by temperature^2 (Hinton et al. 2015); teacher_head's by its
-    own temperature's.
-    """
+    "Multiply each soft target by the square of its temperature (Hinton et al. 2015)."
     teacher_head_temperature: float | None = setting(None, within="more than 0")
-    "Temperature of the soft target through the teacher's classifier; null takes temperature."
+    "Temperature of target.teacher_head. null takes target.temperature."
     teacher_head_proj: Literal["linear", "none"] = "linear"
-    """Learnt map of the student's feature onto the teacher's before its classifier, where widths
-    differ; dropped after training.
-    """
+    "Learnt projection of the student's feature before that classifier, if widths differ."
     hidden_proj: Literal["linear", "none"] = "linear"
-    """Learnt projection of the student's feature onto the teacher's, where widths differ; dropped
-    after training.
-    """
+    "Learnt projection of the student's feature before the hidden target, if widths differ."
     hidden_normalize: bool = False
     "Scale both features to unit length before the hidden target."
     embedding_proj: Literal["linear", "none"] = "linear"
-    """The same for the embedding targets, before the scaling; theirs is another map than the hidden
-    target's.
-    """
+    "Learnt projection of the student's feature before embedding targets, if widths differ."
     hidden_reduction: Literal["batchmean", "mean", "sum"] = "batchmean"
-    "batchmean divides by the images (the papers' norm), mean also by the feature's length."
+    "Reduction of the hidden target. batchmean divides by images, mean also by feature width."
     logits_reduction: Literal["batchmean", "mean", "sum"] = "batchmean"
-    "The same for the logits target."
+    "Reduction of the logits target. batchmean divides by images, mean also by identities."
     hint_stage: Literal[1, 2, 3, 4] = 2
     "Residual stage whose output is the hint, in student and teacher."
     hint_reduction: Literal["batchmean", "mean", "sum"] = "batchmean"
-    "The same for the hint."
+    "Reduction of the hint. batchmean divides by the images, mean by all values."
     label_smoothing: float = setting(0.0, within="0 <= x < 1")
-    "Share of the label's probability that is spread over all classes."
+    "Share of the label's probability that is spread over all identities."
 
     def __post_init__(self) -> None:
         check_settings(self, "target.")
@@ -177,54 +164,49 @@ TEACHER_WEIGHTS = tuple(TARGETS)
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """The network that targets come from. `teacher: RUN` and --teacher RUN are short for
+    """The teacher and the cache of its outputs. `teacher: RUN` and --teacher RUN stand for
     teacher.run.
     """
 
     run: str | None = setting(None, run="teacher", own=True)
-    "Run folder of the teacher (RUN/best: its best weights); @NAME is the run beside this one."
+    """Run directory of the teacher. RUN/best takes its best weights; @NAME is the run beside this
+    one.
+    """
     more: list[str] = setting(factory=list, run="teacher_more")
-    """Runs of further teachers of the same identities. The predictions of all are averaged in the
-    soft target, target.alpha; no other target reads more than one teacher.
+    """Run directories of further teachers of the same identities. The soft target (target.alpha)
+    takes the mean of all predictions; the other targets need a single teacher.
     """
     weights: list[float] | None = None
-    "Shares of teacher.run and each of teacher.more in that mean, of any sum; null: equal."
+    "Weights of teacher.run and teacher.more in the mean prediction; null: equal."
     input_size: int | None = setting(None, cost="value")
-    """Side of the images that the teacher sees, the student's crops and flips at another
-    resolution; null shows it the student's own.
-    """
+    "Side of the teacher's input, in pixels. It sees the student's crops; null: data.input_size."
     cache: Literal["none", "float32", "float16"] = "none"
-    """Keep the teacher's answers on disk, for every student that meets the same batches: float32
-    trains to the same bits as none, float16 rounds them and takes half the room.
+    """Cache of the teacher outputs on disk, shared by all students with the same batches. float32
+    trains bitwise identically to none; float16 rounds the outputs and takes half the space.
     """
     cache_what: Literal["outputs", "features"] = "outputs"
-    """What teacher.cache keeps of a batch: the outputs that the targets read, or the pooled feature
-    alone, from which the teacher's classifier forms the logits. Where training sees an image in
-    no other views than itself and its mirror image (data.store_size is the crop's size), features
-    are kept once for each of them, for every epoch and seed.
+    """Content of the cache. outputs stores what the targets read; features stores the pooled
+    feature, from which the teacher's classifier computes the logits. If no crop is random
+    (data.store_size equals the crop), features are stored once per image and mirror image, for
+    every epoch and seed.
     """
     cache_dir: str | None = setting(None, counted=False)
-    "Folder of the kept answers; null is teacher_cache beside the run folder."
+    "Directory of the cache. null is teacher_cache beside the run directory."
 
     def __post_init__(self) -> None:
-        weights = self.weights
-        require(
-            weights is None
-            or (len(weights) == 1 + len(self.more) and all(0 < w < math.inf for w in weights)),
-            "teacher.weights",
-            f"null, or a number above 0 for each of the {1 + len(self.more)} teachers",
-            weights,
-        )
+        weights, teachers = self.weights or [], 1 + len(self.more)
+        holds = len(weights) == teachers and all(0 < w < math.inf for w in weights)
+        needed = f"null, or a number above 0 for each of the {teachers} teachers"
+        require(self.weights is None or holds, "teacher.weights", needed, self.weights)
         features = self.cache_what == "features"
         if features and self.cache == "none":
             raise ConfigError(
-                "teacher.cache_what features keeps nothing while teacher.cache is none: set "
-                "teacher.cache to float32 or float16"
+                "teacher.cache_what features needs teacher.cache float32 or float16, got none"
             )
         if features and self.more:
             raise ConfigError(
-                "teacher.cache_what features: the averaged prediction of several teachers "
-                "(teacher.more) is not that of one feature; set teacher.cache_what to outputs"
+                "teacher.cache_what features holds one teacher's features, and teacher.more names "
+                "others: set teacher.cache_what to outputs"
             )
 
     @property
@@ -246,9 +228,8 @@ def check_teachers(target: TargetConfig, teacher: TeacherConfig, head_asks: bool
     others += ["head.margin or head.update reads the teacher's features"] if head_asks else []
     if others or not target.alpha:
         raise ConfigError(
-            "teacher.more: several teachers are averaged in target.alpha alone, and "
-            f"{others[0] if others else 'it is 0'}: weigh target.alpha and nothing else of the "
-            "teacher, or leave one teacher"
+            f"teacher.more needs target.alpha as the only target, and "
+            f"{others[0] if others else 'it is 0'}: set others to 0, or use one teacher"
         )
 
 
@@ -256,12 +237,8 @@ def check_sizes(target: TargetConfig, side: int, theirs: int, crop: int) -> None
     """Raises ConfigError where the teacher's images cannot be had from the crop, or maps are
     compared that do not halve into each other. side, theirs: pixels that student and teacher see.
     """
-    require(
-        8 <= theirs <= crop,
-        "teacher.input_size",
-        f"from 8 to the crop's {crop} pixels (data.crop_size, at most data.store_size), or null",
-        theirs,
-    )
+    needed = f"from 8 to the crop's {crop} pixels (data.crop_size), or null"
+    require(8 <= theirs <= crop, "teacher.input_size", needed, theirs)
     if theirs == side:
         return
     if target.hint:

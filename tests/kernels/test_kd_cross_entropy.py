@@ -181,6 +181,7 @@ BAD = {
     "ignore_index must be an int, got 1.0": {"ignore_index": 1.0},
     "backend 'fast' has no kernel for 'cpu' tensors": {"backend": "fast"},
     "teacher must have student's shape (3, 8), got (3, 7)": {"teacher": torch.zeros(3, 7)},
+    "got torch.int64: teacher and target look swapped": {"teacher": torch.tensor([0, 1, 2])},
     "target must have shape (3,), got (2,)": {"target": torch.zeros(2, dtype=torch.long)},
     "target must be int32 or int64, got torch.float32": {"target": torch.zeros(3)},
     "student must have 2 dimensions, got shape (3,)": {"student": torch.zeros(3)},

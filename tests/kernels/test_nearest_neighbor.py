@@ -333,3 +333,13 @@ ROWS = torch.ones(3, 4)
 def test_bad_arguments_are_one_clear_error(queries, gallery, options, message):
     with pytest.raises(ValueError, match=f"^nearest_neighbor: {message}"):
         nearest_neighbor(queries, gallery, **options)
+
+
+@both
+def test_equal_rows_tie_however_they_are_stored(backend):
+    queries, row = normal(5, 68, seed=31), normal(1, 68, seed=32)
+    equal = row.expand(40, 68)
+    for gallery in (equal, equal.t().contiguous().t(), equal.t().contiguous().t().bfloat16()):
+        found = nearest_neighbor(queries.t().contiguous().t(), gallery, backend=backend)
+        assert not found.index.any()
+        assert found.distance.isfinite().all()

@@ -16,8 +16,8 @@ from kdtrain.cli import main
 from kdtrain.config import ConfigError
 from kdtrain.models.published.layouts import published
 from kdtrain.training import checkpoint, keys
-from kdtrain.training.import_weights import PublishedError, read_file, shards, write_run
 from kdtrain.training.input_runs import load_network, run_config
+from kdtrain.training.published.import_weights import PublishedError, read_file, shards, write_run
 
 WIDTH = 16
 
@@ -370,11 +370,17 @@ def test_an_import_that_is_cut_short_leaves_nothing_and_can_be_repeated(
 
 def test_wrong_commands_say_what_is_wrong(tmp_path, capsys):
     cases = [
-        (["x.pt", "--out", "run"], "--layout is missing: one of arcface_torch, adaface, cvlface"),
-        (["x.pt", "--layout", "facenet", "--out", "r"], "--layout: one of arcface_torch"),
-        (["x.pt", "--layout", "adaface"], "--out is missing"),
-        (["x.pt", "--layout", "adaface", "--out", "r", "--name", "r50"], "--name: one of resnet"),
-        (["x.pt", "--layout", "adaface", "--out", "r", "--color", "grb"], "--color: rgb or bgr"),
+        (["x.pt", "--out", "run"], "missing: --layout"),
+        (["x.pt", "--layout", "facenet", "--out", "r"], "--layout: expected one of arcface_torch"),
+        (["x.pt", "--layout", "adaface"], "missing: --out"),
+        (
+            ["x.pt", "--layout", "adaface", "--out", "r", "--name", "r50"],
+            "expected one of resnet",
+        ),
+        (
+            ["x.pt", "--layout", "adaface", "--out", "r", "--color", "grb"],
+            "expected one of rgb, bgr",
+        ),
     ]
     for words, message in cases:
         assert main(["import", *words]) == 2

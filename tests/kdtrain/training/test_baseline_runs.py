@@ -158,7 +158,10 @@ def test_attention_is_not_kept_and_says_that_the_teacher_answers_online(tmp_path
         *(({f"target.{name}": -1.0}, f"target.{name}: expected 0 or more") for name in WEIGHTS),
         *(({f"target.{name}": 1.0, "teacher": None}, "need a teacher") for name in WEIGHTS),
         ({"target.embedding_proj": "conv", "target.embedding_l2": 1.0}, "embedding_proj"),
-        ({"target.rkd_distance": 1.0, "optim.batch_size": 2}, "rkd_distance compares at least 3"),
+        (
+            {"target.rkd_distance": 1.0, "optim.batch_size": 2},
+            "target.rkd_distance compares",
+        ),
         ({"target.rkd_angle": 1.0, "optim.batch_size": 2}, "optim.batch_size is 2: raise it"),
         ({"target.hint": 1.0, "target.gamma": 0.0, "target.attention": 5.0}, "attention is 5"),
         ({"target.gamma": 0.0}, "teacher is set but"),

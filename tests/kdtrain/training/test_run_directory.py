@@ -72,12 +72,12 @@ def test_overwrite_removes_every_file_that_a_run_with_every_option_writes(whole,
     train(config, run)
     killed = {"last.new", "last.previous", "best.new", "best.previous"}
     never = {"diverged.json", "tensorboard", *killed}
-    assert {f.name for f in run.iterdir()} == {".lock", *checkpoint.RUN_FILES} - never
+    assert {f.name for f in run.iterdir()} == {".lock", ".owner", *checkpoint.RUN_FILES} - never
     for name in never:
         (run / name).mkdir()
     (run / "notes.txt").write_text("mine")
     with opened(config, run, resume=False, overwrite=True):
-        assert {path.name for path in run.iterdir()} == {".lock", "notes.txt"}
+        assert {path.name for path in run.iterdir()} == {".lock", ".owner", "notes.txt"}
 
 
 def test_a_disk_that_fills_up_within_a_run_ends_it_in_one_line_and_resume_goes_on(

@@ -13,7 +13,8 @@ namespace {
 
 constexpr int64_t kChunk = 65536;  // elements: one thread's unit of work, and of the fixed summation order
 constexpr int64_t kSmall = 32768;  // below that a second thread costs more than it brings
-constexpr float kLargestHalf = 65504.0f;
+// float16 gradients whose largest component is stored between these are not swept again.
+constexpr double kSmallestStored = 1.0, kLargestStored = 65504.0;
 
 int64_t bytes_of(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
 
@@ -67,7 +68,7 @@ void parallel_chunks(const std::vector<int64_t>& elements, int threads, const Bo
     total += elements[i];
   }
   if (total < kSmall) threads = 1;
-  parallel_rows(first.back(), threads, 0, [&](int64_t begin, int64_t end, float*) {
+  parallel_rows(first.back(), threads, 0, kKeepDenormals, [&](int64_t begin, int64_t end, float*) {
     size_t item = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       while (chunk >= first[item + 1]) ++item;
@@ -119,33 +120,38 @@ void hidden_l2(const std::vector<HiddenL2Input>& inputs, float* loss, float* ter
     post_scale[i] = 1.0f;
     if (pair.gradient != nullptr) {
       if (pair.student_dtype == kFloat16 && std::isfinite(coefficient)) {
-        // Stored as 2^4 m (s - t) with the coefficient's mantissa m in [1/2, 1): a mean over millions of elements
-        // cannot flush it to zero, and a power of two costs no rounding.
+        // Stored as 2^8 m (s - t) with the coefficient's mantissa m in [1/2, 1): a mean over millions of elements
+        // cannot flush it to zero, and a power of two costs no rounding. That suits largest differences from 1/128
+        // to 256; other pairs are swept again below.
         int exponent = 0;
-        coefficient = std::ldexp(std::frexp(coefficient, &exponent), 4);
-        post_scale[i] = std::ldexp(1.0f, exponent - 4);
+        coefficient = std::ldexp(std::frexp(coefficient, &exponent), 8);
+        post_scale[i] = std::ldexp(1.0f, exponent - 8);
       }
     }
     pair.coefficient = static_cast<float>(coefficient);
+    pair.counts = inputs[i].weight != 0.0;
     pairs.push_back(pair);
     if (pair.gradient != nullptr) gradient_bytes += pair.elements * bytes_of(pair.student_dtype);
   }
   for (HiddenL2Pair& pair : pairs) pair.stream = pair.gradient != nullptr && gradient_bytes >= kStreamBytes;
   std::vector<PairSums> sums = sweep(pairs, threads);
 
-  // float16 gradients that outgrew the stored scale are swept once more with a smaller one.
-  std::vector<HiddenL2Pair> outgrown;
+  // float16 gradients whose largest component is stored too large or too small are swept once more, with the power of
+  // two that brings it to the upper end of float16's range.
+  std::vector<HiddenL2Pair> again;
   for (size_t i = 0; i < pairs.size(); ++i) {
     const double stored = std::fabs(pairs[i].coefficient) * static_cast<double>(sums[i].largest);
-    if (pairs[i].gradient == nullptr || pairs[i].student_dtype != kFloat16 || !(stored > kLargestHalf)) continue;
-    if (!std::isfinite(stored)) continue;
+    if (pairs[i].gradient == nullptr || pairs[i].student_dtype != kFloat16) continue;
+    const bool fits = stored >= kSmallestStored && stored <= kLargestStored;
+    if (fits || !(stored > 0.0) || !std::isfinite(stored)) continue;
     int exponent = 0;
-    std::frexp(stored / kLargestHalf, &exponent);
-    pairs[i].coefficient = std::ldexp(pairs[i].coefficient, -exponent);
-    post_scale[i] = std::ldexp(post_scale[i], exponent);
-    outgrown.push_back(pairs[i]);
+    std::frexp(stored, &exponent);
+    const int power = std::clamp(15 - exponent, -100, 100);
+    pairs[i].coefficient = std::ldexp(pairs[i].coefficient, power);
+    post_scale[i] = std::ldexp(post_scale[i], -power);
+    again.push_back(pairs[i]);
   }
-  if (!outgrown.empty()) sweep(outgrown, threads);
+  if (!again.empty()) sweep(again, threads);
 
   double total = 0.0;
   for (size_t i = 0; i < pairs.size(); ++i) {

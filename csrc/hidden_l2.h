@@ -23,6 +23,7 @@ struct HiddenL2Pair {
   int dims;  // at least 1
   int64_t elements;
   int64_t sizes[kMaxDims], student_strides[kMaxDims], teacher_strides[kMaxDims];
+  bool counts;        // false: its weight is 0, nothing is read and the gradient is 0
   bool stream;        // the gradient goes past the caches
   float coefficient;  // gradient = coefficient * (s - t)
 };

@@ -1,4 +1,4 @@
-// Arguments of the explicit triplet hinge; the formula is kdkernels/triplet/eager.py.
+// Arguments of the explicit triplet hinge; the formula is kdkernels/triplet_loss/eager.py.
 #pragma once
 
 #include "types.h"
@@ -10,9 +10,10 @@ struct TripletArgs {
   float eps;              // added to every component of both differences, as torch.nn.TripletMarginLoss does
   bool squared;           // d = ||.||^2, else ||.||
   bool active_at_zero;    // whether a hinge of exactly 0 has the gradient of an active one (torch's clamp_min)
-  float gradient_scale;   // 1/n of a mean, or the power of two that float16 is stored with
+  float gradient_scale;   // 1/n of a mean
+  float powers[3];        // of two, that the gradients of anchor, positive and negative are stored times
   float* loss;            // (rows,)
-  float* largest;         // (rows,) largest gradient component without gradient_scale; null: write the gradients
+  float* largest;         // (rows, 3) largest component of each gradient without its power; null: write the gradients
   void* gradient_anchor;  // (rows, features) contiguous in the member's dtype, null: not wanted
   void* gradient_positive;
   void* gradient_negative;

@@ -1,6 +1,6 @@
 """Fused distillation losses for networks with very many identities, as PyTorch ops.
 
-`python -m kdkernels` prints which backend each op has here, and why the rest is missing.
+`python -m kdkernels` prints the backends of each op here, and the reasons for missing ones.
 """
 
 from kdkernels.backends import backends, isa, isa_levels, set_isa
@@ -28,7 +28,10 @@ from kdkernels.linear_kd_cross_entropy.sampling import sample_classes
 from kdkernels.native import empty_cache
 from kdkernels.nearest_neighbor.eager import Nearest
 from kdkernels.nearest_neighbor.op import nearest_neighbor
+from kdkernels.registration import register_types
 from kdkernels.triplet_loss.op import TripletLoss, TripletMarginLoss, triplet_loss
+
+register_types(KDTerms, SparseTeacher, Nearest, ArcFace, CosFace, CombinedMargin)
 
 __version__ = "0.1.0"
 

@@ -1,5 +1,7 @@
-"""`python -m kdkernels`: the backends of each op here, and why the rest is missing."""
+"""`python -m kdkernels` and the command `kdkernels`: each op's backends here, and the reasons for
+missing ones."""
 
+import argparse
 import importlib.metadata
 import os
 import platform
@@ -47,13 +49,25 @@ def table() -> str:
         version = importlib.metadata.version("triton")
         lines.append(f"triton on cuda: {version}, for NVIDIA GPUs from sm_80 on and AMD's gfx942")
     if not torch.version.cuda and not torch.version.hip:
-        lines.append("cuda: this build of torch has no GPU support, so no tensor will be there")
+        lines.append("cuda: this build of torch has no GPU support")
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> int:
+    """Prints the table, or the version."""
+    parser = argparse.ArgumentParser(
+        prog="kdkernels", description="Prints the backends of each op."
+    )
+    version = f"kdkernels {kdkernels.__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    parser.parse_args(argv)
     try:
         print(table(), flush=True)
-    except BrokenPipeError:  # nobody reads: end as SIGPIPE would, without a traceback at exit
+    except BrokenPipeError:  # the reader is gone: end as SIGPIPE would, without a traceback
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+        return 128 + signal.SIGPIPE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 REDUCTIONS = ("mean", "sum", "none")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def reject(op: str, message: str) -> ValueError:
-    """The error of a public function: its name first."""
+    """The ValueError of a public function, whose name comes first."""
     return ValueError(f"{op}: {message}")
 
 
@@ -21,7 +22,9 @@ def check_tensor(op: str, name: str, value: object, dims: int | None = None) -> 
         raise reject(op, f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in FLOATS:
         wanted = ", ".join(str(d).removeprefix("torch.") for d in FLOATS)
-        raise reject(op, f"{name} must be one of {wanted}, got {value.dtype}")
+        are_labels = name == "teacher" and value.dtype in (torch.int32, torch.int64)
+        hint = ": teacher and target look swapped, labels go to target" if are_labels else ""
+        raise reject(op, f"{name} must be one of {wanted}, got {value.dtype}{hint}")
     if value.layout != torch.strided:
         raise reject(op, f"{name} must be a dense tensor, got layout {value.layout}")
     if dims is not None and value.dim() != dims:
@@ -93,19 +96,25 @@ _validates = False
 
 
 def validate(on: bool) -> None:
-    """Whether values that only the device knows (the range of labels) are checked off the CPU too.
+    """Turns checks of values on tensors off the CPU (the range of labels, for instance) on or off.
 
-    The check waits for the device at every call; without it a bad label makes its row NaN.
+    Each check waits for the device. Without it a label out of range makes its row NaN.
     """
     global _validates
     _validates = bool(on)
 
 
 def validates() -> bool:
-    """What validate() was last told; False at first."""
+    """The last value given to validate(); False at first."""
     return _validates
 
 
-def looks_at_values(device: torch.device) -> bool:
-    """Whether a call on that device may look at values: never while it is being compiled."""
-    return not torch.compiler.is_compiling() and (device.type == "cpu" or validates())
+def looks_at_values(tensor: Tensor) -> bool:
+    """Whether a check may read the values of a tensor: off the CPU under validate(True) only.
+
+    Never where there are none: in a call that is being compiled or exported, under FakeTensorMode
+    and on the meta device.
+    """
+    if torch.compiler.is_compiling() or tensor.is_meta or is_fake(tensor):
+        return False
+    return tensor.device.type == "cpu" or validates()

@@ -1,11 +1,13 @@
-"""Registration of the raw ops, and the hand-over of gradients in backward."""
+"""Registration of the raw ops and the public types, and the transfer of gradients in backward."""
 
+import dataclasses
 import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from kdkernels import native as calls
 
@@ -18,7 +20,7 @@ def define(
     """Registers a raw op for each backend: `name` for native, `name`_triton for triton.
 
     signature: "(Tensor student, ...) -> (...)". triton: "module:function", imported at the first
-    call, as importing Triton takes longer than importing kdkernels.
+    call, because importing Triton takes longer than importing kdkernels.
     """
     if native is not None:
         library.define(f"{name}{signature}")
@@ -32,7 +34,7 @@ def define(
 
         library.define(f"{name}_triton{signature}")
         torch.library.register_fake(f"kdkernels::{name}_triton", fake, lib=library)
-        for key in ("CPU", "CUDA"):  # on the CPU only choose_backend lets it through, interpreted
+        for key in ("CPU", "CUDA"):  # on the CPU choose_backend allows it in the interpreter alone
             library.impl(f"{name}_triton", launch, key)
 
 
@@ -41,21 +43,32 @@ def raw(name: str, backend: str) -> Callable:
     return getattr(torch.ops.kdkernels, name if backend == "native" else f"{name}_{backend}")
 
 
-def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether a gradient is wanted; to be asked outside the autograd.Function.
+def register_types(*types: type) -> None:
+    """Makes NamedTuples and dataclasses of tensors part of what torch.export saves and loads."""
+    torch.serialization.add_safe_globals(list(types))
+    for kind in types:
+        name = f"kdkernels.{kind.__name__}"
+        if dataclasses.is_dataclass(kind):
+            pytree.register_dataclass(kind, serialized_type_name=name)
+        else:
+            pytree._register_namedtuple(kind, serialized_type_name=name)
 
-    Inside it ctx.needs_input_grad is True under no_grad as well.
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a gradient is needed. Call it outside the autograd.Function.
+
+    Inside, ctx.needs_input_grad is True under no_grad as well.
     """
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 class GivenAway(RuntimeError):
-    """A gradient that backward has already handed over was asked for again."""
+    """Raised when backward needs a gradient that it has given away before."""
 
 
 def claim_gradients(ctx, op: str) -> None:
-    """Raises where backward cannot run: the stored gradient is scaled in place and given away
-    once."""
+    """Raises GivenAway where backward cannot run: the stored gradient is scaled in place and given
+    away once."""
     if torch.compiler.is_compiling():
         return
     if torch.is_grad_enabled():

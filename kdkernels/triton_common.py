@@ -68,6 +68,15 @@ def register_limit(registers: int) -> dict[str, int]:
 
 
 @triton.jit
+def power_for_half(largest):
+    """The power of two that brings `largest` > 0 to the end of float16's range, [2^14, 2^15): small
+    numbers would be flushed to zero, and a power costs no rounding."""
+    exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255
+    exponent = tl.minimum(tl.maximum(268 - exponent, 27), 227)  # 2^-100 to 2^100
+    return (exponent << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _give_all(gradient_ptr, incoming_ptr, post_scale_ptr, elements, BLOCK: tl.constexpr):
     # gradient *= incoming * post_scale
     factor = tl.load(post_scale_ptr) * tl.load(incoming_ptr).to(tl.float32)

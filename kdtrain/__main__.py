@@ -1,14 +1,26 @@
-"""`python -m kdtrain`: the command line of kdtrain/cli."""
+"""`python -m kdtrain` and the console command `kdtrain`: the command line of kdtrain/cli."""
 
 import signal
 import sys
 
-if __name__ == "__main__":
+
+def main() -> int:
+    """Run the command of sys.argv; the exit status. A missing package is one line."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        from kdtrain.cli import main
+        from kdtrain.cli import main as command
 
-        status = main()
-    except KeyboardInterrupt:  # before main hears it
-        status = 130
-    sys.exit(status)
+        return command()
+    except KeyboardInterrupt:  # before the command handles signals
+        return 130
+    except ModuleNotFoundError as error:
+        missing = error.name or "kdtrain"
+        if missing.partition(".")[0] in ("kdtrain", "kdkernels"):
+            raise
+        needs = f'kdtrain needs the train extra: pip install ".[train]" (no module {missing})'
+        print(needs, file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.utils.checkpoint import checkpoint
 
 from kdkernels.triplet_loss.eager import distance, reduce, root_or_square
@@ -34,8 +35,9 @@ def padded_positives(positive: Tensor) -> tuple[Tensor, Tensor]:
     """Each row's positives in ascending order, (N, P) for the largest number P, and which of them
     exist."""
     rows = len(positive)
-    # A traced graph has no sizes that depend on data.
-    most = rows if torch.compiler.is_compiling() else max(1, int(positive.sum(dim=1).max()))
+    # neither a traced graph nor a tensor without values has sizes that depend on data
+    is_traced = torch.compiler.is_compiling() or positive.is_meta or is_fake(positive)
+    most = rows if is_traced else max(1, int(positive.sum(dim=1).max()))
     index = (~positive).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]  # (N, P)
     return index, positive.gather(1, index)
 
@@ -55,7 +57,8 @@ def batch_triplet_loss(
     number. A negative at an infinite distance is one like any other.
     """
     compute = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
-    x = embeddings.to(compute)
+    # contiguous: the order of a sum follows the strides, and equal rows must have equal distances
+    x = embeddings.to(compute).contiguous()
     rows = len(x)
     if rows == 0:
         return reduce(x.sum(dim=1), torch.zeros((), device=x.device), reduction)

@@ -110,8 +110,11 @@ def _narrow(gradient: Tensor, like: Tensor) -> Tensor:
 def _power_for_half(gradient: Tensor) -> float:
     """The power of two that brings the largest component near the end of float16's range, for small
     ones would be flushed to zero; a power costs no rounding."""
-    largest = float(gradient.abs().max()) if gradient.numel() else 0.0
-    if not math.isfinite(largest) or largest == 0.0:
+    if gradient.numel() == 0:
+        return 1.0
+    # what is infinite or NaN stays so at any power
+    largest = float(gradient.abs().nan_to_num(0.0, 0.0).max())
+    if largest == 0.0:
         return 1.0
     return 2.0 ** max(-100, min(100, 15 - math.frexp(largest)[1]))
 

@@ -36,9 +36,16 @@ def hidden_l2(
     wide = any(t.dtype == torch.float64 for t in (*students, *teachers))
     compute = torch.float64 if wide else torch.float32
     terms = []
-    for student, teacher in zip(students, teachers, strict=True):
+    for student, teacher, weight in zip(students, teachers, weights, strict=True):
         difference = student.to(compute) - teacher.detach().to(compute)
-        terms.append(difference.square().sum() * scale_of(student.shape, reduction))
+        # a pair of weight 0 is not computed: a NaN of it reaches neither loss nor gradient
+        if isinstance(weight, Tensor):
+            difference = difference.masked_fill(weight == 0, 0.0)
+        elif weight == 0:
+            difference = difference.masked_fill(torch.tensor(True, device=difference.device), 0.0)
+        # contiguous: the order of a sum follows the strides
+        total = difference.square().contiguous().sum()
+        terms.append(total * scale_of(student.shape, reduction))
     each = torch.stack(terms)  # (P,)
     if isinstance(weights, Tensor):
         factors = weights.detach().to(compute)

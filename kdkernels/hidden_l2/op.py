@@ -110,7 +110,8 @@ def hidden_l2(
 
     Eq. (3) of "Model Distillation with Knowledge Transfer" (arXiv 1709.02929) for every pair at
     once. r_i is 1 / the pair's own first dimension ("batchmean"; 1 for a 0-d tensor), 1 / its own
-    element count ("mean", as F.mse_loss) or 1 ("sum"). A pair without elements gives 0.
+    element count ("mean", as F.mse_loss) or 1 ("sum"). A pair without elements gives 0. A pair of
+    weight 0 is not computed: its term and its gradient are 0, whatever its tensors hold.
 
     students, teachers: equally many tensors, or one each; S_i and T_i have the same shape, and any
     dtype of float32, bfloat16, float16, strides and memory format of their own (float64 runs on

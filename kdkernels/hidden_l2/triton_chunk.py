@@ -46,13 +46,13 @@ def weight_of(table_ptr, weight_ptr, weight_stride, rows_of_table, row, place):
 
 @triton.jit
 def as_stored(coefficient):
-    """2^4 m of a coefficient m 2^e with m in [1/2, 1), and 2^(e-4), for float16: a mean over
+    """2^8 m of a coefficient m 2^e with m in [1/2, 1), and 2^(e-8), for float16: a mean over
     millions of elements cannot flush the gradient to zero, and a power of two costs no rounding."""
     bits = coefficient.to(tl.int32, bitcast=True)
     exponent = (bits & EXPONENT) >> 23
     plain = (exponent < 8) | (exponent == 255)  # 0, infinite, or nothing that float16 could hold
-    stored = ((bits & ~EXPONENT) | (130 << 23)).to(tl.float32, bitcast=True)
-    post_scale = ((exponent - 3) << 23).to(tl.float32, bitcast=True)
+    stored = ((bits & ~EXPONENT) | (134 << 23)).to(tl.float32, bitcast=True)
+    post_scale = ((exponent - 7) << 23).to(tl.float32, bitcast=True)
     return tl.where(plain, coefficient, stored), tl.where(plain, 1.0, post_scale)
 
 
@@ -239,6 +239,19 @@ def _strided_chunk(
         )
     acc, largest = tl.sum(acc, axis=1), tl.max(largest, axis=1)
     return tl.sum(acc, axis=0), tl.max(largest, axis=0)
+
+
+@triton.jit
+def clear_chunk(table_ptr, rows_of_table, row, chunk, STUDENT_DTYPE: tl.constexpr):
+    """Stores a gradient of 0 for a chunk of a pair of weight 0, whose tensors are not read."""
+    begin = (chunk - tl.load(table_ptr + row)) * CHUNK
+    left = tl.load(table_ptr + ELEMENTS * rows_of_table + row) - begin
+    address = tl.load(table_ptr + GRADIENT * rows_of_table + row)
+    gradient_ptr = address.to(tl.pointer_type(STUDENT_DTYPE)) + begin
+    zeros = tl.zeros((SCATTERED_TILE,), STUDENT_DTYPE)
+    for start in range(0, tl.minimum(left, CHUNK).to(tl.int32), SCATTERED_TILE):
+        at = start + tl.arange(0, SCATTERED_TILE)
+        tl.store(gradient_ptr + at, zeros, mask=at < left)
 
 
 @triton.jit

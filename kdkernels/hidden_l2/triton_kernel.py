@@ -18,7 +18,6 @@ from kdkernels.hidden_l2 import triton_table as tables
 from kdkernels.hidden_l2.triton_chunk import (
     CHUNK,
     ELEMENTS,
-    EXPONENT,
     INF,
     LARGEST_HALF,
     PLACE,
@@ -26,6 +25,7 @@ from kdkernels.hidden_l2.triton_chunk import (
     SCATTERED_TILE,
     as_stored,
     chunk_of_pair,
+    clear_chunk,
     find,
     float_at,
     weight_of,
@@ -62,21 +62,25 @@ def _sweep(
     coefficient = 2.0 * weight * float_at(table_ptr, SCALE * rows_of_table + row)
     if HALF:
         coefficient, _ = as_stored(coefficient)
-    total, largest = chunk_of_pair(
-        table_ptr,
-        rows_of_table,
-        row,
-        chunk,
-        coefficient,
-        STUDENT_DTYPE,
-        TEACHER_DTYPE,
-        HAS_GRADIENT,
-        HALF,
-        UNIT,
-        WIDE,
-        DIMS,
-        TILE,
-    )
+    total, largest = 0.0, 0.0
+    if weight != 0.0:
+        total, largest = chunk_of_pair(
+            table_ptr,
+            rows_of_table,
+            row,
+            chunk,
+            coefficient,
+            STUDENT_DTYPE,
+            TEACHER_DTYPE,
+            HAS_GRADIENT,
+            HALF,
+            UNIT,
+            WIDE,
+            DIMS,
+            TILE,
+        )
+    elif HAS_GRADIENT:
+        clear_chunk(table_ptr, rows_of_table, row, chunk, STUDENT_DTYPE)
     tl.store(partial_ptr + chunk, total)
     if HALF:
         tl.store(partial_ptr + chunks + chunk, largest)
@@ -87,7 +91,7 @@ def _finish(
     table_ptr,
     weight_ptr,
     partial_ptr,
-    parts_ptr,  # each row's part of the loss, then its `shrink` where HALF
+    parts_ptr,  # each row's part of the loss, then its `resize` where HALF
     terms_ptr,
     post_scale_ptr,
     loss_ptr,
@@ -121,33 +125,31 @@ def _finish(
     post_scale = 1.0
     if HALF:
         stored, power = as_stored(2.0 * weight * scale)
-        size = tl.abs(stored) * tl.max(largest, axis=0)
-        outgrown = (size > LARGEST_HALF) & (size < INF)
-        bits = tl.where(outgrown, size / LARGEST_HALF, 1.0).to(tl.int32, bitcast=True)
-        shrink = ((253 << 23) - (bits & EXPONENT)).to(tl.float32, bitcast=True)
-        shrink = tl.where(outgrown, shrink, 1.0)
-        post_scale = tl.where((place & 1) == 1, power / shrink, 1.0)
-        tl.store(parts_ptr + rows_of_table + row, shrink)
+        size = tl.abs(stored) / 256.0 * tl.max(largest, axis=0)  # finite where the factors are
+        fits = (size >= 1.0 / 256.0) & (size <= LARGEST_HALF / 256.0)
+        fits = fits | (size == 0.0) | ~(size < INF)
+        # the power of two that brings the largest component to the end of float16's range
+        resize = tl.where(fits, 1.0, common.power_for_half(size) / 256.0)
+        post_scale = tl.where((place & 1) == 1, power / resize, 1.0)
+        tl.store(parts_ptr + rows_of_table + row, resize)
     tl.store(post_scale_ptr + (place >> 1), post_scale)
 
     tl.debug_barrier()
     if tl.atomic_add(table_ptr + counter, 1) == rows_of_table - 1:
         acc = tl.zeros((BLOCK,), tl.float32)
-        smallest = tl.full((BLOCK,), 1.0, tl.float32)
+        some = tl.zeros((BLOCK,), tl.int32)
         for start in range(0, rows_of_table, BLOCK):
             at = start + tl.arange(0, BLOCK)
             mask = at < rows_of_table
             acc += tl.load(parts_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
             if HALF:
-                smallest = tl.minimum(
-                    smallest,
-                    tl.load(
-                        parts_ptr + rows_of_table + at, mask=mask, other=1.0, cache_modifier=".cg"
-                    ),
+                sizes = tl.load(
+                    parts_ptr + rows_of_table + at, mask=mask, other=1.0, cache_modifier=".cg"
                 )
+                some = some | (sizes != 1.0).to(tl.int32)
         tl.store(loss_ptr, tl.sum(acc, axis=0))
         if HALF:
-            tl.store(again_ptr, tl.min(smallest, axis=0))
+            tl.store(again_ptr, tl.max(some, axis=0))
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -170,13 +172,13 @@ def _again(
     DIMS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    # float16 gradients that outgrew their scale, once more with a smaller one
-    if tl.load(again_ptr) < 1.0:
+    # float16 gradients whose largest component was stored too large or too small, once more
+    if tl.load(again_ptr) != 0:
         for number in range(tl.program_id(0), chunks, tl.num_programs(0)):
             chunk = first_chunk + number
             row = find(table_ptr, begin, pairs, chunk, PAIRS)
-            shrink = tl.load(parts_ptr + rows_of_table + row)
-            if shrink < 1.0:
+            resize = tl.load(parts_ptr + rows_of_table + row)
+            if resize != 1.0:
                 place = tl.load(table_ptr + PLACE * rows_of_table + row)
                 weight = weight_of(table_ptr, weight_ptr, weight_stride, rows_of_table, row, place)
                 scale = float_at(table_ptr, SCALE * rows_of_table + row)
@@ -186,7 +188,7 @@ def _again(
                     rows_of_table,
                     row,
                     chunk,
-                    stored * shrink,
+                    stored * resize,
                     STUDENT_DTYPE,
                     TEACHER_DTYPE,
                     True,
@@ -295,8 +297,8 @@ def hidden_l2(
     """The raw op: loss, terms, gradients, post_scale.
 
     Launches: the table, one for the pairs of each dtype (one more for those that are no linear
-    run), the sums; and where there are float16 gradients one that leaves at once unless one of them
-    outgrew its scale. No tensor is copied, whatever its strides.
+    run), the sums; and where there are float16 gradients one that leaves at once unless the largest
+    component of one was stored too large or too small. No tensor is copied, whatever its strides.
     """
     gradients = [
         torch.empty_like(s, requires_grad=False) if wanted else s.new_empty(0)
@@ -313,7 +315,7 @@ def hidden_l2(
     )
     partial = torch.empty((2 if plan.half else 1) * plan.chunks, **floats)
     parts_of_loss = torch.empty((2 if plan.half else 1) * pairs, **floats)
-    again = torch.empty((), **floats)
+    again = torch.empty((), dtype=torch.int32, device=students[0].device)
     weight_stride = 0 if weight_tensor is None else weight_tensor.stride(0)
 
     with common.on(students[0], "hidden_l2"):

@@ -58,7 +58,7 @@ def kd_cross_entropy(
     """
     rows = student.shape[0]
     compute = torch.float64 if student.dtype == torch.float64 else torch.float32
-    s = student.to(compute)
+    s = student.to(compute).contiguous()  # the order of a sum follows the strides
     counts = torch.ones(rows, dtype=torch.bool, device=student.device)
     hard = soft = entropy = s.new_zeros(rows)
     hits = torch.zeros(rows, dtype=torch.bool, device=student.device)
@@ -81,7 +81,8 @@ def kd_cross_entropy(
         hits = (s.detach().argmax(dim=1) == label) & ~log_probs.detach().isnan().any(dim=1)
 
     if teacher is not None:
-        t = torch.where(counts[:, None], teacher.detach().to(compute), 0.0) / temperature
+        t = torch.where(counts[:, None], teacher.detach().to(compute).contiguous(), 0.0)
+        t = t / temperature
         probs = torch.softmax(t, dim=1)  # (N, C)
         soft = cross_entropy_of(torch.log_softmax(s / temperature, dim=1), probs)
         entropy = cross_entropy_of(torch.log_softmax(t, dim=1), probs)

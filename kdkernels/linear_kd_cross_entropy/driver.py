@@ -21,9 +21,8 @@ from kdkernels.linear_kd_cross_entropy.products import (
     Arithmetic,
     Gradients,
     Head,
-    inverse,
-    norms_of,
     round_up,
+    unit,
 )
 
 SMALLEST_SINE = 2.0**-10  # as in eager.py
@@ -95,9 +94,8 @@ def margins(call: Call, head: Head, counts: Tensor | None) -> Tensor | None:
     is_class = (call.target >= 0) & (call.target < head.classes)
     label = torch.where(is_class, call.target, 0).long()
     x = call.features if counts is None else torch.where(counts[:, None], call.features, 0.0)
-    x = x.float() * inverse(norms_of(x))[:, None]
-    w = call.weight.index_select(0, label).float()
-    w = w * inverse(norms_of(w))[:, None]
+    x = unit(x, head.how.may_wait)
+    w = unit(call.weight.index_select(0, label), head.how.may_wait)
     near, far = ((x + sign * w).square().sum(dim=1).double() for sign in (-1.0, 1.0))
     cosine = (far - near) / 4.0
     is_zero = (x == 0).all(dim=1) | (w == 0).all(dim=1)

@@ -9,13 +9,28 @@ from kdkernels.kd_cross_entropy.eager import KDTerms
 # A sine below this is taken on the chord, so that the slope of the margin stays finite at angle 0.
 # The label's cosine is wrong by at most 2.5e-4 sin(m) there, within 1e-3 of angle 0 (or pi).
 SMALLEST_SINE = 2.0**-10
+# Rows whose largest component is between these have norms that float32 holds with all digits.
+SMALLEST_PLAIN, LARGEST_PLAIN = 2.0**-40, 2.0**40
 # What a sparse teacher's probabilities leave of 1 is 0 below this: float32 logarithms of a whole
 # distribution miss it by about 1e-7, and a student without a tail would make that infinite.
 SMALLEST_TAIL = 2.0**-20
 
 
+def power_of(x: Tensor) -> Tensor:
+    """(N, 1): a power of two near each row's largest component, 1 within 2^-40 to 2^40.
+
+    Over it, a row has a norm whose square neither overflows nor underflows, and the same direction.
+    """
+    largest = x.detach().abs().amax(dim=1, keepdim=True)
+    is_extreme = (largest < SMALLEST_PLAIN) & (largest > 0) | (largest > LARGEST_PLAIN)
+    is_extreme &= largest.isfinite()
+    largest = torch.where(is_extreme, largest, 1.0)
+    return largest / (2.0 * torch.frexp(largest).mantissa)
+
+
 def unit(x: Tensor) -> Tensor:
     """The rows of a matrix over their norms; a row of zeros stays zero and has gradient 0."""
+    x = x / power_of(x)
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     is_zero = norm == 0
     return torch.where(is_zero, 0.0, x / norm.masked_fill(is_zero, 1.0))
@@ -103,10 +118,11 @@ def linear_kd_cross_entropy(
     sparse: (indices, log_probs), (N, k) each, in a teacher's place. Without teacher, sparse and
     target the loss is 0 with gradient 0.
     """
-    with torch.autocast(features.device.type, enabled=False):
+    with torch.autocast("cpu" if features.is_meta else features.device.type, enabled=False):
         wide = torch.float64 in (features.dtype, weight.dtype)
         compute = torch.float64 if wide else torch.float32
-        x = features.to(compute)
+        # contiguous: the order of a sum follows the strides
+        x = features.to(compute).contiguous()
         if target is not None:
             # a NaN in a row that counts for nothing must not reach the weight's gradient
             x = torch.where((target != ignore_index)[:, None], x, 0.0)
@@ -117,9 +133,9 @@ def linear_kd_cross_entropy(
             student = rows.zero_rows(x) + sum(rows.zero_rows(t).sum() for t in inputs)
             student = student[:, None]
         else:
-            student = logits_of(x, weight.to(compute), offset, scale, normalize)  # (N, C)
+            student = logits_of(x, weight.to(compute).contiguous(), offset, scale, normalize)
         if isinstance(teacher, tuple):
-            parts = [part.detach().to(compute) for part in teacher]
+            parts = [part.detach().to(compute).contiguous() for part in teacher]
             offset = parts[2] if len(parts) == 3 else None
             teacher = logits_of(parts[0], parts[1], offset, teacher_scale, normalize)
         soft_terms = None
@@ -135,7 +151,7 @@ def linear_kd_cross_entropy(
             soft_terms = soft_over_bins(
                 student,
                 torch.where((counts & good)[:, None], indices, 0).long(),
-                torch.where(counts[:, None], log_probs.to(compute), 0.0),
+                torch.where(counts[:, None], log_probs.to(compute).contiguous(), 0.0),
                 temperature,
             )
         hard = None

@@ -10,6 +10,7 @@ taken as they are.
 """
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -17,8 +18,18 @@ from torch import Tensor
 Amount = float | Tensor
 
 
+class _Margin:
+    """A setting of linear_kd_cross_entropy; the scale is an argument of the op."""
+
+    def __call__(self, *_arguments: object, **_options: object) -> NoReturn:
+        raise TypeError(
+            f"{self} is a margin, not a loss: pass it to linear_kd_cross_entropy(features, weight, "
+            f"target, normalize=True, scale=64.0, margin={self})"
+        )
+
+
 @dataclass(frozen=True)
-class ArcFace:
+class ArcFace(_Margin):
     """phi = cos(theta + m), m in radians: arXiv 1801.07698, eq. (3)."""
 
     m: Amount = 0.5
@@ -29,7 +40,7 @@ class ArcFace:
 
 
 @dataclass(frozen=True)
-class CosFace:
+class CosFace(_Margin):
     """phi = cos(theta) - m: arXiv 1801.09414, eq. (4)."""
 
     m: Amount = 0.35
@@ -40,7 +51,7 @@ class CosFace:
 
 
 @dataclass(frozen=True)
-class CombinedMargin:
+class CombinedMargin(_Margin):
     """phi = cos(theta + m2) - m3: arXiv 1801.07698, eq. (4) with its m1 = 1.
 
     The multiplicative m1 of SphereFace is left out: cos(m1 theta) needs an acos.

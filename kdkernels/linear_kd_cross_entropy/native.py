@@ -96,6 +96,7 @@ def arithmetic(rows: int) -> Arithmetic:
         rows=_rows,
         scale=_scale,
         multiplies_bf16=False,
+        may_wait=True,
         transposes_logits=True,
     )
 

@@ -249,7 +249,9 @@ def linear_kd_cross_entropy(
     return_terms also KDTerms.
 
     Gradients flow to features, weight and bias, each in its own dtype, and through both norms of a
-    normalized head; none to the teacher. A row of zeros has cosine 0 and gradient 0. A tensor that
+    normalized head; none to the teacher. A row of zeros has cosine 0 and gradient 0; any other size
+    of a row leaves its cosines as they are. (On a GPU a row of the weight with a norm below 1e-29
+    counts as zeros, and digits are lost above 1e36.) A tensor that
     needs no gradient costs none: a frozen weight no product. The weight's gradient is summed in
     float32. Gradients are formed in forward and given away in backward, so a second backward or a
     double backward raises (use backend="eager" for either); with reduction="none" they are formed

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+SMALLEST_PLAIN, LARGEST_PLAIN = 2.0**-40, 2.0**40  # as in eager.py
+SMALLEST_CLASS = 2.0**-96  # norm of a class on a device that must not wait
 COPIED_CLASSES = 2048  # of a weight that has to be copied: 4 MB at 512 features, so in the cache
 # A part of logits that are formed as (W x^T)^T: half a megabyte, which a core's own cache holds,
 # but of so many classes that a product pays.
@@ -45,6 +47,7 @@ class Arithmetic:
     rows: Callable[..., None]
     scale: Callable[[Tensor, Tensor | None, Tensor | None, Tensor], None]
     multiplies_bf16: bool  # bfloat16 products on tensor cores, with float32 sums
+    may_wait: bool  # whether a look at numbers costs no synchronization
     transposes_logits: bool
 
 
@@ -67,6 +70,51 @@ def bf16_product(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
 def norms_of(x: Tensor) -> Tensor:
     """Float32 norms of the rows, taken of float32 numbers."""
     return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
+
+
+def powers_of(x: Tensor) -> Tensor:
+    """(N, 1): a power of two near each row's largest component, 1 within 2^-40 to 2^40. Over it, a
+    row has a norm whose square neither overflows nor underflows."""
+    largest = x.abs().amax(dim=1, keepdim=True)
+    is_plain = (largest >= SMALLEST_PLAIN) & (largest <= LARGEST_PLAIN)
+    is_plain |= (largest == 0) | ~largest.isfinite()
+    largest = largest.masked_fill(is_plain, 1.0)
+    return largest / (2.0 * torch.frexp(largest).mantissa)
+
+
+def without_extremes(x: Tensor, may_wait: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rows for a normalized head, their norms, and (N, 1) powers of two that rows of extreme size
+    were divided by, so that float32 holds their norms.
+
+    Where a look at the norms costs no synchronization and finds no such row, the rows are returned
+    as they are, with None for the powers.
+    """
+    norms = norms_of(x)
+    if x.dtype == torch.float16 or x.numel() == 0:
+        return x, norms, None
+    if may_wait:
+        low, high = torch.aminmax(norms)
+        if float(low) >= SMALLEST_PLAIN and float(high) <= LARGEST_PLAIN:
+            return x, norms, None
+        is_odd = ~((norms >= SMALLEST_PLAIN) & (norms <= LARGEST_PLAIN))
+        if not bool(x[is_odd].any()):  # they are zeros
+            return x, norms, None
+    powers = powers_of(x.float())
+    x = (x / powers).to(x.dtype)
+    return x, norms_of(x), powers
+
+
+def unit(x: Tensor, may_wait: bool) -> Tensor:
+    """Float32 rows over their norms; a row of zeros stays zero."""
+    x, norms, _ = without_extremes(x.float(), may_wait)
+    return x * inverse(norms)[:, None]
+
+
+def class_norms(weight: Tensor) -> Tensor:
+    """Norms of the classes without a look at them: squares are summed in float64. Classes of a norm
+    below 2^-96 count as zeros, since their inverse would overflow what it is multiplied by."""
+    norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64)
+    return torch.where(norms < SMALLEST_CLASS, 0.0, norms).to(torch.float32)
 
 
 def inverse(norms: Tensor) -> Tensor:
@@ -96,6 +144,7 @@ class Head:
         self.padded_features = round_up(self.features, how.block)
         self.padded_classes = round_up(self.classes, how.block)
         self.row_scale = self.column_scale = self.inverse_norms = None
+        self.row_powers = self.class_powers = None
         self.bias = None
         if bias is not None:
             self.bias = torch.zeros(self.padded_classes, dtype=torch.float32, device=bias.device)
@@ -104,9 +153,14 @@ class Head:
         x = features if counts is None else torch.where(counts[:, None], features, 0.0)
         rho = None
         if scale is not None:
-            self.inverse_norms = inverse(norms_of(x))
+            x, norms, self.row_powers = without_extremes(x, how.may_wait)
+            self.inverse_norms = inverse(norms)
             rho = scale * self.inverse_norms
-            self.column_scale = inverse(norms_of(weight))
+            if how.may_wait:
+                self.weight, norms, self.class_powers = without_extremes(weight, True)
+            else:
+                norms = class_norms(weight)
+            self.column_scale = inverse(norms)
         if self.is_bf16:
             self.x, self.row_scale = x, rho
             return
@@ -241,6 +295,8 @@ class Gradients:
                     part = slice(first, first + COPIED_CLASSES)
                     unit = head.weight[part] * head.column_scale[part, None]
                     _take_out(self.weight[part], unit)
+                if head.class_powers is not None:
+                    self.weight.div_(head.class_powers)
         return self.features, self.weight, self.bias
 
     def _finish_features(self, inverse_norms: Tensor) -> None:
@@ -252,6 +308,8 @@ class Gradients:
             unit = inside / head.scale
             self.features.mul_(head.scale * inverse_norms)
         _take_out(self.features, unit)
+        if head.row_powers is not None:
+            self.features.div_(head.row_powers)
 
 
 def _take_out(gradient: Tensor, unit: Tensor) -> None:

@@ -68,7 +68,7 @@ def check_classes(classes: object, num_classes: int, device: torch.device) -> Te
             f"on {classes.device}",
         )
     classes = classes.long().contiguous()
-    if checks.looks_at_values(device):
+    if checks.looks_at_values(classes):
         inside = (classes >= 0) & (classes < num_classes)
         if not bool(inside.all() & (classes[1:] > classes[:-1]).all()):
             raise reject(
@@ -84,7 +84,7 @@ def renumber(target: Tensor, classes: Tensor, ignore_index: int) -> Tensor:
     place = torch.searchsorted(classes, label)
     found = classes[place.clamp(max=len(classes) - 1)] == label
     counts = label != ignore_index
-    if checks.looks_at_values(target.device) and bool((counts & ~found).any()):
+    if checks.looks_at_values(target) and bool((counts & ~found).any()):
         row = int((counts & ~found).nonzero()[0])
         raise reject(
             NAME,

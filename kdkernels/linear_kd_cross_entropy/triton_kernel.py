@@ -123,6 +123,7 @@ def _arithmetic(like: Tensor) -> Arithmetic:
         rows=_rows,
         scale=scale_rows_and_columns,
         multiplies_bf16=multiplies_bf16(like),
+        may_wait=False,
         transposes_logits=False,
     )
 

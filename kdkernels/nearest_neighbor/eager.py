@@ -25,13 +25,14 @@ def nearest_neighbor(queries: Tensor, gallery: Tensor | None) -> Nearest:
     rows = queries if gallery is None else gallery
     wide = torch.float64 in (queries.dtype, rows.dtype)
     compute = torch.float64 if wide else torch.float32
-    queries, rows = queries.detach(), rows.detach().to(compute)
+    # contiguous: the order of a sum follows the strides, and equal rows must have equal distances
+    queries, rows = queries.detach(), rows.detach().to(compute).contiguous()
     count = rows.shape[0]
     at_once = max(1, CHUNK // max(1, rows.numel()))
     places = torch.arange(count, device=rows.device)
     found = [(rows.new_empty(0), places[:0])]
     for first in range(0, queries.shape[0], at_once):
-        some = queries[first : first + at_once].to(compute)
+        some = queries[first : first + at_once].to(compute).contiguous()
         distances = (some[:, None] - rows[None]).square().sum(dim=2)  # (n, M)
         own = torch.arange(first, first + len(some), device=rows.device)
         admissible = (own[:, None] != places) if leave_one_out else torch.ones_like(distances) > 0

@@ -40,6 +40,7 @@ def triplet_loss(
     """relu(d(a, p) - d(a, n) + margin) of every row; arguments as checked by op.triplet_loss."""
     is_double = torch.float64 in (anchor.dtype, positive.dtype, negative.dtype)
     compute = torch.float64 if is_double else torch.float32
-    a, p, n = (t.to(compute) for t in (anchor, positive, negative))
+    # contiguous: the order of a sum follows the strides
+    a, p, n = (t.to(compute).contiguous() for t in (anchor, positive, negative))
     hinge = torch.relu(distance(a, p, squared) - distance(a, n, squared) + margin)
     return reduce(hinge, torch.tensor(len(hinge), device=hinge.device), reduction)

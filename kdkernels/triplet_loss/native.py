@@ -21,7 +21,7 @@ def triplet_loss(
     assert extension is not None
     rows, features = anchor.shape
     per_row = torch.empty(rows, dtype=torch.float32)
-    reduced, post_scale = torch.empty((), dtype=torch.float32), torch.empty((), dtype=torch.float32)
+    reduced, post_scale = torch.empty((), dtype=torch.float32), torch.empty(3, dtype=torch.float32)
     members = (anchor, positive, negative)
     gradients = [
         t.new_empty(t.shape if want else (0,)) for t, want in zip(members, wanted, strict=True)
@@ -54,7 +54,7 @@ def triplet_loss(
 
 def triplet_give_(gradients: list[Tensor], incoming: Tensor, post_scale: Tensor) -> None:
     """The raw op: its schema is in op.py."""
-    if incoming.dim() == 0 and float(incoming) == 1.0 and float(post_scale) == 1.0:
-        return
-    for gradient in gradients:
-        give_gradient(gradient, incoming, post_scale)
+    arrives = float(incoming) if incoming.dim() == 0 else None
+    for gradient, factor in zip(gradients, post_scale.tolist(), strict=True):
+        if arrives != 1.0 or factor != 1.0:
+            give_gradient(gradient, incoming, factor)

@@ -7,13 +7,15 @@ counter that is zero before it starts. Zeroing it is a launch as well, and one t
 call would lie in whatever memory pool is current, which CUDA graph trees rewind.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kdkernels import triton_common as common
-from kdkernels.triplet_loss.triton_row import LARGEST_HALF, triplets
+from kdkernels.triplet_loss.triton_row import LARGEST_HALF, is_half, triplets
 
 # Sizes and strides vary from call to call; the pointers' alignment is UNIT's business.
 _VARYING = [
@@ -32,7 +34,7 @@ def _forward(
     grad_positive_ptr,
     grad_negative_ptr,
     loss_ptr,  # (N,) where PER_ROW
-    partial_ptr,  # a sum a program, then a largest size a program where MEASURE
+    partial_ptr,  # a sum per program, then three largest sizes per program where MEASURE
     post_scale_ptr,
     stride_anchor,
     stride_positive,
@@ -43,7 +45,7 @@ def _forward(
     eps,
     active_at_zero,
     scale,
-    post_scale,
+    power,  # of two, that float16 gradients are stored times
     SQUARED: tl.constexpr,
     PER_ROW: tl.constexpr,
     GRADIENT: tl.constexpr,
@@ -71,6 +73,7 @@ def _forward(
         eps,
         active_at_zero,
         scale,
+        (power, power, power),
         SQUARED,
         GRADIENT,
         MEASURE,
@@ -85,9 +88,13 @@ def _forward(
     else:
         tl.store(partial_ptr + program, tl.sum(loss, axis=0))
     if MEASURE:
-        tl.store(partial_ptr + tl.num_programs(0) + program, tl.max(largest, axis=0))
+        for member in tl.static_range(3):
+            at = (member + 1) * tl.num_programs(0) + program
+            tl.store(partial_ptr + at, tl.max(largest[member], axis=0))
     elif program == 0:
-        tl.store(post_scale_ptr, post_scale)
+        tl.store(post_scale_ptr, 1.0 / power if is_half(grad_anchor_ptr) else 1.0)
+        tl.store(post_scale_ptr + 1, 1.0 / power if is_half(grad_positive_ptr) else 1.0)
+        tl.store(post_scale_ptr + 2, 1.0 / power if is_half(grad_negative_ptr) else 1.0)
 
 
 @triton.jit(do_not_specialize=["programs"])
@@ -98,34 +105,36 @@ def _finish(
     again_ptr,
     programs,
     divisor,
-    scale,
+    power,
     PER_ROW: tl.constexpr,
     MEASURE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # The loss in the order of the programs. Where the float16 gradients outgrew `scale`, the scale
-    # to form them again with; else 0.
-    acc = tl.zeros((BLOCK,), tl.float32)
-    largest = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, programs, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        mask = at < programs
-        if not PER_ROW:
-            acc += tl.load(partial_ptr + at, mask=mask, other=0.0)
-        if MEASURE:
-            size = tl.load(partial_ptr + programs + at, mask=mask, other=0.0)
-            largest = tl.maximum(largest, size)
+    # The loss in the order of the programs. again: the power that each member's gradient is stored
+    # times, and then whether some member needs another one than `power`.
     if not PER_ROW:
+        acc = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, programs, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            acc += tl.load(partial_ptr + at, mask=at < programs, other=0.0)
         tl.store(loss_ptr, tl.div_rn(tl.sum(acc, axis=0), divisor))
     if MEASURE:
-        most = tl.max(largest, axis=0)
-        outgrown = most > LARGEST_HALF
-        bits = tl.where(outgrown, most / 32768.0, 1.0).to(tl.int32, bitcast=True)
-        power = (254 << 23) - (bits & (255 << 23))  # 2^-floor(log2(most / 2^15))
-        smaller = scale * 0.5 * power.to(tl.float32, bitcast=True)
-        tl.store(again_ptr, tl.where(outgrown, smaller, 0.0))
-        stored = tl.where(outgrown, smaller, scale)
-        tl.store(post_scale_ptr, tl.div_rn(1.0, stored * divisor))
+        again = 0.0
+        for member in tl.static_range(3):
+            largest = tl.zeros((BLOCK,), tl.float32)
+            for start in range(0, programs, BLOCK):
+                at = start + tl.arange(0, BLOCK)
+                place = (member + 1) * programs + at
+                size = tl.load(partial_ptr + place, mask=at < programs, other=0.0)
+                largest = tl.maximum(largest, size)
+            most = tl.max(largest, axis=0)
+            # 0 where the member is not stored in float16: it stays as it is
+            fits = (most == 0.0) | ((most * power <= LARGEST_HALF) & (most * power >= 1.0))
+            own = tl.where(fits, power, common.power_for_half(most))
+            tl.store(again_ptr + member, own)
+            tl.store(post_scale_ptr + member, tl.where(most == 0.0, 1.0, 1.0 / own))
+            again = tl.where(fits, again, 1.0)
+        tl.store(again_ptr + 3, again)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -145,13 +154,14 @@ def _again(
     margin,
     eps,
     active_at_zero,
+    scale,
     ONE_TILE: tl.constexpr,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    scale = tl.load(again_ptr)
-    if scale > 0.0:
+    if tl.load(again_ptr + 3) > 0.0:
+        powers = (tl.load(again_ptr), tl.load(again_ptr + 1), tl.load(again_ptr + 2))
         triplets(
             anchor_ptr,
             positive_ptr,
@@ -169,6 +179,7 @@ def _again(
             eps,
             active_at_zero,
             scale,
+            powers,
             True,
             True,
             False,
@@ -199,29 +210,34 @@ def _give(
     PER_ROW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # gradients[i] *= incoming[i // features] * post_scale
-    factor = tl.load(post_scale_ptr)
+    # member's gradients[i] *= incoming[i // features] * post_scale[member]
+    anchor = tl.load(post_scale_ptr)
+    positive = tl.load(post_scale_ptr + 1)
+    negative = tl.load(post_scale_ptr + 2)
     if not PER_ROW:
-        factor *= tl.load(incoming_ptr).to(tl.float32)
-    # A number of 1 leaves everything as it is: then no byte of the gradients moves.
-    if PER_ROW or factor != 1.0:
+        arrives = tl.load(incoming_ptr).to(tl.float32)
+        anchor *= arrives
+        positive *= arrives
+        negative *= arrives
+    # Numbers of 1 leave everything as it is: then no byte of the gradients moves.
+    if PER_ROW or anchor != 1.0 or positive != 1.0 or negative != 1.0:
         first = tl.program_id(0).to(tl.int64) * BLOCK
         for start in range(first, elements, tl.num_programs(0) * BLOCK):
             at = start + tl.arange(0, BLOCK)
             inside = at < elements
             if PER_ROW:
                 row = tl.where(inside, at, 0) // features
-                factors = tl.load(incoming_ptr + row * incoming_stride).to(tl.float32) * factor
+                arriving = tl.load(incoming_ptr + row * incoming_stride).to(tl.float32)
             else:
-                factors = factor
+                arriving = 1.0
             if start + BLOCK <= elements:  # unmasked accesses are wide ones
-                _scale(grad_anchor_ptr, at, None, factors)
-                _scale(grad_positive_ptr, at, None, factors)
-                _scale(grad_negative_ptr, at, None, factors)
+                _scale(grad_anchor_ptr, at, None, arriving * anchor)
+                _scale(grad_positive_ptr, at, None, arriving * positive)
+                _scale(grad_negative_ptr, at, None, arriving * negative)
             else:
-                _scale(grad_anchor_ptr, at, inside, factors)
-                _scale(grad_positive_ptr, at, inside, factors)
-                _scale(grad_negative_ptr, at, inside, factors)
+                _scale(grad_anchor_ptr, at, inside, arriving * anchor)
+                _scale(grad_positive_ptr, at, inside, arriving * positive)
+                _scale(grad_negative_ptr, at, inside, arriving * negative)
 
 
 ELEMENTS = 2048  # of a member in a program of four warps: 16 a thread, 32 registers of differences
@@ -264,7 +280,7 @@ def triplet_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The raw op: loss, three gradients, post_scale. A member whose columns are not next to each
     other is copied; rows may lie anywhere. float16 gradients: one launch more, which leaves at once
-    unless a gradient outgrew its scale."""
+    unless a member's largest gradient is far from what its power suits."""
     members = (anchor, positive, negative)
     count, features = anchor.shape
     gradients = [
@@ -275,25 +291,26 @@ def triplet_loss(
     per_row = reduction == "none"
     if count == 0:
         loss = torch.zeros((0,) if per_row else (), **floats)
-        return loss, gradients[0], gradients[1], gradients[2], torch.ones((), **floats)
+        return loss, gradients[0], gradients[1], gradients[2], torch.ones(3, **floats)
     loss = torch.empty((count,) if per_row else (), **floats)
-    post_scale = torch.empty((), **floats)
+    post_scale = torch.empty(3, **floats)
 
     divisor = float(count) if reduction == "mean" else 1.0
     half = any(g.dtype == torch.float16 and g.numel() > 0 for g in gradients)
     measure = half and squared
     scale = 1.0 / divisor
+    power = 1.0
     if half:
-        # A power of two without the mean's 1/n, which would flush to zero. A root's gradient is at
-        # most 2. A square's keeps every difference of two float16 numbers at 2^10, up to 64; where
-        # one is larger, all are formed again with a smaller power.
-        scale = 2.0**10 if squared else 2.0**14
+        # Without a power the mean's 1/n would flush to zero. A root's gradient is at most 2. For
+        # squares the power suits differences from 2^-10 to 31; where a member's largest one is
+        # outside, all are formed again, the member with a power of its own.
+        power = 2.0 ** ((10 if squared else 14) + math.floor(math.log2(divisor)))
     members = tuple(t if t.stride(1) == 1 or features == 1 else t.contiguous() for t in members)
     tile = _tile(features)
     programs = triton.cdiv(count, int(tile["ROWS"]))
     unit = _unit(members, gradients)
-    partial = torch.empty((2 if measure else 1) * programs, **floats)
-    again = torch.empty((), **floats)
+    partial = torch.empty((4 if measure else 1) * programs, **floats)
+    again = torch.empty(4, **floats)
     pointers = (*members, *(g if g.numel() else None for g in gradients))
     sizes = (*(t.stride(0) // unit for t in members), count, features // unit)
     sizes = (*sizes, margin, eps, int(active_at_zero))
@@ -308,7 +325,7 @@ def triplet_loss(
             post_scale,
             *sizes,
             scale,
-            1.0 / (scale * divisor) if half else 1.0,
+            power,
             SQUARED=squared,
             PER_ROW=per_row,
             GRADIENT=any(wanted),
@@ -325,20 +342,20 @@ def triplet_loss(
                 again,
                 programs,
                 divisor,
-                scale,
+                power,
                 PER_ROW=per_row,
                 MEASURE=measure,
                 BLOCK=min(8192, max(1024, triton.next_power_of_2(programs))),
                 num_warps=8,
             )
         if measure:
-            common.launch(_again, (programs,), *pointers, again, *sizes, **options)
+            common.launch(_again, (programs,), *pointers, again, *sizes, scale, **options)
     return loss, gradients[0], gradients[1], gradients[2], post_scale
 
 
 def triplet_give_(gradients: list[Tensor], incoming: Tensor, post_scale: Tensor) -> None:
-    """All gradients times the incoming one (0-d, or one a row) and `post_scale`, in place; one
-    launch, which moves nothing where both are 1."""
+    """All gradients times the incoming one (0-d, or one per row) and their own `post_scale`, in
+    place; one launch, which moves nothing where all are 1."""
     given = [g for g in gradients if g.numel() > 0]
     if not given:
         return

@@ -21,12 +21,27 @@ def _differences(
 
 
 @triton.jit
-def _store(gradient_ptr, at, mask, value, MEASURE: tl.constexpr):
+def is_half(gradient_ptr):
+    """Whether a gradient is wanted and stored in float16."""
+    return gradient_ptr is not None and gradient_ptr.dtype.element_ty == tl.float16
+
+
+@triton.jit
+def _store(gradient_ptr, at, mask, value, power, largest, MEASURE: tl.constexpr):
+    # The gradient of one member, in float16 times its power; returns the largest finite size.
     if gradient_ptr is not None:
-        if MEASURE:  # finite until it is formed again; infinite or NaN stays so
-            finite = tl.abs(value) < INF
-            value = tl.where(finite, tl.clamp(value, -LARGEST_HALF, LARGEST_HALF), value)
+        if gradient_ptr.dtype.element_ty == tl.float16:
+            if MEASURE:  # what is infinite stays so at any power
+                size = tl.abs(value)
+                finite = size < INF
+                largest = tl.maximum(largest, tl.max(tl.where(finite, size, 0.0), axis=1))
+                # finite until it is formed again; infinite or NaN stays so
+                clamped = tl.clamp(value * power, -LARGEST_HALF, LARGEST_HALF)
+                value = tl.where(finite, clamped, value)
+            else:
+                value *= power
         tl.store(gradient_ptr + at, value.to(gradient_ptr.dtype.element_ty), mask=mask)
+    return largest
 
 
 @triton.jit
@@ -38,17 +53,15 @@ def _store_gradients(
     mask,
     near,
     far,
+    powers,
     largest,
     MEASURE: tl.constexpr,
 ):
-    _store(grad_anchor_ptr, at, mask, near - far, MEASURE)
-    _store(grad_positive_ptr, at, mask, -near, MEASURE)
-    _store(grad_negative_ptr, at, mask, far, MEASURE)
-    if MEASURE:
-        # twice the larger part bounds all three; what is infinite stays so at any scale
-        size = 2.0 * tl.maximum(tl.abs(near), tl.abs(far))
-        largest = tl.maximum(largest, tl.max(tl.where(size < INF, size, 0.0), axis=1))
-    return largest
+    return (
+        _store(grad_anchor_ptr, at, mask, near - far, powers[0], largest[0], MEASURE),
+        _store(grad_positive_ptr, at, mask, -near, powers[1], largest[1], MEASURE),
+        _store(grad_negative_ptr, at, mask, far, powers[2], largest[2], MEASURE),
+    )
 
 
 @triton.jit
@@ -88,6 +101,7 @@ def triplets(
     eps,
     active_at_zero,
     scale,
+    powers,  # of two, that float16 gradients of anchor, positive and negative are stored times
     SQUARED: tl.constexpr,
     GRADIENT: tl.constexpr,
     MEASURE: tl.constexpr,
@@ -96,7 +110,8 @@ def triplets(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The rows' losses, and what their gradients' sizes are at most; the gradients are stored."""
+    """The rows' losses, and the largest sizes of their three gradients before `powers`; the
+    gradients are stored."""
     limit = features * UNIT
     row = tl.arange(0, ROWS)
     exists = first + row < count
@@ -152,7 +167,7 @@ def triplets(
     active = exists & ~((hinge < 0.0) | ((hinge == 0.0) & (active_at_zero == 0)))
     loss = tl.where(active, hinge, 0.0)
 
-    largest = tl.zeros_like(loss)
+    largest = (tl.zeros_like(loss), tl.zeros_like(loss), tl.zeros_like(loss))
     if GRADIENT:
         near_factor = _factor(positive, scale, SQUARED)[:, None]
         far_factor = _factor(negative, scale, SQUARED)[:, None]
@@ -167,6 +182,7 @@ def triplets(
                 mask,
                 tl.where(active, to_positive * near_factor, 0.0),
                 tl.where(active, to_negative * far_factor, 0.0),
+                powers,
                 largest,
                 MEASURE,
             )
@@ -192,6 +208,7 @@ def triplets(
                     mask,
                     tl.where(active, to_positive * near_factor, 0.0),
                     tl.where(active, to_negative * far_factor, 0.0),
+                    powers,
                     largest,
                     MEASURE,
                 )

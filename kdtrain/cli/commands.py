@@ -1,21 +1,27 @@
-"""The commands: demo, train, eval, pipeline, reproduce, compare, select-targets, import, data,
-recipes, report.
+"""The commands of `python -m kdtrain`.
 
-Exit status: 0 done; 1 the run could not go on (one line says why); 2 wrong usage; 130 interrupted,
-to be continued.
+Exit status: 0 done; 1 the run cannot go on (one line with the reason); 2 wrong usage; 130
+interrupted, can be resumed.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib.metadata
 import io
+import itertools
 import os
+import re
 import shlex
+import shutil
 import signal
+import subprocess
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from kdtrain.cli import studies
 from kdtrain.cli.arguments import (
@@ -42,27 +48,32 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack a name's characters
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack characters of a name
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             with signals_heard():
                 status = _command(argv)
-        except SystemExit as end:  # --help; or rich, where nobody reads its output
+        except SystemExit as end:  # --help; or rich, when its output is closed
             if isinstance(end.__context__, BrokenPipeError):
                 raise end.__context__ from None
             status = int(end.code or 0)
         sys.stdout.flush()
-    except BrokenPipeError:  # as a command that SIGPIPE ends, and nothing is left to be written
+    except BrokenPipeError:  # the exit status of SIGPIPE
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     return status
 
 
 def _command(argv: list[str]) -> int:
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    if argv[:1] == ["help"]:
+        argv = [*argv[1:2], "--help"]
+    if not argv or argv[0] in ("-h", "--help"):
         print(_overview())
         return 0 if argv else 2
+    if argv[0] == "--version":
+        print(_version())
+        return 0
     try:
         if argv[0] not in COMMANDS:
             raise UsageError(f"no command {argv[0]!r}; {nearest(argv[0], COMMANDS)}")
@@ -75,18 +86,18 @@ def _command(argv: list[str]) -> int:
     except BrokenPipeError:
         raise
     except (RuntimeError, ValueError, OSError) as error:
+        text = printable(" ".join(str(error).split())) or type(error).__name__
         if os.environ.get("KDTRAIN_TRACEBACK"):
             traceback.print_exc()
         elif not _is_ours(error):
-            # not one of the errors that name their cause: keep where it came from
+            # an error without its cause in the message: show the line that raised it
             last = traceback.extract_tb(error.__traceback__)[-1]
-            where = f" ({Path(last.filename).name}:{last.lineno}; KDTRAIN_TRACEBACK=1 shows all)"
-            print(f"error: {type(error).__name__}: {_line(error)}{where}", file=sys.stderr)
-            return 1
-        print(f"error: {_line(error)}", file=sys.stderr)
+            where = f"{Path(last.filename).name}:{last.lineno}; KDTRAIN_TRACEBACK=1 shows all"
+            text = f"{type(error).__name__}: {text} ({where})"
+        print(f"error: {text}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, Exception) as error:
-        # an import that a signal cuts short may raise something else
+        # an import that a signal interrupts may raise another error
         if not (told_to_stop() or isinstance(error, KeyboardInterrupt)):
             raise
         words = [word for word in argv if word != "--overwrite"]
@@ -97,19 +108,17 @@ def train(argv: Sequence[str]) -> int:
     """Train one run."""
     parser = command_parser(
         "train",
-        "RECIPE [--section.key value ...]",
-        "Train one run from a recipe. RECIPE: a name (see `recipes`), a YAML file, or a run "
-        "folder, whose config.yaml is then the recipe.",
+        "RECIPE [--KEY VALUE ...]",
+        "Train one run.",
+        "train demo/cls_student --optim.batch_size 128",
+        "train my.yaml --run-dir runs/mine --dry-run",
     )
-    parser.add_argument("recipe", help="recipe name, YAML file or run folder")
-    parser.add_argument("--run-dir", type=str, help="run folder (default: runs/RECIPE)")
-    parser.add_argument(
-        "--resume", action="store_true", help="continue the unfinished run in the run folder"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="throw away the run in the run folder"
-    )
-    add_dry_run(parser, "print the resolved config, its size, memory and time, and do nothing")
+    parser.add_argument("recipe", help="name (see `recipes`), YAML file or run directory")
+    add = parser.add_argument
+    add("--run-dir", type=str, metavar="DIR", help="run directory (default: runs/RECIPE)")
+    add("--resume", action="store_true", help="resume the unfinished run")
+    add("--overwrite", action="store_true", help="delete the run in the run directory")
+    add_dry_run(parser, "print config, size and time; train nothing")
     add_keys(parser)
     options, overrides = parse(parser, argv)
     check_dry_run(options)
@@ -133,7 +142,7 @@ def train(argv: Sequence[str]) -> int:
         results = engine.train(config, run_dir, resume=resume, overwrite=overwrite, screen=screen)
     except KeyboardInterrupt:
         screen.close()
-        begun = _written(run_dir) != before  # else the run there, if any, is not this one
+        begun = _written(run_dir) != before  # else a run there is an earlier one
         words = [str(run_dir), "--resume"] if begun else argv
         return ended(INTERRUPTED, shlex.join([*PROGRAM.split(), "train", *words]))
     finally:
@@ -141,26 +150,23 @@ def train(argv: Sequence[str]) -> int:
     if results["status"] == "reused":
         name = results["metric"]["name"]
         reused = f"reused: {name} {number(name, results['metrics'].get(name))}"
-        print(printable(f"{run_dir}: finished before, {reused} (--overwrite trains it anew)"))
+        print(printable(f"{run_dir}: already finished, {reused} (--overwrite trains it again)"))
         return 0
     _print_results(results, f"{run_dir}: finished")
     return 0
 
 
 def evaluate_run(argv: Sequence[str]) -> int:
-    """Measure a trained run again."""
+    """Evaluate a trained run."""
     parser = command_parser(
         "eval",
-        "RUN [--gallery RUN] [--section.key value ...]",
-        "Measure a run's network on its test split, or on other images given by keys. RUN: a run "
-        "folder (its last weights) or its checkpoint RUN/best.",
+        "RUN [--gallery RUN] [--KEY VALUE ...]",
+        "Evaluate the network of a run on its test split, or on other images given by keys.",
+        "eval runs/demo/cls_distilled/best",
+        "eval runs/demo/ver_distilled --data.kind folder --data.root photos",
     )
-    parser.add_argument("run", help="run folder, or its best/")
-    parser.add_argument(
-        "--gallery",
-        type=str,
-        help="run folder whose network's features are searched (verification): eval.gallery",
-    )
+    parser.add_argument("run", help="run directory, or its best/")
+    parser.add_argument("--gallery", type=str, metavar="RUN", help="short for --eval.gallery")
     add_keys(parser)
     options, overrides = parse(parser, argv)
     if options.get("gallery") is not None:
@@ -170,7 +176,7 @@ def evaluate_run(argv: Sequence[str]) -> int:
     run = Path(options["run"])
     recipe = checkpoint.run_of(run) / "config.yaml"
     if not recipe.is_file():
-        raise UsageError(f"{run}: no run folder (no config.yaml there)")
+        raise UsageError(f"{run}: no run directory (no config.yaml there)")
     config = settings.build({**settings.read_recipe(recipe), **overrides})
     results = engine.evaluate(config, run)
     _print_results(results, f"{run}: test split of {config.data.kind}")
@@ -181,44 +187,45 @@ def evaluate_run(argv: Sequence[str]) -> int:
     trained, found = results["trained_classes"], results["data"]["classes"]
     if trained != found:
         print(
-            f"  the classifier's own metrics are left out: it knows {trained} identities, these "
-            f"images show {found}"
+            f"  without the metrics of the classifier, which has {trained} identities: these "
+            f"images have {found}"
         )
     return 0
 
 
 def pipeline(argv: Sequence[str]) -> int:
-    """Run the whole chain on synthetic faces or your own images."""
+    """Train all stages of a preset, on synthetic faces or your images."""
     return _pipeline("pipeline", argv, "two-cores")
 
 
 def demo(argv: Sequence[str]) -> int:
-    """Run the whole chain on synthetic faces in a few minutes."""
+    """Train all stages on few synthetic faces, in minutes."""
     return _pipeline("demo", argv, "demo")
 
 
 def data(argv: Sequence[str]) -> int:
-    """Show what a recipe's images are: counts, split, floors, samples."""
+    """Show the images of a recipe: counts, split, floors, a grid."""
     parser = command_parser(
         "data",
-        "[RECIPE] [--grid FILE.png] [--section.key value ...]",
-        "Count the images, identities and splits of a recipe, measure the floors that learn "
-        "nothing, and draw a grid of images.",
+        "[RECIPE] [--grid FILE.png] [--KEY VALUE ...]",
+        "Count the images, identities and splits of a recipe, and measure the floors: scores of a "
+        "method that learns nothing.",
+        "data --data.kind folder --data.root photos --grid faces.png",
     )
     parser.add_argument("recipe", nargs="?", help="recipe (default: two-cores/cls_teacher)")
-    parser.add_argument("--grid", type=str, default="faces.png", help="where the grid is written")
+    parser.add_argument("--grid", type=str, metavar="FILE", help="write a grid of images (PNG)")
     add_keys(parser)
     options, overrides = parse(parser, argv)
     recipe = settings.recipe_path(options.get("recipe") or "two-cores/cls_teacher")
     config = settings.build({**settings.read_recipe(recipe), **overrides})
     from kdtrain.cli import inspection
 
-    inspection.show(config, Path(options.get("grid") or "faces.png"))
+    inspection.show(config, Path(options["grid"]) if "grid" in options else None)
     return 0
 
 
 def import_weights(argv: Sequence[str]) -> int:
-    """Write published weights as a run folder."""
+    """Write published weights as a run directory."""
     from kdtrain.config.networks import NAMES
     from kdtrain.models.published.layouts import PREFIXES
     from kdtrain.training.published.import_weights import SCALE, write_run
@@ -226,48 +233,33 @@ def import_weights(argv: Sequence[str]) -> int:
     parser = command_parser(
         "import",
         "WEIGHTS --layout LAYOUT --out RUN [--name NAME] [--head FILE]",
-        "Read the published weights of a face network and write them as a run folder, to be named "
-        "as --teacher, --init_from or --head.run. Every name and shape is checked.",
+        "Write the published weights of a face network as a run directory for --teacher, "
+        "--init_from or --head.run. Every name and shape is checked.",
+        "import backbone.pth --layout arcface_torch --out runs/r50",
     )
-    layouts = ", ".join(PREFIXES)
-    parser.add_argument("weights", help="the project's file: .pt, .pth, .ckpt or .safetensors")
-    parser.add_argument("--layout", type=str, help=f"whose layout: {layouts}")
-    parser.add_argument("--out", type=str, help="run folder to write")
-    parser.add_argument(
-        "--name", type=str, help="the network, checked (default: the one that fits)"
-    )
-    parser.add_argument(
-        "--head",
-        type=str,
-        help="file of the classifier; of shards any one, its neighbours are found by their ranks "
-        "(default: adaface takes the checkpoint's own, the others none)",
-    )
-    parser.add_argument(
-        "--classes", type=int, help="identities of the classifier, where its last rows are padding"
-    )
-    parser.add_argument("--scale", type=float, help=f"of its cosines (default {SCALE:g})")
-    parser.add_argument("--color", type=str, help="rgb or bgr (default: as the project publishes)")
+    add = parser.add_argument
+    add("weights", help="file of the project: .pt, .pth, .ckpt or .safetensors")
+    layouts = Literal[tuple(PREFIXES)]
+    add("--layout", type=layouts, required=True, metavar="LAYOUT", help=", ".join(PREFIXES))
+    add("--out", type=str, required=True, metavar="RUN", help="run directory to write")
+    name = "network, to be checked (default: the one that fits)"
+    add("--name", type=Literal[NAMES], metavar="NAME", help=name)
+    head = "file of the classifier, or one of its shards (default: adaface's own, else none)"
+    add("--head", type=str, metavar="FILE", help=head)
+    add("--classes", type=int, metavar="N", help="identities, where the last rows are padding")
+    add("--scale", type=float, metavar="X", help=f"scale of the cosines (default {SCALE:g})")
+    color = "order of the color channels (default: as published)"
+    add("--color", type=Literal["rgb", "bgr"], metavar="rgb|bgr", help=color)
     options, _ = parse(parser, argv)
-    for name in ("layout", "out"):
-        if options.get(name) is None:
-            wanted = f"one of {layouts}" if name == "layout" else "the run folder to write"
-            raise UsageError(f"--{name} is missing: {wanted}")
-    if options["layout"] not in PREFIXES:
-        raise UsageError(f"--layout: one of {layouts}, got {options['layout']}")
-    name, color = options.get("name"), options.get("color")
-    if name is not None and name not in NAMES:
-        raise UsageError(f"--name: one of {', '.join(NAMES)}, got {name}")
-    if color not in (None, "rgb", "bgr"):
-        raise UsageError(f"--color: rgb or bgr, got {color}")
     for line in write_run(
         Path(options["weights"]),
         options["layout"],
         Path(options["out"]),
-        name=name,
+        name=options.get("name"),
         head=Path(options["head"]) if options.get("head") else None,
         classes=options.get("classes"),
         scale=options.get("scale") or SCALE,
-        color=color,
+        color=options.get("color"),
     ):
         print(printable(line))
     return 0
@@ -275,21 +267,52 @@ def import_weights(argv: Sequence[str]) -> int:
 
 def recipes(argv: Sequence[str]) -> int:
     """List the packaged recipes."""
-    parser = command_parser("recipes", "", "List the packaged recipes with their head comments.")
-    parse(parser, argv)
-    for name in settings.recipe_names():
-        print(name)
-        for line in settings.head_comment(settings.recipe_path(name)).splitlines():
-            print(f"    {line}")
+    parser = command_parser(
+        "recipes",
+        "[FILTER] [-v]",
+        "List the packaged recipes: name, content, result. Numbers with ± are over seeds. A number "
+        "of one seed may differ by up to ten points on another processor.",
+        "recipes two-cores/systems",
+        "recipes demo/cls -v",
+    )
+    parser.add_argument("filter", nargs="?", help="text that the names contain")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show the whole comments")
+    options, _ = parse(parser, argv)
+    wanted, names = options.get("filter") or "", settings.recipe_names()
+    found = sorted(name.rpartition("/")[::2] for name in names if wanted in name)
+    if not found:
+        raise UsageError(f"no recipe's name contains {wanted!r}; {nearest(wanted, names)}")
+    width = shutil.get_terminal_size((160, 24)).columns
+    for folder, members in itertools.groupby(found, lambda place: place[0]):
+        rows = [_recipe(folder, name) for _, name in members]
+        if options.get("verbose"):
+            for name, *_, comment in rows:
+                print(f"{folder}/{name}\n{textwrap.indent(comment, '    ')}")
+            continue
+        names, results = (max(len(row[place]) for row in rows) for place in (0, 2))
+        room = max(20, width - names - results - 6)
+        print(folder)
+        for name, about, result, _ in rows:
+            about = textwrap.shorten(about, room, placeholder="...")
+            print(f"  {name:{names}}  {about:{room}}  {result}".rstrip()[:width])
     return 0
 
 
+def _recipe(folder: str, name: str) -> tuple[str, str, str, str]:
+    """Name, content, result and the whole comment of a recipe."""
+    comment = settings.head_comment(settings.recipe_path(f"{folder}/{name}"))
+    about, _, rest = comment.partition("Command:")
+    result = re.sub(r" \(.*?\)|: docs.*", "", rest.partition("Result:")[2].splitlines()[0]).strip()
+    result = "" if result.startswith(("not run", "part of")) else result
+    return name, about.splitlines()[0].rstrip("."), result, comment
+
+
 def report(argv: Sequence[str]) -> int:
-    """Write report.html for a folder of runs."""
+    """Write report.html for a directory of runs."""
     parser = command_parser(
-        "report", "RUN_ROOT", "Write RUN_ROOT/report.html from the runs below RUN_ROOT."
+        "report", "ROOT", "Write ROOT/report.html from the runs below ROOT.", "report runs/demo"
     )
-    parser.add_argument("root", help="folder of run folders, as runs/demo")
+    parser.add_argument("root", help="directory of run directories, such as runs/demo")
     options, _ = parse(parser, argv)
     from kdtrain.reports.report import report as write_report
 
@@ -302,6 +325,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "eval": evaluate_run,
     "pipeline": pipeline,
+    "study": studies.study,
     "reproduce": studies.reproduce,
     "compare": studies.compare,
     "select-targets": studies.select_targets,
@@ -315,20 +339,22 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 def _pipeline(command: str, argv: Sequence[str], preset: str) -> int:
     parser = command_parser(
         command,
-        "[--section.key value ...] [--STAGE.section.key value ...]",
-        "Train every stage of a preset and end in a table and report.html. Run again, it reuses "
-        "finished stages and continues unfinished ones. Keys count for every stage; "
-        "--STAGE.section.key value for one (--cls_teacher.optim.batch_size 32).",
+        "[--KEY VALUE ...] [--STAGE.KEY VALUE ...]",
+        "Train every stage of a preset, then write a table and report.html. Run again, it reuses "
+        "finished stages and resumes unfinished ones. --KEY sets all stages, --STAGE.KEY one.",
+        f"{command} --jobs 2 --data.kind folder --data.root photos",
+        f"{command} --cls_teacher.optim.batch_size 32 --dry-run",
     )
+    add = parser.add_argument
     if command == "pipeline":
         names = ", ".join(settings.preset_names())
-        parser.add_argument("--preset", type=str, default=preset, help=f"{names}, or a folder")
-    parser.add_argument("--run-dir", type=str, help=f"root of the run folders (runs/{preset})")
+        add("--preset", type=str, default=preset, help=f"{names}, or a directory of recipes")
+    add("--run-dir", type=str, metavar="DIR", help=f"root of the runs (runs/{preset})")
     add_jobs(parser, "stages")
-    parser.add_argument("--divide", type=int, help="kernels of the students: 2, 4 or 8 times fewer")
-    parser.add_argument("--resume", action="store_true", help="continue, as it does by itself")
-    parser.add_argument("--overwrite", action="store_true", help="train every stage anew")
-    add_dry_run(parser, "print the stages, their sizes, memory and time, and do nothing")
+    add("--divide", type=int, metavar="N", help="model.divide of the students: 2, 4 or 8")
+    add("--resume", action="store_true", help="resume, which is the default")
+    add("--overwrite", action="store_true", help="train every stage again")
+    add_dry_run(parser, "print stages, sizes and times; train nothing")
     add_keys(parser)
     again = shlex.join(a for a in (*PROGRAM.split(), command, *argv) if a != "--overwrite")
     argv = list(argv)
@@ -346,7 +372,7 @@ def _pipeline(command: str, argv: Sequence[str], preset: str) -> int:
     sources: dict[DataConfig, FaceSource] = {}
     if lost := chain.without_landmarks(stages, sources):
         stages = [stage for stage in stages if stage.name not in lost]
-        line = f"left out, as {chain.NO_LANDMARKS}: {', '.join(lost)}"
+        line = f"omitted, as {chain.NO_LANDMARKS}: {', '.join(lost)}"
         if not stages:
             raise ConfigError(f"every stage is {line}")
         print(f"# {line}" if options.get("dry_run") else line, flush=True)
@@ -366,7 +392,7 @@ def _pipeline(command: str, argv: Sequence[str], preset: str) -> int:
 
 
 def _written(run_dir: Path) -> int:
-    """When the run there was begun; 0 where none is."""
+    """Time at which the run in a directory began; 0 without one."""
     try:
         return (run_dir / "config.yaml").stat().st_mtime_ns
     except FileNotFoundError:
@@ -381,19 +407,15 @@ def _print_results(results: dict[str, Any], title: str) -> None:
     drawn = f"   ({pairs:,} pairs drawn from this test split)" if pairs else ""
     for name, value in results["metrics"].items():
         known = {"floor": results["floors"].get(name), "untrained": results["untrained"].get(name)}
-        # counts are the same for all
+        # counts are equal in all three
         beside = [f"{k} {number(name, v)}" for k, v in known.items() if v not in (None, value)]
         shown = f"   ({', '.join(beside)})" if beside else ""
         shown += drawn if name == "pair_accuracy" else ""
         print(f"  {name:24} {number(name, value):>9}{shown}")
 
 
-def _line(error: BaseException) -> str:
-    return printable(" ".join(str(error).split())) or type(error).__name__
-
-
 def _is_ours(error: BaseException) -> bool:
-    """Errors written for users: our own classes, and ValueError or OSError raised on purpose."""
+    """True for errors with a message for users: our classes, OSError, and ValueError of ours."""
     if type(error).__module__.startswith("kdtrain"):
         return True
     frames = traceback.extract_tb(error.__traceback__)
@@ -402,8 +424,27 @@ def _is_ours(error: BaseException) -> bool:
 
 
 def _overview() -> str:
-    lines = [f"usage: {PROGRAM} COMMAND ...", ""]
-    for name, command in COMMANDS.items():
-        lines.append(f"  {name:15} {(command.__doc__ or '').splitlines()[0]}")
-    lines += ["", f"{PROGRAM} COMMAND --help lists a command's options."]
-    return "\n".join(lines)
+    text = argparse.HelpFormatter(PROGRAM)
+    text.add_text(f"usage: {PROGRAM} COMMAND ...")
+    text.start_section("commands")
+    text.add_arguments(
+        [
+            argparse.Action([name], "", nargs=0, help=(command.__doc__ or "").splitlines()[0])
+            for name, command in COMMANDS.items()
+        ]
+    )
+    text.end_section()
+    text.add_text(f"{PROGRAM} help COMMAND shows the options of a command, --version the version.")
+    return text.format_help().rstrip()
+
+
+def _version() -> str:
+    """Versions of the package and of torch, and the commit of a checkout."""
+    torch = importlib.metadata.version("torch")
+    root = Path(__file__).parents[2]
+    commit = ""
+    if (root / ".git").exists() and shutil.which("git"):
+        command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+        found = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        commit = f", commit {found.strip()}" if found else ""
+    return f"kdtrain {importlib.metadata.version('kdkernels')}, torch {torch}{commit}"

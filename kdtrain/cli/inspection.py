@@ -1,65 +1,84 @@
-"""What a config's images are, in numbers and as a sheet of samples: the `data` command."""
+"""The images of a config in numbers and as a grid: the `data` command."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from pathlib import Path
 
 import torch
+from rich.markup import escape
+from rich.table import Table
 
 from kdtrain.config import Config
 from kdtrain.config.program import printable
 from kdtrain.data import left_out, sample_grid
 from kdtrain.data.run_data import RunData
-from kdtrain.objectives.tasks import build_task
+from kdtrain.objectives.tasks import TASKS, build_task
 from kdtrain.training.checkpoint import write_bytes
 from kdtrain.training.environment import computing
 from kdtrain.training.journal.journal import console, number
 from kdtrain.training.preparation import without_teacher
 
+FLOORS = {
+    "top1": "identity of the nearest training image, by pixels",
+    "pair_accuracy": "pairs verified by pixels, ten folds",
+    "nrmse": "landmark error of the mean shape",
+    "failure_rate": "share of images with a landmark error above 10 %",
+    "nn_top1": "nearest test image of the same identity, by pixels",
+    "nn_top1_other_video": "the same, without images of one video",
+}
+"""Metrics whose floors are shown, by name."""
 
-def show(config: Config, grid: Path) -> None:
-    """Print counts, classes, split and floors of the images that `config` names, and write the
-    sheet to `grid`.
+
+def show(config: Config, grid: Path | None) -> None:
+    """Print counts, identities, split and floors of the images of `config`, and write a grid of
+    images to `grid`, if given.
 
     Raises what the data sources raise for missing or damaged files.
     """
-    say = console().print
+    table = Table.grid(padding=(0, 2))
+
+    def row(*cells: str) -> None:
+        table.add_row(*(escape(printable(cell)) for cell in cells))
+
     with computing(config):
         data = RunData(config)
         source = data.source
         counts = torch.bincount(source.labels, minlength=source.num_classes).sort().values
-        say(f"source      {source.name}")
-        say(f"images    {source.num_images} of {source.num_classes} identities")
+        row("source", source.name)
+        row("images", f"{source.num_images} of {source.num_classes} identities")
         low, middle, high = counts[[0, len(counts) // 2, -1]].tolist()
-        say(f"per identity  {low} to {high}, median {middle}")
-        widths, heights = source.sizes.T
-        say(
-            f"pixels      {int(widths.min())}x{int(heights.min())} to "
-            f"{int(widths.max())}x{int(heights.max())}, kept at {config.data.store_size}"
-        )
-        say(f"landmarks   {'5 points' if source.landmarks is not None else 'none'}")
+        row("per identity", f"{low} to {high}, median {middle}")
+        (narrow, flat), (wide, high) = source.sizes.amin(0).tolist(), source.sizes.amax(0).tolist()
+        row("pixels", f"{narrow}x{flat} to {wide}x{high}, stored at {config.data.store_size}")
+        row("landmarks", "5 points" if source.landmarks is not None else "none")
         if source.groups is not None:
-            say(f"videos      {len(source.groups.unique())}")
+            row("videos", str(len(source.groups.unique())))
         for line in data.notes():
-            say(f"note        {printable(line)}", markup=False)
-        kept = f", {len(data.validation)} validation" if len(data.validation) else ""
-        say(
-            f"split       {config.data.split}: {len(data.train)} training{kept}, "
-            f"{len(data.test)} test"
-        )
+            row("note", line)
+        held = f", {len(data.validation)} validation" if len(data.validation) else ""
+        sizes = f"{len(data.train)} training{held}, {len(data.test)} test"
+        row("split", f"{config.data.split}: {sizes}")
         wrong = int((data.labels != source.labels).sum())
         if wrong:
-            say(f"            {wrong} training labels are wrong on purpose (data.noise)")
-        say(f"            {data.unseen()} test images of identities without a training image")
+            row("", f"{wrong} training labels are wrong on purpose (data.noise)")
+        row("", f"{data.unseen()} test images of identities without a training image")
         alone = len(left_out(data.train, data.labels))
-        say(f"            {alone} training images are their identity's only one (no triplet)")
-        task = build_task(without_teacher(config), source.num_classes)
-        if source.landmarks is not None or not task.needs_landmarks:
+        row("", f"{alone} training images without another of their identity (no triplet)")
+        row("floors", "scores of a method that learns nothing")
+        for name in TASKS:
+            if source.landmarks is None and TASKS[name].needs_landmarks:
+                continue
+            alone_config = dataclasses.replace(without_teacher(config), task=name)
+            task = build_task(alone_config, source.num_classes)
             floors = task.floors(data.evaluation(data.train), data.evaluation(data.test))
-            say(f"floors      what a method scores in {config.task} that learns nothing:")
-            say(f"            {', '.join(f'{k} {number(k, v)}' for k, v in floors.items())}")
-        sheet = io.BytesIO()
-        sample_grid(data.store).save(sheet, format="PNG")
-        write_bytes(grid, sheet.getvalue())
-        say(f"grid        {grid}")
+            for key, words in FLOORS.items():
+                if key in floors:
+                    row(f"  {name}", words, number(key, floors[key]))
+        if grid is not None:
+            sheet = io.BytesIO()
+            sample_grid(data.store).save(sheet, format="PNG")
+            write_bytes(grid, sheet.getvalue())
+            row("grid", str(grid))
+    console(120).print(table)

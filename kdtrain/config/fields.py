@@ -1,14 +1,17 @@
-"""How a setting is declared, and what a wrong value raises."""
+"""Declaration of a setting, and errors for wrong values."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
 import inspect
+import itertools
+import json
 import math
 import textwrap
 import typing
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
@@ -24,61 +27,70 @@ RANGES: Mapping[str, Callable[[float], bool]] = {
     "0 < x <= 1": lambda x: 0 < x <= 1,
     "0 <= x <= 1": lambda x: 0 <= x <= 1,
 }
-"""Ranges that a number may be `within`, by their text in an error."""
+"""Ranges of a number, by their text in an error."""
+WORDS = {
+    bool: ("true or false", "true|false"),
+    int: ("a whole number", "N"),
+    float: ("a number", "X"),
+    str: ("text", "TEXT"),
+}
+"""Types of a value in an error, and in the help of an option."""
 
 
 class ConfigError(ValueError):
-    """A recipe, key or value that cannot be used; the message says which, and what to write
-    instead.
-    """
+    """A recipe, key or value that cannot be used; the message names it and what is expected."""
 
 
 def require(holds: bool, key: str, expected: str, got: object) -> None:
-    """Raises ConfigError, by name, where a key's value does not hold."""
+    """Raises ConfigError for the value `got` of a key, unless `holds`."""
     if not holds:
-        raise ConfigError(f"{key}: expected {expected}, got {got!r}")
+        raise ConfigError(f"{key}: expected {expected}; got {got!r}")
 
 
-def setting(
-    default: Any = dataclasses.MISSING,
-    *,
-    factory: Callable[[], Any] | Any = dataclasses.MISSING,
-    counted: bool = True,
-    cost: Cost | None = None,
-    own: bool = False,
-    run: str | None = None,
-    within: str | None = None,
-    source: bool = False,
-) -> Any:
-    """A dataclass field that says more of a setting than type, default and help text.
+def setting(default: Any = MISSING, *, factory: Any = MISSING, **about: Any) -> Any:
+    """A dataclass field of a config. about: fields of Setting other than their default."""
+    return dataclasses.field(default=default, default_factory=factory, metadata=about)
 
-    counted: whether it can change a trained number, so that it is part of a run's key. cost: what
-    of it the time and memory of a step depend on: its value (the default), whether it is set, or
-    nothing; a section passes it on to its fields. own: what distinguishes the runs of a table of
-    the paper, so that a command line cannot set it for all of them. run: name of the input whose
-    run directory (or @NAME, the run beside; or a list of them) is the value; the input's key counts
-    in its place. within: one of RANGES; null is allowed where it is the default. source: whether it
-    says which images are read, and how.
-    """
-    metadata = {"counted": counted and run is None, "cost": cost, "own": own, "run": run}
-    metadata |= {"within": within, "source": source}
-    return dataclasses.field(default=default, default_factory=factory, metadata=metadata)
+
+def in_words(kind: Any, within: str | None = None) -> str:
+    """The values of a setting: 'one of a, b', or 'a whole number, at least 2, or null'."""
+    members = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, members))}"
+    if typing.get_origin(kind) is list:
+        item = members[0]
+        if item in WORDS:
+            return f"a list, each {WORDS[item][0]}"
+        fields = ", ".join(f"{s.key}: {in_words(s.kind)}" for s in settings_of(item))
+        return f"a list of {{{fields}}}"
+    if type(None) in members:
+        return f"{in_words(members[0], within)}, or null"
+    return ", ".join(filter(None, (WORDS[kind][0], within)))
+
+
+def placeholder(kind: Any) -> str:
+    """A value in the help of an option: 'a|b', 'N', 'LIST'."""
+    members = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return "|".join(map(str, members))
+    if typing.get_origin(kind) is list:
+        return "LIST"
+    return placeholder(members[0]) if members else WORDS[kind][1]
 
 
 def check_settings(section: Any, prefix: str) -> None:
-    """Raises ConfigError, by name, for a value that is not one of its Literal type's, or not finite
-    and within its setting's range. prefix: of the keys.
+    """Raises ConfigError, by name, for a value outside its Literal type, and for a number that is
+    not finite or outside its setting's range. prefix: of the keys.
     """
     for item in dataclasses.fields(section):
         key, value = prefix + item.name, getattr(section, item.name)
         kind, within = _types(type(section))[item.name], item.metadata.get("within")
         if typing.get_origin(kind) is Literal:
-            known = typing.get_args(kind)
-            require(value in known, key, f"one of {', '.join(map(str, known))}", value)
+            require(value in typing.get_args(kind), key, in_words(kind), value)
         elif within is not None:
-            nullable = item.default is None
+            nullable = type(None) in typing.get_args(kind)
             holds = nullable if value is None else math.isfinite(value) and RANGES[within](value)
-            require(holds, key, f"{within}, or null" if nullable else within, value)
+            require(holds, key, in_words(kind, within), value)
 
 
 class Setting(NamedTuple):
@@ -89,48 +101,60 @@ class Setting(NamedTuple):
     kind: Any
     default: Any
     text: str
-    counted: bool
-    cost: Cost
-    own: bool
-    run: str | None
+    counted: bool = True
+    """Whether it can change a trained number, so that it is part of a run's key."""
+    cost: Cost = "value"
+    """Dependence of a step's time and memory: on the value, on whether it is set, or none; a
+    section passes its own on to its fields.
+    """
+    own: bool = False
+    """Whether it distinguishes the runs of a table: a command line cannot set it for all."""
+    run: str | None = None
+    """Name of the input, where the value is a run directory, @NAME or a list of them; the input's
+    key counts in its place.
+    """
+    within: str | None = None
+    """One of RANGES."""
+    source: bool = False
+    """Whether it selects the images that are read, or how they are read."""
+    target: Mapping[str, Any] | None = None
+    """The row of a distillation target, for a setting that weighs one (target.py)."""
+
+    @property
+    def shown_default(self) -> str:
+        """The default as a recipe has it."""
+        if isinstance(self.default, str):
+            return self.default
+        return json.dumps(self.default, default=dataclasses.asdict).replace('"', "")
+
+    @property
+    def limits(self) -> str:
+        """The range, if any, and the default: 'at least 2; default 256'."""
+        return "; ".join(filter(None, (self.within, f"default {self.shown_default}")))
 
 
 def settings_of(kind: type, prefix: str = "", cost: Cost = "value") -> Iterator[Setting]:
-    """Every setting of a dataclass and of the sections in it, in their order; see `setting`."""
+    """Every setting of a dataclass and of the sections in it, in their order."""
     types, texts = _types(kind), _texts(kind)
     for item in dataclasses.fields(kind):
-        said: Mapping[str, Any] = item.metadata
-        own_cost: Cost = said.get("cost") or cost
-        if dataclasses.is_dataclass(types[item.name]):
-            yield from settings_of(types[item.name], f"{prefix}{item.name}.", own_cost)
+        inner, about = types[item.name], {"cost": cost, **item.metadata}
+        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+            yield from settings_of(inner, f"{prefix}{item.name}.", about["cost"])
             continue
-        factory = item.default_factory
-        yield Setting(
-            key=prefix + item.name,
-            kind=types[item.name],
-            default=item.default if factory is dataclasses.MISSING else factory(),
-            text=texts[item.name],
-            counted=said.get("counted", True),
-            cost=own_cost,
-            own=said.get("own", False),
-            run=said.get("run"),
-        )
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        about["counted"] = about.get("counted", True) and "run" not in about
+        yield Setting(prefix + item.name, inner, default, texts[item.name], **about)
 
 
 _types = cache(typing.get_type_hints)
 
 
 def _texts(kind: type) -> dict[str, str]:
-    """The string literal under each field of a dataclass."""
+    """The string literal below each field of a dataclass, by the field's name."""
     body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
     assert isinstance(body, ast.ClassDef)
-    texts = {}
-    for here, below in zip(body.body, body.body[1:], strict=False):
-        if (
-            isinstance(here, ast.AnnAssign)
-            and isinstance(here.target, ast.Name)
-            and isinstance(below, ast.Expr)
-            and isinstance(below.value, ast.Constant)
-        ):
-            texts[here.target.id] = " ".join(str(below.value.value).split())
-    return texts
+    return {
+        ast.unparse(field.target): " ".join(ast.literal_eval(below.value).split())
+        for field, below in itertools.pairwise(body.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr)
+    }

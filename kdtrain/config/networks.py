@@ -1,4 +1,4 @@
-"""The networks' names and how they are written, and the sections model and head of a config."""
+"""Names of the networks, and the sections model and head of a config."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MOBILE = ("mobilefacenet", "mbf", "mbf_large")
 IRESNETS = ("iresnet18", "iresnet34", "iresnet50", "iresnet100")
 IRS = ("ir18", "ir34", "ir50", "ir101")
 FACE_NETWORKS = (*MOBILE, *IRESNETS, *IRS)
-"""Networks of face recognition that end in an embedding and are built for one input size."""
+"""Face networks: they end in an embedding and are built for one input size."""
 NAMES = ("resnet", *FACE_NETWORKS)
 EMBEDDING = 512  # width of every published face network's embedding
 
@@ -27,18 +27,13 @@ MARGINS: Mapping[str, float] = {
     "adaface": 0.4,
     "distillation": 0.5,
 }
-"""Margins and their m where head.m is null: the values of their papers."""
-
-
-def is_known(name: str) -> bool:
-    """Whether model.name can be this: one of NAMES, or timm:NAME."""
-    return name in NAMES or (name.startswith(TIMM) and len(name) > len(TIMM))
+"""Published m of each margin, for head.m null."""
 
 
 def network_title(model: Mapping[str, Any]) -> str:
     """'ResNet-50/8', 'IResNet-50', 'timm:convnext_tiny' of the settings under `model`.
 
-    Settings that are missing have their defaults: a folder may hold the run of an older version.
+    Missing settings have their defaults: a run of an older version may lack some.
     """
     name: str = model.get("name", "resnet")
     if name == "resnet":
@@ -54,56 +49,43 @@ def network_title(model: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The network; every layer has 1 / divide of the channels that its name stands for."""
+    """The network. Every layer has 1 / model.divide of the channels of the published network."""
 
     name: str = "resnet"
-    """resnet (depth, width and stem are its own) | mobilefacenet (the original, 1.2 M parameters) |
-    mbf | mbf_large (arcface_torch's) | iresnet18, 34, 50, 100 | ir18, 34, 50, 101 (AdaFace's and
-    CVLface's) | timm:NAME. Face networks (all but resnet and most of timm) are built for
-    data.input_size.
+    """Architecture, such as resnet or timm:NAME. resnet takes depth, width and stem; mobilefacenet,
+    mbf, mbf_large, iresnet18 to iresnet100 and ir18 to ir101 are face networks, built for
+    data.input_size; timm:NAME is a network of timm, untrained.
     """
     embedding: int | None = setting(None, within="at least 1")
-    """Width of an embedding layer between the pooled maps and the classifier; null: 512 for face
-    networks, none for resnet and timm.
-    """
+    "Width of the embedding layer. null: 512 in face networks, no layer in resnet and timm."
     color: Literal["rgb", "bgr"] = "rgb"
-    "Order of the colours that the weights want; images are RGB, the network turns them round."
+    "Order of the color channels that the weights expect. The network converts RGB images."
     depth: Literal[50, 14] = 50
-    "Bottleneck blocks (3, 4, 6, 3), or (1, 1, 1, 1) for small images and demos (resnet)."
+    "Layers of the resnet. 50 has (3, 4, 6, 3) bottleneck blocks, 14 has (1, 1, 1, 1)."
     width: int = 64
-    "Kernels of the first stage before division; 64 is ResNet-50's own (resnet)."
+    "Channels of the first stage before division (resnet). ResNet-50 has 64."
     divide: Literal[1, 2, 4, 8] = setting(1, own=True)
-    "The papers' /2, /4, /8 students; timm's networks cannot be divided."
+    "Divisor of the channels of every layer. It must be 1 for timm networks."
     stem: Literal["imagenet", "small"] = "imagenet"
-    "imagenet: 7x7 stride 2 and 3x3 stride 2 max pooling; small: 3x3 stride 2 alone (resnet)."
+    "First layers of the resnet: 7x7 convolution and pooling (imagenet), or 3x3 (small)."
 
     def __post_init__(self) -> None:
         check_settings(self, "model.")
-        require(
-            is_known(self.name), "model.name", f"one of {', '.join(NAMES)}, timm:NAME", self.name
-        )
-        require(
-            self.divide == 1 or not self.name.startswith(TIMM),
-            "model.divide",
-            f"1 for {self.name}: timm's networks have sizes under other names",
-            self.divide,
-        )
-        require(
-            self.width >= self.divide and self.width % self.divide == 0,
-            "model.width",
-            f"a multiple of model.divide ({self.divide})",
-            self.width,
-        )
+        names = f"one of {', '.join(NAMES)}, timm:NAME"
+        known = self.name in NAMES or (self.name.startswith(TIMM) and self.name != TIMM)
+        require(known, "model.name", names, self.name)
+        divides = self.width >= self.divide and self.width % self.divide == 0
+        require(divides, "model.width", f"a multiple of model.divide ({self.divide})", self.width)
 
     @property
     def embedding_width(self) -> int | None:
-        """Width of the embedding layer that embedding and name ask for; None for none."""
+        """Width of the embedding layer; None without one."""
         if self.embedding is None and self.name in FACE_NETWORKS:
             return EMBEDDING
         return self.embedding
 
     def describe(self) -> str:
-        """The settings that decide which weights a network has, for messages."""
+        """The settings that determine the shapes of the weights, for messages."""
         text = f"{self.name}, divide {self.divide}"
         if self.name == "resnet":
             text = f"depth {self.depth}, width {self.width}, divide {self.divide}"
@@ -114,44 +96,40 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig:
-    """What turns the feature into class scores, how it starts, and whether it is trained."""
+    """The classifier on the feature: its form, margin, initialisation and update."""
 
     kind: Literal["linear", "cosine"] = "linear"
-    """linear: weight and bias. cosine: scale times the cosine of feature and weight, as networks
-    for open sets of identities are trained; its logits are never kept.
-    """
+    "Form of the classifier. linear: weight and bias; cosine: scaled cosine, logits not stored."
     scale: float = setting(64.0, cost="none", within="more than 0")
-    "What cosines are multiplied by (cosine)."
+    "Scale of the cosines (cosine)."
     margin: Literal["none", "arcface", "cosface", "combined", "adaface", "distillation"] = "none"
-    """What the label's logit loses in training (cosine): cos(theta + m), cos(theta) - m, both,
-    AdaFace's by the feature's norm, or MarginDistillation's by the teacher's cosine with the label.
+    """Margin on the label's logit (cosine). arcface is cos(theta + m), cosface is cos(theta) - m,
+    combined is both; adaface adapts m to the feature's norm, distillation (MarginDistillation) to
+    the teacher's cosine.
     """
     m: float | None = setting(None, cost="none", within="0 or more")
-    """Size of the margin: an angle (arcface, combined, distillation's largest), else a cosine; null
-    takes the paper's 0.5, 0.35, 0.3, 0.4, 0.5.
+    """Size of the margin: an angle in radians for arcface, combined and distillation, else a
+    cosine. null takes the published value: 0.5 arcface, 0.35 cosface, 0.3 combined, 0.4 adaface,
+    0.5 distillation.
     """
     m_cosine: float = setting(0.2, cost="none", within="0 or more")
-    "The part of combined that is taken off the cosine."
+    "Cosine part of the margin (combined)."
     m_min: float = setting(0.2, cost="none", within="0 or more")
-    "Smallest angle of distillation, for an image that the teacher puts far from its label."
+    "Smallest margin, for an image that the teacher puts far from its label (distillation)."
     h: float = setting(0.333, cost="none", within="0 or more")
-    "How fast AdaFace's margin follows the norm (adaface)."
+    "Sensitivity of the margin to the feature's norm (adaface)."
     margin_grad: Literal["exact", "straight_through"] = "exact"
-    "Gradient of the margin: its own, or 1, as InsightFace trains."
+    "Gradient through the margin. straight_through replaces its factor by 1, as InsightFace does."
     run: str | None = setting(None, run="head", cost="none")
-    """Run folder whose classifier this one starts as (RUN/best: its best); @NAME is the run beside
-    this one. Widths and identities must agree.
-    """
+    "Run directory that initialises the classifier. Widths and identities must agree."
     update: Literal["gradient", "none", "adaptive"] = "gradient"
-    """gradient: trained. none: frozen as it starts, as ProxylessKD and the teacher of SH-KD have
-    it. adaptive: each class's centre follows the teacher's features of its images (AdaDistill).
+    """Update of the classifier. gradient trains it, none freezes it (ProxylessKD, SH-KD), adaptive
+    moves each class center towards the teacher's features of its images (AdaDistill).
     """
     streamed: bool = False
-    """Never keep the logits of a linear head either; worth it where identities are very many."""
+    "Compute the loss of a linear classifier without storing logits, to save memory."
     sample: float = setting(1.0, within="0 < x <= 1")
-    """Share of the identities whose scores a step forms: those of the batch and others at random
-    (PartialFC). 1 takes all; less needs a cosine or streamed head.
-    """
+    "Share of the identities with logits in a step (PartialFC); below 1, cosine or streamed only."
 
     def __post_init__(self) -> None:
         check_settings(self, "head.")
@@ -161,30 +139,30 @@ class HeadConfig:
             require(self.m_min <= self.size, "head.m_min", f"at most {self.size}", self.m_min)
         if self.sample < 1 and not self.streams:
             raise ConfigError(
-                f"head.sample {self.sample:g} forms some of the scores, and a linear head keeps "
-                "them all: set head.streamed to true, or head.sample to 1"
+                f"head.sample {self.sample:g} needs a head that stores no logits: set "
+                "head.streamed to true, or head.sample to 1"
             )
         for name in ("margin", "update"):
             value = getattr(self, name)
             if self.kind == "linear" and value in (*MARGINS, "adaptive"):
                 raise ConfigError(
-                    f"head.{name} {value} is of cosines: set head.kind to cosine, or head.{name} "
+                    f"head.{name} {value} needs cosines: set head.kind to cosine, or head.{name} "
                     f"to {'none' if name == 'margin' else 'gradient'}"
                 )
 
     @property
     def size(self) -> float:
-        """m, or the paper's where it is null; 0 without a margin."""
+        """m, or the published value for null; 0 without a margin."""
         if self.margin == "none":
             return 0.0
         return MARGINS[self.margin] if self.m is None else self.m
 
     @property
     def needs_teacher(self) -> bool:
-        """True where the teacher's features decide the margin or move the centres."""
+        """True where margin or centers depend on the teacher's features."""
         return self.margin == "distillation" or self.update == "adaptive"
 
     @property
     def streams(self) -> bool:
-        """True where the loss is formed from the feature, without N x C logits."""
+        """True where the loss is computed from the feature, without N x C logits."""
         return self.kind == "cosine" or self.streamed

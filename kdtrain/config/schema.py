@@ -1,4 +1,4 @@
-"""The one schema of a run: frozen dataclasses with a help text under every field, and their checks.
+"""The schema of a run: frozen dataclasses with a docstring under every field, and their checks.
 
 settings.py turns YAML recipes and command-line keys into a Config.
 """
@@ -24,129 +24,116 @@ from kdtrain.config.target import (
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which images, how they are split, and how large they are kept."""
+    """Images, their split into training and test, and their sizes."""
 
     kind: Literal["synthetic", "celeba", "folder"] = setting("synthetic", source=True)
-    """synthetic draws faces; celeba reads CelebA's layout; folder reads one folder per class
-    (ImageFolder).
+    """Source of the images. synthetic generates faces, celeba reads the CelebA layout below
+    data.root, folder reads one subdirectory per identity (ImageFolder).
     """
     root: str | None = setting(None, counted=False, source=True)
-    "Folder of the images (celeba, folder)."
+    "Directory of the images (celeba, folder)."
     split: str = "random"
-    """random by image | identity (disjoint identities) | identity:random (by image, among the
-    training identities of identity) | file:NAME.csv:COLUMN, whose column holds train or test
-    (file:list_eval_partition.txt:partition is CelebA's own).
+    """Split into training and test images. random splits by image, identity by identity,
+    identity:random by image among the training identities of identity; file:NAME.csv:COLUMN reads
+    train or test from a column (CelebA's own split: file:list_eval_partition.txt:partition).
     """
     test_fraction: float = setting(0.2, within="0 < x < 1")
-    "Share of the images (of the identities, for identity) that is held out."
+    "Share of the images held out for testing; with data.split identity, of the identities."
     validation_fraction: float = setting(0.0, within="0 <= x < 1")
-    """Share of the training images (of the training identities, for identity) that is not trained
-    on: evaluations, best/ and early stopping use it, and the test split is measured once, at the
-    end. 0 evaluates on the test split.
+    """Share of the training images held out for validation. With a validation split, evaluations,
+    best/ and early stopping use it instead of the test split. With data.split identity, share of
+    the training identities.
     """
     split_seed: int = 0
-    "Seed of the split alone, so that runs with other seeds are tested on the same images."
+    "Seed of the split, independent of seed: runs of all seeds share the test images."
     on_error: Literal["raise", "skip"] = setting("raise", source=True)
-    "A missing or damaged image stops the run, or is left out, counted and reported."
+    "Effect of a damaged image. raise stops the run; skip omits and reports the image."
     store_size: int = setting(36, cost="value", source=True)
-    "Images are resized to this square once, pixels."
+    "Side of the stored images, in pixels. Every image is resized to this square once."
     crop_size: int | None = setting(None, cost="value")
-    """Side of the crop in stored pixels (with augment.crop jitter: in pixels that the window is
-    sampled at), taken anywhere in training, from the centre in evaluation; null takes input_size.
+    """Side of the crop, in stored pixels. Training crops at a random place, evaluation at the
+    center; with augment.crop jitter, the scaled window is resampled to this size. null takes
+    data.input_size.
     """
     input_size: int = setting(32, cost="value", within="at least 8")
-    "Side of the network's input: the crop, averaged down to it where it is larger."
+    "Side of the network's input, in pixels. A larger crop is averaged down to this size."
     cache: Literal["auto", "memory", "none"] = setting("auto", counted=False)
-    "Keep resized images in memory; auto does so up to 2 GiB."
+    "Cache of the resized images in memory. auto caches up to 2 GiB."
     workers: int = setting(0, counted=False, within="0 or more", source=True)
-    "Threads that decode images ahead when they are not kept in memory."
+    "Threads that decode images ahead. They are idle where the images are cached in memory."
     identities: int = setting(350, within="at least 2", source=True)
-    "Number of identities (synthetic only)."
+    "Number of identities (synthetic)."
     images_per_identity: int = setting(20, within="at least 2", source=True)
-    "Images of each identity (synthetic only)."
+    "Images per identity (synthetic)."
     noise: float = setting(0.04, within="0 <= x < 1")
-    "Share of images with a wrong label (synthetic only)."
+    "Share of the images with a wrong label (synthetic)."
     synthetic_seed: int = setting(0, source=True)
-    "Seed of the synthetic faces (synthetic only)."
+    "Seed of the faces (synthetic)."
     landmark_file: str | None = setting(None, source=True)
-    "Landmark list inside root (celeba); null takes list_landmarks_align_celeba.txt."
+    "Landmark list below data.root (celeba). null takes list_landmarks_align_celeba.txt."
 
     def __post_init__(self) -> None:
         check_settings(self, "data.")
         by_file = self.split.startswith("file:") and self.split.count(":") >= 2
-        require(
-            by_file or self.split in ("random", "identity", "identity:random"),
-            "data.split",
-            "random, identity, identity:random or file:NAME.csv:COLUMN",
-            self.split,
-        )
-        require(
-            self.crop_side >= self.input_size,
-            "data.crop_size",
-            f"at least data.input_size ({self.input_size}), as crops are never enlarged",
-            self.crop_size,
-        )
-        crop = "input_size" if self.crop_size is None else "crop_size"
-        require(
-            self.store_size >= self.crop_side,
-            "data.store_size",
-            f"at least data.{crop} ({self.crop_side})",
-            self.store_size,
-        )
+        known = ("random", "identity", "identity:random")
+        splits = f"{', '.join(known)} or file:NAME.csv:COLUMN"
+        require(by_file or self.split in known, "data.split", splits, self.split)
+        side, crop = self.input_size, self.crop_side
+        least = f"at least data.input_size ({side}), as crops are never enlarged"
+        require(crop >= side, "data.crop_size", least, self.crop_size)
+        least = f"at least data.{'input_size' if self.crop_size is None else 'crop_size'} ({crop})"
+        require(self.store_size >= crop, "data.store_size", least, self.store_size)
         if self.kind != "synthetic":
             require(bool(self.root), "data.root", f"a folder, for data.kind {self.kind}", self.root)
 
     @property
     def crop_side(self) -> int:
-        """Pixels of the crop's side, from which every network's input is made."""
+        """Side of the crop, in pixels; the input of every network is made from it."""
         return self.input_size if self.crop_size is None else self.crop_size
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """How a training image is cropped: a pure function of (seed, phase, epoch, image)."""
+    """Random crops and flips of the training images: a pure function of seed, phase, epoch and
+    image.
+    """
 
     flip: bool = setting(True, cost="none")
-    "Mirror half of the training images; left and right landmarks change places."
+    "Mirror half of the training images. Left and right landmarks are exchanged."
     crop: Literal["random", "jitter"] = "random"
-    "random: a shifted crop of data.crop_size; jitter: also scaled, always inside the image."
+    "Crop in training. random shifts the crop; jitter also scales it, within the image."
     scale_min: float = setting(0.85, cost="none")
-    "Smallest crop side as a fraction of the image's (jitter)."
+    "Smallest side of the crop, as a share of the image's side (jitter)."
     scale_max: float = setting(0.95, cost="none")
-    "Largest crop side as a fraction of the image's (jitter)."
+    "Largest side of the crop, as a share of the image's side (jitter)."
 
     def __post_init__(self) -> None:
         check_settings(self, "augment.")
-        require(
-            0 < self.scale_min <= self.scale_max <= 1,
-            "augment.scale_min, augment.scale_max",
-            "0 < min <= max <= 1",
-            (self.scale_min, self.scale_max),
-        )
+        scales = self.scale_min, self.scale_max
+        keys = "augment.scale_min, augment.scale_max"
+        require(0 < scales[0] <= scales[1] <= 1, keys, "0 < min <= max <= 1", scales)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TripletConfig:
-    """The triplet loss of verification and its identity-balanced batches."""
+    """The triplet loss of verification and its batches, which hold several images per identity."""
 
     weight: float = setting(1.0, cost="switch", within="0 or more")
-    """Weight of the triplet loss. 0 leaves verification to the softmax loss (target.gamma) and its
-    margin, in ordinary batches: how face recognition is mostly trained.
-    """
+    "Weight of the triplet loss. 0 trains by the softmax loss (target.gamma) in ordinary batches."
     margin: float = setting(0.4, cost="none", within="0 or more")
-    "lambda of eq. 8."
+    "Margin of the triplet loss: lambda of eq. 8."
     mining: Literal["hard", "semihard", "all"] = "semihard"
-    "Which triplets of the batch count."
+    "Selection of the triplets of a batch."
     squared: bool = True
-    "Squared distances, as in eq. 8; false takes their roots."
+    "Compare squared distances, as in eq. 8. false compares distances."
     reduction: Literal["mean", "nonzero", "sum"] = "mean"
-    "mean over the mined triplets, nonzero over those with a positive hinge."
+    "Mean over the mined triplets, mean over those with a nonzero loss, or sum."
     normalize: bool = True
-    "Scale features to unit length first."
+    "Scale features to unit length before the distances."
     identities: int = setting(32, within="at least 2")
-    "Identities of a batch."
+    "Identities per batch."
     images_per_identity: int = setting(4, within="at least 2")
-    "Images of each identity in a batch."
+    "Images per identity in a batch."
 
     def __post_init__(self) -> None:
         check_settings(self, "triplet.")
@@ -154,7 +141,7 @@ class TripletConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """A stretch of epochs at one learning rate."""
+    """A number of epochs at one learning rate."""
 
     epochs: int = setting(within="at least 1")
     "Passes over the training images."
@@ -167,37 +154,31 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Nesterov SGD and its schedule, in steps of the optimiser."""
+    """SGD with Nesterov momentum, and its schedule in steps of the optimizer."""
 
     phases: list[Phase] = setting(factory=lambda: [Phase(epochs=30, lr=0.1)], cost="none", own=True)
-    "Schedule, one {epochs, lr} after another: the papers' 0.1 from scratch, 0.01 when initialised."
+    "Epochs and learning rate of each phase. The paper's lr: 0.1 from scratch, 0.01 initialised."
     schedule: Literal["constant", "cosine"] = setting("constant", cost="none")
-    """Learning rate within a phase: its lr throughout, or half a cosine from it down to
-    final_lr_fraction of it.
-    """
+    "Learning rate in a phase: constant, or cosine down to optim.final_lr_fraction of lr."
     final_lr_fraction: float = setting(0.0, cost="none", within="0 <= x <= 1")
-    "Share of the phase's lr at which its cosine ends."
+    "Learning rate at the end of a phase, as a share of its lr (cosine)."
     warmup_epochs: float = setting(0.0, cost="none")
-    "Epochs at the start of the run over which the learning rate rises linearly from 0."
+    "Epochs of linear warmup from learning rate 0 at the start of the run."
     batch_size: int = setting(256, within="at least 2")
-    """Images of a batch; verification takes triplet.identities x triplet.images_per_identity
-    instead.
-    """
+    "Images per batch. A triplet loss takes triplet.identities x triplet.images_per_identity."
     accumulate: int = setting(1, cost="none", within="at least 1")
-    """Batches of a step, whose mean gradient it takes. Batch normalisation and the mining of
-    triplets see one batch at a time.
-    """
+    "Batches per step, by the mean of their gradients. Mining and normalisation see one batch."
     momentum: float = setting(0.9, cost="none")
-    "Nesterov momentum."
+    "Nesterov momentum, between 0 and 1."
     weight_decay: float = setting(5e-4, cost="none", within="0 or more")
-    "L2 penalty on every parameter that no_decay does not exempt."
+    "L2 penalty on the parameters. optim.no_decay exempts some of them."
     no_decay: Literal["none", "norm_and_bias"] = "none"
-    "Parameters without the penalty: none, or those of the normalisations and all biases."
+    "Parameters without weight decay: none, or biases and normalisation layers."
     clip_norm: float | None = setting(None, cost="switch", within="more than 0")
-    "Scale the gradient down to at most this norm; null leaves it."
+    "Largest norm of the gradient. A larger gradient is scaled down; null never scales."
     ema: float | None = setting(None, cost="switch", within="0 < x < 1")
-    """Decay of the running average of the weights, which is then what is evaluated and kept (last/
-    has the trained weights too, to resume from); null keeps the trained weights.
+    """Decay of the exponential moving average of the weights. With it, the average is evaluated and
+    saved; last/ also holds the trained weights. null evaluates and saves the trained weights.
     """
 
     def __post_init__(self) -> None:
@@ -205,46 +186,40 @@ class OptimConfig:
         require(len(self.phases) > 0, "optim.phases", "at least one {epochs, lr}", self.phases)
         require(0 < self.momentum < 1, "optim.momentum", "0 < x < 1 (Nesterov)", self.momentum)
         epochs = sum(phase.epochs for phase in self.phases)
-        require(
-            0 <= self.warmup_epochs <= epochs,
-            "optim.warmup_epochs",
-            f"from 0 to the epochs of all phases ({epochs})",
-            self.warmup_epochs,
-        )
+        known = f"from 0 to the epochs of all phases ({epochs})"
+        require(0 <= self.warmup_epochs <= epochs, "optim.warmup_epochs", known, self.warmup_epochs)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Where and how a run computes, and when it stops; none of it changes what is optimised."""
+    """Device, precision and intervals of a run; the optimised loss does not depend on them."""
 
     threads: int = setting(0, counted=False, cost="none", within="0 or more")
-    "Processor threads; 0 leaves torch's own choice."
+    "CPU threads. 0 leaves the number to torch."
     device: str = "cpu"
-    "torch device, as cpu or cuda:0."
+    "Device of torch, such as cpu or cuda:0."
     deterministic: bool = True
-    "Deterministic algorithms only; exact resume needs it."
+    "Use deterministic algorithms only. Exact resume needs them."
     log_every: int = setting(10, counted=False, cost="none", within="at least 1")
-    "Steps between two lines of metrics.jsonl; terms are read from the device only then."
+    "Steps between two lines of metrics.jsonl."
     eval_every: int = setting(1, cost="none", within="at least 1")
-    "Epochs between two evaluations; the end of each phase is always evaluated."
+    "Epochs between two evaluations. Every phase ends with an evaluation."
     early_stop: int | None = setting(None, cost="none", within="at least 1")
-    """Stop after this many evaluations in a row without a better metric on the images that
-    data.validation_fraction holds out; null trains every epoch.
-    """
+    "Evaluations of the validation split without improvement before the run stops; null: never."
     save_every: int = setting(200, counted=False, cost="none", within="at least 1")
-    "Steps between two checkpoints; the end of each epoch always saves one."
+    "Steps between two checkpoints. Every epoch ends with a checkpoint."
     drop_last: bool = setting(True, cost="none")
-    "Leave out the last batch of an epoch when it is not full."
+    "Omit the last batch of an epoch if it is incomplete."
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number format of the networks' training passes by torch.autocast; float16 scales the loss and
-    skips steps that overflow. Weights, losses and evaluations stay float32.
+    """Precision of forward and backward passes. bfloat16 and float16 use torch.autocast, float16
+    with loss scaling; weights, losses and evaluations stay float32.
     """
     channels_last: bool = True
-    "Keep the channels of a pixel side by side in memory; false keeps planes, torch's default."
+    "Use the channels_last memory format."
     compile: bool = False
-    "torch.compile student and teacher for training."
+    "Compile student and teacher by torch.compile for training."
     tensorboard: bool = setting(False, counted=False, cost="none")
-    "Also write the journal's numbers for TensorBoard, in RUN/tensorboard (extra tensorboard)."
+    "Also log for TensorBoard, in RUN/tensorboard. Needs the tensorboard extra."
 
     def __post_init__(self) -> None:
         check_settings(self, "train.")
@@ -252,33 +227,32 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """How results are measured."""
+    """Evaluation of a run."""
 
     normalizer: Literal["interocular", "diagonal", "side"] = "interocular"
-    "What landmark errors are divided by: eye distance, or diagonal or side of the image."
+    "Length that normalises landmark errors: distance of the eyes, diagonal or side of the image."
     gallery: str | None = setting(None, run="gallery")
-    """Run folder of another network, such as the teacher, whose features are searched by this one's
-    (verification; RUN/best: its best weights); @NAME is the run beside this one. Adds the metrics
-    asym_...; changes nothing that is trained.
+    """Run directory of the network whose features are searched, such as the teacher's
+    (verification). Adds the metrics asym_...; training does not change.
     """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """One run."""
+    """Task, seed and initialisation of a run. Where a key takes a run directory, RUN/best stands
+    for its best weights and @NAME for the run beside this one.
+    """
 
     task: Literal["classification", "alignment", "verification"] = setting(
         "classification", own=True
     )
-    "What is trained: eq. 2-4, eq. 6-7 or eq. 8-9 of arXiv 1709.02929."
+    "Task of the network. Losses are eq. 2-4, eq. 6-7 and eq. 8-9 of arXiv 1709.02929."
     seed: int = setting(0, cost="none", own=True)
-    "Seed of the weights, the order of images and their crops."
+    "Seed of weights, image order and crops."
     fused: bool = True
-    "false runs every kdkernels op on backend eager."
+    "Use the fused kernels of kdkernels. false runs every op on the eager backend."
     init_from: str | None = setting(None, run="init_from", cost="none", own=True)
-    """Run folder whose last weights start the network (RUN/best: its best); @NAME is the run
-    beside this one.
-    """
+    "Run directory that initialises the weights."
     teacher: TeacherConfig = setting(factory=TeacherConfig, cost="none")
     data: DataConfig = setting(factory=DataConfig, cost="none")
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -293,59 +267,45 @@ class Config:
     def __post_init__(self) -> None:
         known = f"target.{', '.join(TEACHER_WEIGHTS[:-1])} and {TEACHER_WEIGHTS[-1]}"
         if self.target.needs_teacher and self.teacher.run is None:
-            raise ConfigError(
-                f"{known} need a teacher: set --teacher to its run folder, or the weights to 0"
-            )
+            raise ConfigError(f"{known} need a teacher: set teacher.run, or the weights to 0")
         if self.head.needs_teacher and self.teacher.run is None:
             raise ConfigError(
-                "head.margin distillation and head.update adaptive need a teacher: set --teacher "
-                "to its run folder"
+                "head.margin distillation and head.update adaptive need a teacher: set teacher.run"
             )
         if self.teacher.run is not None and not self.needs_teacher:
             raise ConfigError(f"teacher is set but {known} are all 0: weigh one, or drop it")
         if self.head.update == "none" and self.head.run is None and self.init_from is None:
             raise ConfigError(
-                "head.update none would freeze a random classifier: name the run that it comes "
-                "from with head.run, or train it (head.update gradient)"
+                "head.update none freezes a random classifier: set head.run, or update to gradient"
             )
         for target in self.target.weighed:
-            # two images are always one mean distance apart
+            # the distance of two images equals its own mean
             if not self.balanced and self.optim.batch_size < target.least:
+                needed = f"at least {target.least}, as target.{target.key} compares so many images"
                 raise ConfigError(
-                    f"target.{target.key} compares at least {target.least} images of a batch, "
-                    f"and optim.batch_size is {self.optim.batch_size}: raise it, or set "
-                    f"target.{target.key} to 0"
+                    f"optim.batch_size: expected {needed}; got {self.optim.batch_size}"
                 )
         check_teachers(self.target, self.teacher, self.head.needs_teacher)
         check_sizes(self.target, self.data.input_size, self.teacher_side, self.data.crop_side)
         if self.eval.gallery is not None and self.task != "verification":
-            raise ConfigError(
-                f"eval.gallery: features are searched in task verification, got {self.task}; set "
-                "eval.gallery to null"
-            )
+            raise ConfigError(f"eval.gallery needs task verification, got {self.task}")
         if self.target.hint and self.task != "classification":
             raise ConfigError(
-                f"target.hint is a stage before classification, got task {self.task}: set task to "
-                "classification (the teacher may be of any task)"
+                f"target.hint needs task classification, got {self.task} (the teacher's may differ)"
             )
         if self.train.early_stop is not None and not self.data.validation_fraction:
             raise ConfigError(
-                "train.early_stop: needs held-out images to judge by, as the test split must not "
-                "decide; set data.validation_fraction above 0, or train.early_stop to null"
+                "train.early_stop needs a validation split: set data.validation_fraction above 0"
             )
         has_other_loss = self.target.gamma > 0 or self.target.needs_teacher
         if self.task == "classification":
             if self.data.split == "identity":
                 raise ConfigError(
-                    "data.split identity tests on identities without a class of their own: "
-                    "use identity:random, random or file: for classification"
+                    "data.split identity leaves test identities without a class: use random, "
+                    "identity:random or file:NAME.csv:COLUMN for classification"
                 )
-            require(
-                has_other_loss,
-                "target.gamma",
-                "more than 0 for classification, unless a target of the teacher has a weight",
-                self.target.gamma,
-            )
+            needed = "more than 0 for classification, unless a target of the teacher has a weight"
+            require(has_other_loss, "target.gamma", needed, self.target.gamma)
         if self.task == "verification" and not (self.triplet.weight or has_other_loss):
             raise ConfigError(
                 "triplet.weight 0 leaves verification without a loss: raise it or target.gamma"
@@ -353,23 +313,21 @@ class Config:
 
     @property
     def needs_teacher(self) -> bool:
-        """True when a target with weight, or the head, asks the teacher."""
+        """True when a target with a weight, or the head, reads the teacher."""
         return self.target.needs_teacher or self.head.needs_teacher
 
     @property
     def balanced(self) -> bool:
-        """True where triplets are mined: a batch is then triplet.identities times
-        triplet.images_per_identity.
-        """
+        """True for identity-balanced batches: triplet.identities x triplet.images_per_identity."""
         return self.task == "verification" and self.triplet.weight > 0
 
     def runs(self) -> dict[str, str]:
-        """What names a run that this one reads, by the name of the input; see named_runs."""
+        """Run directories that this run reads, by the name of the input; see named_runs."""
         return named_runs(lambda key: attrgetter(key)(self))
 
     @property
     def teacher_side(self) -> int:
-        """Side of the images that the teacher is asked on."""
+        """Side of the teacher's input, in pixels."""
         own = self.teacher.input_size
         return self.data.input_size if own is None else own
 
@@ -377,14 +335,12 @@ class Config:
 SETTINGS = tuple(settings_of(Config))
 """Every setting of a run."""
 RUN_SETTINGS: Mapping[str, str] = {s.run: s.key for s in SETTINGS if s.run is not None}
-"""Settings whose value is a run directory, or @NAME for the run beside, or a list of them: by the
-input's name.
-"""
+"""Settings whose value is a run directory, @NAME or a list of them, by the input's name."""
 
 
 def named_runs(get: Callable[[str], Any]) -> dict[str, str]:
-    """The runs that settings name, by the name of the input: RUN_SETTINGS, NAME_1, NAME_2 ... for
-    the entries of a list. get: the value of a dotted key.
+    """The run directories that settings name, by the name of the input; NAME_1, NAME_2 ... for the
+    entries of a list. get: returns the value of a dotted key.
     """
     found: dict[str, str] = {}
     for name, key in RUN_SETTINGS.items():
@@ -397,5 +353,5 @@ def named_runs(get: Callable[[str], Any]) -> dict[str, str]:
 
 
 def run_folder(name: str, run_dir: Path) -> Path:
-    """The folder that a setting of RUN_SETTINGS names; @NAME is the run beside run_dir."""
+    """The run directory that a setting of RUN_SETTINGS names; @NAME is the run beside run_dir."""
     return run_dir.parent / name[1:] if name.startswith("@") else Path(name)

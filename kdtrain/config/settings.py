@@ -1,8 +1,8 @@
-"""From recipes and command lines to a Config: YAML with `base:`, dotted keys, and errors that name
-the nearest key.
+"""Recipes and keys to a Config: YAML with `base:`, dotted keys, and errors that name similar keys.
 
-A recipe is a YAML mapping of the schema's keys; `base:` names one recipe or a list of recipes that
-it starts from. The command line overrides single keys (`--optim.batch_size 32`).
+A recipe is a YAML mapping of the schema's keys. `base:` names a recipe that it extends, or a list
+of them: YAML files relative to the recipe (`base: common.yaml`) or packaged recipes by name
+(`base: demo/cls_student`). The command line overrides single keys (`--optim.batch_size 32`).
 """
 
 from __future__ import annotations
@@ -10,38 +10,33 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
-import inspect
 import math
 import os
+import re
 import reprlib
 import typing
 from collections.abc import Iterable, Mapping
 from functools import cache
-from itertools import accumulate, takewhile
+from itertools import accumulate, groupby, takewhile
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from kdtrain.config.fields import ConfigError
+from kdtrain.config.fields import ConfigError, Setting, in_words
 from kdtrain.config.program import name_bytes, regular
 from kdtrain.config.schema import SETTINGS, Config
+from kdtrain.config.synonyms import HINTS
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-# keys that may be written shorter
+# abbreviated keys
 SHORT = {"teacher": "teacher.run"}
-RENAMED = {
-    "data.people": "data.identities",
-    "data.pictures": "data.images_per_identity",
-    "triplet.people": "triplet.identities",
-    "triplet.pictures": "triplet.images_per_identity",
-}
-"""Keys of versions before 0.1, whose run directories are refused by name."""
-MANY = 16  # known words, above which an error lists the FEW nearest of them
-FEW = 3
+SIMILAR = 0.75  # difflib's ratio of two names, below which an error suggests neither
+MANY = 16  # known names, above which an error does not list them
+FEW = 3  # suggestions
 LENGTH, DEPTH, VALUES = 100_000, 12, 10_000
-"""Bounds of a YAML file: characters, nested levels, values with aliases written out."""
+"""Bounds of a YAML file: characters, nested levels, values with aliases expanded."""
 
 
 _BY_KEY = {setting.key: setting for setting in SETTINGS}
@@ -52,34 +47,49 @@ def keys() -> tuple[str, ...]:
     return tuple(_BY_KEY)
 
 
+def sections() -> list[tuple[str, str, list[Setting]]]:
+    """Name, docstring and settings of every section; `run` holds the keys of no section."""
+    owners = typing.get_type_hints(Config)
+    groups = groupby(SETTINGS, lambda setting: setting.key.rpartition(".")[0] or "run")
+    return [
+        (name, " ".join(str(owners.get(name, Config).__doc__).split()), list(members))
+        for name, members in groups
+    ]
+
+
 def add_keys(parser: ArgumentParser) -> None:
-    """Add one option per key of the schema, with its default and help, grouped by section."""
-    owners, groups = typing.get_type_hints(Config), {}
+    """Add one option per key of the schema."""
     for key, setting in _BY_KEY.items():
-        section = key.partition(".")[0] if "." in key else "run"
-        if section not in groups:
-            text = inspect.getdoc(owners.get(section, Config))
-            groups[section] = parser.add_argument_group(section, text)
-        groups[section].add_argument(
-            f"--{key}", type=setting.kind, default=setting.default, help=setting.text
-        )
+        parser.add_argument(f"--{key}", type=setting.kind)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """'did you mean ...?' for the closest known word; else all of them, of many the FEW nearest."""
+    """'did you mean ...?' for the known names whose last part is like that of `word`; else all of
+    them, if they are few.
+    """
     known = list(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if not close:
-        by_tail = {key.rpartition(".")[2]: key for key in known}
-        close = [
-            by_tail[m] for m in difflib.get_close_matches(word.rpartition(".")[2], by_tail, n=1)
-        ]
+    tails = {name: _tail(name) for name in known}
+    like = difflib.get_close_matches(_tail(word), set(tails.values()), n=1, cutoff=SIMILAR)
+    ends = [name for name in known if tails[name] in like]
+    most = FEW if word.lstrip("-") == _tail(word) else 1
+    close = difflib.get_close_matches(word, ends, n=most, cutoff=0.0)
     if close:
-        return f"did you mean {close[0]}?"
-    if len(known) <= MANY:
-        return f"known: {', '.join(known)}"
-    few = difflib.get_close_matches(word, known, n=FEW, cutoff=0.0)
-    return f"the nearest of {len(known)} names: {', '.join(few)}"
+        return f"did you mean {' or '.join(close)}?"
+    return f"known: {', '.join(known)}" if len(known) <= MANY else "no known name is similar"
+
+
+def correction(word: str, known: Iterable[str]) -> str:
+    """The setting that an option of another trainer stands for; else the result of `nearest`. word,
+    known: options with their dashes, or keys.
+    """
+    known, tail = list(known), _tail(word).lower().replace("-", "_")
+    is_key = tail in HINTS and {"seed", "--seed"}.intersection(known)
+    return HINTS[tail] if is_key else nearest(word, known)
+
+
+def _tail(name: str) -> str:
+    """The last part of an option, a key or a path."""
+    return re.split("[./]", name)[-1].lstrip("-")
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -94,14 +104,12 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def in_full(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The same dotted keys with every short one written in full."""
+    """The same dotted keys, without abbreviations."""
     return {SHORT.get(key, key): value for key, value in flat.items()}
 
 
 def recipe_path(name: str) -> Path:
-    """The file of a recipe: a path to a YAML file, a run folder, or a name as
-    two-cores/cls_teacher.
-    """
+    """The file of a recipe, which is named by path, run directory or packaged name."""
     path = Path(name)
     if path.is_dir() and (path / "config.yaml").is_file():
         return path / "config.yaml"
@@ -114,44 +122,42 @@ def recipe_path(name: str) -> Path:
         return packaged
     beside = [file.parent.as_posix() for file in path.parent.glob("*/config.yaml")]
     known = [*recipe_names(), *beside]
-    raise ConfigError(f"no run folder and no recipe {name!r}; {nearest(name, known)}")
+    raise ConfigError(f"no run directory and no recipe {name!r}; {nearest(name, known)}")
 
 
 def recipe_names() -> list[str]:
-    """Names of the packaged recipes, as two-cores/cls_teacher; those in a folder of a preset are no
-    stages of its pipeline.
+    """Names of the packaged recipes, such as two-cores/cls_teacher; the stages of a preset have one
+    slash.
     """
-    files = sorted(RECIPES.glob("*/**/[!_]*.yaml"))
+    files = sorted(f for f in RECIPES.glob("*/**/[!_]*.yaml") if f.parent.name != "studies")
     return [f.relative_to(RECIPES).with_suffix("").as_posix() for f in files]
 
 
 def preset_names() -> list[str]:
-    """Folders of the packaged recipes, as two-cores."""
+    """Directories of the packaged recipes, such as two-cores."""
     return sorted({name.partition("/")[0] for name in recipe_names()})
 
 
 def head_comment(path: Path) -> str:
-    """The comment that opens a recipe."""
+    """The comment at the top of a recipe."""
     lines = path.read_text(encoding="utf-8").splitlines()
     comment = takewhile(lambda line: line.startswith("#"), lines)
     return "\n".join(line.lstrip("#").strip() for line in comment)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file as plain values; an empty file holds an empty one. Every YAML file
-    is read here.
+    """The mapping in a YAML file as plain values; {} for an empty file.
 
-    Raises ConfigError naming file and key for a file that is not a regular one, not UTF-8, not YAML
-    or no mapping; for a key that is no text or stands twice in one mapping; for a value other than
-    text, number, true, false, null, list and mapping; above LENGTH, DEPTH or VALUES, which every
-    self reference is.
+    Raises ConfigError with file and key for a file that is not a regular one, not UTF-8, not YAML
+    or no mapping; for a key that is no text or a duplicate; for a value other than text, number,
+    true, false, null, list and mapping; and above LENGTH, DEPTH or VALUES, as self references are.
     """
     try:
         with regular(path).open(encoding="utf-8") as file:
             text = file.read(LENGTH + 1)
         if len(text) > LENGTH:
             raise ConfigError(f"longer than {LENGTH} characters")
-        # PyYAML takes seconds to find that it cannot read thousands of open brackets
+        # PyYAML takes seconds to reject thousands of open brackets
         if max(accumulate((c in "[{") - (c in "]}") for c in text), default=0) > 10 * DEPTH:
             raise RecursionError
         root = yaml.compose(text, yaml.SafeLoader)
@@ -170,13 +176,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _plain(node: Any, place: tuple[str, ...], left: list[int]) -> Any:
-    """The value of a YAML node at the keys `place`; left: how many values may still come."""
+    """The value of a YAML node at the keys `place`; left: remaining number of values."""
     left[0] -= 1
     key, kind = ".".join(place), node.tag.removeprefix("tag:yaml.org,2002:")
     if len(place) > DEPTH:
         raise ConfigError(f"{place[0]}: nested deeper than {DEPTH} levels")
     if left[0] < 0:
-        raise ConfigError(f"{place[0]}: more than {VALUES} values, aliases written out")
+        raise ConfigError(f"{place[0]}: more than {VALUES} values, aliases expanded")
     if kind == "seq":
         return [_plain(item, (*place, str(k)), left) for k, item in enumerate(node.value)]
     if kind == "map":
@@ -199,7 +205,7 @@ def _plain(node: Any, place: tuple[str, ...], left: list[int]) -> Any:
         )
     try:
         value = yaml.constructor.SafeConstructor().construct_object(node)
-        # no name of a file holds a zero byte, or surrogates that stand for no byte
+        # no file name holds a zero byte, or a surrogate without a byte
         if isinstance(value, str) and b"\0" in name_bytes(value):
             raise ValueError
     except (ValueError, LookupError, yaml.YAMLError):
@@ -209,9 +215,9 @@ def _plain(node: Any, place: tuple[str, ...], left: list[int]) -> Any:
 
 
 def read_recipe(path: Path, _found: dict[Path, Any] | None = None) -> dict[str, Any]:
-    """The dotted keys that a recipe sets, those of its `base` recipes first (a later one wins).
+    """The dotted keys that a recipe sets, with those of its `base` recipes (a later one wins).
 
-    Raises ConfigError naming file and key for what `read_yaml` and `build` refuse in one key.
+    Raises ConfigError with file and key for the errors of `read_yaml`, and of `build` in one key.
     """
     found = {} if _found is None else _found
     path = Path(os.path.realpath(path))
@@ -229,9 +235,8 @@ def read_recipe(path: Path, _found: dict[Path, Any] | None = None) -> dict[str, 
         )
     flat: dict[str, Any] = {}
     for base in bases:
-        flat.update(read_recipe(path.parent / base, found))
+        flat.update(read_recipe(_base(base, path), found))
     own = in_full(flatten(tree))
-    check_version(own, path)
     try:
         _typed(own)
     except ConfigError as error:
@@ -240,33 +245,23 @@ def read_recipe(path: Path, _found: dict[Path, Any] | None = None) -> dict[str, 
     return found[path]
 
 
-def unknown(key: str) -> str:
-    """What is wrong with a key that the schema does not have, for an error."""
-    if key in RENAMED:
-        return f"the key {key} is now {RENAMED[key]}"
-    return f"unknown key {key!r}; {nearest(key, keys())}"
-
-
-def check_version(flat: Mapping[str, Any], path: Path) -> None:
-    """Raises ConfigError for the config.yaml of a run directory that an older version wrote."""
-    old = [key for key in RENAMED if key in flat]
-    if old and path.name == "config.yaml":
-        raise ConfigError(
-            f"{path.parent}: written by an older version of kdtrain (its {old[0]} is now "
-            f"{RENAMED[old[0]]}); train that run again"
-        )
+def _base(name: str, recipe: Path) -> Path:
+    """The file of `base: name` in a recipe: a YAML file beside it, or a packaged recipe."""
+    is_file = name.endswith((".yaml", ".yml"))
+    path = recipe.parent / name if is_file else RECIPES / f"{name}.yaml"
+    if not path.exists():
+        close = nearest(name, recipe_names())
+        raise ConfigError(f"{recipe}: base: no file or packaged recipe {name!r}; {close}")
+    return path
 
 
 def build(flat: Mapping[str, Any]) -> Config:
-    """A checked Config from dotted keys, short ones too; keys that are not set take the schema's
-    defaults.
+    """A checked Config from dotted keys, abbreviated ones too; other keys have their defaults.
 
-    Raises ConfigError for an unknown key, a value of the wrong type, or values that do not fit
-    together.
+    Raises ConfigError for an unknown key, a wrong value, or values that exclude each other.
     """
     values = _typed(in_full(flat))
-    types = typing.get_type_hints(Config)
-    for name, kind in types.items():
+    for name, kind in typing.get_type_hints(Config).items():
         if dataclasses.is_dataclass(kind):
             values[name] = kind(**values.get(name, {}))  # type: ignore[operator]
     return Config(**values)
@@ -282,44 +277,57 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _typed(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by section, of the types that the schema gives each key. Raises ConfigError for an
-    unknown key and a value of the wrong type.
+    """Values by section, converted to the types of the schema. Raises ConfigError for an unknown
+    key and a value of the wrong type.
     """
     for key, value in flat.items():
         if key not in _BY_KEY:
             if any(known.startswith(f"{key}.") for known in _BY_KEY):
                 got = reprlib.repr(value)
-                raise ConfigError(f"{key}: expected a mapping of its keys, got {got}")
-            raise ConfigError(unknown(key))
-        # the parser takes null for any type
+                raise ConfigError(f"{key}: expected a mapping of its keys; got {got}")
+            raise ConfigError(f"unknown key {key!r}; {correction(key, keys())}")
+        # jsonargparse accepts null for any type
         if value is None and type(None) not in typing.get_args(_BY_KEY[key].kind):
-            raise ConfigError(f"{key}: expected a value, got null")
+            raise ConfigError(f"{key}: expected {values_of(key)}; got null")
         _check_numbers(key, value)
-    parser = _key_parser()
+    parser = key_parser()
     try:
-        # a copy: the parser puts objects of its own in the place of mappings
+        # a copy: jsonargparse replaces mappings in place
         given = parser.parse_object(copy.deepcopy(nested(flat)), defaults=False)
         for key, value in given.items():
             _check_numbers(key, value)
         return parser.instantiate(given).as_dict()
     except ArgumentError as error:
-        raise ConfigError(" ".join(str(error).split())) from None
+        key = wrong_key(error)
+        raise ConfigError(f"{key}: expected {values_of(key)}; got {flat[key]!r}") from None
+
+
+def values_of(key: str) -> str:
+    """The values that a key may have, in words."""
+    return in_words(_BY_KEY[key].kind, _BY_KEY[key].within)
+
+
+def wrong_key(error: ArgumentError) -> str:
+    """The key whose value jsonargparse rejects; '' where the error is of another kind."""
+    found = re.match('Parser key "(.+?)":', str(error))
+    return found[1] if found else ""
 
 
 def _check_numbers(key: str, value: Any) -> None:
-    """Raises ConfigError for a number that is not finite, or a whole one of more than 63 bits."""
+    """Raises ConfigError for a number that is not finite, and for an integer above 63 bits."""
     if isinstance(value, (list, dict)):
         for place, item in value.items() if isinstance(value, dict) else enumerate(value):
             _check_numbers(f"{key}.{place}", item)
     elif isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{key}: expected a finite number, got {value}")
+        raise ConfigError(f"{key}: expected a finite number; got {value}")
     elif isinstance(value, int) and abs(value) >= 2**63:
-        raise ConfigError(f"{key}: expected at most 63 bits, got {reprlib.repr(value)}")
+        raise ConfigError(f"{key}: expected at most 63 bits; got {reprlib.repr(value)}")
 
 
 @cache
-def _key_parser() -> ArgumentParser:
-    parser = ArgumentParser(exit_on_error=False)
+def key_parser() -> ArgumentParser:
+    """A parser of keys alone."""
+    parser = ArgumentParser(exit_on_error=False, add_help=False)
     add_keys(parser)
     return parser
 

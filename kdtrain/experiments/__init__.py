@@ -1,1 +1,1 @@
-"""Many runs: stages and their order, processes, cost and budget, studies and verdicts."""
+"""Many runs: stages and their order, processes, cost and budget, studies."""

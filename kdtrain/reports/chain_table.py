@@ -1,61 +1,58 @@
-"""The result table of a folder of runs: a row a role of the chain, a column a task and metric, with
-the floors below.
+"""The results of a directory of runs: a row per role of the chain, a column per task and metric,
+the floors below, and whether distillation helped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from kdtrain.config.program import printable
-from kdtrain.reports.runs import CHAIN, COLUMNS, ROWS, Stage, floor_of, read_stage, untrained_of
-from kdtrain.reports.writing import DASH, percent
+from kdtrain.reports import runs
+from kdtrain.reports.runs import CHAIN, COLUMNS, METRICS, Stage, baseline, judge
+from kdtrain.reports.tables.verdicts import compare
+from kdtrain.reports.writing import DASH, decimal, direction, lower_is_better, percent
 
-UNTRAINED = "untrained network"
-
-
-class Results(NamedTuple):
-    """What the result table shows of some runs."""
-
-    columns: Sequence[tuple[str, str, str]]
-    """As COLUMNS: title, task, metric."""
-    rows: Sequence[tuple[str, Sequence[Stage], Sequence[tuple[Stage | None, str]]]]
-    """Title, runs, and for each column the run in it (None without one of its task) and the
-    metric."""
-    foot: Sequence[tuple[str, Sequence[float | None]]]
-    """The floor and an untrained network: title, and a value for each column."""
+FLOOR, UNTRAINED = "floor (learns nothing)", "untrained network"
+FOOT = {FLOOR: "floors", UNTRAINED: "untrained"}
+"""The last rows, and the section of results.json that each is read from."""
+QUESTION = "Did distillation help?"
+ONE_SEED = (
+    "One seed: no verdict. Intervals are over the test images; another seed can differ by more."
+)
 
 
-def results(stages: Sequence[Stage]) -> Results:
-    """The table of these runs: the chain's rows, which hold a run of each task, then every other
-    run under its own name. Columns are of the tasks that the runs have (all where none is known),
-    without the nearest neighbour outside the query's own video where images have none.
+def columns(stages: Sequence[Stage]) -> list[tuple[str, str, str]]:
+    """Title, task and metric of each column: of the tasks that the runs have (all where none is
+    known), without the nearest neighbour outside the query's own video where images have none.
     """
-    trained = {s.task for s in stages} & {task for _, task, _ in COLUMNS}
+    trained = {s.task for s in stages} & set(runs.TASKS)
     videos = any("nn_top1_other_video" in s.results.get("metrics", {}) for s in stages)
-    columns = [
+    return [
         (title, task, metric)
         for title, task, metric in COLUMNS
         if task in trained or not trained
         if videos or metric != "nn_top1_other_video"
     ]
-    rows = [(title, [s for s in stages if CHAIN.get(s.name) == title]) for title, _ in ROWS]
-    rows += [(stage.name, [stage]) for stage in stages if stage.name not in CHAIN]
-    filled = [
-        (title, mine, [(_run_of(mine, task, metric), metric) for _, task, metric in columns])
-        for title, mine in rows
+
+
+def rows(stages: Sequence[Stage]) -> list[tuple[str, list[Stage], list[tuple[Stage | None, str]]]]:
+    """Title, runs, and for each column its run and metric: the chain's rows, which hold a run of
+    each task, then every other run under its own name. The run is None without one of the task.
+    """
+    grouped = [(title, [s for s in stages if CHAIN.get(s.name) == title]) for title, _ in runs.ROWS]
+    grouped += [(stage.name, [stage]) for stage in stages if stage.name not in CHAIN]
+    places = [(task, metric) for _, task, metric in columns(stages)]
+    return [
+        (title, mine, [(_run_of(mine, task, metric), metric) for task, metric in places])
+        for title, mine in grouped
         if mine
     ]
-    foot = [
-        (title, [of(stages, task, metric) for _, task, metric in columns])
-        for title, of in ((floor_title(columns), floor_of), (UNTRAINED, untrained_of))
-    ]
-    return Results(columns, filled, foot)
 
 
 def _run_of(stages: Sequence[Stage], task: str, metric: str) -> Stage | None:
@@ -64,30 +61,73 @@ def _run_of(stages: Sequence[Stage], task: str, metric: str) -> Stage | None:
     return next((s for s in mine if s.metric(metric) is not None), next(iter(mine), None))
 
 
-def floor_title(columns: Sequence[tuple[str, str, str]]) -> str:
-    """'floor (raw pixels, mean shape)', without what none of these columns compares with."""
-    aligned = [task == "alignment" for _, task, _ in columns]
-    parts = ["raw pixels"] * (not all(aligned)) + ["mean shape"] * any(aligned)
-    return f"floor ({', '.join(parts)})"
+def foot(stages: Sequence[Stage]) -> list[tuple[str, list[str]]]:
+    """The rows below, of networks that learned nothing: title, and a text for each column."""
+    places = [(task, metric) for _, task, metric in columns(stages)]
+    return [
+        (title, [percent(baseline(stages, section, *place)) for place in places])
+        for title, section in FOOT.items()
+    ]
 
 
-def result_table(root: Path, states: Mapping[str, str]) -> Table:
-    """Teacher, scratch, control and distilled student of the chain, every other stage by its name,
-    the floor and an untrained network, by task; '-' where a stage has no result. states: how each
-    stage ended, by its name.
+def answers(stages: Sequence[Stage]) -> list[tuple[str, str, str]]:
+    """For each task of the chain with a distilled student: the task; whether distillation helped
+    (better or worse (one seed), no clear difference, or not known); and the numbers.
+
+    The student is compared with the control, or with the scratch student where no control has a
+    result, by the metric that judges the task and by verdicts.compare over the test images.
     """
-    shown = results([read_stage(root / name) for name in states])
+    chains = ({s.role: s for s in stages if s.task == t and s.name in CHAIN} for t in runs.TASKS)
+    return [(roles["distilled"].task, *_answer(roles)) for roles in chains if "distilled" in roles]
+
+
+def _answer(roles: Mapping[str, Stage]) -> tuple[str, str]:
+    ours, metric = roles["distilled"], judge(roles["distilled"])
+    others = [roles[role] for role in ("control", "scratch") if role in roles]
+    other = next((stage for stage in others if stage.metric(metric) is not None), None)
+    value, base = ours.metric(metric), other and other.metric(metric)
+    if value is None:
+        return "not known", f"{ours.name} is {ours.state}."
+    if other is None or base is None:
+        return "not known", "No student without a teacher has a result."
+    without = "for the student trained from scratch (no control has a result)"
+    if other.role == "control":
+        same = all(other.config.get(part) == ours.config.get(part) for part in ("model", "optim"))
+        without = "for the same student trained without a teacher"
+        without = without if same else "for a control of another network or schedule"
+    lower = lower_is_better(metric)
+    found = compare([ours.items(metric)], [other.items(metric)], higher_is_better=not lower)
+    result, tail = "not known", " points, without an interval, as the runs store no test items"
+    if found.low is not None and found.high is not None:
+        better = found.low > 0
+        clear = better or found.high < 0
+        result = f"{'better' if better else 'worse'} (one seed)" if clear else "no clear difference"
+        low, high = (-found.high, -found.low) if lower else (found.low, found.high)
+        tail = f" [{decimal(low, sign=True)}, {decimal(high, sign=True)}] points"
+    return result, (
+        f"{METRICS[metric]} ({direction(lower)}): {percent(value)} % with distillation, "
+        f"{percent(base)} % {without}; {decimal(100 * (value - base), sign=True)}{tail}."
+    )
+
+
+def result_table(root: Path, states: Mapping[str, str]) -> Group:
+    """Teacher, scratch, control and distilled student of the chain, every other stage by its name,
+    the floor and an untrained network, by task; '-' where a stage has no result. Below: `answers`.
+    states: the outcome of each stage, by its name.
+    """
+    stages = [runs.read_stage(root / name) for name in states]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="test split, end of training, %")
     table.add_column("")
-    for title, _, _ in shown.columns:
+    for title, _, _ in columns(stages):
         table.add_column(title.replace(" ", "\n", 1), justify="right", no_wrap=True)
-    for title, _, places in shown.rows:
+    for title, _, places in rows(stages):
         cells = [_cell(run, metric, states) for run, metric in places]
         if set(cells) != {"-"}:
             table.add_row(Text(printable(title)), *cells)
-    for title, values in shown.foot:
-        table.add_row(title, *(percent(value).replace(DASH, "-") for value in values))
-    return table
+    for title, texts in foot(stages):
+        table.add_row(title, *(text.replace(DASH, "-") for text in texts))
+    lines = [f"  {task}: {result}. {detail}" for task, result, detail in answers(stages)]
+    return Group(table, *map(Text, [f"{QUESTION} {ONE_SEED}", *lines] if lines else []))
 
 
 def _cell(run: Stage | None, metric: str, states: Mapping[str, str]) -> str:

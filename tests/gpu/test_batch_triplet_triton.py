@@ -9,9 +9,9 @@ from itertools import product
 
 import pytest
 import torch
-from contract import accuracy, every_element_written, find_op, same_bits_twice
+from contract import IS_FULL, accuracy, every_element_written, find_op, same_bits_twice
 from contract_device import paths_of_large_problems
-from test_batch_triplet_loss import MININGS, REDUCTIONS, all_triples, loss_and_gradient
+from test_batch_triplet_loss import MININGS, all_triples, loss_and_gradient
 
 from kdkernels import backends, batch_triplet_loss
 from kdkernels.batch_triplet_loss.samples import make as make_batch
@@ -58,11 +58,24 @@ def small(limit: int, **options: object) -> list[Sample]:
 
 
 @pytest.mark.usefixtures("_large")
-@pytest.mark.parametrize("mining", MININGS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("mining", "dtype"),
+    [
+        *((mining, torch.float32) for mining in MININGS),
+        *(("semihard", torch.bfloat16), ("hard", torch.float16), ("all", torch.float16)),
+        *(
+            pytest.param(mining, dtype, marks=pytest.mark.prove)
+            for mining, dtype in (
+                *(("hard", torch.bfloat16), ("all", torch.bfloat16)),
+                ("semihard", torch.float16),
+            )
+        ),
+    ],
+    ids=str,
+)
 def test_every_sample_by_the_paths_of_large_batches(mining, dtype):
     # what differs between 16-bit dtypes does not depend on the size
-    some = small(10_000 if dtype == torch.float32 else 600, mining=mining)
+    some = small(10_000 if IS_FULL and dtype == torch.float32 else 600, mining=mining)
     assert len(some) >= 8
     accuracy(replace(find_op("batch_triplet_loss", DEVICE), samples=tuple(some)), "triton", dtype)
 
@@ -101,19 +114,22 @@ def test_large_batches_hold_no_square_matrix(monkeypatch):
         largest.append(result.numel())
         return result
 
-    x, labels = make_batch([2] * 60, 4, seed=1, device=DEVICE).tensors.values()
+    x, labels = make_batch([2] * 36, 4, seed=1, device=DEVICE).tensors.values()
     monkeypatch.setattr(torch, "empty", seen)
     monkeypatch.setattr(triton_kernel, "TILED_ROWS", 0)
     monkeypatch.setattr(triton_kernel, "CHUNK_ELEMENTS", 3000)
     for mining in MININGS:
         largest.clear()
         loss_and_gradient(batch_triplet_loss, x, labels, mining=mining, backend="triton")
-        assert 120 * 4 <= max(largest) <= 128 * 32, mining
+        assert 72 * 4 <= max(largest) <= 128 * 32 < 72 * 72, mining
 
 
 @pytest.mark.usefixtures("_large")
 @pytest.mark.parametrize("mining", MININGS)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(
+    "reduction",
+    ["mean", "none", *(pytest.param(one, marks=pytest.mark.prove) for one in ("sum", "nonzero"))],
+)
 def test_paths_of_large_batches_equal_a_loop_over_all_triples(mining, reduction):
     generator = torch.Generator().manual_seed(21)
     for rows, features, identities, on_grid in (
@@ -162,7 +178,7 @@ def test_a_tie_between_shares_goes_to_the_lowest_row():
 @pytest.mark.parametrize("is_large", [False, True])
 @pytest.mark.parametrize("mining", MININGS)
 def test_close_points_far_away_are_selected_as_in_float64(mining, is_large, request):
-    # Norms of 16 * 1000^2 against distances of 16 * 0.01^2: products keep nothing of these.
+    # Norms of 16 * 1000^2 against distances of 16 * 0.01^2: products lose these entirely.
     if is_large:
         request.getfixturevalue("_large")
     x, labels = make_batch([4] * 5, 16, seed=9, spread=0.01, device=DEVICE).tensors.values()
@@ -210,7 +226,7 @@ def test_a_float16_gradient_survives_the_loss_scale():
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the setting is that of the CPU")
 def test_coarse_products_change_no_choice(monkeypatch):
-    # As if torch were allowed to take bfloat16 factors: G is off by what the bound says it may be.
+    # As if torch were allowed to take bfloat16 factors: the error of G is as large as its bound.
     x, labels = make_batch([2] * 40, 3, seed=3).tensors.values()
     product_of = torch.mm
 
@@ -229,7 +245,7 @@ def test_coarse_products_change_no_choice(monkeypatch):
 
 @pytest.mark.usefixtures("_large")
 def test_few_shares_of_random_points_are_measured_whole(monkeypatch):
-    # what tiles leave to _settle: lower bounds of all distances, tight enough to decide alone
+    # the input of _settle from tiles: lower bounds of all distances, tight enough to decide alone
     settled = []
     launch = triton_common.launch
 

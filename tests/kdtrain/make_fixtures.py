@@ -41,7 +41,10 @@ from kdtrain.config import settings
 from kdtrain.training.engine import Interrupted
 from kdtrain.training.preparation import TrainingError
 
-READ = ("config.yaml", "results.json", "diverged.json", "metrics.jsonl", "samples.npz")
+READ = (
+    *("config.yaml", "results.json", "diverged.json", "metrics.jsonl", "samples.npz"),
+    "items/phase1.npz",
+)
 """The files of a run directory that a report reads."""
 ENVIRONMENT = {
     "python": "3.12.0",
@@ -132,7 +135,7 @@ def make_chain(root: Path) -> None:
                 (root / "recipes" / f"{name}.yaml").write_text(settings.to_yaml(config))
             if name == PLANNED:
                 continue
-            options = {"stop": stop_after(20)} if name == UNDER_WAY else {}
+            options = {"stop": stop_after(18)} if name == UNDER_WAY else {}
             with contextlib.suppress(Interrupted, TrainingError):
                 train(config, Path(name), **options)
             copy_run(Path(name), root / name, seconds=62.0 + number)
@@ -152,7 +155,7 @@ def copy_run(run: Path, place: Path, *, seconds: float) -> None:
             write_json(place / name, {k: fixed.get(k, value) for k, value in values.items()})
         elif path.suffix == ".npz":
             with np.load(path) as arrays:
-                np.savez_compressed(place / name, **arrays)
+                write_arrays(place / name, dict(arrays))
         else:
             shutil.copy(path, place / name)
 

@@ -231,6 +231,34 @@ def accuracy(op: Op, backend: str, dtype: torch.dtype, incoming: str = "rows") -
         compare_all(op, f"{sample.name}, {dtype}, {backend}", result, eager, truth)
 
 
+def strides_change_no_bit(op: Op) -> None:
+    """The specification alone: matrices stored by columns, and tensors whose elements lie apart,
+    give the same bits."""
+
+    def by_columns(t: Tensor) -> Tensor:
+        return t.movedim(-1, 0).contiguous().movedim(0, -1) if t.dim() > 1 else t
+
+    def apart(t: Tensor) -> Tensor:
+        return t.new_zeros(*t.shape, 2).copy_(t[..., None])[..., 1] if t.dim() > 0 else t
+
+    def each(value: Argument, change: Callable[[Tensor], Tensor]) -> Argument:
+        if isinstance(value, Tensor):
+            return change(value)
+        return value if value is None else [change(t) for t in value]
+
+    for sample in (s for s in op.samples if size_of(s) < 20_000):
+        sample = replace(
+            sample, tensors={k: each(v, Tensor.contiguous) for k, v in sample.tensors.items()}
+        )
+        plain = run(op, "eager", sample)
+        for change in (by_columns, apart):
+            tensors = {k: each(v, change) for k, v in sample.tensors.items()}
+            moved = run(op, "eager", replace(sample, tensors=tensors))
+            compare_bits(
+                op, sample, plain, moved, f"other bits where tensors are {change.__name__}"
+            )
+
+
 def output_form(op: Op, backend: str, dtype: torch.dtype) -> None:
     """4: dtype, shape and device of outputs and gradients."""
     plain = replace(op, function=getattr(kdkernels, op.name))

@@ -26,6 +26,7 @@ from contract import (
     rejects_bad_arguments,
     same_bits_twice,
     second_backward_raises,
+    strides_change_no_bit,
     unmoved_by_autocast,
     unmoved_by_the_default_dtype,
 )
@@ -94,6 +95,11 @@ def test_accuracy_is_within_twice_eagers_own_error(op, backend, device, level, d
 @each
 def test_accuracy_at_other_incoming_gradients(op, backend, device, incoming):
     accuracy(find_op(op, device), backend, torch.float32, incoming)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_strides_change_no_bit_of_the_specification(op):
+    strides_change_no_bit(find_op(op))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -113,6 +113,30 @@ def test_a_pair_of_weight_zero_has_gradient_zero(backend):
 
 
 @both
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_pair_of_weight_zero_lets_no_nan_through(backend, dtype, as_tensor):
+    students, teachers = pairs_of(make([(3, 5), (4, 20_000), (2, 3)], seed=6).to(dtype))
+    with torch.no_grad():
+        students[1][0, 3], teachers[1][2, 7], students[2][0] = torch.nan, torch.inf, torch.nan
+    students[0], teachers[0] = students[0].t(), teachers[0].t()
+    for weights in ([0.5, 0.0, 0.0], [0.0, 0.0, 0.0]):
+        loss, terms = hidden_l2(
+            students,
+            teachers,
+            weights=torch.tensor(weights) if as_tensor else weights,
+            return_terms=True,
+            backend=backend,
+        )
+        got = torch.autograd.grad(loss, students)
+        assert float(loss.detach()) == pytest.approx(0.5 * float(terms[0]) if weights[0] else 0.0)
+        assert terms[1:].tolist() == [0.0, 0.0]
+        assert not got[1].any()
+        assert not got[2].any()
+        assert bool(got[0].any()) == bool(weights[0])
+
+
+@both
 def test_pairs_without_elements_give_zero(backend):
     students = [torch.zeros(0, 4, requires_grad=True), torch.zeros(3, 0, requires_grad=True)]
     teachers = [torch.zeros(0, 4), torch.zeros(3, 0)]
@@ -227,7 +251,10 @@ def laid_out(shape, layout, dtype, seed: int) -> Tensor:
 
 @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    layouts(), st.sampled_from(["batchmean", "mean", "sum"]), st.floats(-4, 4), st.integers(0, 99)
+    layouts(),
+    st.sampled_from(["batchmean", "mean", "sum"]),
+    st.floats(-4, 4, width=32, allow_subnormal=False),
+    st.integers(0, 99),
 )
 def test_any_layout_agrees_with_float64(layout, reduction, weight, seed):
     shape, student_layout, teacher_layout, student_dtype, teacher_dtype = layout
@@ -271,9 +298,9 @@ def test_float16_gradient_of_a_mean_survives(backend):
 
 
 @each_kernel
-@pytest.mark.parametrize("size", [1e-5, 1.0, 3e4])
+@pytest.mark.parametrize("size", [1e-30, 1e-9, 1e-5, 1e-3, 1.0, 3e4])
 def test_float16_gradients_keep_their_digits_at_any_size(backend, size):
-    # 3e4 outgrows the stored power of two and is swept again with a smaller one
+    # Where the stored power of two does not suit the largest difference, the pair is swept again.
     students, teachers = pairs_of(make([(8, 5000)], seed=14, spread=1.0))
     student = (students[0].detach().clamp(-2, 2) * size).half().requires_grad_()
     teacher = teachers[0].clamp(-2, 2) * size
@@ -282,6 +309,35 @@ def test_float16_gradients_keep_their_digits_at_any_size(backend, size):
     want = 8.0 * 2 * (student.detach().double() - teacher.double()) / 8 / size
     assert got.isfinite().all()
     assert (got.double() - want).norm() / want.norm() < 5e-4
+
+
+@both
+def test_a_loss_scale_saves_the_float16_gradients_of_all_pairs(backend):
+    sizes = [1e-9, 2e-8, 1e-6, 1e-3, 0.25]
+    students = [torch.zeros(3, 4, dtype=torch.float16, requires_grad=True) for _ in sizes]
+    teachers = [torch.full((3, 4), -size) for size in sizes]
+    arrives = torch.tensor(65536.0)
+    got = gradients(students, teachers, arrives, reduction="sum", backend=backend)
+    for gradient, size in zip(got, sizes, strict=True):
+        want = torch.full((3, 4), 2.0 * size * 65536.0)
+        torch.testing.assert_close(gradient.float(), want, rtol=2.0**-10, atol=0.0)
+
+
+@both
+@pytest.mark.parametrize(
+    ("size", "weight", "arrives"),
+    [(1e-19, 1e6, 1.0), (1.0, 1e-39, 65536.0), (1e-39, 1e6, 1.0)],
+    ids=["square", "coefficient", "input"],
+)
+def test_numbers_that_float32_holds_as_denormals_count(backend, size, weight, arrives):
+    student = torch.full((1000,), size, requires_grad=True)
+    options = {"weights": [weight], "reduction": "sum", "backend": backend}
+    loss = hidden_l2(student, torch.zeros(1000), **options)
+    loss.backward(torch.tensor(arrives))
+    exact = weight * float(student[0].detach().double()) ** 2 * 1000
+    assert float(loss.detach()) == pytest.approx(exact, rel=1e-4, abs=1e-42)
+    gradient = 2.0 * weight * float(student[0].detach().double()) * arrives
+    assert student.grad.tolist() == pytest.approx([gradient] * 1000, rel=1e-4)
 
 
 @each_kernel

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 import kdkernels
-from kdkernels.__main__ import table
+from kdkernels.__main__ import main, table
 from kdkernels.backends import OPS, native_missing
 from kdkernels.native import extension
 
@@ -65,6 +65,18 @@ def test_the_table_names_every_op_and_why_a_backend_is_missing():
         assert native_missing() in text
     else:
         assert kdkernels.isa() in text
+
+
+def test_the_command_prints_table_and_version(capsys):
+    assert main([]) == 0
+    assert capsys.readouterr().out == f"{table()}\n"
+    for arguments, status in ((["--version"], 0), (["table"], 2)):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == status
+    printed = capsys.readouterr()
+    assert printed.out == f"kdkernels {kdkernels.__version__}\n"
+    assert "table" in printed.err
 
 
 def test_a_closed_pipe_ends_the_table_without_a_traceback():

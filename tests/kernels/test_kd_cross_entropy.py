@@ -181,6 +181,7 @@ BAD = {
     "ignore_index must be an int, got 1.0": {"ignore_index": 1.0},
     "backend 'fast' has no kernel for 'cpu' tensors": {"backend": "fast"},
     "teacher must have student's shape (3, 8), got (3, 7)": {"teacher": torch.zeros(3, 7)},
+    "got torch.int64: teacher and target look swapped": {"teacher": torch.tensor([0, 1, 2])},
     "target must have shape (3,), got (2,)": {"target": torch.zeros(2, dtype=torch.long)},
     "target must be int32 or int64, got torch.float32": {"target": torch.zeros(3)},
     "student must have 2 dimensions, got shape (3,)": {"student": torch.zeros(3)},
@@ -207,6 +208,19 @@ def test_bad_arguments_are_named(message, backend):
     with pytest.raises(ValueError, match="^kd_cross_entropy: ") as error:
         kd_cross_entropy(**arguments)
     assert message in str(error.value)
+
+
+@both
+def test_options_of_a_soft_term_that_is_not_computed_change_no_bit(backend):
+    student = 6 * torch.randn(3, 40, generator=torch.Generator().manual_seed(2)).half()
+    target = torch.tensor([3, 0, 39])
+    found = []
+    for options in ({}, {"temperature": 200.0, "tau_squared": True}, {"temperature": 1e-6}):
+        leaf = student.clone().requires_grad_()
+        loss = kd_cross_entropy(leaf, None, target, backend=backend, **options)
+        found.append(torch.autograd.grad(loss, leaf, torch.tensor(65536.0))[0])
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 @st.composite

@@ -193,6 +193,52 @@ def test_lengths_of_features_and_weights_do_not_matter_to_a_cosine_head(backend)
     torch.testing.assert_close(longer, loss, rtol=1e-5, atol=0)
 
 
+def loss_and_gradients(parts, sizes, target, **options) -> list[torch.Tensor]:
+    """The loss of features and weight times their sizes, and both gradients times these again."""
+    leaves = [
+        (t.double() * size).to(t.dtype).requires_grad_()
+        for t, size in zip(parts, sizes, strict=True)
+    ]
+    loss = linear_kd_cross_entropy(*leaves, target, **options)
+    gradients = torch.autograd.grad(loss, leaves)
+    return [loss.double(), *(g.double() * size for g, size in zip(gradients, sizes, strict=True))]
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("exponent", [-120, -80, -66, 70, 120])
+def test_cosines_do_not_depend_on_the_size_of_a_row(backend, exponent, dtype):
+    # powers of two, so that rows keep their digits; some classes keep their size
+    generator = torch.Generator().manual_seed(8)
+    parts = [torch.randn(n, 7, generator=generator).to(dtype) for n in (3, 5)]
+    of_classes = max(-80, min(80, exponent)) if backend == "triton" else exponent
+    sizes = [
+        2.0 ** torch.tensor([exponent, 0.0, exponent], dtype=torch.float64)[:, None],
+        2.0 ** torch.tensor([0.0, of_classes, 0.0, of_classes, 1.0], dtype=torch.float64)[:, None],
+    ]
+    options = {"normalize": True, "scale": 8.0, "margin": ArcFace(0.3)}
+    target = torch.tensor([1, 0, 3])
+    got = loss_and_gradients(parts, sizes, target, backend=backend, **options)
+    wide = [t.double() for t in parts]
+    ones = [torch.ones_like(size) for size in sizes]
+    want = loss_and_gradients(wide, ones, target, backend="eager", **options)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=4 * torch.finfo(dtype).eps, atol=1e-5)
+
+
+@each
+@pytest.mark.parametrize("size", [1e-36, 1e-37, 1e-40, 1e-44, 1e38])
+def test_one_feature_has_cosine_one_at_any_size(backend, size):
+    x = torch.tensor([[size]], requires_grad=True)
+    w = torch.tensor([[1.0], [-1.0]], requires_grad=True)
+    options = {"normalize": True, "scale": 64.0, "backend": backend}
+    loss = linear_kd_cross_entropy(x, w, torch.tensor([1]), **options)
+    loss.backward()
+    assert loss.item() == 128.0
+    assert not x.grad.any()
+    assert not w.grad.any()
+
+
 @each
 def test_a_row_of_zeros_has_uniform_logits_and_gradient_0(backend):
     x, w = torch.zeros(2, 6), torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
@@ -374,6 +420,12 @@ def test_labels_out_of_range_and_wrong_arguments_name_what_is_wrong(backend):
     for arguments, options, message in wrong:
         with pytest.raises(ValueError, match=rf"^{NAME}: .*{message}"):
             linear_kd_cross_entropy(*arguments, **options, backend=backend)
+
+
+def test_a_margin_that_is_called_names_the_op_that_takes_it():
+    for margin in (ArcFace(0.5), CosFace(), CombinedMargin(0.3, 0.2)):
+        with pytest.raises(TypeError, match=r"is a margin, not a loss: .*scale=64.0, margin="):
+            margin(torch.randn(3, 4), torch.tensor([0, 1, 2]))
 
 
 def test_the_module_passes_every_option_on():

@@ -135,3 +135,59 @@ def test_the_module_equals_its_function(backend):
     options = {"margin": 2.0, "squared": False, "reduction": "sum", "backend": backend}
     members = list(make(6, 11, seed=3).tensors.values())
     assert torch.equal(TripletLoss(**options)(*members), triplet_loss(*members, **options))
+
+
+FAR, NEAR, NEARER = [1e11, 0.0], [0.002, 0.002], [0.001, 0.0]
+ZERO = [0.0, 0.0]
+
+
+@both
+@pytest.mark.parametrize("other", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("half", "rows", "expected"),
+    [  # anchor, positive, negative of two rows; 2 (n - p), 2 (p - a), 2 (a - n) of the float16 one
+        (0, [[ZERO, ZERO], [FAR, NEARER], [FAR, NEAR]], [ZERO, [0.002, 0.004]]),
+        (1, [[ZERO, ZERO], [NEARER, NEAR], [FAR, FAR]], [[0.002, 0.0], [0.004, 0.004]]),
+        (2, [[ZERO, ZERO], [FAR, FAR], [NEARER, NEAR]], [[-0.002, 0.0], [-0.004, -0.004]]),
+    ],
+)
+def test_a_float16_gradient_is_stored_by_its_own_size(backend, other, half, rows, expected):
+    # the gradients of the other members are 2e11
+    members = [
+        torch.tensor(r, dtype=torch.float16 if i == half else other).requires_grad_()
+        for i, r in enumerate(rows)
+    ]
+    triplet_loss(*members, margin=1e30, reduction="sum", backend=backend).backward()
+    got = members[half].grad.float()
+    torch.testing.assert_close(got, torch.tensor(expected), rtol=1e-2, atol=1e-7)
+
+
+@both
+@pytest.mark.parametrize("difference", [1e-9, 2e-8, 1e-6, 1e-3, 1.0, 400.0])
+def test_a_loss_scale_saves_float16_gradients_of_any_size(backend, difference):
+    anchor = torch.zeros(3, 4, dtype=torch.float16, requires_grad=True)
+    positive, negative = torch.full((3, 4), difference), torch.full((3, 4), -difference)
+    loss = triplet_loss(anchor, positive, negative, margin=1.0, backend=backend)
+    scale = min(2.0**16, 2.0**15 / difference)
+    loss.backward(torch.tensor(scale))
+    expected = torch.full((3, 4), -4.0 * difference * scale / 3.0)
+    torch.testing.assert_close(anchor.grad.float(), expected, rtol=2.0**-10, atol=0.0)
+
+
+@both
+@pytest.mark.parametrize("squared", [False, True])
+def test_members_that_differ_by_almost_nothing(backend, squared):
+    rows = torch.tensor([[[1.2, 0.0]], [[1.4, 0.0]], [[1.2, 0.1]]])
+    options = {"margin": 0.0 if squared else 1.0, "squared": squared, "backend": backend}
+    for size in (1e-17, 1e-18, 3e-19, 1e-19, 1e-20, 1e-25, 1e-38, 1e-44):
+        members = [t.clone().requires_grad_() for t in rows * size]
+        triplet_loss(*members, **options).backward()
+        got = torch.stack([t.grad[0] for t in members])
+        assert got.isfinite().all()
+        # float32 squares of eager and triton lose their digits below 1e-19
+        if size < (1e-28 if backend == "native" else 1e-19):
+            continue
+        want = torch.tensor([[-1.0, 1.0], [1.0, 0.0], [0.0, -1.0]])
+        if squared:  # 2 (n - p), 2 (p - a), 2 (a - n)
+            want = torch.tensor([[-0.4, 0.2], [0.4, 0.0], [0.0, -0.2]]) * size
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))

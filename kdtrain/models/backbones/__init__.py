@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kdtrain.config import ModelConfig
+from kdtrain.config import ConfigError, ModelConfig
 from kdtrain.config.networks import FACE_NETWORKS, MOBILE, TIMM
 from kdtrain.models.backbones.base import Backbone
 from kdtrain.models.backbones.iresnet import IResNet
@@ -20,8 +20,10 @@ def build_backbone(model: ModelConfig, input_size: int) -> Backbone:
     width = model.embedding_width
     common: dict[str, Any] = {"embedding": width, "color": model.color}
     if model.name.startswith(TIMM):
-        name = model.name.removeprefix(TIMM)
-        return TimmNetwork(name, input_size=input_size, **common)
+        network = TimmNetwork(model.name.removeprefix(TIMM), input_size=input_size, **common)
+        if model.divide != 1:  # after the name, which is checked first
+            raise ConfigError(f"model.divide: expected 1 for {model.name}; got {model.divide}")
+        return network
     if model.name in FACE_NETWORKS:
         network = MobileFaceNet if model.name in MOBILE else IResNet
         return network(model.name, model.divide, input_size=input_size, **common)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kdtrain.models.backbones.base import Backbone, attention_map, embedding_layer
 
+NEEDS_TIMM = 'model.name timm:... needs the timm extra: pip install ".[timm]"'
 STAGES = 4  # the last ones, as many as the other networks have
 
 
@@ -78,7 +79,4 @@ def _timm() -> Any:
     try:
         return importlib.import_module("timm")
     except ImportError as error:
-        raise ValueError(
-            f"FaceNetwork: model.name timm:... needs timm, which cannot be imported ({error}); "
-            'install the extra: pip install "kdkernels[timm]"'
-        ) from error
+        raise ValueError(f"FaceNetwork: {NEEDS_TIMM} ({error})") from error

@@ -125,8 +125,8 @@ def check_board(config: Config) -> None:
         import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            f"train.tensorboard: {error}; install kdkernels[tensorboard], or set train.tensorboard "
-            "to false (metrics.jsonl holds the same numbers)"
+            'train.tensorboard needs the tensorboard extra: pip install ".[tensorboard]" '
+            f"({error}); or set train.tensorboard to false (metrics.jsonl has the same numbers)"
         ) from None
 
 

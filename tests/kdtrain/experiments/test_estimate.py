@@ -378,7 +378,7 @@ def test_a_dry_run_says_what_is_missing_and_goes_on(measured, capsys, tmp_path, 
     [
         (["--classes", "5"], "--classes goes with --dry-run"),
         (["--dry-run", "--classes", "5"], "--classes and --images: both or neither"),
-        (["--dry-run", "--images", "1"], "--images: at least 2, got 1"),
+        (["--dry-run", "--images", "1"], "--images: expected at least 2; got 1"),
     ],
 )
 def test_sizes_that_cannot_be_are_wrong_usage(arguments, message, capsys, tmp_path, monkeypatch):

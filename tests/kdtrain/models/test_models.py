@@ -183,10 +183,10 @@ def test_inheriting_from_another_width_is_an_error_although_small_vectors_agree(
     ("change", "message"),
     [
         ({"name": "resnet50"}, "model.name: expected one of resnet, "),
-        ({"color": "gbr"}, "model.color: expected one of rgb, bgr, got 'gbr'"),
-        ({"name": "mbf", "divide": 3}, "model.divide: expected one of 1, 2, 4, 8, got 3"),
-        ({"depth": 18}, "model.depth: expected one of 50, 14, got 18"),
-        ({"stem": "large"}, "model.stem: expected one of imagenet, small, got 'large'"),
+        ({"color": "gbr"}, "model.color: expected one of rgb, bgr; got 'gbr'"),
+        ({"name": "mbf", "divide": 3}, "model.divide: expected one of 1, 2, 4, 8; got 3"),
+        ({"depth": 18}, "model.depth: expected one of 50, 14; got 18"),
+        ({"stem": "large"}, "model.stem: expected one of imagenet, small; got 'large'"),
         ({"width": 6, "divide": 4}, "model.width: expected a multiple of model.divide"),
     ],
 )

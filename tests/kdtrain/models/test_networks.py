@@ -209,7 +209,6 @@ def test_another_network_is_another_run(change):
     [
         ({"name": "iresnet51"}, "model.name.*mobilefacenet.*timm:NAME.*iresnet51"),
         ({"name": "timm:"}, "model.name"),
-        ({"name": "timm:resnet18", "divide": 2}, "model.divide"),
         ({"embedding": 0}, "model.embedding"),
     ],
 )
@@ -291,7 +290,9 @@ def test_a_network_of_timm_by_its_name():
     plain = FaceNetwork(ModelConfig(name="timm:toy"), 4, input_size=16)
     assert plain.width == 6
     with pytest.raises(ValueError, match="timm:other: timm 0 has no such model; near it: toy"):
-        FaceNetwork(ModelConfig(name="timm:other"), 4)
+        FaceNetwork(ModelConfig(name="timm:other", divide=8), 4)  # the name is the first mistake
+    with pytest.raises(ValueError, match="model.divide: expected 1 for timm:toy; got 8"):
+        FaceNetwork(ModelConfig(name="timm:toy", divide=8), 4)
 
 
 @pytest.mark.usefixtures("timm")
@@ -304,7 +305,7 @@ def test_a_network_of_timm_without_maps_says_so(monkeypatch):
 
 def test_without_timm_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ValueError, match=r'pip install "kdkernels\[timm\]"'):
+    with pytest.raises(ValueError, match=r'the timm extra: pip install "\.\[timm\]"'):
         FaceNetwork(ModelConfig(name="timm:resnet18"), 4)
 
 

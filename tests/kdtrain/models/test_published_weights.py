@@ -336,7 +336,7 @@ def test_an_import_is_a_teacher_by_its_features_and_with_its_head_by_its_logits(
     assert main(["eval", bare, "--data.identities", "6", "--data.test_fraction", "0.5"]) == 0
     shown = capsys.readouterr().out
     assert "nn_top1" in shown
-    assert "it knows 0 identities" in shown
+    assert "it has 0 identities" in shown
 
 
 def test_an_import_starts_a_run_of_the_same_network(networks, tmp_path):
@@ -370,11 +370,17 @@ def test_an_import_that_is_cut_short_leaves_nothing_and_can_be_repeated(
 
 def test_wrong_commands_say_what_is_wrong(tmp_path, capsys):
     cases = [
-        (["x.pt", "--out", "run"], "--layout is missing: one of arcface_torch, adaface, cvlface"),
-        (["x.pt", "--layout", "facenet", "--out", "r"], "--layout: one of arcface_torch"),
-        (["x.pt", "--layout", "adaface"], "--out is missing"),
-        (["x.pt", "--layout", "adaface", "--out", "r", "--name", "r50"], "--name: one of resnet"),
-        (["x.pt", "--layout", "adaface", "--out", "r", "--color", "grb"], "--color: rgb or bgr"),
+        (["x.pt", "--out", "run"], "missing: --layout"),
+        (["x.pt", "--layout", "facenet", "--out", "r"], "--layout: expected one of arcface_torch"),
+        (["x.pt", "--layout", "adaface"], "missing: --out"),
+        (
+            ["x.pt", "--layout", "adaface", "--out", "r", "--name", "r50"],
+            "expected one of resnet",
+        ),
+        (
+            ["x.pt", "--layout", "adaface", "--out", "r", "--color", "grb"],
+            "expected one of rgb, bgr",
+        ),
     ]
     for words, message in cases:
         assert main(["import", *words]) == 2

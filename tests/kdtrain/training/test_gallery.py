@@ -80,5 +80,5 @@ def test_features_of_another_width_are_refused(runs):
     root, _ = runs
     with pytest.raises(ConfigError, match="256 numbers and this network's 512.*model.embedding"):
         check_gallery(root / "teacher", 512)
-    with pytest.raises(ConfigError, match="eval.gallery: features are searched in task verif"):
+    with pytest.raises(ConfigError, match="eval.gallery needs task verification"):
         tiny_config("classification", eval__gallery="@teacher")

@@ -1,4 +1,4 @@
-"""Cached teacher outputs: bitwise identical to a forward pass, for any writer and after any kill."""
+"""Cached teacher outputs: bitwise identical to a forward pass, by any writer, after any kill."""
 
 from __future__ import annotations
 

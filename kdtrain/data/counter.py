@@ -1,7 +1,6 @@
 """Random numbers as a pure function of counters: no generator, no state, the same on any device.
 
-A number depends only on its keys (a seed, an epoch, an image's index), not on batches, workers,
-a resume or the order of work.
+A number depends only on its keys (a seed, an epoch, an image's index), not on batches or workers.
 """
 
 import math

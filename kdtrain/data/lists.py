@@ -143,7 +143,7 @@ def assemble(
         full=config.on_error == "skip",
         workers=config.workers,
     )
-    kept: list[str] = []
+    names: list[str] = []
     sizes: list[tuple[int, int]] = []
     for (name, (_, _, where)), size in zip(listed.items(), probed, strict=True):
         missing = [path for path, rows in needed if name not in rows]
@@ -152,15 +152,15 @@ def assemble(
         elif missing:
             issues.report(f"{missing[0]}: no row for {name}, which is listed in {where}")
         else:
-            kept.append(name)
+            names.append(name)
             sizes.append(size)
-    if not kept:
+    if not names:
         problem = next(iter(issues.messages), f"{point_file or root} lists no image")
         raise DataError(f"{root}: no usable image; first problem: {problem}")
 
-    identities = [listed[name].identity for name in kept]
+    identities = [listed[name].identity for name in names]
     labels, class_names = number_classes(identities)
-    splits = {file: _columns(table, kept) for file, table in tables.items()}
+    splits = {file: _columns(table, names) for file, table in tables.items()}
     videos = splits.get("index.csv", {}).get("video")
     groups = None
     if videos is not None:
@@ -169,11 +169,11 @@ def assemble(
         groups = torch.tensor([number[key] for key in keys], dtype=torch.int64)
     landmarks = None
     if points is not None:  # the lists hold pixel indices; see FaceSource
-        landmarks = torch.tensor([points[name] for name in kept]).reshape(-1, 5, 2) + 0.5
-    paths = [listed[name].path for name in kept]
+        landmarks = torch.tensor([points[name] for name in names]).reshape(-1, 5, 2) + 0.5
+    paths = [listed[name].path for name in names]
     return FaceSource(
         name=config.kind,
-        names=kept,
+        names=names,
         labels=labels,
         class_names=class_names,
         landmarks=landmarks,

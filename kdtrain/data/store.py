@@ -69,7 +69,6 @@ class ImageStore:
         return self.source.landmarks * (self.size / self.source.sizes.float()).unsqueeze(1)
 
     def close(self) -> None:
-        """Stops the worker threads."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None

@@ -257,8 +257,7 @@ def inherit(network: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     """Copies every weight of `state` with the same name and shape; returns a line per other one.
 
     These are entries of `state` without a counterpart, and weights of `network` that keep their
-    initial values, as a head of other classes. Raises ValueError if no convolution or linear weight
-    of the backbone fits.
+    initial values. Raises ValueError if no convolution or linear weight of the backbone fits.
     """
     own = network.state_dict()
     taken = {name for name in own if name in state and own[name].shape == state[name].shape}
@@ -302,9 +301,8 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def multiply_adds(network: FaceNetwork, input_size: int, *, heads: bool = True) -> int:
-    """Returns the multiply-adds (MACs) of convolutions and matrix products for one image of
-    input_size pixels, by torch.utils.flop_counter on meta tensors. heads: with classifier and
-    landmark head.
+    """Returns the multiply-adds (MACs) of convolutions and matrix products for one image, by
+    torch.utils.flop_counter on meta tensors. heads: with classifier and landmark head.
     """
     counted = network if heads else network.backbone
     state = {n: t.to("meta") for n, t in (*counted.named_parameters(), *counted.named_buffers())}

@@ -109,9 +109,7 @@ def tar(scores: Scores, impostors: int) -> float:
 
 
 def metrics(scores: Scores) -> dict[str, float]:
-    """Returns tar_at_far_F_all for each F of FARS that accepts at least LEAST impostors, and both
-    counts; {} without such an F.
-    """
+    """Returns tar_at_far_F_all for F of FARS that accept at least LEAST impostors, and counts."""
     allowed = {far: accepted(far, scores.num_impostors) for far in FARS}
     measured = {far: k for far, k in allowed.items() if k >= LEAST}
     if not measured or not len(scores.genuine):

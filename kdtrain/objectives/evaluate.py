@@ -18,9 +18,7 @@ from kdkernels import nearest_neighbor
 
 
 def hits(logits: Tensor, labels: Tensor) -> Tensor:
-    """Returns (N,) bool: the highest of a row's logits (N, C) is the label's. Ties go to the lowest
-    class; a row with NaN is no hit.
-    """
+    """Returns (N,) bool: the highest logit (first of ties) is the label's; False for NaN."""
     return (logits.argmax(1) == labels) & ~logits.isnan().any(1)
 
 
@@ -145,9 +143,8 @@ def _nearest_other_group(
     """(N,) index of each query's nearest gallery row of another group by the rule of
     `nearest_neighbor`, or its own index without one; groups (N,) of both.
 
-    Group numbers have two digits of base sqrt(N), and two groups differ in at least one: the
-    nearest row is among those of another first or another second digit, which takes 2 sqrt(N)
-    searches.
+    Group numbers have two digits of base sqrt(N), and two groups differ in at least one: 2 sqrt(N)
+    searches among rows of another first or another second digit find the nearest row.
     """
     number = torch.unique(groups, return_inverse=True)[1]
     base = math.isqrt(len(queries)) + 1
@@ -176,8 +173,7 @@ def make_pairs(
 
     labels (N,). Two index tensors (P,) and `same` (P,) bool, P = folds * 2 * pairs, without
     repetition; the identities of folds are disjoint. `per_fold` pairs of each kind, or as many as
-    every fold has, of at most 100 images per identity. Raises ValueError for a fold without a pair
-    of each kind.
+    every fold has, of at most 100 images per identity. Raises ValueError for a fold without any.
     """
     random = np.random.RandomState(seed)  # numpy never changes this legacy stream
     values = labels.cpu().numpy()

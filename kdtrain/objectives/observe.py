@@ -46,9 +46,8 @@ class Landmarks(NamedTuple):
 
 
 def look(network: FaceNetwork, batches: Iterable[EvalBatch], device: torch.device) -> Seen:
-    """Runs the network in eval mode without gradient. Images and logits are not stored, as those of
-    a large split need too much memory. Raises ValueError without an image, and for a landmark head
-    on data without landmarks.
+    """Runs the network in eval mode, without storing images and logits, which may be large. Raises
+    ValueError without an image, and for a landmark head on data without landmarks.
     """
     rows: list[tuple[Tensor, ...]] = []
     groups: list[Tensor] = []

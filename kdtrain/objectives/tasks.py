@@ -133,8 +133,7 @@ class Hint(Classification):
 class Alignment(Task):
     """Eq. 6-7: |R - y|^2 over the 10 coordinates, with hidden or soft targets by weight.
 
-    y = (x / W - 0.5, y / H - 0.5) of the crop. The classifier beside the landmark head has the soft
-    target.
+    y = (x / W - 0.5, y / H - 0.5) of the crop. The classifier stays, for the soft target.
     """
 
     metric = ("nrmse", -1)

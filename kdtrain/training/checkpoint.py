@@ -333,10 +333,10 @@ def _verify(path: Path) -> None:
     """Raises CheckpointError for a file whose checksum differs from the saved one."""
     place = path.with_name(CHECKSUMS)
     while place.exists():
-        known = read_json(place)
-        if known is not None and known.get(path.name) == _checksum(path):
+        saved = read_json(place)
+        if saved is not None and saved.get(path.name) == _checksum(path):
             return
-        if read_json(place) == known:  # else its owner saved meanwhile
+        if read_json(place) == saved:  # else its owner saved meanwhile
             raise _damaged(path, ValueError("wrong checksum"))
 
 

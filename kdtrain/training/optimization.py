@@ -107,8 +107,7 @@ class Optimisation:
         scaled: bool = False,
     ) -> None:
         """extra: modules that are trained beside the network, not averaged, and dropped later.
-        device: its type. scaled: scale the loss for float16 gradients (torch.amp.GradScaler) and
-        skip steps that overflow.
+        scaled: scale the loss for float16 (torch.amp.GradScaler) and skip steps that overflow.
         """
         self.skipped, self.skipped_in_a_row = 0, 0
         self._clip_norm = optim.clip_norm

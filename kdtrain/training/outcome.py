@@ -88,9 +88,7 @@ class History:
         return [record for record in self.records if record["phase_ends"]]
 
     def is_stale(self) -> bool:
-        """True if the last `patience` evaluations brought no better metric. Raises ValueError if
-        the metric was never measured.
-        """
+        """True after `patience` evaluations without a better metric. Raises ValueError."""
         if self._patience is None or not self.records:
             return False
         best = self.best()

@@ -184,7 +184,6 @@ class TeacherCache:
         return f"teacher cache: {self.read} batches read, {self.computed} computed"
 
     def close(self) -> None:
-        """Closes the epoch's files."""
         for file in self._open.values():
             file.close()
         self._open = {}

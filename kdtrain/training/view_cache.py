@@ -78,7 +78,6 @@ class ViewCache:
         return f"teacher features: {self.read} groups read, {self.computed} computed"
 
     def close(self) -> None:
-        """Closes the file."""
         self._rows = None
 
     def _fill(self) -> None:

@@ -60,18 +60,15 @@ class StagedBackbone(Backbone):
     stages: nn.Sequential
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features (N, width)."""
         return self._feature(self.maps(images, len(self.stages)))
 
     def maps(self, images: Tensor, stage: int) -> Tensor:
-        """Maps of one stage; see Backbone.maps."""
         maps = self._entry(self._ordered(images))
         for part in list(self.stages)[:stage]:
             maps = part(maps)
         return maps
 
     def attend(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Features, and the attention_map of each stage."""
         maps, attention = self._entry(self._ordered(images)), []
         for part in self.stages:
             maps = part(maps)
@@ -95,7 +92,6 @@ class SizedBackbone(StagedBackbone):
         self.side = -(-input_size // 16)  # after four layers of stride 2
 
     def extra_repr(self) -> str:
-        """Channel order and size of the last maps."""
         return f"{super().extra_repr()}, side={self.side}"
 
     def _scaled(self, images: Tensor) -> Tensor:

@@ -47,7 +47,6 @@ class TimmNetwork(Backbone):
         self.widths = [stage["num_chs"] for stage in stages][-STAGES:]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features (N, width)."""
         return self.embedding(self.network(self._scaled(images)))
 
     def maps(self, images: Tensor, stage: int) -> Tensor:
@@ -55,7 +54,6 @@ class TimmNetwork(Backbone):
         return self._stages(images)[1][stage - 1]
 
     def attend(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Features, and the attention_map of each of the last four stages."""
         last, maps = self._stages(images)
         return self.embedding(self.network.forward_head(last)), tuple(map(attention_map, maps))
 

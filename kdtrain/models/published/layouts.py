@@ -108,8 +108,7 @@ def _layouts(state: Mapping[str, Tensor]) -> list[str]:
 
 def published(weights: Mapping[str, Tensor], name: str | None) -> Published:
     """Returns the weights of split_state under our names, as the network that all names and shapes
-    fit. name: the expected network, or None. Raises ValueError for a name or shape without a
-    counterpart, on either side.
+    fit. name: the expected network, or None. Raises ValueError for any other name or shape.
     """
     unfit = {}
     for candidate in _candidates(weights):

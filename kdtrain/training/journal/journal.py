@@ -113,7 +113,6 @@ class Lines:
         return self._file.tell()
 
     def close(self) -> None:
-        """Closes the file."""
         self._file.close()
 
 
@@ -152,7 +151,6 @@ class Board:
                     self._writer.add_scalar(f"{kind}/{name}", value, record["step"])
 
     def close(self) -> None:
-        """Flushes and closes the files."""
         self._writer.close()
 
 
@@ -180,7 +178,6 @@ class Journal:
         return {name: lines.sync() for name, lines in self._lines.items()}
 
     def close(self) -> None:
-        """Closes the files."""
         for lines in self._lines.values():
             lines.close()
         if self._board is not None:
@@ -243,7 +240,6 @@ class Clock:
         self._before = spent
 
     def step(self, images: int, data_s: float) -> None:
-        """Counts one training step."""
         self.done += 1
         self._samples += images
         self.data_s += data_s
@@ -327,7 +323,6 @@ class Screen:
             self._bar.update(self._task, completed=share, note=note)
 
     def say(self, text: str) -> None:
-        """Prints one line."""
         self._console.print(f"{self._title}: {printable(text)}", markup=False)
 
     def close(self) -> None:

@@ -60,8 +60,7 @@ def write_run(
     read_head; without a head the imported run has no classes. scale: of the cosines. color: the
     channel order of the weights, None for the project's own.
 
-    Raises PublishedError for files of another layout or network, ConfigError for a folder that is
-    not empty.
+    Raises PublishedError for files of another layout or network, ConfigError for a used folder.
     """
     _check_empty(out)  # before a large file is read
     file = read_file(weights)
@@ -164,8 +163,8 @@ def read_file(path: Path) -> Any:
         raise
     except checkpoint.UNREADABLE as error:
         # torch's last line points to its documentation
-        said = [line for line in str(error).splitlines() if line and "documentation" not in line]
-        message = said[-1] if said else type(error).__name__
+        lines = [line for line in str(error).splitlines() if line and "documentation" not in line]
+        message = lines[-1] if lines else type(error).__name__
         raise PublishedError(f"{path}: cannot be read as weights ({message})") from None
     if isinstance(held, _Inert):
         raise PublishedError(
@@ -243,10 +242,10 @@ def _head_weight(file: object, path: Path) -> Tensor:
     if isinstance(file, Tensor):
         return file
     state = inner(file, "state_dict_softmax_fc", "state_dict")
-    known = state if isinstance(state, Mapping) else {}
+    entries = state if isinstance(state, Mapping) else {}
     for name in HEAD_NAMES:
         for key in (name, f"head.{name}"):
-            if isinstance(weight := known.get(key), Tensor):
+            if isinstance(weight := entries.get(key), Tensor):
                 # AdaFace's kernel has a column per identity
                 return weight.T if name == "kernel" else weight
     raise PublishedError(f"{path}: no classifier in it (one of {', '.join(HEAD_NAMES)})")

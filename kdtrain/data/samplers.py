@@ -40,9 +40,8 @@ def balanced_batches(
 ) -> list[Tensor]:
     """Returns batches of `identities` identities x `images` images each, identity by identity.
 
-    indices: (N,) image indices; labels: of the whole source. Each epoch an identity's images are
-    shuffled and dealt in hands of `images`; the last hand is filled up from the first images, so
-    that a hand repeats an image only if the identity has fewer than `images`. Identities with one
+    indices: (N,); labels: of the whole source. Each epoch an identity's images are shuffled and
+    dealt in hands of `images`, the last one filled up from the first images. Identities with one
     image are left out. Hands are dealt in rounds, so that identities with few images appear as
     often as possible; fewer than `identities` identities at the end of the epoch are dropped.
     Raises ValueError if fewer than `identities` identities have two images.

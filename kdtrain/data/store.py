@@ -53,7 +53,7 @@ class ImageStore:
         return self._decode(indices)
 
     def prefetch(self, indices: Tensor) -> None:
-        """Starts decoding a coming batch in the worker threads, if there are any."""
+        """Starts decoding a batch in the worker threads, if any."""
         if self._images is not None or self._pool is None:
             return
         while len(self._ahead) >= _READ_AHEAD:  # a batch was never fetched: drop the oldest

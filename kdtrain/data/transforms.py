@@ -43,8 +43,7 @@ def augment(
     config: AugmentConfig,
     input_size: int,
 ) -> tuple[Tensor, Tensor | None, Frame]:
-    """Returns (crops float32 (B, 3, s, s) in [0, 255], landmarks (B, 5, 2) in crop pixels or None,
-    frame) for training.
+    """Returns (crops float32 (B, 3, s, s) in [0, 255], landmarks (B, 5, 2) in crop pixels, frame).
 
     images: uint8 (B, 3, S, S). landmarks: (B, 5, 2) store pixels. indices: (B,) int64 in the
     source. config: crop "random" is an s x s window at a uniform whole-pixel place; "jitter" a

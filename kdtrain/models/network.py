@@ -282,15 +282,12 @@ def inherit_head(network: FaceNetwork, other: FaceNetwork, run: object) -> None:
             f"head.run {run}: its head is {kinds[1]}, this one {kinds[0]}; set head.kind to "
             f"{kinds[1]}"
         )
-    if ours.weight.shape[0] != theirs.weight.shape[0]:
+    if ours.weight.shape != theirs.weight.shape:
+        identities, features = zip(theirs.weight.shape, ours.weight.shape, strict=True)
         raise ValueError(
-            f"head.run {run}: its classifier has {theirs.weight.shape[0]} identities and the data "
-            f"{ours.weight.shape[0]}; name a run on the same identities"
-        )
-    if ours.weight.shape[1] != theirs.weight.shape[1]:
-        raise ValueError(
-            f"head.run {run}: its classifier reads {theirs.weight.shape[1]} features and this "
-            f"network has {ours.weight.shape[1]}; give both the same model.embedding"
+            f"head.run {run}: its classifier has {identities[0]} identities and the data "
+            f"{identities[1]}, it reads {features[0]} features and this network has {features[1]}; "
+            "name a run on the same identities with the same model.embedding"
         )
     ours.load_state_dict(theirs.state_dict())
 

@@ -82,9 +82,7 @@ def look(network: FaceNetwork, batches: Iterable[EvalBatch], device: torch.devic
 
 
 def pixels(batches: Iterable[EvalBatch]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Returns raw pixels as features (N, D) on the images' device, labels and videos (N,) on the
-    CPU. Raises ValueError without an image.
-    """
+    """Returns raw pixels as features (N, D), labels and videos (N,). Raises ValueError for none."""
     rows, labels, groups = [], [], []
     for batch in batches:
         rows.append(evaluate.raw_pixels(batch.images))

@@ -36,9 +36,8 @@ def embedding_sides(
 
 
 def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Returns 1 - cos(P K_S, K_T), mean over images, of the unit rows (N, D) of embedding_sides.
-
-    Half of embedding_l2, as |a - b|^2 = 2 (1 - cos) of unit vectors. A zero row has cosine 0.
+    """Returns 1 - cos(P K_S, K_T), mean over images, of the unit rows (N, D) of embedding_sides:
+    half of embedding_l2, as |a - b|^2 = 2 (1 - cos). A zero row has cosine 0.
     """
     return (1 - (student * teacher).sum(1)).mean() if len(student) else student.sum()
 

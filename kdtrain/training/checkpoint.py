@@ -5,8 +5,8 @@ position, random state; loadable with weights_only) and checksums.json, the CRC-
 written beside its place, synced and renamed, so that the old or the new one is whole at any crash.
 Reading compares the checksums, if there are any.
 
-Any other file is written as .NAME.PID.tmp, locked by its writer, and renamed. The next process that
-locks the folder or writes the same file removes temporary files of killed processes.
+Other files are written as .NAME.PID.tmp, locked by their writer, and renamed. The next process that
+locks the folder or writes the same file removes those of killed processes.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def save(
             if state is not None:
                 with open(fresh / STATE, "wb") as file:
                     torch.save(dict(state), file)
-            checksums = {path.name: _checksum(path) for path in fresh.iterdir()}
+            checksums = {path.name: zlib.crc32(path.read_bytes()) for path in fresh.iterdir()}
             (fresh / CHECKSUMS).write_text(json.dumps(checksums), encoding="utf-8")
             shutil.copymode(fresh / CHECKSUMS, fresh / WEIGHTS)  # save_file ignores the umask
             for path in [*fresh.iterdir(), fresh]:
@@ -93,8 +93,8 @@ def save(
 def recover(folder: Path) -> None:
     """Completes or undoes an interrupted save, and removes its other folders.
 
-    The old folder is moved away only after everything in the new one is synced. Without a folder in
-    its place the new one is therefore complete; beside it the new one may be incomplete.
+    The old folder is moved away only after the new one is synced: without a folder in its place the
+    new one is complete, beside it the new one may be incomplete.
     """
     fresh, previous = _siblings(folder)
     if not folder.exists() and previous.exists():
@@ -192,10 +192,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def lock(folder: Path, wait_s: float = 10.0) -> Iterator[None]:
-    """Locks a folder for this process; the system unlocks it at any end of the process.
-
-    Waits, as a child of a killed pipeline stops within a step. A new folder in which nothing was
-    written is removed. Raises CheckpointError.
+    """Locks a folder until any end of the process. Waits, as a child of a killed pipeline stops
+    within a step; removes a new folder without content. Raises CheckpointError.
     """
     is_new, owner, held = not folder.exists(), folder / ".owner", None
     while held is None:
@@ -321,20 +319,12 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _checksum(path: Path) -> int:
-    total = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            total = zlib.crc32(chunk, total)
-    return total
-
-
 def _verify(path: Path) -> None:
     """Raises CheckpointError for a file whose checksum differs from the saved one."""
     place = path.with_name(CHECKSUMS)
     while place.exists():
         saved = read_json(place)
-        if saved is not None and saved.get(path.name) == _checksum(path):
+        if saved is not None and saved.get(path.name) == zlib.crc32(path.read_bytes()):
             return
         if read_json(place) == saved:  # else its owner saved meanwhile
             raise _damaged(path, ValueError("wrong checksum"))

@@ -98,9 +98,7 @@ class Gallery:
 
 
 def check_lineage(folders: Mapping[str, Path], data: RunData, screen: Screen) -> None:
-    """Raises ConfigError where classes are compared with those of other identities; warns of input
-    runs that were trained on this run's test images.
-    """
+    """Raises ConfigError where classes of other identities are compared; see seen_in_training."""
     by_class = any(row.by_class for row in data.config.target.weighed)
     by_class |= data.config.head.margin == "distillation"
     for name, run in folders.items():

@@ -1,7 +1,6 @@
 """A run's directory: opened to train, to resume, or to reuse a finished run.
 
-Every decision is made under the directory's lock, so that of two processes that start at once the
-second one finds the run of the first.
+Every decision is made under the directory's lock, for processes that start at once.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
 """Teacher outputs of training batches, cached on disk for every student with the same batches.
 
-Crops and flips are a pure function of (seed, phase, epoch, image), the order of images of (seed,
-epoch). Students of one seed therefore need the same teacher outputs; the first one computes and
-stores them, without a pass of its own.
-
-A subfolder belongs to one owner: a teacher, its images, crops and environment (`owner_of`). It has
-a file per output (logits, hidden), phase, epoch and order of images:
+Crops, flips and the order of images are pure functions of the seed and the epoch, so students of
+one seed need the same outputs; the first one stores them as it trains. A subfolder belongs to one
+owner: a teacher, its images, crops and environment (`owner_of`). It has a file per output (logits,
+hidden), phase, epoch and order of images:
 
     header   4,096 bytes of JSON: the owner and the file's place
     table    8 bytes per batch: the dtype of its block (0: missing) and the CRC-32 of both
@@ -16,8 +14,7 @@ images computed together (measured: 64 and 200 agree, 7 does not), so only the o
 batch is bitwise identical to the teacher's forward pass.
 
 Several processes may fill a file at once: each writes a block, then its table entry, and all write
-the same bytes. A block is valid only with a matching checksum, so that neither a killed process nor
-lost writes leave a wrong output.
+the same bytes. A block is valid only with a matching checksum.
 """
 
 from __future__ import annotations

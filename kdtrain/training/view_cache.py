@@ -5,11 +5,9 @@ first run that needs the features computes them before its first step; they are 
 view from a memory-mapped file, and the teacher's classifier forms logits from them (Task.step).
 
 The last bits of a feature may depend on the number of images computed together. Features are
-therefore computed in fixed groups: GROUP images of one view, in the order of the training part.
-They are bitwise identical for every run, and differ from a teacher forward pass on the batch by
-rounding: such runs have keys of their own (keys.py).
-
-A file has the format of teacher_cache.py, with a group in place of a batch.
+therefore computed in fixed groups, GROUP images of one view: bitwise identical for every run, and
+equal to a forward pass on the batch up to rounding, so that such runs have other keys (keys.py). A
+file has the format of teacher_cache.py, with a group in place of a batch.
 """
 
 from __future__ import annotations

@@ -1,8 +1,5 @@
 """MobileFaceNets (Chen et al. 2018, arXiv 1804.07573): the original, and arcface_torch's two wider
-networks of the same name.
-
-A global depthwise convolution on the last maps fixes the input size: 7 x 7 places of 112 pixels in
-published weights.
+ones. A global depthwise convolution on the last maps fixes the input size.
 """
 
 from __future__ import annotations

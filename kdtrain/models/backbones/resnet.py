@@ -39,11 +39,10 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(StagedBackbone):
-    """Feature: the mean of the last maps, K = 32 * kernels, with an embedding layer of width
-    `embedding`, if any.
+    """Feature: the mean of the last maps, K = 32 * kernels; `embedding` adds a layer of that width.
 
-    stem "imagenet": 7x7 stride 2, then a 3x3 stride 2 maximum (for 224 pixels). "small": 3x3 stride
-    2 alone (for 32).
+    stem "imagenet": 7x7 stride 2, then a 3x3 stride 2 maximum (for 224 pixels); "small": 3x3 stride
+    2 (for 32).
     """
 
     def __init__(

@@ -15,8 +15,7 @@ STAGES = 4  # the last ones, as many as the other networks have
 
 
 class TimmNetwork(Backbone):
-    """timm.create_model(name, num_classes=0) with random weights, and an embedding layer of width
-    `embedding`, if any.
+    """timm.create_model(name, num_classes=0), untrained; `embedding` adds a layer of that width.
 
     Images are scaled by the mean and deviation of the model's configuration; a network of a fixed
     input size (ViTs) is built for input_size. Raises ValueError without timm or such a model.

@@ -1,8 +1,8 @@
 """Weights of three projects under the names of our networks.
 
-arcface_torch (insightface): a bare state dict of an IResNet or MobileFaceNet. AdaFace: a Lightning
+arcface_torch (insightface): a state dict of an IResNet or MobileFaceNet. AdaFace: a Lightning
 checkpoint, the IR network under `model.`, its classifier as `head.kernel`. CVLface: a state dict of
-the IR network (or arcface_torch's) under `net.`, or `model.net.` in its wrapper.
+the IR network (or arcface_torch's) under `net.` or `model.net.`.
 """
 
 from __future__ import annotations

@@ -207,7 +207,7 @@ class Tree:
     place: Path
     runs: Path
     help: str = ""
-    """Text of `train --help`, without line breaks."""
+    """Text of `train --help` and --help-all, without line breaks."""
 
     def key(self, old: str) -> str:
         """The tree's spelling of a recipe key."""
@@ -311,6 +311,7 @@ def known(one: Tree) -> Tree:
     log = one.runs / "help.log"
     if one.start("train", "--help", log=log).wait(RUN_LIMIT_S):
         raise GuardError(f"{one.name}: train --help fails: {last_line(log)}")
+    one.start("train", "--help-all", log=log).wait(RUN_LIMIT_S)  # every key, where --help is short
     return dataclasses.replace(one, help=" ".join(log.read_text().split()))
 
 

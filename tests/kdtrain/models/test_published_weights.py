@@ -102,9 +102,7 @@ def test_adaface_s_weights_give_its_outputs_and_logits(prefix, networks, tmp_pat
 
 
 @pytest.mark.parametrize(("prefix", "name"), [("net.", "ir18"), ("model.net.", "mobilefacenet")])
-def test_cvlface_s_weights_give_its_outputs_in_the_colours_it_says(
-    prefix, name, networks, tmp_path
-):
+def test_cvlface_s_weights_give_its_outputs_in_its_channel_order(prefix, name, networks, tmp_path):
     state = under(prefix, networks[name].state_dict())
     file = tmp_path / "model.safetensors"
     save_file(state, file)
@@ -219,7 +217,7 @@ def test_weights_that_are_no_numbers_are_refused(value, networks, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_files_that_are_no_state_dict_are_told_in_plain_words(tmp_path):
+def test_files_that_are_no_state_dict_are_rejected_in_plain_words(tmp_path):
     (tmp_path / "text.pth").write_text("epoch 1, loss 2\n")
     with pytest.raises(PublishedError, match=r"not a weights file.*b'epoch 1, loss 2.*safetensors"):
         read_file(tmp_path / "text.pth")
@@ -231,7 +229,7 @@ def test_files_that_are_no_state_dict_are_told_in_plain_words(tmp_path):
         write_run(inside, "adaface", tmp_path / "run")
 
 
-def test_missing_counters_begin_at_zero_and_are_told(networks):
+def test_missing_counters_start_at_zero_and_are_logged(networks):
     state = networks["mbf"].state_dict()
     found = published({n: t for n, t in state.items() if "num_batches" not in n}, None)
     counters = [n for n in found.weights if n.endswith("num_batches_tracked")]

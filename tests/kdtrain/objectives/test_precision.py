@@ -186,7 +186,7 @@ def test_a_gradient_that_overflows_at_every_scale_is_a_divergence(tmp_path, monk
 
 
 @pytest.mark.parametrize("last", [True, False])
-def test_the_memory_layout_is_the_one_asked_for(last):
+def test_the_memory_layout_is_the_configured_one(last):
     torch.set_num_threads(1)
     config = tiny_config("alignment", train__channels_last=last)
     task = build_task(config, 4)

@@ -124,7 +124,7 @@ def test_a_projection_is_learnt_where_widths_differ_and_dropped_afterwards():
     assert not len(make_task("classification", rkd_angle=50.0).extra)
 
 
-def test_the_kept_answer_teaches_as_the_teacher_does():
+def test_a_cached_output_teaches_as_the_teacher_does():
     targets = {name: weight for name, weight in WEIGHTS.items() if name != "attention"}
     for name, weight in targets.items():
         task = make_task("verification", **{name: weight})
@@ -176,7 +176,7 @@ def test_settings_that_cannot_work_are_refused_by_name(flat, message):
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_a_weight_makes_another_run_and_is_told(name):
+def test_a_weight_makes_another_run_and_is_named(name):
     config = build({"teacher": "runs/x", f"target.{name}": 7.0})
     other = build({"teacher": "runs/x", f"target.{name}": 8.0})
     ours, theirs = (keys.run_key(c, {"teacher": "x"}, "data") for c in (config, other))
@@ -216,7 +216,7 @@ def place(tmp_path_factory):
     return root
 
 
-def test_an_interrupted_run_with_every_target_ends_with_the_same_bits(place):
+def test_an_interrupted_run_with_every_target_ends_bitwise_identical(place):
     weights = {f"target__{name}": 0.01 * weight for name, weight in WEIGHTS.items()}
     config = tiny_config(**SHORT, **weights)
     results = train(config, place / "whole")
@@ -231,7 +231,7 @@ def test_an_interrupted_run_with_every_target_ends_with_the_same_bits(place):
     assert "RKD angle" in report(place / "whole").read_text()
 
 
-def test_kept_embeddings_train_to_the_bits_of_the_teacher_online(place):
+def test_cached_embeddings_train_bitwise_identical_to_a_forward_pass(place):
     weights = {f"target__{n}": 0.01 * w for n, w in WEIGHTS.items() if n != "attention"}
     config = tiny_config(**SHORT, **weights)
     train(config, place / "online")

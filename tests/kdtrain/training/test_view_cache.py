@@ -111,7 +111,7 @@ def stopped_at(call: int, function: Any) -> Any:
     return stopped
 
 
-def test_features_by_view_are_the_same_bits_whoever_computed_them_when(root, tmp_path, monkeypatch):
+def test_features_by_view_are_bitwise_identical_for_any_run(root, tmp_path, monkeypatch):
     kept = {**WHOLE, **KEPT, "teacher__cache_dir": str(tmp_path / "one")}
     assert "0 groups read, 4 computed" in shown(student(**kept), root / "filling")
     assert "4 groups read, 0 computed" in shown(student(**kept), root / "reading")
@@ -193,7 +193,7 @@ def test_features_are_those_of_fixed_groups_bit_for_bit(root, tmp_path):
     )
 
 
-def test_a_damaged_group_is_told_and_computed_again(root, tmp_path):
+def test_a_damaged_group_is_logged_and_computed_again(root, tmp_path):
     data, _, cache = prepared(root, tmp_path)
     cache.open(0, 0, [data.train])
     right = cache._rows.copy()
@@ -236,7 +236,7 @@ def test_keys_tell_exact_features_from_rounded_ones():
     assert all(found.index(one) == place for place, one in enumerate(found))
 
 
-def test_what_cannot_be_kept_is_refused_by_name(root, tmp_path):
+def test_what_cannot_be_cached_is_refused_by_name(root, tmp_path):
     with pytest.raises(ConfigError, match="features needs teacher.cache float32 or float16"):
         student(teacher__cache_what="features")
     with pytest.raises(ConfigError, match="teacher.more names others"):

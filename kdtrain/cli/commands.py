@@ -325,6 +325,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "eval": evaluate_run,
     "pipeline": pipeline,
+    "study": studies.study,
     "reproduce": studies.reproduce,
     "compare": studies.compare,
     "select-targets": studies.select_targets,

@@ -129,7 +129,7 @@ def recipe_names() -> list[str]:
     """Names of the packaged recipes, such as two-cores/cls_teacher; the stages of a preset have one
     slash.
     """
-    files = sorted(RECIPES.glob("*/**/[!_]*.yaml"))
+    files = sorted(f for f in RECIPES.glob("*/**/[!_]*.yaml") if f.parent.name != "studies")
     return [f.relative_to(RECIPES).with_suffix("").as_posix() for f in files]
 
 

@@ -13,7 +13,6 @@ from kdtrain.cli import COMMANDS, commands, main
 from kdtrain.config import SETTINGS, settings
 
 KEYLESS = {"import", "recipes", "report"}
-STUDIES = {"study", "reproduce", "compare", "select-targets"}
 
 
 def shown(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -26,9 +25,8 @@ def shown(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 def test_help_is_one_screen_with_examples(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     text = shown(capsys, command, "--help")
-    if command not in STUDIES:
-        assert len(text.splitlines()) <= 40
-        assert f"\nexamples:\n  python -m kdtrain {command} " in text
+    assert len(text.splitlines()) <= 40
+    assert f"\nexamples:\n  python -m kdtrain {command} " in text
     assert text == shown(capsys, "help", command)
     assert (": --help-all)" in text) == (command not in KEYLESS)
 

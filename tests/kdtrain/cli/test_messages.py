@@ -156,6 +156,7 @@ DIRECTORY_OPTIONS = {
     "train": ["demo/cls_student"],
     "demo": [],
     "pipeline": [],
+    "study": ["table1"],
     "reproduce": ["table1"],
     "compare": ["student"],
     "select-targets": ["demo/cls_distilled"],

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from kdtrain.config import ConfigError, ModelConfig
 from kdtrain.config.settings import build, read_recipe, recipe_path
 from kdtrain.data.run_data import RunData
-from kdtrain.experiments import selection, timing
+from kdtrain.experiments import select_targets, timing
 from kdtrain.experiments.estimate import Counts, estimate
 from kdtrain.experiments.select_targets import plan
 from kdtrain.objectives.tasks import build_task
@@ -185,7 +185,7 @@ def test_a_weight_makes_another_run_and_is_told(name):
     assert not bare.target.needs_teacher
     stage = runs.Stage("run", dataclasses.asdict(config), {}, [], {})
     assert "7 " + {"r": "RKD", "e": "embedding", "a": "attention"}[name[0]] in runs.loss_text(stage)
-    assert selection.CANDIDATES[name].key == name
+    assert select_targets.CANDIDATES[name].key == name
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,7 @@ def test_the_table_holds_every_role_and_the_floor(page):
     assert rows["scratch student"] == ["66.0", DASH, DASH, DASH]
     assert rows["control student, no teacher"][0] == "68.0"
     assert rows["distilled student"][:3] == ["71.0", "11.0", "42.0"]
-    assert rows["floor (learns nothing)"] == ["20.0", "30.0", "15.0", "60.0"]
+    assert rows["floor (no training)"] == ["20.0", "30.0", "15.0", "60.0"]
     assert rows["untrained network"] == [DASH, DASH, "5.0", DASH]
 
 
@@ -220,9 +220,9 @@ def test_every_run_says_what_it_started_from_and_what_it_optimised(page):
 def test_the_header_states_command_data_machine_and_time(page):
     assert "python -m kdtrain pipeline &lt;x&gt;" in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;, 7,000 images of 350 identities" in page
-    assert "5,600 to train and 1,400 to test" in page
+    assert "5,600 for training and 1,400 for testing" in page
     assert "2 skipped" in page
-    assert "A Processor, 1 thread a run; torch 2.13.0" in page
+    assert "A Processor, 1 thread per run; torch 2.13.0" in page
     assert "8:16 in 8 of 8 runs" in page
     assert "NRMSE by interocular, in original pixels" in page
     assert "7 queries without another image of their identity left out" in page
@@ -306,10 +306,13 @@ def test_an_answer_states_what_it_lacks(tmp_path):
     assert answer(tmp_path)[1:] == (
         "not known",
         "Top-1 (higher is better): 50.0 % with distillation, 50.0 % for a control of another "
-        "network or schedule; +0.0 points, without an interval, as the runs store no test items.",
+        "network or schedule; +0.0 points, without an interval, as the runs share no test items.",
     )
     items_of(tmp_path, cls_distilled=0.5, cls_control=0.5)
     assert answer(tmp_path)[1] == "no clear difference"
+    other = {"top1": np.ones(3, dtype=np.float32), "index": np.arange(3)}
+    np.savez(tmp_path / "cls_control" / "items" / "phase1.npz", **other)
+    assert answer(tmp_path)[1] == "not known"  # measured on other images
 
 
 def test_runs_outside_a_chain_get_no_answer(tmp_path):
@@ -326,7 +329,7 @@ def test_the_soft_term_is_shown_above_the_teachers_entropy(tmp_path):
     points = page_of_curves._logged(read_stages(tmp_path)[0], "soft")
     assert [y for _, y in points] == [0.5] * 10
     assert points[-1][0] == 5.0
-    assert "KL divergence from the teacher&#x27;s prediction" in write(tmp_path)
+    assert "KL divergence from the teacher&#39;s prediction" in write(tmp_path)
 
 
 def test_the_controls_line_is_dashed_and_drawn_last(page):
@@ -458,7 +461,7 @@ def test_stages_outside_the_chain_have_rows_and_numbers_of_their_own(tmp_path):
     for name, value in {**values, "control": 0.55, "my_student": 0.4}.items():
         assert results[name] == [f"{100 * value:.1f}"]
     assert results[""] == ["classification top-1 | %, higher is better"]
-    assert results["floor (learns nothing)"] == ["20.0"]
+    assert results["floor (no training)"] == ["20.0"]
     assert len(results) == 10  # seven stages, header, floor and the untrained network
     assert "mean landmarks" not in page
     assert "uninformative" not in page
@@ -487,16 +490,16 @@ def test_one_run_folder_has_a_page_too(tmp_path):
     run = make_run(tmp_path, "mine", "verification", 0.5)
     rows = rows_of(write(run))
     assert rows["mine"] == ["50.0", "80.0 | ± 2.0 over folds"]
-    assert rows["floor (learns nothing)"] == ["15.0", "60.0"]
+    assert rows["floor (no training)"] == ["15.0", "60.0"]
 
 
 def test_a_folder_without_runs_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"no run folder \(config\.yaml\) in"):
+    with pytest.raises(ValueError, match=r"no run directory \(config\.yaml\) in"):
         report(tmp_path)
 
 
 NAMES = {
-    "<script>alert('x')<b>": "&lt;script&gt;alert(&#x27;x&#x27;)&lt;b&gt;",
+    "<script>alert('x')<b>": "&lt;script&gt;alert(&#39;x&#39;)&lt;b&gt;",
     "<title><img src=x onerror=y>": "&lt;title&gt;&lt;img src=x onerror=y&gt;",
     "escape \x1b[31m \x07": r"escape \x1b[31m \x07",
     "turned \u202eeman": r"turned \u202eeman",
@@ -545,7 +548,7 @@ def test_names_of_runs_are_shown_as_they_are_and_never_as_markup(odd_runs):
         assert f"<th>{written}</th>" in page  # every metric
         assert f"<h4>{written}: 9 of 12 right</h4>" in page  # neighbours
     assert r"<title>&lt;i&gt;\x1b root: distillation report</title>" in page
-    assert r"<code>train &#x27;&lt;x&gt;&#x27; \x1b</code>" in page
+    assert r"<code>train &#39;&lt;x&gt;&#39; \x1b</code>" in page
     assert not re.search(r"<script|<img src=x|<i>|[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", page)
 
 

@@ -49,7 +49,7 @@ class Stage:
     """One run directory, finished or not."""
 
     name: str
-    folder: Path
+    directory: Path
     config: Mapping[str, Any]
     results: Mapping[str, Any]
     """Empty until the run is finished."""
@@ -84,7 +84,7 @@ class Stage:
         """finished, diverged, not finished or not run."""
         if self.results:
             return "finished"
-        if (self.folder / "diverged.json").is_file():
+        if (self.directory / "diverged.json").is_file():
             return "diverged"
         return "not finished" if self.records else "not run"
 
@@ -99,7 +99,7 @@ class Stage:
     def items(self, metric: str) -> np.ndarray | None:
         """The metric of every test item at the end of training; None where it is not stored."""
         last = len(phase_ends(self)) - 1
-        return read_arrays(self.folder / "items" / f"phase{last}.npz").get(metric)
+        return read_arrays(self.directory / "items" / f"phase{last}.npz").get(metric)
 
     def beats_floor(self, metric: str) -> bool | None:
         """Whether a metric at the end is better than the run's floor; None without either."""
@@ -125,17 +125,17 @@ def read_stages(root: Path) -> list[Stage]:
     return sorted(found, key=place)
 
 
-def read_stage(folder: Path) -> Stage:
+def read_stage(directory: Path) -> Stage:
     """A run from its directory, or from the recipe beside it that plans it."""
-    recipes = folder / "config.yaml", folder.parent / "recipes" / f"{folder.name}.yaml"
+    recipes = directory / "config.yaml", directory.parent / "recipes" / f"{directory.name}.yaml"
     recipe = next((path for path in recipes if path.is_file()), None)
     return Stage(
-        printable(folder.name),
-        folder,
+        printable(directory.name),
+        directory,
         {} if recipe is None else settings.nested(settings.read_recipe(recipe)),
-        read_json(folder / "results.json") or {},
-        read_lines(folder / "metrics.jsonl"),
-        read_arrays(folder / "samples.npz"),
+        read_json(directory / "results.json") or {},
+        read_lines(directory / "metrics.jsonl"),
+        read_arrays(directory / "samples.npz"),
     )
 
 

@@ -184,6 +184,8 @@ def kd_cross_entropy(
         return (loss, terms) if return_terms else loss
 
     weight = alpha * temperature**2 if tau_squared else alpha
+    if teacher is None:  # a stored float16 gradient is scaled by the bound of the terms there are
+        weight = 0.0
     options = (temperature, weight, ignore_index, label_smoothing, reduction)
     teacher = None if teacher is None else teacher.detach()
     if wants_gradient(student):

@@ -189,7 +189,7 @@ def _known(place: str, keys: Mapping[str, Any]) -> None:
     known = settings.keys()
     for key in keys:
         if key not in known:
-            raise ConfigError(f"{place}: {settings.unknown(key)}")
+            raise ConfigError(f"{place}: unknown key {key!r}; {settings.correction(key, known)}")
 
 
 def _block(place: str, tree: Any) -> BlockSpec:

@@ -13,7 +13,6 @@ from kdtrain.cli import COMMANDS, commands, main
 from kdtrain.config import SETTINGS, settings
 
 KEYLESS = {"import", "recipes", "report"}
-STUDIES = {"study", "reproduce", "compare", "select-targets"}
 
 
 def shown(capsys: pytest.CaptureFixture[str], *argv: str) -> str:

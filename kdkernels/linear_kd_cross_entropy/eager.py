@@ -132,8 +132,9 @@ def linear_kd_cross_entropy(
     with torch.autocast("cpu" if features.is_meta else features.device.type, enabled=False):
         wide = torch.float64 in (features.dtype, weight.dtype)
         compute = torch.float64 if wide else torch.float32
-        # contiguous: the order of a sum follows the strides
-        x = features.to(compute).contiguous()
+        # contiguous: the order of a sum follows the strides. Once: two conversions would add two
+        # gradients that are rounded to 16 bits.
+        x, w = features.to(compute).contiguous(), weight.to(compute).contiguous()
         if target is not None:
             # a NaN in a row that counts for nothing must not reach the weight's gradient
             x = torch.where((target != ignore_index)[:, None], x, 0.0)
@@ -144,7 +145,7 @@ def linear_kd_cross_entropy(
             student = rows.zero_rows(x) + sum(rows.zero_rows(t).sum() for t in inputs)
             student = student[:, None]
         else:
-            student = logits_of(x, weight.to(compute).contiguous(), offset, scale, normalize)
+            student = logits_of(x, w, offset, scale, normalize)
         if isinstance(teacher, tuple):
             parts = [part.detach().to(compute).contiguous() for part in teacher]
             offset = parts[2] if len(parts) == 3 else None
@@ -168,8 +169,7 @@ def linear_kd_cross_entropy(
         hard = None
         if m2 is not None and m3 is not None and target is not None:
             label = torch.where((target >= 0) & (target < len(weight)), target, 0).long()[:, None]
-            unit_weight = unit(weight.to(compute).contiguous()[label[:, 0]])
-            cosine, squared = cosine_and_squared_sine(unit(x), unit_weight)
+            cosine, squared = cosine_and_squared_sine(unit(x), unit(w[label[:, 0]]))
             changed = with_margin(cosine, squared, m2.to(compute)[:, None], m3.to(compute)[:, None])
             if straight_through:
                 changed = cosine + (changed - cosine).detach()

@@ -366,3 +366,12 @@ class TestDropIn:
 
     def test_is_torchs_class(self):
         assert isinstance(CrossEntropyLoss(), torch.nn.CrossEntropyLoss)
+
+
+@both
+def test_float16_gradients_do_not_shrink_by_a_term_that_is_not_computed(backend):
+    s = torch.tensor([[0.0, -9.0, -11.0]], dtype=torch.float16, requires_grad=True)
+    options = {"temperature": 1000.0, "alpha": 1000.0, "tau_squared": True, "backend": backend}
+    kd_cross_entropy(s, None, torch.tensor([0]), **options).backward(torch.tensor(1024.0))
+    exact = torch.softmax(s.detach().double(), 1) - torch.tensor([[1.0, 0.0, 0.0]])
+    torch.testing.assert_close(s.grad.double(), 1024.0 * exact, rtol=2.0**-10, atol=0.0)

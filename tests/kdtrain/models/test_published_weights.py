@@ -336,7 +336,7 @@ def test_an_import_is_a_teacher_by_its_features_and_with_its_head_by_its_logits(
     assert main(["eval", bare, "--data.identities", "6", "--data.test_fraction", "0.5"]) == 0
     shown = capsys.readouterr().out
     assert "nn_top1" in shown
-    assert "it has 0 identities" in shown
+    assert "the classifier, which has 0 identities" in shown
 
 
 def test_an_import_starts_a_run_of_the_same_network(networks, tmp_path):

@@ -210,19 +210,6 @@ def test_bad_arguments_are_named(message, backend):
     assert message in str(error.value)
 
 
-@both
-def test_options_of_a_soft_term_that_is_not_computed_change_no_bit(backend):
-    student = 6 * torch.randn(3, 40, generator=torch.Generator().manual_seed(2)).half()
-    target = torch.tensor([3, 0, 39])
-    found = []
-    for options in ({}, {"temperature": 200.0, "tau_squared": True}, {"temperature": 1e-6}):
-        leaf = student.clone().requires_grad_()
-        loss = kd_cross_entropy(leaf, None, target, backend=backend, **options)
-        found.append(torch.autograd.grad(loss, leaf, torch.tensor(65536.0))[0])
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
-
-
 @st.composite
 def calls(draw) -> Sample:
     """Any call: shapes around the block size, pitches, dtypes of both networks, every option."""
@@ -379,3 +366,12 @@ class TestDropIn:
 
     def test_is_torchs_class(self):
         assert isinstance(CrossEntropyLoss(), torch.nn.CrossEntropyLoss)
+
+
+@both
+def test_float16_gradients_do_not_shrink_by_a_term_that_is_not_computed(backend):
+    s = torch.tensor([[0.0, -9.0, -11.0]], dtype=torch.float16, requires_grad=True)
+    options = {"temperature": 1000.0, "alpha": 1000.0, "tau_squared": True, "backend": backend}
+    kd_cross_entropy(s, None, torch.tensor([0]), **options).backward(torch.tensor(1024.0))
+    exact = torch.softmax(s.detach().double(), 1) - torch.tensor([[1.0, 0.0, 0.0]])
+    torch.testing.assert_close(s.grad.double(), 1024.0 * exact, rtol=2.0**-10, atol=0.0)

@@ -20,7 +20,6 @@ from kdtrain.training.environment import computing
 from kdtrain.training.journal.journal import console, number
 from kdtrain.training.preparation import without_teacher
 
-SKIPPED_SHOWN = 5
 FLOORS = {
     "top1": "identity of the nearest training image, by pixels",
     "pair_accuracy": "pairs verified by pixels, ten folds",
@@ -56,9 +55,8 @@ def show(config: Config, grid: Path | None) -> None:
         row("landmarks", "5 points" if source.landmarks is not None else "none")
         if source.groups is not None:
             row("videos", str(len(source.groups.unique())))
-        row("skipped", str(len(source.skipped)))
-        for line in source.skipped[:SKIPPED_SHOWN]:
-            row("", line)
+        for line in data.notes():
+            row("note", line)
         held = f", {len(data.validation)} validation" if len(data.validation) else ""
         sizes = f"{len(data.train)} training{held}, {len(data.test)} test"
         row("split", f"{config.data.split}: {sizes}")

@@ -1,4 +1,4 @@
-"""The commands that train many runs to answer a question: reproduce, compare, select-targets."""
+"""The commands of many runs: study, and its short spellings reproduce, compare, select-targets."""
 
 from __future__ import annotations
 
@@ -11,135 +11,159 @@ from jsonargparse import ArgumentParser
 
 from kdtrain.cli import arguments
 from kdtrain.cli.arguments import UsageError, ended
-from kdtrain.config import settings
+from kdtrain.config import ConfigError, settings
 from kdtrain.config.program import PROGRAM
 from kdtrain.config.settings import add_keys
 
 if TYPE_CHECKING:
     from kdtrain.experiments.campaign import Order
+    from kdtrain.experiments.study import Study
 
 TASKS = ("classification", "alignment", "verification")
+# In this order `reproduce` spends a budget: table 3 costs least, table 2 most.
+TABLES = ("table3", "table1", "table4", "table5", "table2")
+
+
+def study(argv: Sequence[str]) -> int:
+    """Train the arms of a study over seeds; without a name, list."""
+    parser = arguments.command_parser(
+        "study",
+        "[NAME|FILE.yaml ...] [--KEY VALUE ...]",
+        "Train the arms of studies over several seeds and write a table with verdicts.",
+        "study table3 --budget 60",
+        "study my.yaml --seeds 2 --dry-run",
+    )
+    parser.add_argument("studies", nargs="*", help="packaged studies, or YAML files")
+    _add_options(parser)
+    options, common, special, command = _given(parser, "study", argv)
+    from kdtrain.experiments import study_file as found
+
+    if not options.get("studies"):
+        for name in found.names():
+            head = settings.head_comment(found.path_of(name)).partition("\n")[0]
+            print(f"{name:12} {head}")
+        return 0
+    studies = [found.load(name) for name in dict.fromkeys(options["studies"])]
+    return _run(studies, options, common, special, command)
 
 
 def reproduce(argv: Sequence[str]) -> int:
     """Reproduce the tables of arXiv 1709.02929."""
     parser = arguments.command_parser(
         "reproduce",
-        "table1|table2|table3|table4|table5|all ... [--section.key value ...]",
-        "Train every cell of the tables of arXiv 1709.02929 with its controls, over several seeds, "
-        "and write each table as text, CSV, HTML and PNG. The plan and its cost are printed first. "
-        "Run again, it reuses finished runs and continues unfinished ones. Keys count for every "
-        "run; --alignment.section.key value for the runs of one task, --second.section.key value "
-        "for those on the second data source of table 2.",
+        "table1|...|table5|all ... [--KEY VALUE ...]",
+        "Train every cell of the tables of arXiv 1709.02929, and write the tables.",
+        "reproduce table3 --scale demo --alignment.data.root photos",
     )
+    parser.add_argument("tables", nargs="+", help="table1 ... table5, or all")
+    _add_options(parser)
+    options, common, special, command = _given(parser, "reproduce", argv)
+    from kdtrain.experiments.study_file import load
+
+    for name in options["tables"]:
+        if name not in (*TABLES, "all"):
+            raise ConfigError(f"no table {name!r}; {settings.nearest(name, [*TABLES, 'all'])}")
+    chosen = [n for n in TABLES if n in options["tables"] or "all" in options["tables"]]
+    return _run([load(name) for name in chosen], options, common, special, command)
+
+
+def compare(argv: Sequence[str]) -> int:
+    """Train several recipes; one table, a row per recipe."""
+    parser = arguments.command_parser(
+        "compare",
+        "METHODS ... [--KEY VALUE ...]",
+        "Train recipes over the same seeds and write one table with costs and verdicts.",
+        "compare student soft th_kd --jobs 2",
+    )
+    parser.add_argument("methods", nargs="+", help="names of recipes in the folder, or paths")
+    parser.add_argument("--folder", type=str, help="folder of recipes in the preset, or a path")
+    _add_options(parser)
+    options, common, special, command = _given(parser, "compare", argv)
+    from kdtrain.experiments.study_file import comparison
+
+    scale, folder = options.pop("scale", "two-cores"), options.get("folder", "systems")
+    found = comparison(options["methods"], scale, folder)
+    return _run([found], options, common, special, command)
+
+
+def _add_options(parser: ArgumentParser) -> None:
+    """Add the options of every study, and the keys."""
     add = parser.add_argument
-    add("tables", nargs="+", help="table1 ... table5, or all")
-    add("--scale", type=str, help="preset of schedules and networks (two-cores)")
-    add("--seeds", type=int, help="number of seeds, from --first-seed on (3)")
-    add("--first-seed", type=int, help="first seed (1: seed 0 is where schedules were chosen)")
-    add("--widths", type=str, help="divisions of the students' kernels (2,4,8)")
-    add("--teachers", type=str, help="each: one a seed (default) | one: for all")
-    add("--cache", type=str, help="teacher.cache of the students (float32)")
-    _add_campaign(parser, "runs/tables-SCALE")
-    options, common, special, command = _given(parser, "reproduce", argv, ["second", *TASKS])
-
-    from kdtrain.experiments.tables import reproduce as tables
-    from kdtrain.experiments.tables.stages import request_from
-
-    request = request_from(options, common, special)
-    order = _order(options, f"runs/tables-{Path(request.scale).name}", command)
-    return ended(tables.main(request, order), command)
-
-
-def _add_campaign(parser: ArgumentParser, root: str) -> None:
-    """What the commands of campaign.py have in common, and the keys. root: default of --run-dir."""
-    add = parser.add_argument
-    add("--budget", type=float, help="minutes on the clock; the rest is not run")
-    add("--run-dir", type=str, help=f"root of the run folders ({root})")
+    add("--scale", type=str, metavar="DIR", help="preset or folder of the recipes")
+    add("--seeds", type=int, metavar="N", help="number of seeds (3)")
+    add("--first-seed", type=int, metavar="N", help="first seed (1)")
+    add("--widths", type=str, metavar="N,N", help="divisions of the kernels, as 8,4")
+    add("--resolutions", type=str, metavar="N,N", help="input sizes, as 24,16")
+    add("--teachers", type=str, metavar="each|one", help="teachers of each seed, or of the first")
+    add("--budget", type=float, metavar="MINUTES", help="time on the clock")
+    add("--run-dir", type=str, metavar="DIR", help="root of the run directories")
     arguments.add_jobs(parser)
-    add("--dry-run", action="store_true", help="print the plan and train nothing")
+    add("--dry-run", action="store_true", help="print the plan; train nothing")
     add_keys(parser)
 
 
 def _given(
-    parser: ArgumentParser, name: str, argv: Sequence[str], prefixes: Sequence[str]
+    parser: ArgumentParser, name: str, argv: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, dict[str, Any]], str]:
     """Options, keys of every run, those by prefix, and the command as it was given."""
-    rest = list(argv)
+    rest, prefixes = list(argv), ["second", *TASKS]
     special = arguments.take_stage_keys(rest, prefixes)
     options, common = arguments.parse(parser, rest, prefixes)
     return options, common, special, shlex.join([*PROGRAM.split(), name, *argv])
 
 
+def _run(
+    studies: Sequence[Study],
+    options: dict[str, Any],
+    common: dict[str, Any],
+    special: dict[str, dict[str, Any]],
+    command: str,
+) -> int:
+    """Run studies with the options of `_add_options` and the keys of a command line."""
+    from kdtrain.experiments import engine
+    from kdtrain.experiments.study_file import adjusted, load, names
+
+    studies = adjusted(studies, options, common, special)
+    roots = {str(study.root) for study in studies}
+    if len(roots) > 1 and not options.get("run_dir"):
+        raise UsageError(f"--run-dir: expected one for studies of {' and '.join(sorted(roots))}")
+    order = _order(options, min(roots), command)
+    word, taken = studies[0].runs, [study.name for study in studies]
+    others = [load(name) for name in names() if word and name not in taken]
+    options.pop("widths", None)
+    others = [one for one in others if one.runs == word and bool(one.blocks)]
+    beside = adjusted([*studies, *others], options, common, special)[len(studies) :]
+    return ended(engine.run(studies, order, beside), command)
+
+
 def _order(options: dict[str, Any], root: str, command: str) -> Order:
-    """What `_add_campaign` added, as the commands' main functions take it. Raises UsageError."""
+    """The options --budget, --run-dir, --jobs, --dry-run and --overwrite. Raises UsageError."""
     from kdtrain.experiments.campaign import Order
 
     budget = options.get("budget")
     if budget is not None and budget <= 0:
         raise UsageError(f"--budget: expected minutes, more than 0, got {budget}")
-    place, dry_run = Path(options.get("run_dir") or root), bool(options.get("dry_run"))
-    return Order(place, arguments.jobs_of(options), budget, command, dry_run)
-
-
-def compare(argv: Sequence[str]) -> int:
-    """Train several methods under one budget; one table and one image."""
-    parser = arguments.command_parser(
-        "compare",
-        "METHODS ... [--resolutions 24,16] [--section.key value ...] [--second.section.key value]",
-        "Train several methods over the same seeds and images, with the teachers and students "
-        "that they need, and write one table with floors and verdicts as text, Markdown, CSV, HTML "
-        "and PNG. A method is a recipe in the folder, by its name, or a path of a recipe. The plan "
-        "and its cost are printed first. Run again, it reuses finished runs and continues "
-        "unfinished ones. Keys count for every run; --second.section.key value for those on a "
-        "second data source.",
-    )
-    add = parser.add_argument
-    add("methods", nargs="+", help="names of recipes in the folder, or paths")
-    add("--scale", type=str, help="preset that has the folder (two-cores)")
-    add("--folder", type=str, help="folder of recipes in the preset, or a path (systems)")
-    add("--seeds", type=int, help="every method trains seeds 1 to N (3)")
-    add("--resolutions", type=str, help="sides of the methods' input (the recipes' own), as 24,16")
-    _add_campaign(parser, "runs/compare-FOLDER")
-    options, common, special, command = _given(parser, "compare", argv, ["second"])
-
-    from kdtrain.experiments.comparison import compare as comparison
-    from kdtrain.experiments.comparison.request import request_from
-
-    request = request_from(options, common, special.get("second"))
-    order = _order(options, f"runs/compare-{Path(request.folder).name}", command)
-    return ended(comparison.main(request, order), command)
+    place = Path(options.get("run_dir") or root)
+    dry_run, overwrite = bool(options.get("dry_run")), bool(options.get("overwrite"))
+    return Order(place, arguments.jobs_of(options), budget, command, dry_run, overwrite)
 
 
 def select_targets(argv: Sequence[str]) -> int:
     """Measure which of the teacher's targets help a student; write that recipe."""
-    from kdtrain.experiments.selection import CANDIDATES
-
     parser = arguments.command_parser(
         "select-targets",
-        "RECIPE [--targets soft,hidden,logits] [--seeds N] [--section.key value ...]",
-        "Train a student without targets and with each target alone, over the same seeds; keep the "
-        "weights of those that help, set the others to 0, and write the recipe and the evidence. "
-        "Images held out of the training split judge. Run again, it reuses finished runs and "
-        "continues unfinished ones.",
+        "RECIPE [--KEY VALUE ...]",
+        "Train a student without targets and with each alone; keep those that help.",
+        "select-targets demo/cls_distilled --seeds 3",
     )
     add = parser.add_argument
-    add("recipe", help="recipe name, YAML file or run folder, with a teacher")
-    add(
-        "--targets",
-        type=str,
-        help=f"candidates: {', '.join(CANDIDATES)} "
-        "(default: those with a weight, else soft,hidden)",
-    )
-    add("--seeds", type=int, default=3, help="every arm trains seeds 1 to N (3)")
-    add(
-        "--keep-inconclusive",
-        action="store_true",
-        help="keep a target that neither helps nor hurts",
-    )
+    add("recipe", help="name, YAML file or run directory, with a teacher")
+    add("--targets", type=str, metavar="NAMES", help="candidates (the weighted; or soft,hidden)")
+    add("--seeds", type=int, default=3, metavar="N", help="number of seeds (3)")
+    add("--keep-inconclusive", action="store_true", help="keep a target without a verdict too")
     arguments.add_jobs(parser)
-    add("--run-dir", type=str, help="folder of the runs (default: runs/RECIPE-targets)")
-    add("--out", type=str, help="the chosen recipe (default: selected.yaml in the run dir)")
+    add("--run-dir", type=str, metavar="DIR", help="default: runs/RECIPE-targets")
+    add("--out", type=str, metavar="FILE", help="chosen recipe (RUN-DIR/selected.yaml)")
     add("--overwrite", action="store_true", help="train every run anew")
     add_keys(parser)
     options, overrides = arguments.parse(parser, argv)
@@ -152,10 +176,9 @@ def select_targets(argv: Sequence[str]) -> int:
     words = (*PROGRAM.split(), "select-targets", *argv)
     command = shlex.join(word for word in words if word != "--overwrite")
     order = _order(options, str(root), command)
-    from kdtrain.experiments import select_targets as study
+    from kdtrain.experiments import select_targets as selecting
 
     targets, seeds = options.get("targets"), options.get("seeds", 3)
-    asked = study.plan(path, overrides, root, targets=targets, seeds=seeds)
-    keep, overwrite = bool(options.get("keep_inconclusive")), bool(options.get("overwrite"))
-    status = study.run(asked, out, order, keep_inconclusive=keep, overwrite=overwrite)
-    return ended(status, command)
+    asked = selecting.plan(path, overrides, root, targets=targets, seeds=seeds)
+    keep = bool(options.get("keep_inconclusive"))
+    return ended(selecting.run(asked, out, order, keep_inconclusive=keep), command)

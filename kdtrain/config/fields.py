@@ -1,4 +1,4 @@
-"""How a setting is declared, and what a wrong value raises."""
+"""Declaration of a setting, and errors for wrong values."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RANGES: Mapping[str, Callable[[float], bool]] = {
     "0 < x <= 1": lambda x: 0 < x <= 1,
     "0 <= x <= 1": lambda x: 0 <= x <= 1,
 }
-"""Ranges that a number may be `within`, by their text in an error."""
+"""Ranges of a number, by their text in an error."""
 WORDS = {
     bool: ("true or false", "true|false"),
     int: ("a whole number", "N"),
@@ -38,13 +38,11 @@ WORDS = {
 
 
 class ConfigError(ValueError):
-    """A recipe, key or value that cannot be used; the message says which, and what to write
-    instead.
-    """
+    """A recipe, key or value that cannot be used; the message names it and what is expected."""
 
 
 def require(holds: bool, key: str, expected: str, got: object) -> None:
-    """Raises ConfigError, by name, where a key's value does not hold."""
+    """Raises ConfigError for the value `got` of a key, unless `holds`."""
     if not holds:
         raise ConfigError(f"{key}: expected {expected}; got {got!r}")
 
@@ -117,6 +115,8 @@ class Setting(NamedTuple):
     """
     within: str | None = None
     """One of RANGES."""
+    source: bool = False
+    """Whether it selects the images that are read, or how they are read."""
     target: Mapping[str, Any] | None = None
     """The row of a distillation target, for a setting that weighs one (target.py)."""
 
@@ -138,7 +138,7 @@ def settings_of(kind: type, prefix: str = "", cost: Cost = "value") -> Iterator[
     types, texts = _types(kind), _texts(kind)
     for item in dataclasses.fields(kind):
         inner, about = types[item.name], {"cost": cost, **item.metadata}
-        if dataclasses.is_dataclass(inner):
+        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
             yield from settings_of(inner, f"{prefix}{item.name}.", about["cost"])
             continue
         default = item.default if item.default_factory is MISSING else item.default_factory()

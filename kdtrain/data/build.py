@@ -4,14 +4,20 @@ in one of two layouts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
+
+from PIL import Image
 
 from kdtrain.config import DataConfig
 from kdtrain.data.lists import Listed, assemble, read_table
 from kdtrain.data.source import DataError, FaceSource, Issues
 from kdtrain.data.synthetic.source import synthetic_faces
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
+NO_IDENTITIES = "unknown, as there is no identity_CelebA"
+_NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
+"""Formats that Pillow only identifies, or decodes by another program."""
 
 
 def build_source(config: DataConfig) -> FaceSource:
@@ -38,12 +44,19 @@ def _celeba(
     img_align_celeba beside identity_CelebA and list_landmarks_align_celeba; lists may be .txt
     (CelebA's own) or .csv (the mirrors').
 
-    The identity list decides which images there are; ids need not be contiguous.
+    The identity list decides which images there are; ids need not be contiguous. Without it the
+    landmark list does, and all images count as one identity, which serves task alignment alone.
     """
-    identity_file = _list_file(root, "identity_CelebA")
-    if identity_file is None:
+    identity_file = list_file(root, "identity_CelebA")
+    points = list_file(root, "list_landmarks_align_celeba")
+    if landmark_file is not None:
+        points = root / landmark_file
+        if not points.exists():
+            raise DataError(f"{points}: no such landmark file (data.landmark_file)")
+    if identity_file is None and points is None:
         raise DataError(
-            f"{root}: expected identity_CelebA.txt or identity_CelebA.csv in this folder"
+            f"{root}: expected identity_CelebA.txt or identity_CelebA.csv in this folder (for task "
+            "alignment alone a list of landmarks will do)"
         )
     folder = root / "img_align_celeba"
     if (folder / "img_align_celeba").is_dir():  # one mirror's archive nests the folder in itself
@@ -52,39 +65,63 @@ def _celeba(
         raise DataError(f"{root}: expected the images in the folder img_align_celeba")
 
     listed = {}
-    for name, (number, parts) in read_table(identity_file, issues, fields=1).rows.items():
-        where = f"{identity_file}:{number}"
-        if parts[0].isdecimal():
-            listed[name] = Listed(str(int(parts[0])), folder / name, where)
-        else:
-            issues.report(f"{where}: expected an integer identity for {name}, got {parts[0]!r}")
-    if landmark_file is None:
-        return listed, _list_file(root, "list_landmarks_align_celeba")
-    if not (root / landmark_file).exists():
-        raise DataError(f"{root / landmark_file}: no such landmark file (data.landmark_file)")
-    return listed, root / landmark_file
+    if identity_file is None:
+        assert points is not None
+        bad_rows = Issues(on_error="skip")  # `assemble` reads the file again and reports them
+        for name, (number, _) in read_table(points, bad_rows, fields=10).rows.items():
+            listed[name] = Listed(NO_IDENTITIES, folder / name, f"{points}:{number}")
+    else:
+        for name, (number, parts) in read_table(identity_file, issues, fields=1).rows.items():
+            where = f"{identity_file}:{number}"
+            if parts[0].isdecimal():
+                listed[name] = Listed(str(int(parts[0])), folder / name, where)
+            else:
+                issues.report(f"{where}: expected an integer identity for {name}, got {parts[0]!r}")
+    _leave_out(folder, listed, f"not in {identity_file or points}", issues)
+    return listed, points
 
 
-def _list_file(root: Path, stem: str) -> Path | None:
+def list_file(root: Path, stem: str) -> Path | None:
     """root/stem.txt or root/stem.csv, whichever is there first."""
     return next((p for p in (root / f"{stem}.txt", root / f"{stem}.csv") if p.exists()), None)
 
 
 def _folder(root: Path, issues: Issues) -> dict[str, Listed]:
-    """The images root/<identity>/<image>, in sorted order; other files and hidden ones are
-    ignored. A folder without an image is an issue, as torchvision's ImageFolder has it.
+    """The images root/<identity>/<image>, in sorted order. A folder without an image is an issue,
+    as in torchvision's ImageFolder; everything else that is not hidden and not read is skipped by
+    name.
     """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder (data.root)")
     listed = {}
-    for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        files = sorted(
-            p
-            for p in folder.iterdir()
-            if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
-        )
+    for folder in _visible(root):
+        if not folder.is_dir():
+            if folder.suffix.lower() in _suffixes():
+                reason = "expected root/<identity>/<image>, got an image directly in data.root"
+                issues.messages.append(f"{folder}: {reason}")
+            continue
+        files = [p for p in _visible(folder) if p.suffix.lower() in _suffixes()]
         if not files:
             issues.report(f"{folder}: no image in this identity's folder")
-        for path in files:
-            listed[f"{folder.name}/{path.name}"] = Listed(folder.name, path, str(folder))
+        own = {path.name: Listed(folder.name, path, str(folder)) for path in files}
+        listed |= {f"{folder.name}/{name}": image for name, image in own.items()}
+        reason = "not an image (by its suffix), or a folder inside an identity's folder"
+        _leave_out(folder, own, reason, issues)
     return listed
+
+
+def _leave_out(folder: Path, taken: Mapping[str, Listed], reason: str, issues: Issues) -> None:
+    """Counts and names what `folder` holds beside `taken`, whatever data.on_error says."""
+    left = [path for path in _visible(folder) if path.name not in taken]
+    issues.messages.extend(f"{path}: {reason}" for path in left)
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+@cache
+def _suffixes() -> frozenset[str]:
+    """Suffixes of the image formats that Pillow reads."""
+    known = Image.registered_extensions().items()
+    return frozenset(s for s, name in known if name in Image.OPEN and name not in _NOT_DECODED)

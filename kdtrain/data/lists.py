@@ -162,9 +162,8 @@ def assemble(
             kept.append(name)
             sizes.append(size)
     if not kept:
-        raise DataError(
-            f"{root}: no usable image; first problem: {[*issues.messages, 'none listed'][0]}"
-        )
+        problem = next(iter(issues.messages), f"{point_file or root} lists no image")
+        raise DataError(f"{root}: no usable image; first problem: {problem}")
 
     identities = [listed[name].identity for name in kept]
     labels, class_names = number_classes(identities)

@@ -7,8 +7,9 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from kdtrain.config import Config, DataConfig
 from kdtrain.config.program import name_bytes
-from kdtrain.data.build import build_source
+from kdtrain.data.build import build_source, list_file
 from kdtrain.data.samplers import balanced_batches, random_batches
 from kdtrain.data.source import FaceSource
 from kdtrain.data.split import hold_out, split_indices, training_labels
@@ -24,10 +25,8 @@ from kdtrain.data.store import ImageStore
 from kdtrain.data.transforms import area_average, augment, center, shrink, to_original
 
 EVAL_BATCH = 256
-_SOURCE_SETTINGS = (
-    *("kind", "root", "on_error", "identities", "images_per_identity", "synthetic_seed"),
-    *("store_size", "landmark_file", "workers"),
-)
+SKIPPED_SHOWN = 5
+LARGE_SHARE = 0.25  # of the test split's genuine pairs, from which one identity is named
 
 
 class Batch(NamedTuple):
@@ -105,7 +104,7 @@ def shared_source(data: DataConfig, sources: dict[DataConfig, FaceSource]) -> Fa
     """The source of a data section, from `sources` where one was read alike before: how images
     are split, resized and kept makes no other source.
     """
-    kept = {name: getattr(data, name) for name in _SOURCE_SETTINGS}
+    kept = {f.name: getattr(data, f.name) for f in fields(data) if f.metadata.get("source")}
     split = data.split if data.split.startswith("file:") else "random"
     read = DataConfig(**kept, split=split, input_size=data.store_size)
     if read not in sources:
@@ -236,6 +235,40 @@ class RunData:
         rest = len(indices) - len(shown)
         return ", ".join(shown) + (f" and {rest} more" if rest else "")
 
+    def notes(self) -> list[str]:
+        """Lines about the images that a reader of the results needs: files that were skipped,
+        proportions that were lost, a partition that is not used, an identity that dominates.
+        """
+        source, data, lines = self.source, self.config.data, []
+        if source.skipped:
+            shown = "; ".join(source.skipped[:SKIPPED_SHOWN])
+            more = "; ..." if len(source.skipped) > SKIPPED_SHOWN else ""
+            lines.append(f"{len(source.skipped)} skipped: {shown}{more}")
+        oblong = (source.sizes[:, 0] != source.sizes[:, 1]).nonzero()[:, 0]
+        if len(oblong):
+            width, height = source.sizes[oblong[0]].tolist()
+            lines.append(
+                f"{len(oblong)} of {source.num_images} images are not square (the first is "
+                f"{width} x {height}) and are squeezed to {data.store_size} x {data.store_size}"
+            )
+        partition = list_file(Path(data.root or ""), "list_eval_partition")
+        if data.kind == "celeba" and partition and not data.split.startswith("file:"):
+            lines.append(
+                f"data.split {data.split} does not use {partition.name}; "
+                f"file:{partition.name}:partition does"
+            )
+        counts = torch.bincount(source.labels[self.test])
+        pairs = counts * (counts - 1) // 2
+        largest, genuine = int(counts.argmax()), max(1, int(pairs.sum()))
+        if self.config.task != "alignment" and pairs[largest] > LARGE_SHARE * genuine:
+            lines.append(
+                f"identity {source.class_names[largest]} has "
+                f"{100 * int(counts[largest]) / len(self.test):.0f} % of the test images and "
+                f"{100 * int(pairs[largest]) / genuine:.0f} % of their genuine pairs, so metrics "
+                "of pairs depend on it"
+            )
+        return lines
+
     def summary(self) -> dict[str, object]:
         """What results.json says about the images."""
         return {
@@ -247,5 +280,6 @@ class RunData:
             "test": len(self.test),
             "test_of_unseen_identities": self.unseen(),
             "skipped": len(self.source.skipped),
+            "notes": self.notes(),
             "identities_key": identities_key(self.source.class_names, self.config.data),
         }

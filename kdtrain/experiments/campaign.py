@@ -1,48 +1,33 @@
-"""Many runs for one question, within a budget: groups of runs, what they cost, and their training.
+"""The runs of studies within a budget: groups of runs, their cost, and their training.
 
-`reproduce` and `compare` say which runs belong together; here their cost is estimated from timed
-steps, groups are taken in order while they fit, finished runs are reused and unfinished ones
-continued.
+The cost of the groups is estimated from timed steps. Groups are taken in order while they fit;
+finished runs are reused and unfinished ones resumed.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Generic, TypeVar
 
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.table import Table as Grid
 
 from kdtrain.config import ConfigError, DataConfig
-from kdtrain.config.program import INTERRUPTED, threads_of
+from kdtrain.config.program import threads_of
 from kdtrain.data import FaceSource
 from kdtrain.experiments import dryrun, pipeline
 from kdtrain.experiments.estimate import estimate
 from kdtrain.experiments.scheduler import Outcome, Overview, wall_time
+from kdtrain.experiments.study import Rank, Run, Study
 from kdtrain.training.journal import journal
 from kdtrain.training.journal.journal import duration
 
 START_S = 4.0  # of a run's process: start, imports, images; counted beside the timed steps
-MARKS = {
-    "reused": ("■", "green"),
-    "done": ("■", "green"),
-    "running": ("▶", "yellow"),
-    "waiting": ("·", "white"),
-    "diverged": ("✗", "red"),
-    "failed": ("✗", "red"),
-    "skipped": ("-", "red"),
-    "stopped": ("‖", "yellow"),
-}
-LEGEND = "■ done  ▶ running  · waiting  ✗ diverged or failed  - skipped  blank: not planned"
 ENDED = ("reused", "diverged")
 """The states of a run that has ended before."""
-Run = TypeVar("Run", bound=Hashable)
-"""Names a run of a campaign."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +42,8 @@ class Order:
     """As it was given."""
     dry_run: bool = False
     """Print the runs of the first seed, their cost and the plan; write nothing."""
+    overwrite: bool = False
+    """Train finished runs anew."""
     console: Console = field(default_factory=lambda: journal.console(file_width=120))
 
 
@@ -65,31 +52,52 @@ class BudgetError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Group(Generic[Run]):
+class Group:
     """Runs that a budget takes or leaves together."""
 
     label: str
     runs: tuple[Run, ...]
 
 
-def grouped(found: Iterable[tuple[str, Iterable[Run]]]) -> list[Group[Run]]:
-    """Groups of labelled runs, each run in the first that has it; none that is empty."""
+def groups_of(studies: Sequence[Study]) -> list[Group]:
+    """The runs of several studies with their inputs, by rank and then in the order of the studies;
+    each run in the first group that has it.
+    """
+    ranked: dict[tuple[Rank, int, str], list[Run]] = {}
+    for number, study in enumerate(studies):
+        for second in study.sources:
+            for rank, label, at in study.places(second):
+                runs = ranked.setdefault((rank, number, label), [])
+                runs += [one for run in study.of(at, second) for one in study.chain(run)]
     taken: set[Run] = set()
     groups = []
-    for label, runs in found:
-        fresh = tuple(run for run in dict.fromkeys(runs) if run not in taken)
+    for key in sorted(ranked, key=lambda one: one[:2]):
+        fresh = tuple(run for run in dict.fromkeys(ranked[key]) if run not in taken)
         taken.update(fresh)
         if fresh:
-            groups.append(Group(label, fresh))
+            groups.append(Group(key[2], fresh))
     return groups
 
 
+def stages_of(studies: Sequence[Study], runs: Iterable[Run]) -> dict[Run, pipeline.Stage]:
+    """Runs as stages, of the first study that has their arm. Raises ConfigError where two studies
+    have different arms of one name.
+    """
+    for one in studies[1:]:
+        for name in one.flat.keys() & studies[0].flat.keys():
+            if one.flat[name] != studies[0].flat[name]:
+                raise ConfigError(
+                    f"{studies[0].name} and {one.name} have different arms {name}; run one alone"
+                )
+    return {run: next(s for s in studies if run.arm in s.flat).stage(run) for run in runs}
+
+
 @dataclass(frozen=True)
-class Campaign(Generic[Run]):
+class Campaign:
     """What is to be done: groups of runs with their states and seconds, and which are taken."""
 
     order: Order
-    groups: tuple[Group[Run], ...]
+    groups: tuple[Group, ...]
     stages: Mapping[Run, pipeline.Stage]
     """Of every run that is shown."""
     keys: Mapping[str, str]
@@ -97,33 +105,26 @@ class Campaign(Generic[Run]):
     """reused, resume, diverged, changed or new, as pipeline.stage_state says."""
     seconds: Mapping[str, float]
     """Estimated, of the runs that are not finished, while `jobs` run side by side."""
-    taken: tuple[Group[Run], ...]
+    taken: tuple[Group, ...]
     clock_s: float
     """Estimated time of what is taken."""
     least: tuple[str, float] | None = None
     """Of the groups that the budget leaves the one that needs least: label, seconds on the clock
     with what is taken."""
 
-    def finished(self, group: Group[Run]) -> int:
+    def finished(self, group: Group) -> int:
         """How many of a group's runs have ended before."""
         return sum(self.states[run] in ENDED for run in group.runs)
 
-    def mark(self, run: Run, states: Mapping[str, str]) -> tuple[str, str]:
-        """What stands for a run in an overview, and its style."""
-        return MARKS.get(states.get(self.stages[run].name) or self.states[run], (" ", "white"))
-
 
 def make_campaign(
-    groups: Sequence[Group[Run]],
-    stages: Mapping[Run, pipeline.Stage],
-    order: Order,
-    say: Callable[[str], None],
-) -> Campaign[Run]:
+    groups: Sequence[Group], stages: Mapping[Run, pipeline.Stage], order: Order
+) -> Campaign:
     """Times a few steps of each distinct kind of run and takes groups, in order, while they fit
     the budget.
 
-    stages: of the groups' runs and of whatever else is shown, inputs first. Raises ConfigError for
-    runs that need landmarks of images that have none.
+    stages: of the groups' runs and of all others that are shown, inputs first. Raises ConfigError
+    for runs that need landmarks of images that have none.
     """
     sources: dict[DataConfig, FaceSource] = {}
     ours = [run for group in groups for run in group.runs]
@@ -131,24 +132,31 @@ def make_campaign(
         raise ConfigError(f"{', '.join(lost)}: {pipeline.NO_LANDMARKS}; leave these out")
     keys = pipeline.stage_keys(list(stages.values()), order.root, sources)
     states = {
-        run: pipeline.stage_state(order.root / stage.name, keys[stage.name])
+        run: "new"
+        if order.overwrite
+        else pipeline.stage_state(order.root / stage.name, keys[stage.name])
         for run, stage in stages.items()
     }
     open_runs = [run for run in ours if states[run] not in ENDED]
-    say(f"{len(ours)} runs in all, {len(ours) - len(open_runs)} finished before; timing steps")
+    finished = len(ours) - len(open_runs)
+    if not order.dry_run:
+        order.console.print(f"{len(ours)} runs in all, {finished} finished before; timing steps")
     seconds = seconds_of(open_runs, stages, threads_of(order.jobs), sources)
     by_name = {stage.name: run for run, stage in stages.items()}
     have = {run for run, state in states.items() if state == "reused"}
-    taken: list[Group[Run]] = []
+    first = controls(stages.values())
+    taken: list[Group] = []
     left: list[tuple[str, float]] = []
     clock = 0.0
     for group in groups:
-        inputs = {by_name[name] for run in group.runs for name in stages[run].inputs}
+        inputs = {
+            by_name[name] for run in group.runs for name in stages[run].inputs if name in by_name
+        }
         if not inputs <= have | set(group.runs):
-            continue  # it starts from runs of a group that was left out
+            continue  # it reads runs of a group that was left out
         found = [stages[run] for one in (*taken, group) for run in one.runs]
         costs = {stage.name: seconds[stage.name] for stage in found if stage.name in seconds}
-        needed = wall_time(costs, {stage.name: stage.inputs for stage in found}, order.jobs)
+        needed = wall_time(costs, {stage.name: stage.inputs for stage in found}, order.jobs, first)
         if order.budget_min is None or needed <= 60 * order.budget_min:
             taken.append(group)
             have |= set(group.runs)
@@ -159,30 +167,45 @@ def make_campaign(
     return Campaign(order, tuple(groups), stages, keys, states, seconds, tuple(taken), clock, least)
 
 
+def controls(stages: Iterable[pipeline.Stage]) -> set[str]:
+    """The stages that learn from no teacher, nor any of their inputs, and are nobody's teacher;
+    they are trained first, as the others are compared with them. stages: inputs first.
+    """
+    stages, found = list(stages), set()
+    taught = ("teacher", "gallery")
+    runs = [item for stage in stages for item in stage.config.runs().items()]
+    teachers = {run.removeprefix("@") for key, run in runs if key.startswith(taught)}
+    for stage in stages:
+        learns = any(key.startswith("teacher") for key in stage.config.runs())
+        if not learns and stage.name not in teachers and found.issuperset(stage.inputs):
+            found.add(stage.name)
+    return found
+
+
 def seconds_of(
     runs: Sequence[Run],
     stages: Mapping[Run, pipeline.Stage],
     threads: int,
     sources: dict[DataConfig, FaceSource],
 ) -> dict[str, float]:
-    """Estimated seconds of each run; a teacher's answers cost once a seed, as they are kept."""
+    """Estimated seconds of each run; a teacher's outputs cost once per seed, as they are cached."""
     count = dryrun.counter(sources)
     configs = {stage.name: stage.config for stage in stages.values()}
-    answered: set[tuple[str, int]] = set()
+    cached: set[tuple[str, int]] = set()
     found = {}
     for run in runs:
         config = stages[run].config
         planned = dryrun.planned(stages[run].name, config, Path(), configs)
-        asked = (config.teacher.run or "", config.seed)
+        read = (config.teacher.run or "", config.seed)
         cost = estimate(
-            config, count(config), planned.teachers, threads=threads, answers_kept=asked in answered
+            config, count(config), planned.teachers, threads=threads, answers_kept=read in cached
         )
-        answered.add(asked)
+        cached.add(read)
         found[planned.name] = START_S + cost.total_s
     return found
 
 
-def show_campaign(campaign: Campaign[Run], console: Console) -> None:
+def show_campaign(campaign: Campaign, console: Console) -> None:
     """Print the groups: runs, how many are finished, seconds of work, taken or not."""
     grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("group", "runs", "finished", "work", ""):
@@ -201,7 +224,7 @@ def show_campaign(campaign: Campaign[Run], console: Console) -> None:
     )
 
 
-def budget_problem(campaign: Campaign[Run]) -> BudgetError | None:
+def budget_problem(campaign: Campaign) -> BudgetError | None:
     """The error of a budget that takes no group that is not finished, if it does."""
     if campaign.least is None or any(campaign.finished(g) < len(g.runs) for g in campaign.taken):
         return None
@@ -212,54 +235,8 @@ def budget_problem(campaign: Campaign[Run]) -> BudgetError | None:
     )
 
 
-def run_study(
-    first: Callable[[], Sequence[pipeline.Stage]],
-    plan: Callable[[], Campaign[Run]],
-    overview: Callable[[Campaign[Run], Mapping[str, str]], RenderableType],
-    write: Callable[[Campaign[Run], Mapping[str, Outcome], bool], None],
-    order: Order,
-) -> int:
-    """A command of many runs: plan, print it, train what was taken, write tables; exit status 0, 1
-    (a run failed) or 130 (interrupted). A run that diverged is a result.
-
-    first: the runs of the first seed, which a dry run prints as YAML with their cost, and the plan
-    where the images are there. overview: draws the states of the runs in a terminal. write: reads
-    the outcomes into tables, told whether all is done. Raises BudgetError where the budget takes no
-    group that is not finished, after the tables of what is.
-    """
-    console, status, shown = order.console, 0, []
-    if order.dry_run:
-        shown = first()
-        status = dryrun.show_stages(shown, order.root, order.jobs, {})
-    else:
-        order.root.mkdir(parents=True, exist_ok=True)
-    try:
-        campaign = plan()
-    except ValueError as error:
-        if not order.dry_run or all(pipeline.is_there(stage.config.data) for stage in shown):
-            raise
-        console.print(f"# no plan of all seeds without the images: {error}", markup=False)
-        return status
-    show_campaign(campaign, console)
-    problem = budget_problem(campaign)
-    if problem is not None and (order.dry_run or "reused" not in campaign.states.values()):
-        raise problem
-    if order.dry_run:
-        return status
-    started = time.monotonic()
-    status, outcomes = carry_out(campaign, lambda states: overview(campaign, states))
-    write(campaign, outcomes, status != INTERRUPTED)
-    console.print(f"{duration(time.monotonic() - started)} on the clock")
-    if problem is not None:
-        raise problem
-    failed = [name for name, outcome in outcomes.items() if outcome.state == "failed"]
-    for name in failed:
-        console.print(f"error: {name} failed: {outcomes[name].note}", markup=False)
-    return status if status == INTERRUPTED else int(bool(failed))
-
-
 def carry_out(
-    campaign: Campaign[Run], overview: Overview | None = None
+    campaign: Campaign, overview: Overview | None = None
 ) -> tuple[int, dict[str, Outcome]]:
     """Train what was taken: status as pipeline.run has it, and how each run ended. What was
     finished before and is only shown counts among them.
@@ -271,4 +248,10 @@ def carry_out(
         if run in runs or campaign.states[run] == "reused"
     }
     order = campaign.order
-    return pipeline.run(pipeline.ordered(wanted), order.root, jobs=order.jobs, overview=overview)
+    return pipeline.run(
+        pipeline.ordered(wanted, controls(campaign.stages.values())),
+        order.root,
+        jobs=order.jobs,
+        overwrite=order.overwrite,
+        overview=overview,
+    )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -273,11 +273,13 @@ def finish(root: Path, outcomes: Mapping[str, Outcome]) -> None:
         console.print(f"report: {report(root)}")
 
 
-def ordered(stages: Mapping[str, Stage]) -> list[Stage]:
-    """Inputs before what reads them, the heaviest chain of followers first."""
+def ordered(stages: Mapping[str, Stage], first: Collection[str] = ()) -> list[Stage]:
+    """Inputs before what reads them, the stages of `first` and then the heaviest chain of followers
+    first.
+    """
     costs = {name: stage.cost for name, stage in stages.items()}
     try:
-        names = longest_chain_first(costs, {name: s.inputs for name, s in stages.items()})
+        names = longest_chain_first(costs, {n: s.inputs for n, s in stages.items()}, first)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return [stages[name] for name in names]

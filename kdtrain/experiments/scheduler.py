@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -64,12 +64,15 @@ class _Child:
 
 
 def longest_chain_first(
-    seconds: Mapping[str, float], inputs: Mapping[str, Iterable[str]]
+    seconds: Mapping[str, float],
+    inputs: Mapping[str, Iterable[str]],
+    first: Collection[str] = (),
 ) -> list[str]:
     """Stages by the time from their start to the end of the longest chain that follows, longest
     first; inputs come before what reads them, and several jobs end together.
 
-    seconds: of each stage, more than 0. Raises ValueError for stages that wait for each other.
+    seconds: of each stage, more than 0. first: stages that come before all others, their inputs
+    among them. Raises ValueError for stages that wait for each other.
     """
     needs = {name: [n for n in inputs.get(name, ()) if n in seconds] for name in seconds}
     try:
@@ -81,22 +84,25 @@ def longest_chain_first(
     for name in reversed(order):  # what reads a stage comes before it here
         for needed in needs[name]:
             chains[needed] = max(chains[needed], seconds[needed] + chains[name])
-    return sorted(seconds, key=lambda name: (-chains[name], name))
+    return sorted(seconds, key=lambda name: (name not in first, -chains[name], name))
 
 
 def wall_time(
-    seconds: Mapping[str, float], inputs: Mapping[str, Sequence[str]], jobs: int
+    seconds: Mapping[str, float],
+    inputs: Mapping[str, Sequence[str]],
+    jobs: int,
+    first: Collection[str] = (),
 ) -> float:
     """Seconds on the clock until every stage is done, `jobs` of them side by side.
 
-    As run_all runs them: the stage with the longest chain of followers first, as soon as its
-    inputs are done; an input that is no stage here is done already. seconds: of each stage while
-    others run beside it (two jobs that share caches and memory are each slower than alone). Raises
-    ValueError for jobs below 1 or stages that wait for each other.
+    As run_all runs them: the stages of `first`, then the one with the longest chain of followers,
+    as soon as its inputs are done; an input that is no stage here is done already. seconds: of each
+    stage while others run beside it (two jobs that share caches and memory are each slower than
+    alone). Raises ValueError for jobs below 1 or stages that wait for each other.
     """
     if jobs < 1:
         raise ValueError(f"wall_time: jobs must be at least 1, got {jobs}")
-    waiting = longest_chain_first(seconds, inputs)
+    waiting = longest_chain_first(seconds, inputs, first)
     running: dict[str, float] = {}
     now = 0.0
     while waiting or running:

@@ -1,46 +1,62 @@
-"""Which of a teacher's targets help a student: each alone against none, over the same seeds.
+"""Which of a teacher's targets help a student: a study of each target alone against none.
 
     measure each target's individual influence, set to 0 what hurts, keep both where both help
 
 (section 5.4 of "Model Distillation with Knowledge Transfer", arXiv 1709.02929.) The arms differ in
-the targets' weights and in nothing else; they are stages of pipeline.py, so finished ones are
-reused, a killed one continues, and several run side by side. Images held out of the training
-split judge, unless data.validation_fraction is set to 0: to choose by the test split would be to
-peek at it.
+the targets' weights and in nothing else. Images held out of the training split judge, unless
+data.validation_fraction is set to 0: the choice must not read the test split.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from kdtrain.config import Config, ConfigError, TeacherConfig, named_runs, run_folder, settings
-from kdtrain.config.program import INTERRUPTED
-from kdtrain.experiments import pipeline, selection
-from kdtrain.experiments.campaign import Order
+from kdtrain.config import (
+    TARGETS,
+    Config,
+    ConfigError,
+    TeacherConfig,
+    named_runs,
+    run_folder,
+    settings,
+)
+from kdtrain.experiments import engine, pipeline
+from kdtrain.experiments.campaign import Campaign, Order
+from kdtrain.experiments.collect import Collection, table
+from kdtrain.experiments.figure import draw
 from kdtrain.experiments.scheduler import Outcome
-from kdtrain.experiments.selection import CANDIDATES, WIDTH, Arm, Selection
+from kdtrain.experiments.study import Arm, At, Claim, Study
+from kdtrain.objectives.tasks import TASKS
+from kdtrain.reports.tables import files
+from kdtrain.reports.tables.data import ONE_SEED, Block, Cell, Row, Table, Trend
+from kdtrain.reports.tables.text import difference_text, plain, show
 from kdtrain.training import checkpoint, keys
 from kdtrain.training.input_runs import run_config, same_set
-from kdtrain.training.journal import journal
 
+CANDIDATES = {row.name: row for row in TARGETS.values() if not row.alone}
+"""The targets by name; a hint is a stage of its own."""
 VALIDATION = 0.2
 """data.validation_fraction of the arms, where neither the recipe nor the command line sets one."""
+NONE = "none"
+RULE = (
+    "Rule: a target is judged by the paired bootstrap of its arm against none over seeds and "
+    "images (95 %). held: its weight stays; reversed (it hurts): 0; inconclusive or one seed: 0 "
+    "too, as a target without a gain still costs a pass of the teacher (--keep-inconclusive keeps "
+    "it); diverged in any seed: 0."
+)
 
 
 class SelectionError(RuntimeError):
-    """A comparison that cannot be made; the message says which stage is to blame and what to do."""
+    """A selection that cannot be made; the message names the stage to blame and the way out."""
 
 
 @dataclass(frozen=True)
-class Study:
-    """What is to be compared, with what is not compared held fixed."""
+class Selection:
+    """The candidates of a recipe, with everything else held fixed."""
 
     root: Path
     """Folder of the arms' runs; @NAME in the recipe is the run beside it."""
@@ -48,7 +64,7 @@ class Study:
     """The recipe with every candidate's weight, as the arms train it (but for seed and weights)."""
     weights: Mapping[str, float]
     """The candidates: target -> weight."""
-    seeds: Sequence[int]
+    seeds: tuple[int, ...]
     final_validation: float
     """data.validation_fraction of the recipe that is written."""
 
@@ -57,28 +73,40 @@ class Study:
         where neither a target nor the head needs it any more.
         """
         fields = {CANDIDATES[n].key: w if n in chosen else 0.0 for n, w in self.weights.items()}
-        target = dataclasses.replace(self.config.target, **fields)
-        is_asked = target.needs_teacher or self.config.head.needs_teacher
-        teacher = self.config.teacher if is_asked else TeacherConfig()
-        return dataclasses.replace(self.config, target=target, teacher=teacher)
+        target = replace(self.config.target, **fields)
+        needed = target.needs_teacher or self.config.head.needs_teacher
+        teacher = self.config.teacher if needed else TeacherConfig()
+        return replace(self.config, target=target, teacher=teacher)
 
-    def stages(self, arms: Sequence[Sequence[str]]) -> list[pipeline.Stage]:
-        """A stage for each arm (a tuple of targets) and seed, seeds first."""
-        return [
-            pipeline.Stage(stage_name(arm, seed), dataclasses.replace(self.weighed(arm), seed=seed))
-            for seed in self.seeds
-            for arm in arms
-        ]
+    def study(self, kept: Sequence[str] = ()) -> Study:
+        """An arm without the candidates and one for each, judged against none; of several `kept`
+        targets also an arm with all of them, judged against none and each of them alone.
+        """
+        chosen = {NONE: (), **{name: (name,) for name in self.weights}}
+        claims = [(name, NONE) for name in self.weights]
+        if len(kept) > 1:
+            both = "+".join(kept)
+            chosen[both] = tuple(kept)
+            claims += [(both, NONE), *((both, name) for name in kept)]
+        arms = {}
+        for name, targets in chosen.items():
+            flat = settings.to_flat(self.weighed(targets))
+            arms[name] = Arm("", keys={k: v for k, v in flat.items() if k != "seed"})
+        metric = TASKS[self.config.task].metric[0]
+        return Study(
+            name="select-targets", title="targets by their individual influence", arms=arms,
+            source="arXiv 1709.02929, section 5.4", seeds=self.seeds, split=self.split,
+            metrics=(metric,),
+            claims=tuple(
+                Claim("check" if "+" in a else "target", f"{a} > {b}", (At(a),), (At(b),), metric)
+                for a, b in claims
+            ),
+        )  # fmt: skip
 
     @property
-    def split(self) -> str:
+    def split(self) -> Any:
         """The images that judge: validation or test."""
         return "validation" if self.config.data.validation_fraction > 0 else "test"
-
-
-def stage_name(arm: Sequence[str], seed: int) -> str:
-    """none_s1, soft_s1, soft+hidden_s1."""
-    return f"{'+'.join(arm) or 'none'}_s{seed}"
 
 
 def plan(
@@ -88,8 +116,8 @@ def plan(
     *,
     targets: str | None = None,
     seeds: int = 3,
-) -> Study:
-    """What a recipe and a command line ask for.
+) -> Selection:
+    """The selection that a recipe and a command line ask for.
 
     targets: candidates with commas; by default those with a weight in the recipe, else soft and
     hidden. A candidate without weight gets its published weight; a target that is no
@@ -124,14 +152,14 @@ def plan(
     require_inputs(config, root, recipe, {**overrides, key: held_out})
     # folders for @NAME, as the arms lie one folder deeper than `root`
     flat = pipeline.rename_runs(settings.to_flat(config), lambda run: str(run_folder(run, root)))
-    study = Study(root, settings.build(flat), weights, range(1, seeds + 1), final)
+    found = Selection(root, settings.build(flat), weights, tuple(range(1, seeds + 1)), final)
     try:
-        study.weighed(())
+        found.weighed(())
     except ConfigError as error:
         raise ConfigError(
             f"without {', '.join(weights)} the recipe cannot train: {error}"
         ) from None
-    return study
+    return found
 
 
 def require_inputs(config: Config, root: Path, recipe: Path, overrides: Mapping[str, Any]) -> None:
@@ -174,125 +202,129 @@ def training_commands(name: str, folder: Path, recipes: Path, extra: str) -> lis
     return [*commands, f"python -m kdtrain train {shown} --run-dir {folder} {extra}".rstrip()]
 
 
-def run(study: Study, out: Path, order: Order, *, keep_inconclusive: bool, overwrite: bool) -> int:
-    """Train the arms, judge, and write table and recipe; 0 done, 1 a stage failed, 130 interrupted.
+def run(selection: Selection, out: Path, order: Order, *, keep_inconclusive: bool = False) -> int:
+    """Train the arms, judge, and write table and recipe; exit status 0, 1 (a run failed) or 130.
 
-    overwrite: train finished runs anew. Raises SelectionError where no baseline is left,
-    CheckpointError for run folders in use.
+    Raises SelectionError where no baseline is left, CheckpointError for run directories in use.
     """
-    console = journal.console(file_width=WIDTH)
+    study, wanted = selection.study(), ("held",)
+    if keep_inconclusive:
+        wanted = ("held", "inconclusive", ONE_SEED)
+    last: list[tuple[Campaign, Mapping[str, Outcome]]] = []
 
-    def trained(arms: Sequence[Sequence[str]]) -> tuple[int, dict[str, Outcome]]:
-        """pipeline.run, where a diverged run is a result and any other failure is named."""
-        stages = study.stages(arms)
-        status, outcomes = pipeline.run(stages, study.root, jobs=order.jobs, overwrite=overwrite)
-        if status == INTERRUPTED:
-            return status, outcomes
-        ended = ("done", "reused", "diverged")
-        failed = {name: one for name, one in outcomes.items() if one.state not in ended}
-        for name, outcome in failed.items():
-            console.print(f"error: {name} {outcome.state}: {outcome.note}", markup=False)
-        return int(bool(failed)), outcomes
+    def note(_: Any, plan: Campaign, outcomes: Mapping[str, Outcome], *__: Any, **___: Any) -> None:
+        last.append((plan, outcomes))
 
-    singles = [(), *((name,) for name in study.weights)]
-    console.print(
-        f"{len(singles) * len(study.seeds)} runs: none, {', '.join(study.weights)}"
-        f"; seeds 1 to {len(study.seeds)}; judged on the {study.split} split"
-    )
-    status, outcomes = trained(singles)
+    status = engine.run([study], order, write=note)
     if status:
         return status
-    none, *arms = (read_arm(study, arm, outcomes) for arm in singles)
-    if none.diverged:
-        raise SelectionError(
-            f"{stage_name((), none.diverged[0])} diverged: without targets the recipe does not "
-            "train, so there is nothing to compare with; lower optim.phases' lr, or set "
-            "optim.clip_norm"
-        )
-    metric = _results(study.root / stage_name((), study.seeds[0]))["metric"]
-    higher = metric["higher_is_better"]
-    judged = [selection.judge(arm, none, higher, keep_inconclusive) for arm in arms]
-    kept = tuple(one.arm.name for one in judged if one.kept)
-    checked = None
+    found, _ = engine.collected(study, *last[-1], timed=False)
+    kept = judge(found, wanted)
     if len(kept) > 1:
-        console.print(f"a check of {' and '.join(kept)} together")
-        status, more = trained([kept])
+        order.console.print(f"a check of {' and '.join(kept)} together")
+        study = selection.study(kept)
+        status = engine.run([study], replace(order, overwrite=False), write=note)
         if status:
             return status
-        checked = selection.check(read_arm(study, kept, more), none, judged, higher)
-    evidence = Selection(
-        study.split, metric["name"], higher, none, judged, checked, leaks(study), order.command
-    )
-    final = study.weighed(kept)
-    data = dataclasses.replace(final.data, validation_fraction=study.final_validation)
-    selection.write(evidence, dataclasses.replace(final, data=data), study.root, out)
-    console.print(selection.table(evidence))
-    console.print()
-    for line in evidence.remarks():
-        console.print(line, markup=False)
-    console.print(f"evidence: {study.root / 'select-targets.txt'}, .csv; recipe: {out}")
+        found, _ = engine.collected(study, *last[-1], timed=False)
+    setting = [("command", order.command), ("seeds", ", ".join(map(str, study.seeds)))]
+    shown = evidence(selection, found, kept, setting)
+    show(shown, order.console)
+    page = files.write(shown, order.root / "tables", draw(found, shown), subject="Targets")["html"]
+    checkpoint.write_text(out, recipe_text(selection, kept, shown))
+    order.console.print(f"evidence: {page}, and as text, Markdown, CSV and PNG; recipe: {out}")
     return 0
 
 
-def read_arm(study: Study, chosen: Sequence[str], outcomes: Mapping[str, Outcome]) -> Arm:
-    """What one arm's runs measured, per seed and image.
-
-    Raises SelectionError where a run has no per-image results, or runs saw different images.
+def judge(found: Collection, wanted: Sequence[str]) -> tuple[str, ...]:
+    """The targets that stay, by RULE: those whose claim has a verdict of `wanted`. Raises
+    SelectionError for a baseline that diverged, and for arms measured on no image or on other
+    images.
     """
-    scores: list[np.ndarray | None] = []
-    images: list[int] = []
-    for seed in study.seeds:
-        name = stage_name(chosen, seed)
-        if outcomes[name].state == "diverged":
-            scores.append(None)
-            continue
-        items, metric = read_items(study.root / name, study.split)
-        scores.append(items[metric].astype(np.float64))
-        index = items["index"].tolist()
-        if images and index != images:
-            raise SelectionError(f"{study.root / name}: judged on other images than other seeds")
-        images = index
-    weights = {name: study.weights[name] for name in chosen}
-    return Arm("+".join(chosen) or "none", weights, tuple(scores), tuple(study.seeds), images)
-
-
-def read_items(folder: Path, split: str) -> tuple[dict[str, np.ndarray], str]:
-    """The per-image results at the end of a run on a split, and the name of its metric."""
-    results = _results(folder)
-    name = results["metric"]["name"]
-    told = results["metrics" if split == "test" else "validation"].get(name)
-    if told is None:
+    study = found.study
+    images = set()
+    for run, result in found.results.items():
+        if run.arm == NONE and result.state == "diverged":
+            raise SelectionError(
+                f"{run.name} diverged: without targets the recipe does not train, so there is "
+                "nothing to compare with; lower optim.phases' lr, or set optim.clip_norm"
+            )
+        if result.state == "done":
+            items = result.items("index", split=study.split)
+            if items is None or result.metric(study.metrics[0], split=study.split) is None:
+                raise SelectionError(
+                    f"{result.folder}: {study.metrics[0]} cannot be measured on the images of the "
+                    f"{study.split} split; set a larger data.validation_fraction"
+                )
+            images.add(tuple(items.tolist()))
+    if len(images) > 1:
         raise SelectionError(
-            f"{folder}: {name} cannot be measured on the images of the {split} split; "
-            "set a larger data.validation_fraction"
+            f"{study.name}: the arms were judged on different images; --overwrite trains them anew"
         )
-    # the last phase that was begun: an early stop leaves none of those after it
-    stem = "phase" if split == "test" else "validation_phase"
-    files = (folder / "items").glob(f"{stem}*.npz")
-    for path in sorted(files, key=lambda file: int(file.stem.removeprefix(stem)))[-1:]:
-        items = checkpoint.read_arrays(path)
-        if np.isclose(np.nanmean(items[name], dtype=np.float64), told, rtol=1e-5):  # of float32
-            return items, name
-    raise SelectionError(
-        f"{folder}: items/ does not hold the images that {name} {told} of the {split} split is "
-        "the mean of; pass --overwrite to train it anew"
-    )
+    kept = []
+    for claim in study.claims:
+        arm, other = claim.better[0], claim.worse[0].arm
+        diverged = any(result.state == "diverged" for result in found.of(arm, False))
+        verdict = found.trend(claim, study.metrics[0]).verdict
+        if other == NONE and arm.arm in CANDIDATES and not diverged and verdict.state in wanted:
+            kept.append(arm.arm)
+    return tuple(kept)
 
 
-def _results(folder: Path) -> dict[str, Any]:
-    return checkpoint.read_json(folder / "results.json") or {}
+def evidence(
+    selection: Selection,
+    found: Collection,
+    kept: Sequence[str],
+    setting: Sequence[tuple[str, str]],
+) -> Table:
+    """The table of the study, with the weights that follow and remarks as notes."""
+    made = table(found, setting)
+    chosen = {name: w if name in kept else 0.0 for name, w in selection.weights.items()}
+    rows = [
+        Row(name, "paper", tuple(Cell(w, state="done", shown=f"{w:g}") for w in (weight, value)))
+        for (name, weight), value in zip(selection.weights.items(), chosen.values(), strict=True)
+    ]
+    block = Block("weights", ("candidate", "chosen"), tuple(rows), "weight", unit="")
+    words = (f"target.{CANDIDATES[name].key} {w:g}" for name, w in chosen.items())
+    notes = [f"Chosen: {', '.join(words)}."]
+    for trend in made.trends:
+        if trend.code == "check" and not trend.claim.startswith(f"{'+'.join(kept)} > {NONE}"):
+            notes += _warning(trend)
+    if len(selection.seeds) == 1:
+        notes.append("Note: one seed gives no verdict, as it does not show how seeds differ.")
+    notes += [*(f"Note: {note}." for note in leaks(selection)), RULE]
+    return replace(made, blocks=(*made.blocks, block), notes=tuple([*made.notes, *notes]))
 
 
-def leaks(study: Study) -> list[str]:
+def _warning(trend: Trend) -> list[str]:
+    """A line where all kept targets together do worse than one of them alone."""
+    if trend.verdict.state not in ("reversed", "diverged"):
+        return []
+    return [
+        f"Warning: {trend.claim}: {trend.verdict.state}, {difference_text(trend)} points. The "
+        "targets stay together, as in the paper; to keep one alone, set the other weights to 0."
+    ]
+
+
+def recipe_text(selection: Selection, kept: Sequence[str], shown: Table) -> str:
+    """The chosen recipe: a head comment with the evidence, then every setting."""
+    config = selection.weighed(kept)
+    data = replace(config.data, validation_fraction=selection.final_validation)
+    head = "Targets chosen by their individual influence (arXiv 1709.02929, section 5.4)."
+    comment = "\n".join(f"# {line}".rstrip() for line in [head, *plain(shown).splitlines()])
+    return f"{comment}\n{settings.to_yaml(replace(config, data=data))}"
+
+
+def leaks(selection: Selection) -> list[str]:
     """A note for every input run that was trained on images that judge here."""
-    if study.split == "test":
+    if selection.split == "test":
         return [
             "the test split chose, so its results for the chosen recipe are no longer untouched "
             "evidence; --data.validation_fraction 0.2 leaves it alone"
         ]
-    ours, notes = study.config.data, []
+    ours, notes = selection.config.data, []
     cut = ("split", "test_fraction", "split_seed", "validation_fraction")
-    for setting, folder in keys.input_folders(study.config, study.root).items():
+    for setting, folder in keys.input_folders(selection.config, selection.root).items():
         if setting == "gallery":  # which no arm learns from
             continue
         try:
@@ -306,7 +338,7 @@ def leaks(study: Study) -> list[str]:
             notes.append(
                 f"{setting} ({folder.name}) was trained on images that judge here, which "
                 f"{effect}; train it with --data.validation_fraction "
-                f"{study.config.data.validation_fraction:g} to leave them out"
+                f"{selection.config.data.validation_fraction:g} to leave them out"
             )
     return notes
 

@@ -1,151 +1,365 @@
-"""What the commands of many runs share: run folders read into cells, floors and verdicts, and how
-data sources and sizes are written.
+"""A study: arms that are trained over seeds, the table that they fill and the claims about them.
+
+study_file.py reads one from YAML. Here its runs are worked out: every arm at every width,
+resolution, seed and data source, each a stage of pipeline.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
+from kdtrain.config import RUN_SETTINGS, ConfigError, settings
+from kdtrain.experiments import pipeline
+from kdtrain.reports.tables.data import RowKind
 
-from kdtrain.experiments.campaign import Campaign, Run
-from kdtrain.experiments.pipeline import stage_state
-from kdtrain.experiments.scheduler import Outcome
-from kdtrain.reports.tables import verdicts
-from kdtrain.reports.tables.data import Cell, CellState, Row, Verdict
-from kdtrain.training.checkpoint import read_arrays, read_json
-from kdtrain.training.journal.journal import duration
-
-State = Literal["done", "not run", "unfinished", "diverged", "failed"]
-STATES: Mapping[str, State] = {"reused": "done", "diverged": "diverged", "resume": "unfinished"}
-"""Of what pipeline.stage_state says of a run folder after the training."""
-NOT_THERE = Cell(state="none")
-Rule = Callable[[verdicts.Scores, verdicts.Scores], Verdict]
+SCHEDULES = "_tables.yaml"
+LAST = -1  # the end of a run; 0 is the end of its first phase
+AT_PHASE_ENDS = 10_000  # epochs between evaluations; the end of a phase is always evaluated
+CACHE = "float32"  # teacher.cache of students: bitwise identical to online training
+SIZE, DIVIDE, TEACHER = "data.input_size", "model.divide", "teacher"
+ClaimKind = Literal["better", "worse", "neutral", "at_least"]
+Rank = tuple[bool, int, bool]
 
 
 @dataclass(frozen=True)
-class Result:
-    """One run folder, as far as it got."""
+class Run:
+    """One run of a study."""
 
-    folder: Path
-    state: State = "not run"
-    note: str = ""
-    results: Mapping[str, Any] = field(default_factory=dict)
+    arm: str
+    seed: int
+    width: int | None = None
+    """Division of the kernels, where the recipe or the arm does not set it."""
+    side: int | None = None
+    """data.input_size, where it is not the recipe's own."""
+    second: bool = False
 
-    @classmethod
-    def read(cls, folder: Path, key: str, failure: str = "") -> Result:
-        """What is in a run folder under this key; failure: why it failed now, if it did."""
-        state = STATES.get(stage_state(folder, key), "not run")
-        if state == "done":
-            return cls(folder, state, "", read_json(folder / "results.json") or {})
-        if state == "diverged":
-            record = read_json(folder / "diverged.json") or {}
-            return cls(folder, state, record.get("message", ""))
-        return cls(folder, "failed", failure) if failure else cls(folder, state)
-
-    def metric(self, name: str, phase: int = -1) -> float | None:
-        """A test metric at the end of a phase, as a fraction."""
-        phases = self.results.get("phases", [])
-        if not phases:
-            return None
-        found = phases[phase]
-        return found.get("test", found["metrics"]).get(name)
-
-    def items(self, name: str, phase: int = -1) -> np.ndarray | None:
-        """The same for every test image."""
-        if self.state != "done":
-            return None
-        place = phase % len(self.results["phases"])
-        return read_arrays(self.folder / "items" / f"phase{place}.npz").get(name)
+    @property
+    def name(self) -> str:
+        """Its stage and run directory: th_kd_s1, cls_soft_8_s1 (1/8 of the kernels), th_kd_r16_s1
+        (16 pixels), b_th_kd_s1 (second data source).
+        """
+        width = "" if self.width is None else f"_{self.width}"
+        side = "" if self.side is None else f"_r{self.side}"
+        return f"{'b_' if self.second else ''}{self.arm}{width}{side}_s{self.seed}"
 
 
-def read_all(campaign: Campaign[Run], outcomes: Mapping[str, Outcome]) -> dict[Run, Result]:
-    """What every run folder of a campaign holds after its training."""
-    failures = {name: one.note for name, one in outcomes.items() if one.state == "failed"}
-    return {
-        run: Result.read(
-            campaign.order.root / stage.name,
-            campaign.keys[stage.name],
-            failures.get(stage.name, ""),
-        )
-        for run, stage in campaign.stages.items()
-    }
+@dataclass(frozen=True)
+class Arm:
+    """A recipe with further keys."""
+
+    recipe: str
+    """Name of a recipe in the study's folder, or of a packaged one, or a path; "": keys alone."""
+    schedule: str | None = None
+    """Phases of the folder's _tables.yaml, as classification.scratch; None: the recipe's."""
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    """Dotted keys on top of the recipe."""
 
 
-def cell_of(
-    found: Sequence[Result], metric: str, phase: int = -1, paper: float | None = None
-) -> Cell:
-    """The mean and spread in percent of one run a seed, or why there is none: the worst of them."""
-    values = [r.metric(metric, phase) if r.state == "done" else None for r in found]
-    percent = [None if v is None else 100 * v for v in values]
-    if any(v is not None for v in percent):
-        missing = {r.state for r, v in zip(found, percent, strict=True) if v is None}
-        return Cell.of(percent, paper=paper, note=", ".join(sorted(missing)))
-    states = {r.state for r in found}
-    worst: tuple[CellState, ...] = ("diverged", "failed", "unfinished")
-    state: CellState = "not run"
-    for wanted in reversed(worst):
-        state = wanted if wanted in states else state
-    note = next((r.note for r in found if r.note), "")
-    if states <= {"done"}:
-        state, note = "not measured", "these images have not what it needs"
-    return Cell(paper=paper, state=state, note=note, per_seed=tuple(percent))
-
-
-def mean_floor(found: Iterable[Result], kind: str, metric: str) -> float | None:
-    """The mean floor (kind: floors or untrained) of finished runs, in percent, if any."""
-    values = [r.results.get(kind, {}).get(metric) for r in found if r.state == "done"]
-    known = [v for v in values if v is not None]
-    return 100 * float(np.mean(known)) if known else None
-
-
-def floor_rows(values: Iterable[tuple[str, Sequence[float | None]]]) -> list[Row]:
-    """The rows, by name, that have any floor."""
-    return [
-        Row(name, "floor", tuple(NOT_THERE if v is None else Cell(v, state="done") for v in row))
-        for name, row in values
-        if any(v is not None for v in row)
-    ]
-
-
-def judged(
-    pairs: Sequence[Sequence[tuple[Sequence[Result], int]]], metric: str, rule: Rule
-) -> tuple[Verdict, list[int], bool]:
-    """The verdict on pairs of arms over the seeds that both have, which pairs are there, and
-    whether a run diverged.
-
-    pairs: of each arm its runs, one a seed, and the phase that counts. Of several pairs the mean
-    counts. rule: of verdicts.py.
+@dataclass(frozen=True)
+class At:
+    """The source of a number: an arm, its width or resolution, and the phase at whose end it is
+    read.
     """
-    diverged = any(r.state == "diverged" for pair in pairs for found, _ in pair for r in found)
-    arms = [[[r.items(metric, phase) for r in found] for found, phase in pair] for pair in pairs]
-    kept = [
-        place
-        for place, (ours, theirs) in enumerate(arms)
-        if any(a is not None and b is not None for a, b in zip(ours, theirs, strict=True))
-    ]
-    if not kept:
-        return Verdict("diverged" if diverged else "not run"), kept, diverged
-    better, worse = (verdicts.pooled([arms[place][side] for place in kept]) for side in (0, 1))
-    return rule(better, worse), kept, diverged
+
+    arm: str
+    width: int | None = None
+    paper: float | None = None
+    """In percent."""
+    phase: int = LAST
+    side: int | None = None
 
 
-def about(found: Iterable[Result], jobs: int) -> list[tuple[str, str]]:
-    """Images, machine and training time of the finished runs, as lines below a table."""
-    lines = []
-    done = [result for result in found if result.state == "done"]
-    for data in {tuple(r.results["data"].items()): r.results["data"] for r in done}.values():
-        text = f"{data['name']}: {data['images']:,} images of {data['classes']:,} identities"
-        lines.append(("data", f"{text}, {data['train']:,} to train and {data['test']:,} to test"))
-    if done:
-        known = done[0].results["environment"]
-        lines.append(("machine", ", ".join(f"{k} {v}" for k, v in known.items())))
-        total = sum(r.results["seconds"] for r in done)
-        lines.append(("training", f"{duration(total)} of all runs together, {jobs} jobs"))
-    return lines
+@dataclass(frozen=True)
+class Line:
+    """A row: one place for each column of its block."""
+
+    name: str
+    kind: RowKind
+    places: tuple[At | None, ...]
+    """None: the table has no such cell."""
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """Rows that share columns."""
+
+    title: str
+    columns: tuple[str, ...]
+    metric: str
+    lines: tuple[Line, ...]
+    second: bool = False
+    """On the second data source."""
+    metrics: tuple[str, ...] = ()
+    """One per column, where the block has no metric of its own."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A trend as a comparison of `better` with `worse`; of several pairs the mean counts."""
+
+    code: str
+    text: str
+    better: tuple[At, ...]
+    worse: tuple[At, ...]
+    metric: str | None = None
+    """None: each metric of the table that is measured per item."""
+    kind: ClaimKind = "better"
+    """worse: the claim is that `better` does worse."""
+    second: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """What is trained and shown. With `blocks` the table has these cells; else a row per arm."""
+
+    name: str
+    """Of its files."""
+    arms: Mapping[str, Arm]
+    recipes: str = ""
+    """Folder of the arms' recipes: a packaged preset, or a path."""
+    title: str = ""
+    source: str = ""
+    """The line below the title."""
+    subject: str = "Study"
+    """Of the HTML page."""
+    runs: str = ""
+    """Studies with this word share the run directory runs/WORD-RECIPES; "": runs/NAME."""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    widths: tuple[int, ...] = ()
+    """Divisions of the kernels, in the order in which a budget is spent."""
+    resolutions: tuple[int, ...] = ()
+    """Sides of the arms' input; empty: each recipe's own."""
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    """Dotted keys of every run."""
+    tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Dotted keys of the runs of one task, on top."""
+    second: Mapping[str, Any] | None = None
+    """Dotted keys of the second data source; None: there is none."""
+    one_teacher: bool = False
+    """The teachers of the first seed serve every seed."""
+    split: Literal["test", "validation"] = "test"
+    """The images that are measured."""
+    metrics: tuple[str, ...] = ()
+    """Columns of a table with a row per arm; empty: those that the runs have."""
+    costs: bool = False
+    """Also show parameters, multiply-adds, images per second and the length of training."""
+    blocks: tuple[BlockSpec, ...] = ()
+    claims: tuple[Claim, ...] = ()
+
+    @cached_property
+    def flat(self) -> Mapping[str, Mapping[str, Any]]:
+        """Dotted keys of every arm and of every recipe that an arm takes a run from (@NAME: an arm,
+        or a recipe beside it or in the folder above), by name. Raises ConfigError for one that is
+        not there, and for two of one name that differ.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        origins: dict[str, Path] = {}
+        read = cache(settings.read_recipe)
+        waiting = [(name, self._file(arm.recipe), arm.keys) for name, arm in self.arms.items()]
+        while waiting:
+            name, path, keys = waiting.pop(0)
+            flat = {**(read(path) if path.name else {}), **keys}
+            if name in found:
+                if flat != found[name]:
+                    raise ConfigError(
+                        f"{name}: {origins[name]} and {path} differ and would be one run; rename "
+                        "one"
+                    )
+                continue
+            origins[name], found[name] = path, flat
+            for needed in inputs_of(flat):
+                places = (path.parent / f"{needed}.yaml", path.parent.parent / f"{needed}.yaml")
+                beside = next((place for place in places if place.is_file()), None)
+                if needed in self.arms and (beside is None or self.arms[needed].keys):
+                    continue
+                if beside is None:
+                    raise ConfigError(
+                        f"{name}: takes @{needed}, and there is no arm of that name and no recipe "
+                        f"{places[0]}"
+                    )
+                waiting.append((needed, beside, {}))
+        return found
+
+    def _file(self, recipe: str) -> Path:
+        """The file of a recipe's name or path; none for ""."""
+        if not recipe:
+            return Path()
+        beside = _folder(self.recipes) / f"{recipe}.yaml"
+        return beside if beside.is_file() else settings.recipe_path(recipe)
+
+    @cached_property
+    def schedules(self) -> Mapping[str, list[dict[str, float]]]:
+        """The phases of the folder by name, as classification.scratch; raises ConfigError."""
+        path = _folder(self.recipes) / SCHEDULES
+        if not path.is_file():
+            known = sorted(f.parent.name for f in settings.RECIPES.glob(f"*/{SCHEDULES}"))
+            raise ConfigError(
+                f"--scale {self.recipes}: no {path}; {settings.nearest(self.recipes, known)}"
+            )
+        found = settings.flatten(settings.read_yaml(path))
+        both = found["classification.scratch"] + found["classification.initialised"]
+        return {"classification.both": both, **found}
+
+    @cached_property
+    def teachers(self) -> tuple[str, ...]:
+        """The arms and inputs that an arm learns from or is searched among, in the order of the
+        arms; an input of the name "teacher" too.
+        """
+        keys = ("teacher.run", "teacher.more", "eval.gallery")
+        named = [name for arm in self.arms for name in inputs_of(self.flat[arm], keys)]
+        own = (n for arm in self.arms for n in inputs_of(self.flat[arm]) if n == TEACHER)
+        return tuple(dict.fromkeys([*named, *own]))
+
+    @property
+    def root(self) -> Path:
+        """The default run directory."""
+        name = f"{self.runs}-{Path(self.recipes).name}" if self.runs else self.name
+        return Path("runs") / name
+
+    @property
+    def students(self) -> tuple[str, ...]:
+        """The arms that are no other's teacher."""
+        return tuple(name for name in self.arms if name not in self.teachers)
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """The rows of a table with a row per arm."""
+        return (*self.students, *self.teachers)
+
+    def kind(self, arm: str) -> RowKind:
+        """teacher; control: takes nothing from another run but a gallery; paper: every other."""
+        if arm in self.teachers:
+            return "teacher"
+        flat = self.flat[arm]
+        taken = any(flat.get(k) for k in RUN_SETTINGS.values() if k != "eval.gallery")
+        return "paper" if taken else "control"
+
+    @property
+    def sources(self) -> tuple[bool, ...]:
+        """Whether each data source is the second."""
+        return (False,) if self.second is None else (False, True)
+
+    def run_of(self, at: At, seed: int, second: bool) -> Run:
+        """The run behind a place. A teacher and an arm that sets model.divide have one width;
+        teachers and inputs have the resolution of their recipe.
+        """
+        if self.one_teacher and at.arm in self.teachers:
+            seed = self.seeds[0]
+        arm, side = self.arms.get(at.arm), at.side
+        width = at.width if arm is None or DIVIDE not in arm.keys else None
+        own = arm is None or at.arm in self.teachers
+        if side is not None and (own or side == self._own_side(at.arm, second)):
+            side = None
+        return Run(at.arm, seed, width, side, second)
+
+    def of(self, at: At, second: bool) -> list[Run]:
+        """The runs behind a place, one per seed; a shared teacher is one run."""
+        return list(dict.fromkeys(self.run_of(at, seed, second) for seed in self.seeds))
+
+    def _own_side(self, arm: str, second: bool) -> int:
+        if (arm, second) not in self._sides:
+            self._sides[arm, second] = self.stage(Run(arm, 0, second=second)).config.data.input_size
+        return self._sides[arm, second]
+
+    @cached_property
+    def _sides(self) -> dict[tuple[str, bool], int]:
+        return {}
+
+    def stage(self, run: Run) -> pipeline.Stage:
+        """A run as a stage. Raises ConfigError where a recipe or key does not fit."""
+        arm, flat = self.arms.get(run.arm, Arm("")), dict(self.flat[run.arm])
+        task = self.tasks.get(flat.get("task", "classification"), {})
+        own = {**arm.keys, **self.keys, **task, **((self.second or {}) if run.second else {})}
+        if {**flat, **own}.get("train.early_stop") is None:
+            flat["train.eval_every"] = AT_PHASE_ENDS
+        if flat.get("teacher.run") is not None:
+            flat.setdefault("teacher.cache", CACHE)
+        if arm.schedule is not None:
+            if arm.schedule not in self.schedules:
+                known = settings.nearest(arm.schedule, self.schedules)
+                raise ConfigError(
+                    f"{self.name}: arms.{run.arm}.schedule: no {arm.schedule!r} in "
+                    f"{_folder(self.recipes) / SCHEDULES}; {known}"
+                )
+            flat["optim.phases"] = [dict(phase) for phase in self.schedules[arm.schedule]]
+        if run.width is not None:
+            flat[DIVIDE] = run.width
+        flat |= {**own, "seed": run.seed}
+        if run.side is not None:
+            try:
+                whole = settings.build(flat)
+            except ConfigError as error:
+                raise ConfigError(f"{run.name}: {error}") from None
+            # the same crop at another resolution, and the teacher as it was
+            flat |= {SIZE: run.side, "data.crop_size": whole.data.crop_side}
+            if whole.teacher.run is not None:
+                flat["teacher.input_size"] = whole.teacher_side
+
+        def beside(name: str) -> str:
+            here = isinstance(name, str) and name.startswith("@")
+            return f"@{self._input(run, name[1:]).name}" if here else name
+
+        return pipeline.make_stage(run.name, pipeline.rename_runs(flat, beside), run.name)
+
+    def _input(self, run: Run, name: str) -> Run:
+        """The run of an arm or input that a run reads: of its seed, width and data source."""
+        return self.run_of(At(name, run.width), run.seed, run.second)
+
+    def chain(self, run: Run, above: tuple[str, ...] = ()) -> Iterator[Run]:
+        """A run after every run that it needs. Raises ConfigError for a circle."""
+        if run.arm in above:
+            raise ConfigError(f"recipes wait for each other: {', '.join((*above, run.arm))}")
+        for name in inputs_of(self.flat[run.arm]):
+            yield from self.chain(self._input(run, name), (*above, run.arm))
+        yield run
+
+    def places(self, second: bool) -> list[tuple[Rank, str, At]]:
+        """Rank, label and place of everything that is trained, in the order in which a budget is
+        spent: the second data source last, the widths in their order, rows beyond the paper after
+        the paper's; controls first.
+        """
+        found = []
+        if self.blocks:
+            for at, extra in self.cells(second):
+                if at.width is None or at.width in self.widths:
+                    width = next(iter(self.widths), None) if at.width is None else at.width
+                    size = "" if width is None else f", 1/{width}"
+                    rank = second, self.widths.index(width) if width else 0, extra
+                    label = f"{self.name}{size}{', further rows' if extra else ''}{where(second)}"
+                    found.append((rank, label, at))
+            return sorted(found, key=lambda one: one[0])
+        for arm in sorted(self.students, key=lambda name: self.kind(name) != "control"):
+            for side in self.resolutions or (None,):
+                label = f"{arm}{pixels(side)}{where(second)}"
+                found.append(((second, 0, False), label, At(arm, side=side)))
+        teachers = (((second, 0, False), f"{n}{where(second)}", At(n)) for n in self.teachers)
+        return [*found, *teachers]
+
+    def cells(self, second: bool) -> Iterator[tuple[At, bool]]:
+        """The cells of the table and of its claims, and whether they are beyond the paper."""
+        for block in self.blocks:
+            if block.second == second:
+                for line in block.lines:
+                    yield from ((at, line.kind == "extra") for at in line.places if at)
+        for claim in self.claims:
+            if claim.second == second:
+                yield from ((at, False) for at in (*claim.better, *claim.worse))
+
+
+def inputs_of(flat: Mapping[str, Any], keys: Sequence[str] = ()) -> list[str]:
+    """The names behind @ in the settings that name runs; keys: these settings alone."""
+    values = [flat.get(key) for key in keys or RUN_SETTINGS.values()]
+    every = [v for value in values for v in (value if isinstance(value, list) else [value])]
+    return list(dict.fromkeys(v[1:] for v in every if isinstance(v, str) and v.startswith("@")))
+
+
+def _folder(recipes: str) -> Path:
+    packaged = settings.RECIPES / recipes
+    return packaged if packaged.is_dir() and Path(recipes) != Path() else Path(recipes)
 
 
 def where(second: bool) -> str:

@@ -11,12 +11,13 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from kdtrain.config import ConfigError, HeadConfig, ModelConfig, TrainConfig
 from kdtrain.models.backbones import build_backbone
@@ -323,34 +324,19 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def multiply_adds(network: FaceNetwork, input_size: int, *, heads: bool = True) -> int:
-    """Multiply-adds of convolutions and linear layers for one (3, input_size, input_size) image;
+    """Multiply-adds of convolutions and matrix products for one (3, input_size, input_size) image;
     heads: classifier and landmark head included.
 
-    The usual "MACs" or, loosely, "FLOPs" of the field; normalisation, activation and pooling do not
-    count. Shapes alone are computed (meta tensors): no memory, no arithmetic, no change to
-    `network`.
+    The usual "MACs" or, loosely, "FLOPs" of the field, as torch.utils.flop_counter counts them;
+    normalisation, activation and pooling do not count. Shapes alone are computed (meta tensors): no
+    memory, no arithmetic, no change to `network`.
     """
-    total = 0
-
-    def count(module: nn.Module, _: Any, output: Tensor) -> None:
-        nonlocal total
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        total += output[0].numel() * weight[0].numel()
-
     counted = network if heads else network.backbone
-    layers = [m for m in counted.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    shapes = {
-        name: tensor.to("meta")
-        for name, tensor in (*network.named_parameters(), *network.named_buffers())
-    }
-    with ExitStack() as stack:
-        stack.enter_context(evaluating(network))
-        for layer in layers:
-            stack.enter_context(layer.register_forward_hook(count))
-        image = torch.empty(1, 3, input_size, input_size, device="meta")
-        torch.func.functional_call(network, shapes, (image,))
-    return total
+    state = {n: t.to("meta") for n, t in (*counted.named_parameters(), *counted.named_buffers())}
+    image = torch.empty(1, 3, input_size, input_size, device="meta")
+    with evaluating(network), FlopCounterMode(display=False) as counter:
+        torch.func.functional_call(counted, state, (image,))
+    return counter.get_total_flops() // 2
 
 
 def _differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,11 +74,6 @@ class Stage:
         return CHAIN.get(self.name, self.name)
 
     @property
-    def dashed(self) -> bool:
-        """Whether its line is dashed, on top of the distilled student's, which it may cover."""
-        return self.role == "control"
-
-    @property
     def teachers(self) -> list[str]:
         """The runs that its config names as teachers, as written there."""
         section = self.config.get("teacher", {})
@@ -103,7 +99,7 @@ class Stage:
 
     def items(self, metric: str) -> np.ndarray | None:
         """The metric of every test item at the end of training; None where it is not stored."""
-        last = len(self.config.get("optim", {}).get("phases", [])) - 1
+        last = len(phase_ends(self)) - 1
         return read_arrays(self.folder / "items" / f"phase{last}.npz").get(metric)
 
     def beats_floor(self, metric: str) -> bool | None:
@@ -170,22 +166,16 @@ def machine_text(stage: Stage) -> str:
 
 
 def network_text(stages: Sequence[Stage]) -> str:
-    """'ResNet-14, 16 kernels, 0.3 M parameters, 7 M multiply-adds' of the first finished run."""
-    for stage in stages:
-        model = stage.config.get("model", {})
-        if not stage.results or not model:
-            continue
-        name = "network" if "network" in stage.results.get("parameters", {}) else "student"
-        size = stage.results.get("parameters", {}).get(name)
-        work = stage.results.get("multiply_adds", {}).get(name)
-        parts = [network_title(model)]
-        if model.get("name", "resnet") == "resnet":
-            # the kernels tell the division
-            parts = [f"ResNet-{model['depth']}", f"{model['width'] // model['divide']} kernels"]
-        parts += [f"{count(size)} parameters"] if size else []
-        parts += [f"{count(work)} multiply-adds"] if work else []
-        return ", ".join(parts)
-    return ""
+    """'ResNet-14/8, 0.3 M parameters, 7 M multiply-adds' of the first finished run."""
+    stage = next((s for s in stages if s.results and s.config.get("model")), None)
+    if stage is None:
+        return ""
+    parts = [network_title(stage.config["model"])]
+    for key, words in (("parameters", "parameters"), ("multiply_adds", "multiply-adds")):
+        found = stage.results.get(key, {})
+        size = found.get("network", found.get("student"))
+        parts += [f"{count(size)} {words}"] if size else []
+    return ", ".join(parts)
 
 
 def protocol_text(stages: Sequence[Stage]) -> str:
@@ -202,12 +192,6 @@ def protocol_text(stages: Sequence[Stage]) -> str:
     if any(stage.metric("pair_accuracy") is not None for stage in stages):
         parts.append("pairs by cosine, threshold from the other folds")
     return "; ".join(parts)
-
-
-def start_text(stage: Stage) -> str:
-    """The run whose weights the network started with, or scratch."""
-    source = stage.config.get("init_from")
-    return "scratch" if not source else str(source).removeprefix("@")
 
 
 def loss_text(stage: Stage) -> str:
@@ -284,10 +268,15 @@ def time_text(stage: Stage) -> str:
     return duration(seconds) if seconds else stage.state
 
 
+def phase_ends(stage: Stage) -> list[int]:
+    """The epochs done at the end of each phase."""
+    phases = stage.config.get("optim", {}).get("phases", [])
+    return list(itertools.accumulate(phase["epochs"] for phase in phases))
+
+
 def epochs_done(stage: Stage, record: Mapping[str, Any]) -> int:
     """Epochs done, over all phases, when a line was written."""
-    phases = stage.config.get("optim", {}).get("phases", [])
-    return sum(phase["epochs"] for phase in phases[: record["phase"]]) + record["epoch"] + 1
+    return [0, *phase_ends(stage)][record["phase"]] + record["epoch"] + 1
 
 
 def judge(stage: Stage) -> str:
@@ -297,19 +286,12 @@ def judge(stage: Stage) -> str:
     return next((metric for _, task, metric in COLUMNS if task == stage.task), "")
 
 
-def floor_of(stages: Sequence[Stage], task: str, metric: str) -> float | None:
-    """The floor that the first finished run of a task measured; None where there is none."""
-    return _first(stages, task, "floors", metric)
-
-
-def untrained_of(stages: Sequence[Stage], task: str, metric: str) -> float | None:
-    """A metric of the network before its first step, of the first finished student of a task (of
-    its teacher, where it has no other); None where there is none.
+def baseline(stages: Sequence[Stage], section: str, task: str, metric: str) -> float | None:
+    """A metric of a network that learned nothing, from the first finished run of a task; None where
+    there is none. section: floors, or untrained (the run's network before its first step: of a
+    student where there is one).
     """
-    students_first = sorted(stages, key=lambda stage: stage.name.split("_")[-1] == "teacher")
-    return _first(students_first, task, "untrained", metric)
-
-
-def _first(stages: Sequence[Stage], task: str, section: str, metric: str) -> float | None:
-    found = [stage.results.get(section, {}).get(metric) for stage in stages if stage.task == task]
+    last = "teacher" if section == "untrained" else "-"
+    ordered = sorted(stages, key=lambda stage: stage.name.endswith(last))
+    found = [stage.results.get(section, {}).get(metric) for stage in ordered if stage.task == task]
     return next((value for value in found if value is not None), None)

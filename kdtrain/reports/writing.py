@@ -41,11 +41,9 @@ def full(metric: str, value: float | None) -> str:
     return brief(metric, value) + " %" * known
 
 
-def plotted(metric: str, value: float | None) -> float:
-    """A metric as curves show it: a fraction in %, nan for none."""
-    if value is None:
-        return float("nan")
-    return 100 * value if unit(metric) == "fraction" else value
+def plotted(metric: str, value: float | None) -> float | None:
+    """A metric as curves show it: a fraction in %."""
+    return value if value is None or unit(metric) != "fraction" else 100 * value
 
 
 def count(number: float) -> str:

@@ -20,7 +20,6 @@ import json
 import os
 import pickle
 import shutil
-import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -29,6 +28,7 @@ from typing import IO, Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
@@ -205,16 +205,26 @@ def lock(folder: Path, wait_s: float = 10.0) -> Iterator[None]:
     Waits a little, as a child of a killed pipeline stops by itself within a step. A folder that was
     not there and in which nothing was written is taken away again. Raises CheckpointError.
     """
-    is_new = not folder.exists()
-    with _locked(folder, time.monotonic() + wait_s) as file:
-        with writing(folder / ".lock", 8):
-            file.write(str(os.getpid()).encode())
-            file.flush()
+    is_new, owner, held = not folder.exists(), folder / ".owner", None
+    while held is None:
+        try:
+            held = FileLock(folder / ".lock", timeout=wait_s).acquire()
+        except FileNotFoundError:  # its last owner took the folder away
+            continue
+        except Timeout:
+            process = owner.read_text(encoding="utf-8") if owner.is_file() else "unknown"
+            raise CheckpointError(
+                f"{folder}: in use by process {process}; wait for it, stop it, or take another "
+                "--run-dir"
+            ) from None
+    with held:
+        with writing(owner, 8):
+            owner.write_text(str(os.getpid()), encoding="utf-8")
         sweep(folder)
         try:
             yield
         finally:
-            if is_new and folder.is_dir() and os.listdir(folder) == [".lock"]:
+            if is_new and folder.is_dir() and set(os.listdir(folder)) <= {".lock", ".owner"}:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -233,7 +243,7 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent, f".{glob.escape(path.name)}.*.tmp")
     fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _held(fresh, fcntl.LOCK_EX) as file:
+    with _held(fresh) as file:
         try:
             yield file
             file.flush()
@@ -280,31 +290,13 @@ def amount(size: int) -> str:
     return f"{size / 1e3:.1f} kB"
 
 
-def _locked(folder: Path, deadline: float) -> IO[bytes]:
-    """The folder's lock file, held."""
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            return _held(folder / ".lock", fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except FileNotFoundError:  # the folder was taken away by its last owner
-            continue
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                owner = (folder / ".lock").read_text(encoding="utf-8")
-                raise CheckpointError(
-                    f"{folder}: in use by process {owner or 'unknown'}; "
-                    "wait for it, stop it, or take another --run-dir"
-                ) from None
-            time.sleep(0.1)
-
-
-def _held(path: Path, how: int) -> IO[bytes]:
-    """An empty file, locked: its owner's, until it is closed. how: of flock."""
+def _held(path: Path) -> IO[bytes]:
+    """An empty file, locked until it is closed."""
     while True:
         # emptied only when it is ours
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         try:
-            fcntl.flock(file, how)
+            fcntl.flock(file, fcntl.LOCK_EX)
             # its last owner may have moved or removed it before it let go
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 file.truncate()

@@ -33,7 +33,7 @@ from kdtrain.training.environment import (
     random_state,
     restore_random,
 )
-from kdtrain.training.input_runs import Gallery, check_gallery
+from kdtrain.training.input_runs import Gallery, check_gallery, seen_in_training
 from kdtrain.training.journal.journal import (
     Clock,
     Journal,
@@ -142,6 +142,7 @@ def evaluate(config: Config, run: Path) -> dict[str, Any]:
             "floors": floors,
             "untrained": task.untrained(data.evaluation(data.test)),
             "data": data.summary(),
+            "warning": seen_in_training(run, data),
             "trained_classes": trained.num_classes,
         }
 

@@ -109,14 +109,8 @@ def check_lineage(folders: Mapping[str, Path], data: RunData, screen: Screen) ->
         setting = RUN_SETTINGS.get(name) or RUN_SETTINGS[name.rpartition("_")[0]]
         if name == "head" or (name.startswith("teacher") and by_class):
             _check_identities(setting, run, data)
-        known = _known_images(run, data)
-        if known:
-            screen.say(
-                f"warning: {setting} {run.name} was trained on {known} of the "
-                f"{len(data.test)} test images here, or on their identities: split alike "
-                "(data.split, data.split_seed, data.test_fraction), or read the results as of "
-                "images known"
-            )
+        if seen := seen_in_training(run, data):
+            screen.say(f"warning: {setting} {run.name} {seen}")
 
 
 def _check_identities(name: str, run: Path, data: RunData) -> None:
@@ -125,30 +119,35 @@ def _check_identities(name: str, run: Path, data: RunData) -> None:
     ours = identities_key(data.source.class_names, data.config.data)
     if theirs is not None and theirs != ours:
         raise ConfigError(
-            f"{name} {run}: its classes are not the identities of {data.source.name}, or are in "
-            "another order, so class by class they cannot be compared; name a run on the same "
+            f"{name} {run}: its classes are other identities than those of {data.source.name}, or "
+            "in another order, so they cannot be compared class by class; name a run on the same "
             "identities"
         )
 
 
-def _known_images(run: Path, data: RunData) -> int:
-    """Test images of `data` that `run` was trained on; with data.split identity, those of
-    identities that it was trained on. 0 where it was trained on another set, or does not say on
-    which.
+def seen_in_training(run: Path, data: RunData) -> str | None:
+    """A warning where `run` was trained on test images of `data` (with data.split identity, on
+    their identities); None where it was not, or on another set, or does not say on which.
     """
     if "identities_key" not in _trained_on(run):
-        return 0
+        return None
     theirs = run_config(run)
     if not same_set(theirs.data, data.config.data):
-        return 0
+        return None
     try:
         train, _, _ = parts(data.source, theirs)
     except ValueError:  # a split file that was not read here
-        return 0
-    labels = data.source.labels
+        return None
+    labels, what = data.source.labels, "images"
+    seen = torch.isin(data.test, train)
     if data.config.data.split == "identity":
-        return int(torch.isin(labels[data.test], labels[train]).sum())
-    return int(torch.isin(data.test, train).sum())
+        seen, what = torch.isin(labels[data.test], labels[train]), "images' identities"
+    if not seen.any():
+        return None
+    return (
+        f"was trained on {int(seen.sum())} of the {len(seen)} test {what}, so the results are not "
+        "those of unseen ones: split alike (data.split, data.split_seed, data.test_fraction)"
+    )
 
 
 def same_set(one: DataConfig, other: DataConfig) -> bool:

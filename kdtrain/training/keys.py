@@ -17,7 +17,7 @@ from kdtrain.training.checkpoint import WEIGHTS, CheckpointError, read_json, run
 
 HASHED_ROOMS = ("config", "data", "models", "objectives", "training")
 """Packages of kdtrain whose sources can change a trained number."""
-NOT_HASHED = ("models/published", "training/journal")
+NOT_HASHED = ("models/published", "training/journal", "training/published")
 """Packages in them that cannot; each says so in its __init__."""
 
 

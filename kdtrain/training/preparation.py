@@ -69,6 +69,8 @@ def prepare_task(config: Config, data: RunData, run_dir: Path, screen: Screen) -
     teacher = load_teacher(config, folders, screen)
     task = build_task(config, data.source.num_classes, teacher)
     check_data(task, data)
+    for line in data.notes():
+        screen.say(f"note: {line}")
     check_lineage(folders, data, screen)
     if "init_from" in folders:
         weights = checkpoint.load_weights(checkpoint.run_weights(folders["init_from"]))
@@ -90,22 +92,23 @@ def prepare_task(config: Config, data: RunData, run_dir: Path, screen: Screen) -
 
 
 def check_batches(task: Task, data: RunData) -> None:
-    """Raises ConfigError where the last batch of an epoch is one sample and the network cannot
-    train on it: a batch normalisation that sees one value per channel.
+    """Raises ConfigError where the last batch of an epoch is one sample and no step can be taken on
+    it: a batch normalisation, of the network or of a target, then sees one value per channel.
     """
-    config, count = data.config, len(data.train)
-    size = config.optim.batch_size
-    if config.balanced or config.train.drop_last or count % size != 1:
+    last = data.epoch(0)[-1]
+    if len(last) > 1:
         return
-    sample = torch.zeros(1, 3, *[config.data.input_size] * 2, device=data.device)
+    batch, trial = data.batch(last, 0, 0, None), copy.deepcopy(task)
+    trial.network.train()
+    trial.extra.train()
     try:
         with torch.no_grad(), torch.random.fork_rng():
-            copy.deepcopy(task.network).train()(sample)
-    except ValueError as error:
+            trial.step(batch.images, batch.labels, batch.points, None, batch.teacher_images)
+    except ValueError:
         raise ConfigError(
-            f"optim.batch_size {size}, train.drop_last false: the last of {count} training images "
-            f"is a batch of its own, on which this network cannot train ({error}); set "
-            "train.drop_last true, or another optim.batch_size"
+            f"optim.batch_size {data.config.optim.batch_size}, train.drop_last false: the last of "
+            f"{len(data.train)} training images is a batch of its own, on which batch "
+            "normalisation cannot train; set train.drop_last true, or another optim.batch_size"
         ) from None
 
 
@@ -178,9 +181,9 @@ def check_data(task: Task, data: RunData) -> None:
             f"{source.name}: task {data.config.task} needs landmarks and these images have none; "
             "use data.kind celeba or synthetic"
         )
-    if data.config.task == "classification" and source.num_classes < 2:
+    if data.config.task != "alignment" and source.num_classes < 2:
         raise TrainingError(
-            f"{source.name}: task classification needs at least 2 identities (classes), found "
-            f"{source.num_classes}"
+            f"{source.name}: task {data.config.task} needs at least 2 identities (classes), found "
+            f"1: {source.class_names[0]}"
         )
     data.epoch(0)

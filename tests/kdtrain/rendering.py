@@ -29,21 +29,25 @@ from kdtrain.cli import commands as cli
 from kdtrain.cli import inspection
 from kdtrain.config import Config, program, settings
 from kdtrain.config.settings import build, read_recipe
-from kdtrain.experiments import campaign, dryrun, pipeline, select_targets, study
-from kdtrain.experiments.comparison import collect as comparison_collect
-from kdtrain.experiments.comparison import compare, cost, figure
-from kdtrain.experiments.comparison import request as comparison_request
+from kdtrain.experiments import (
+    campaign,
+    collect,
+    cost,
+    dryrun,
+    engine,
+    figure,
+    pipeline,
+    select_targets,
+    study,
+    study_file,
+)
 from kdtrain.experiments.estimate import Counts, Estimate
-from kdtrain.experiments.scheduler import Outcome
-from kdtrain.experiments.selection import Selection, check, judge, table, write
-from kdtrain.experiments.tables import reproduce
-from kdtrain.experiments.tables.paper import table_specs
-from kdtrain.experiments.tables.stages import Request, RunOf, groups
 from kdtrain.experiments.timing import network_size
 from kdtrain.reports import chain_table
 from kdtrain.reports.report import report
 from kdtrain.reports.tables import files
 from kdtrain.reports.tables import text as table_text
+from kdtrain.reports.tables.plot import draw
 from kdtrain.training import checkpoint
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
@@ -59,17 +63,9 @@ LARGE = 100
 """An image of an HTML page that is wider than this is written as a file, pixels."""
 DRAWN = ("table1", "table3")
 """Tables of which the figure is drawn, which takes seconds."""
-TABLES_REQUEST = Request(
-    ("table1", "table2", "table3", "table4", "table5"), seeds=(1, 2), widths=(8,), second={}
-)
+TABLES = ("table1", "table2", "table3", "table4", "table5")
 FAILED = "b_cls_scratch_8_s2"
 METHODS = ("student", "soft", "hidden", "sh_kd")
-COMPARE_OPTIONS: Mapping[str, Any] = {
-    "methods": list(METHODS),
-    "folder": "tiny",
-    "seeds": 2,
-    "resolutions": "16,8",
-}
 SMALL = {
     "data.identities": 20,
     "data.images_per_identity": 5,
@@ -119,14 +115,15 @@ def tables(out: Path) -> None:
     the tables of DRAWN have a figure and are on the page of all tables.
     """
     results = {run: _result(RUNS / "tables" / run.name) for run in runs_of_tables()}
-    collection = reproduce.Collection(TABLES_REQUEST, results)
     setting = [("command", "python -m kdtrain reproduce all"), ("scale", "two-cores")]
-    setting += study.about(results.values(), 2)
-    made = [reproduce.table(spec, collection, setting) for spec in table_specs(True).values()]
-    files.write_all([one for one in made if one.name in DRAWN], out)
+    setting += collect.about(results.values(), 2)
+    found = [collect.Collection(one, results) for one in _studies_of_tables()]
+    made = [collect.table(one, setting) for one in found]
+    files.write_all([(one, draw(one)) for one in made if one.name in DRAWN], out,
+                    "Distillation transfer")  # fmt: skip
     for one in made:
         if one.name not in DRAWN:
-            files.write(one, out, b"")
+            files.write(one, out, b"", subject="Distillation transfer")
     console, text = _console(120)
     for one in made:
         table_text.show(one, console)
@@ -135,11 +132,16 @@ def tables(out: Path) -> None:
 
 def comparison(out: Path) -> None:
     """The comparison of methods at two resolutions as `compare` writes it."""
-    request = _comparison_request()
-    stages = comparison_request.stages(request)
+    with contextlib.chdir(RECIPES):
+        _render_comparison(out)
+
+
+def _render_comparison(out: Path) -> None:
+    studied = _comparison()
+    stages = campaign.stages_of([studied], runs_of_comparison())
     results = {run: _result(RUNS / "comparison" / stage.name) for run, stage in stages.items()}
     configs = {run: stage.config for run, stage in stages.items()}
-    lengths = cost.lengths(request, configs)
+    lengths = cost.lengths(studied, stages)
     networks = dict.fromkeys(cost.network_key(config) for config in configs.values())
     sizes, speeds = {}, {}
     for number, key in enumerate(networks, 1):
@@ -150,44 +152,40 @@ def comparison(out: Path) -> None:
                                   high=120.5 * batch / number)
             for batch in cost.BATCHES
         }  # fmt: skip
-    found = comparison_collect.Comparison(request, results, configs, lengths, sizes, speeds)
-    setting = [("command", "python -m kdtrain compare"), ("recipes", request.folder)]
-    setting += study.about(results.values(), 2)
-    made = comparison_collect.table(found, setting, compare.NAME)
+    found = collect.Collection(studied, results, stages, lengths, sizes, speeds)
+    setting = [("command", "python -m kdtrain compare"), ("recipes", studied.recipes)]
+    setting += collect.about(results.values(), 2)
+    made = collect.table(found, setting)
     drawn = figure.draw(found, made)
-    files.write(made, out, drawn, subject="Methods", width=compare.WIDTH)
+    files.write(made, out, drawn, subject="Methods", width=engine.WIDTH)
     console, text = _console(120)
-    console.print(compare._lengths_grid(request, lengths, False))
+    console.print(engine.lengths_grid(studied, lengths, False))
     _write(out / "lengths.txt", text())
 
 
 def selection(out: Path) -> None:
-    """The evidence and the recipe that `select-targets` writes, and its table on the console."""
-    root = RUNS / "selection" / "arms"
-    config = build(read_recipe(RECIPES / "selection.yaml"))
-    study = select_targets.Study(root, config, TARGETS, SELECTION_SEEDS, 0.0)
-    arms = {name: select_targets.read_arm(study, name, _outcomes(study, name))
-            for name in ((), *((target,) for target in TARGETS))}  # fmt: skip
-    none = arms.pop(())
-    judged = [judge(arm, none, True) for arm in arms.values()]
-    kept = tuple(one.arm.name for one in judged if one.kept)
-    together = select_targets.read_arm(study, kept, _outcomes(study, kept))
-    found = Selection(
-        study.split,
-        "top1",
-        True,
-        none,
-        judged,
-        check(together, none, judged, True),
-        select_targets.leaks(study),
-        "python -m kdtrain select-targets selection.yaml",
-    )
-    write(found, study.weighed(kept), out, out / "selected.yaml")
-    console, text = _console(200)
-    console.print(table(found))
-    for line in found.remarks():
-        console.print(line, markup=False)
-    _write(out / "console.txt", text())
+    """The evidence and the recipe that `select-targets` writes."""
+    with contextlib.chdir(RUNS / "selection"):
+        _render_selection(out)
+
+
+def _render_selection(out: Path) -> None:
+    root = Path("arms")
+    flat = read_recipe(RECIPES / "selection.yaml")
+    config = build(pipeline.rename_runs(flat, lambda name: name.removeprefix("@")))
+    selected = select_targets.Selection(root, config, TARGETS, SELECTION_SEEDS, 0.0)
+
+    def found(studied: study.Study) -> collect.Collection:
+        runs = [run for group in campaign.groups_of([studied]) for run in group.runs]
+        stages = campaign.stages_of([studied], runs)
+        return collect.Collection(studied, {r: _result(root / r.name) for r in runs}, stages)
+
+    kept = select_targets.judge(found(selected.study()), ("held",))
+    collection = found(selected.study(kept))
+    setting = [("command", "python -m kdtrain select-targets selection.yaml")]
+    made = select_targets.evidence(selected, collection, kept, setting)
+    files.write(made, out, figure.draw(collection, made), subject="Targets")
+    _write(out / "selected.yaml", select_targets.recipe_text(selected, kept, made))
 
 
 def data(out: Path) -> None:
@@ -210,10 +208,11 @@ def dry_runs(out: Path) -> None:
             stages = pipeline.plan("demo", SMALL, {})
             dryrun.show_stages(stages, Path("runs/demo"), 2, {})
         with _printed(out / "reproduce.txt"):
-            request = Request(("table3",), seeds=(1,), widths=(8,), common=SMALL)
-            reproduce.main(request, _dry("runs/tables"))
-        with _printed(out / "compare.txt"):
-            compare.main(_comparison_request(), _dry("runs/comparison"))
+            options = {"seeds": 1, "widths": "8"}
+            (table3,) = study_file.adjusted([study_file.load("table3")], options, SMALL, {})
+            engine.run([table3], _dry("runs/tables"))
+        with _printed(out / "compare.txt"), contextlib.chdir(RECIPES):
+            engine.run([_comparison()], _dry("runs/comparison"))
 
 
 def recipes(out: Path) -> None:
@@ -304,26 +303,24 @@ def _report(runs: Path, out: Path, command: str) -> None:
     _write(out / "report.html", re.sub("(<dt>written</dt><dd>)[^<]*", r"\1DATE", page))
 
 
-def _result(folder: Path) -> study.Result:
-    return study.Result.read(folder, KEY, "no space left" if folder.name == FAILED else "")
+def _result(folder: Path) -> collect.Result:
+    return collect.Result.read(folder, KEY, "no space left" if folder.name == FAILED else "")
 
 
-def _comparison_request() -> comparison_request.Request:
-    with contextlib.chdir(RECIPES):
-        return comparison_request.request_from(COMPARE_OPTIONS, {}, None)
+def _studies_of_tables() -> list[study.Study]:
+    options = {"seeds": 2, "widths": "8"}
+    return study_file.adjusted(
+        [study_file.load(name) for name in TABLES], options, {}, {"second": {}}
+    )
+
+
+def _comparison() -> study.Study:
+    found = study_file.comparison(METHODS, "two-cores", "tiny")
+    return study_file.adjusted([found], {"seeds": 2, "resolutions": "16,8"}, {}, {})[0]
 
 
 def _dry(root: str) -> campaign.Order:
     return campaign.Order(Path(root), 2, 2.0, dry_run=True)
-
-
-def _outcomes(study: select_targets.Study, arm: tuple[str, ...]) -> dict[str, Outcome]:
-    names = [select_targets.stage_name(arm, seed) for seed in study.seeds]
-    found = {}
-    for name in names:
-        diverged = (study.root / name / "diverged.json").exists()
-        found[name] = Outcome("diverged" if diverged else "done", "", 0.0)
-    return found
 
 
 @contextlib.contextmanager
@@ -376,11 +373,12 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def runs_of_tables() -> list[RunOf]:
+def runs_of_tables() -> list[study.Run]:
     """The runs of tables 1 to 5 that the fixtures hold."""
-    return [run for group in groups(TABLES_REQUEST) for run in group.runs]
+    return [run for group in campaign.groups_of(_studies_of_tables()) for run in group.runs]
 
 
-def runs_of_comparison() -> list[comparison_request.RunOf]:
+def runs_of_comparison() -> list[study.Run]:
     """The runs of the comparison, inputs first."""
-    return list(comparison_request.stages(_comparison_request()))
+    with contextlib.chdir(RECIPES):
+        return [run for group in campaign.groups_of([_comparison()]) for run in group.runs]

@@ -1,8 +1,8 @@
 """Random calls of every op, each made from (seed, op, number) alone.
 
 `draw(op, seed, number)` returns a Case: named tensors, options, the gradient that arrives, and the
-tensors whose gradient is wanted. Shapes are small and often odd, because a case has to be cheap;
-a few cross the kernels' block of 2,048 classes.
+tensors whose gradient is wanted. Shapes are small and often odd, so that a case is cheap; a few
+cross the kernels' block of 2,048 classes.
 """
 
 import math
@@ -30,7 +30,7 @@ INF, NAN = float("inf"), float("nan")
 
 @dataclass(frozen=True)
 class Case:
-    """One call. `wanted` names the tensors whose gradient is asked for. `exact`: squared distances
+    """One call. `wanted` names the tensors whose gradient is computed. `exact`: squared distances
     are exact in float32, so that equal ones tie in every arithmetic."""
 
     op: str
@@ -44,7 +44,7 @@ class Case:
 
     @property
     def is_wide(self) -> bool:
-        """Whether the call is one in float64, which eager alone takes."""
+        """Whether the call is in float64, which only eager takes."""
         return any(t.dtype == torch.float64 for t in self.tensors.values())
 
     @property
@@ -75,7 +75,7 @@ class Draw:
         return bool(self.rng.random() < share)
 
     def among(self, *choices: tuple[float, object]):
-        """One of (share, choice), the shares adding up to 1; a callable choice is called."""
+        """One of (share, choice), where the shares add up to 1; a callable choice is called."""
         at = self.rng.random()
         chosen = choices[-1][1]
         for share, choice in choices:
@@ -99,8 +99,8 @@ class Draw:
         return self.dtypes[self.whole(0, len(self.dtypes) - 1)]
 
     def tensor(self, values: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
-        """The values in a dtype and a layout: contiguous, at an offset, transposed, every second
-        column or row of a larger tensor, or one row expanded to all (which changes the values)."""
+        """The values in a dtype and a layout: contiguous, offset, permuted, every other row or
+        column of a larger tensor, or the first row expanded to all (which changes the values)."""
         dtype = dtype or self.dtype()
         if dtype == torch.float16:
             finite = np.isfinite(values)
@@ -126,7 +126,7 @@ class Draw:
         return view.copy_(t)
 
     def integers(self, values: np.ndarray) -> Tensor:
-        """int32 or int64, in a layout of its own."""
+        """The values as int32 or int64, in a layout."""
         return self.tensor(values, torch.int32 if self.chance(0.3) else torch.int64)
 
     def incoming(self, shape: tuple[int, ...]) -> Tensor:
@@ -141,7 +141,7 @@ class Draw:
         return torch.full((), number, dtype=dtype).expand(shape)
 
     def wanted(self, *names: str) -> tuple[str, ...]:
-        """The names whose gradient is asked for: mostly all, sometimes some or none."""
+        """The names whose gradient is computed: mostly all, sometimes some or none."""
         if self.chance(0.75):
             return names
         return tuple(name for name in names if self.chance(0.6))
@@ -152,7 +152,7 @@ def _rows(draw: Draw, most: int = 9) -> int:
 
 
 def _logits(draw: Draw, rows: int, classes: int) -> np.ndarray:
-    """Normal numbers of a random size; ties; an offset; masked classes; rows that are no number."""
+    """Normal numbers of a random size; ties; an offset; masked classes; rows with NaN or inf."""
     spread = draw.among(
         (0.55, lambda: draw.between(0.5, 4)), (0.1, 0.01), (0.15, 12.0), (0.08, 64.0),
         (0.04, 1e3), (0.04, 1e4), (0.04, 0.0),
@@ -172,7 +172,7 @@ def _logits(draw: Draw, rows: int, classes: int) -> np.ndarray:
 
 
 def _row_options(draw: Draw) -> dict[str, object]:
-    """Options of a row that both cross-entropy ops take."""
+    """Options that both cross-entropy ops take."""
     options: dict[str, object] = {
         "temperature": draw.among(
             (0.5, lambda: float(draw.whole(1, 4))), (0.38, lambda: draw.between(0.5, 10)),
@@ -318,7 +318,7 @@ def _linear_kd_cross_entropy(draw: Draw) -> tuple:
         count = draw.whole(1, classes)
         chosen = sorted(int(c) for c in draw.rng.permutation(classes)[:count])
         found = draw.integers(np.asarray(chosen, dtype=np.int64))
-        # one class expanded to all would be there twice
+        # an expanded layout would repeat a class
         tensors["classes"] = found if 0 not in found.stride() else torch.tensor(chosen)
     if has_target:
         _labels(draw, rows, chosen, tensors, options, draw.among((0.8, -100), (0.2, classes - 1)))
@@ -422,6 +422,9 @@ def _hidden_l2(draw: Draw) -> tuple:
         draw.among((0.1, 0.0), (0.8, lambda: draw.between(-1, 4)), (0.1, 1e-3))
         for _ in range(pairs)
     ]
+    for i, weight in enumerate(weights):  # where the weight is 0, no result is NaN
+        if weight == 0 and draw.chance(0.2):
+            tensors[f"teacher{i}"] = tensors[f"teacher{i}"] * NAN
     kind = draw.among((0.4, None), (0.3, "numbers"), (0.3, "tensor"))
     if kind == "tensor":
         tensors["weights"] = draw.tensor(np.asarray(weights), torch.float32)

@@ -2,8 +2,8 @@
 docs/ops.md's formulas, gradients in closed form, and error bounds as fuzz_claim.py has them.
 Shares no code with kdkernels.
 
-A squared distance in difference form is off by (D + 3) u of itself: a difference and a square are
-off by 3 u together, their sum by D u. Squares that underflow take at most D TINY from it.
+The relative error of a squared distance in difference form is (D + 3) u: 3 u for a difference and
+its square, D u for the sum. Squares that underflow subtract at most D TINY.
 """
 
 import numpy as np
@@ -22,8 +22,8 @@ def _root(squared: Array, bound: Array, u: float) -> tuple[Array, Array]:
 
 
 def _decided(difference: Array, bound_per_unit: Array, is_certain: Array | bool) -> Array:
-    """The unit roundoff from which on the sign of a difference depends on rounding; where
-    `is_certain` none."""
+    """The unit roundoff above which the sign of a difference depends on rounding; infinite where
+    `is_certain`."""
     size = np.abs(difference) / np.where(bound_per_unit == 0, 1.0, bound_per_unit)
     return np.where(is_certain | (bound_per_unit == 0), np.inf, size)
 
@@ -96,8 +96,8 @@ def batch_op(
 ) -> list[Claim]:
     """Claims on batch_triplet_loss.
 
-    "all" takes distances from a matrix product of centered rows, off by (D + 40) u of the sum of
-    both squared norms (product_error.py derives it), but at most by CLOSE (D + 40) u of themselves.
+    "all" takes distances from a matrix product of centered rows. Their error is (D + 40) u times
+    the sum of both squared norms (see product_error.py), but at most CLOSE (D + 40) u of them.
     """
     x, labels = values["embeddings"], values["labels"]
     rows, depth = x.shape
@@ -210,6 +210,8 @@ def hidden_op(values: dict[str, Array], options: dict, incoming: Array, u: float
             scale = 1.0 / max(1, len(student))
         elif options["reduction"] == "mean":
             scale = 1.0 / max(1, elements)
+        if weights[i] == 0:  # a pair of weight 0 is not computed
+            student = teacher = np.zeros_like(student)
         difference = student - teacher
         term = scale * (difference * difference).sum()
         terms.append(term)

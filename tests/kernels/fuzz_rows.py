@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from fuzz_claim import TINY, Array, Claim, per_row, total
 
-BLOCK = 2048  # classes between which native may move a row's reference
+BLOCK = 2048  # native may move a row's reference after each block of classes
 SMALLEST_TAIL = 2.0**-20
 SMALLEST_SINE = 2.0**-10
 UNDERFLOW = 2.0**-100  # a probability below may be 0 in float32
@@ -14,7 +14,7 @@ UNDERFLOW = 2.0**-100  # a probability below may be 0 in float32
 
 @dataclass
 class Row:
-    """What the rows of a call give: per-row terms and the gradient by the logits, with bounds."""
+    """Terms per row and the gradient by the logits, with bounds."""
 
     hard: Array
     soft: Array
@@ -31,9 +31,10 @@ class Row:
 class Softmax:
     """exp(z) / sum exp(z) of shifted logits z <= 0, with bounds of the errors.
 
-    An exponential is off by u (4 |z|) for its argument (three roundings, and the constant log2 e),
-    as much again where native moves its reference, and 20 u: 4 for exp itself (docs/ops.md: 2e-7),
-    times 4 for the fourth power of temperature 4, and the products. dz: a given error of z.
+    The error of an exponential is 4 u |z| for its argument (three roundings, and the constant
+    log2 e), as much again where native moves its reference, and 20 u: 4 u for exp itself
+    (docs/ops.md: 2e-7), four times for the fourth power at temperature 4, and the products.
+    dz: a given error of z.
     """
 
     log: Array  # (N, C) log probabilities
@@ -69,8 +70,8 @@ def _times(probs: Array, log: Array) -> Array:
 
 
 def _of_quotient(s: Array, u: float) -> Array:
-    """The error of s / tau, times tau. Eager divides before it shifts, so that a logit far from 0
-    is off by its own rounding; native shifts first."""
+    """The error of s / tau, times tau. Eager divides before it shifts, so that the quotient of a
+    logit far from 0 is rounded; native shifts first."""
     return u * np.where(np.isfinite(s), np.abs(s), 0.0)
 
 
@@ -112,7 +113,7 @@ def _soft(s: Array, ds: Array, t: Array, dt: Array, tau: float, u: float) -> tup
 
     value, bound = cross(p.log, zs, p.log_sum, p.log_sum_bound, ds / tau)
     entropy, entropy_bound = cross(q.log, zt, q.log_sum, q.log_sum_bound, dt / tau)
-    # whether a probability that float32 may lose meets a student's 0 is not defined
+    # not defined: a student's 0 where the teacher's probability may underflow in float32
     is_judged = ~((p.log == -np.inf) & (q.probs < UNDERFLOW) & (t > -np.inf)).any(axis=1)
     gradient_bound = p.bound + q.bound + 6 * u * (p.probs + q.probs)
     return value, bound, p.probs - q.probs, gradient_bound, entropy, entropy_bound, is_judged
@@ -164,7 +165,7 @@ def _sparse(
         tail > 0, d_tail * (1 + log_of_tail) + 6 * u * tail * log_of_tail, 0.0
     )
 
-    # where the student has no tail, what the teacher gives it is left out of the gradient
+    # where the student has no tail, the teacher's tail is left out of the gradient
     left = np.where(sums > 0, tail, 0.0)
     every = p.sum(axis=1) + left
     teacher = left[:, None] * share
@@ -418,7 +419,7 @@ def linear_op(values: dict[str, Array], options: dict, incoming: Array, u: float
     mask = counts[:, None]
     x = np.where(mask, x, 0.0)
     if "target" not in values and options["alpha"] == 0.0:
-        x = np.zeros_like(x)  # nothing is computed: not even a NaN is seen
+        x = np.zeros_like(x)  # nothing is computed, so a NaN has no effect
     bias = values["bias"][chosen] if "bias" in values else None
     scale = options["scale"] if is_normalized else None
     head = Head.of(x, every_weight[chosen], bias, scale, u)

@@ -10,12 +10,17 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
-CellState = Literal["done", "not run", "unfinished", "diverged", "failed", "not measured", "none"]
+CellState = Literal[
+    "done", "not run", "unfinished", "diverged", "failed", "not measured", "no difference", "none"
+]
 RowKind = Literal["paper", "control", "extra", "floor", "teacher"]
 ROW_KINDS: tuple[RowKind, ...] = get_args(RowKind)
-VerdictState = Literal["held", "reversed", "inconclusive", "diverged", "not run"]
+ONE_SEED: Final = "one seed: no verdict"
+VerdictState = Literal[
+    "held", "reversed", "inconclusive", "one seed: no verdict", "diverged", "not run"
+]
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Verdict:
     high: float | None = None
     """Ends of the 95 % interval, in points."""
     seeds: int = 0
-    """Seeds that both arms have; 1 means an interval over test items alone."""
+    """Seeds that both arms have; with 1 the interval is over test items alone, and no verdict."""
     agreeing: int = 0
     """Seeds whose own mean difference is as the claim says."""
     items: int = 0
@@ -45,7 +50,8 @@ class Cell:
     """One number of a table: mean over seeds in percent, or why there is none.
 
     state: done | not run | unfinished (interrupted) | diverged | failed | not measured (the data
-    have not what the metric needs), or none where the table has no such cell (printed as a dash).
+    have not what the metric needs) | no difference (a speed-up within the quartiles), or none where
+    the table has no such cell (printed as a dash).
     Only a done cell has a value; one that is done with fewer seeds than per_seed has places for
     says so. Raises ValueError when state and value disagree.
     """

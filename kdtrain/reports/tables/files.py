@@ -12,7 +12,7 @@ from pathlib import Path
 from kdtrain.reports.plots import data_uri
 from kdtrain.reports.tables import text
 from kdtrain.reports.tables.data import Table
-from kdtrain.reports.tables.plot import VERDICT_COLOURS, draw
+from kdtrain.reports.tables.plot import VERDICT_COLOURS
 from kdtrain.reports.writing import render
 from kdtrain.training.checkpoint import write_bytes, write_text
 
@@ -63,16 +63,20 @@ def write(
     return paths
 
 
-def write_all(tables: Sequence[Table], folder: str | Path) -> dict[str, Path]:
-    """Write several tables' files, and tables.html with all of them; return the paths as NAME.KIND,
-    and the page as "html".
+def write_all(
+    tables: Sequence[tuple[Table, bytes]],
+    folder: str | Path,
+    subject: str = SUBJECT,
+    width: int = text.TEXT_WIDTH,
+) -> Path:
+    """Write the files of tables with their figures; return the page: of several tables it is
+    tables.html, which shows all of them.
     """
-    figures = [draw(table) for table in tables]
-    paths = {
-        f"{table.name}.{kind}": path
-        for table, png in zip(tables, figures, strict=True)
-        for kind, path in write(table, folder, png).items()
-    }
-    paths["html"] = Path(folder) / "tables.html"
-    write_text(paths["html"], page(tables, figures))
-    return paths
+    pages = [
+        write(table, folder, png, subject=subject, width=width)["html"] for table, png in tables
+    ]
+    if len(tables) == 1:
+        return pages[0]
+    path = Path(folder) / "tables.html"
+    write_text(path, page([one for one, _ in tables], [png for _, png in tables], subject))
+    return path

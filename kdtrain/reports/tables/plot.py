@@ -24,7 +24,7 @@ from PIL import Image
 
 from kdtrain.reports import plots
 from kdtrain.reports.plots import DPI, EDGE, INK, LABEL, LEGEND, LINE, SMALL, SOFT, WIDTH_IN
-from kdtrain.reports.tables.data import Block, Cell, Row, Table, Trend
+from kdtrain.reports.tables.data import ONE_SEED, Block, Cell, Row, Table, Trend
 from kdtrain.reports.tables.text import difference_text, has_paper, name_text, own_text, seeds_text
 from kdtrain.reports.writing import decimal
 
@@ -36,6 +36,7 @@ VERDICT_COLOURS = {
     "held": "#059669",
     "reversed": BAD,
     "inconclusive": "#b45309",
+    ONE_SEED: "#4b5563",
     "not run": EDGE,
     "diverged": "#b91c1c",
 }
@@ -95,12 +96,8 @@ def draw(table: Table) -> bytes:
         for block in table.blocks
     ]
     if table.trends:
-        heights.append(EDGES_IN + 0.34 * len(table.trends))
-    figure = Figure(figsize=(WIDTH_IN, sum(heights) + 0.7), dpi=DPI, layout="constrained")
-    title = plots.drawable(f"{table.name}: {table.title}")
-    words = plots.drawable(f"{table.source}. {HOW_TO_READ}")
-    figure.suptitle(title, x=0.008, ha="left", fontsize=11, fontweight="bold", color=INK)
-    figure.supxlabel(words, x=0.008, ha="left", fontsize=7.5, color=SOFT)
+        heights.append(trends_height(table.trends))
+    figure = framed(table, HOW_TO_READ, sum(heights))
     grid = figure.add_gridspec(
         max(1, len(heights)), 2, width_ratios=WIDTH_RATIOS, height_ratios=heights or [1.0]
     )
@@ -109,6 +106,21 @@ def draw(table: Table) -> bytes:
     if table.trends:
         draw_trends(figure, grid, len(table.blocks), table.trends)
     return png_of(figure)
+
+
+def framed(table: Table, words: str, height_in: float) -> Figure:
+    """An empty figure with the table's title, and its source and `words` below."""
+    figure = Figure(figsize=(WIDTH_IN, height_in + 0.7), dpi=DPI, layout="constrained")
+    title = plots.drawable(f"{table.name}: {table.title}")
+    words = plots.drawable(f"{table.source}. {words}")
+    figure.suptitle(title, x=0.008, ha="left", fontsize=11, fontweight="bold", color=INK)
+    figure.supxlabel(words, x=0.008, ha="left", fontsize=7.5, color=SOFT)
+    return figure
+
+
+def trends_height(trends: Sequence[Trend]) -> float:
+    """Inches of the claims as intervals."""
+    return EDGES_IN + 0.34 * len(trends)
 
 
 def png_of(figure: Figure, colours: int = 128) -> bytes:
@@ -208,7 +220,10 @@ def _frame(axis: Axes, block: Block, lines: Sequence[_Line], limits: Span) -> No
 def plain_axis(axis: Axes) -> None:
     """No frame but the axis below, and thin vertical lines."""
     axis.grid(True, axis="x", color=LINE, linewidth=0.6)
-    plots.style_axis(axis, ("top", "right", "left"), labelsize=8, length=0)
+    axis.tick_params(which="both", colors=LABEL, labelsize=8, length=0)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.spines["bottom"].set_color(EDGE)
 
 
 def _ticks(axis: Axes, unit: str, step: float | None = None) -> float:
@@ -328,7 +343,8 @@ def draw_trends(figure: FigureBase, grid: GridSpec, number: int, trends: Sequenc
         if verdict.margin is not None:
             width = verdict.margin * (1 if verdict.one_sided else 2)
             axis.barh(y, width, 0.7, -verdict.margin, color="#e0f2fe", zorder=0)
-        side.text(0, y, verdict.state, va="center", fontsize=8.5, color=colour, fontweight="bold")
+        words = verdict.state.replace(": ", ":\n")
+        side.text(0, y, words, va="center", fontsize=8.5, color=colour, fontweight="bold")
         if verdict.difference is not None and verdict.low is not None and verdict.high is not None:
             axis.plot([verdict.low, verdict.high], [y, y], color=colour, linewidth=2)
             axis.plot(verdict.difference, y, "o", color=colour, markersize=6)

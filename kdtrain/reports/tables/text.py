@@ -17,7 +17,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from kdtrain.config.program import printable
-from kdtrain.reports.tables.data import Block, Cell, Row, Table, Trend, Verdict
+from kdtrain.reports.tables.data import ONE_SEED, Block, Cell, Row, Table, Trend, Verdict
 from kdtrain.reports.writing import DASH, decimal, direction
 
 CELL_COLUMNS = (
@@ -30,8 +30,10 @@ TREND_COLUMNS = (
 )
 STATE_STYLES = {
     **{"held": "bold green", "reversed": "bold red", "inconclusive": "bold yellow"},
+    ONE_SEED: "bold",
     **{"diverged": "red", "failed": "red", "unfinished": "cyan"},
     **{"not run": "dim", "not measured": "dim", "none": "dim"},
+    "no difference": "dim",
 }
 TREND_TITLES = ("", "claim", "verdict", "difference", "agreeing", "paper")
 TRENDS_NOTE = (

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from kdtrain.reports.tables.data import Verdict, VerdictState
+from kdtrain.reports.tables.data import ONE_SEED, Verdict, VerdictState
 
 Scores = Sequence[np.ndarray | None]
 """One arm: per seed an array (n,) over the same test items, nan where an item was not measured;
@@ -44,9 +44,10 @@ def compare(better: Scores, worse: Scores, *, higher_is_better: bool) -> Verdict
     held: the whole 95 % interval of the mean of D is above 0; reversed: below 0. better, worse:
     `Scores` with the seeds in the same order, as shares (1 is 100 %). A seed that either arm lacks
     (None, or nan throughout) is left out; then every item that is nan in either arm in any of the
-    remaining seeds; not run when nothing is left. One seed resamples items alone
-    (`Verdict.seeds == 1`). The same arguments give the same verdict. Raises ValueError for arms
-    of different numbers of seeds, arrays that are not (n,), n that differ, infinite scores.
+    remaining seeds; not run when nothing is left. One seed gives ONE_SEED, no verdict: its
+    interval resamples items alone and does not show how seeds differ. The same arguments give the
+    same verdict. Raises ValueError for arms of different numbers of seeds, arrays that are not
+    (n,), n that differ, infinite scores.
     """
     paired = _differences("compare", better, worse, 1.0 if higher_is_better else -1.0)
     return _verdict(paired, 0.0, math.inf, operator.gt)
@@ -64,15 +65,15 @@ def neutral(a: Scores, b: Scores) -> Verdict:
     return replace(found, margin=MARGIN_POINTS)
 
 
-def at_least(better: Scores, worse: Scores) -> Verdict:
-    """Whether one arm does no worse than another, where more is better: held, reversed,
-    inconclusive or not run.
+def at_least(better: Scores, worse: Scores, *, higher_is_better: bool = True) -> Verdict:
+    """Whether one arm does no worse than another: held, reversed, inconclusive or not run.
 
     held: the whole 95 % interval of the mean of better - worse lies above -MARGIN_POINTS;
     reversed: the whole interval lies below it; inconclusive: it crosses. `agreeing` counts the
     seeds whose mean lies above. Everything else as in `neutral`.
     """
-    found = _verdict(_differences("at_least", better, worse, 1.0), -MARGIN_POINTS, math.inf)
+    paired = _differences("at_least", better, worse, 1.0 if higher_is_better else -1.0)
+    found = _verdict(paired, -MARGIN_POINTS, math.inf)
     return replace(found, margin=MARGIN_POINTS, one_sided=True)
 
 
@@ -84,7 +85,9 @@ def _verdict(
         return Verdict("not run")
     low, high = _interval(paired)
     state: VerdictState = "inconclusive"
-    if above(low, least) and high <= most:
+    if len(paired) == 1:
+        state = ONE_SEED
+    elif above(low, least) and high <= most:
         state = "held"
     elif low > most or high < least:
         state = "reversed"

@@ -18,7 +18,8 @@ from kdtrain.config.program import printable
 from kdtrain.data import DataError
 from kdtrain.data.run_data import identities_key
 from kdtrain.reports.report import report
-from kdtrain.training import checkpoint, engine, import_weights
+from kdtrain.training import checkpoint, engine
+from kdtrain.training.published import import_weights
 
 GBK = "明星".encode("gbk")
 LATIN = b"caf\xe9"

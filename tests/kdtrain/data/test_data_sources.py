@@ -249,7 +249,7 @@ def test_folder_takes_each_subfolder_as_a_identity(tmp_path):
     (tmp_path / "Cy").mkdir()
     with pytest.raises(DataError, match="Cy: no image"):
         read_folder(tmp_path)
-    assert "Cy" in read_folder(tmp_path, on_error="skip").skipped[0]
+    assert any("Cy: no image" in line for line in read_folder(tmp_path, on_error="skip").skipped)
     with pytest.raises(DataError, match="no such folder"):
         read_folder(tmp_path / "absent")
 

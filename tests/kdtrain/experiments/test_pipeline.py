@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from in_process import in_process
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -30,7 +31,7 @@ from kdtrain.training import checkpoint, keys
 CONSTANT = timing.Timing(
     images=4, batch_s=0.5, update_s=0.25, image_s=0.125, fixed_bytes=1000, batch_bytes=40
 )
-FLOOR = "floor (raw pixels, mean shape)"
+FLOOR = chain_table.FLOOR
 
 
 def _preset(folder: Path, **stages: dict) -> Path:
@@ -222,7 +223,7 @@ def test_every_stage_outside_the_chain_has_a_row_of_its_own(preset, tmp_path):
     assert isinstance(table, Table)
     assert [column.header for column in table.columns] == ["", "classification\ntop-1"]
     titles = [str(cell) for cell in table.columns[0].cells]
-    assert titles == [*names, "floor (raw pixels)", chain_table.UNTRAINED]
+    assert titles == [*names, FLOOR, chain_table.UNTRAINED]
     student = next(name for name in names if not name.endswith("teacher"))
     expected = [*numbers.values(), 0.2, numbers[student] / 10]
     assert list(table.columns[1].cells) == [f"{100 * value:.1f}" for value in expected]
@@ -237,12 +238,6 @@ def test_a_failed_stage_outside_the_chain_keeps_its_row_and_its_tasks_columns(tm
     assert rows["teacher"] == ["-", "failed", "failed"]
     assert rows["sh_teacher"] == ["failed", "-", "-"]
     assert rows[FLOOR] == ["-", "-", "-"]
-    assert (
-        chain_table.floor_title(
-            [column for column in chain_table.COLUMNS if column[1] == "alignment"]
-        )
-        == "floor (mean shape)"
-    )
 
 
 def _rows(root: Path, states: dict[str, str]) -> dict[str, list[str]]:
@@ -273,43 +268,42 @@ def chain(tmp_path_factory):
             "target__alpha": 1.0,
         },
     )
-    result = _run(
-        *("pipeline", "--preset", preset, "--run-dir", folder / "root", "--jobs", "2"), cwd=folder
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "distilled student" in result.stdout
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(pipeline, "run_all", in_process())
+        words = ["pipeline", "--preset", str(preset), "--run-dir", str(folder / "root")]
+        assert main([*words, "--jobs", "2"]) == 0, printed.getvalue()
+    assert "distilled student" in printed.getvalue()
     assert (folder / "root" / "report.html").stat().st_size > 10_000
     return folder / "root", preset
 
 
-def test_a_second_run_reuses_every_stage_and_touches_none(chain):
+def test_a_second_run_reuses_every_stage_and_touches_none(chain, capsys):
     root, preset = chain
     weights = sorted(root.glob("*/last/*"))
     before = {path: path.stat().st_mtime_ns for path in weights}
-    result = _run("pipeline", "--preset", preset, "--run-dir", root, cwd=root)
-    assert result.returncode == 0
-    assert result.stdout.count(": reused, ") == 4
+    assert main(["pipeline", "--preset", str(preset), "--run-dir", str(root)]) == 0
+    assert capsys.readouterr().out.count(": reused, ") == 4
     assert {path: path.stat().st_mtime_ns for path in sorted(root.glob("*/last/*"))} == before
 
 
-def test_train_refuses_to_destroy_what_is_in_the_run_folder(chain):
+def test_train_refuses_to_destroy_what_is_in_the_run_folder(chain, capsys):
     root, _ = chain
     recipe, folder = root / "recipes" / "cls_teacher.yaml", root / "cls_teacher"
     before = (folder / "last" / checkpoint.WEIGHTS).read_bytes()
-    same = _run("train", recipe, "--run-dir", folder, cwd=root)
-    assert same.returncode == 0
-    assert "finished before, reused" in same.stdout
-    other = _run("train", recipe, "--run-dir", folder, "--seed", "5", cwd=root)
-    assert other.returncode == 2
-    assert "seed: 5 here, 0 there" in other.stderr
-    assert "--overwrite" in other.stderr
-    strange = _run("train", recipe, "--run-dir", root, "--overwrite", cwd=root)
-    assert strange.returncode == 2
-    assert "not a run folder" in strange.stderr
+    words = ["train", str(recipe), "--run-dir"]
+    assert main([*words, str(folder)]) == 0
+    assert "already finished, reused" in capsys.readouterr().out
+    assert main([*words, str(folder), "--seed", "5"]) == 2
+    told = capsys.readouterr().err
+    assert "seed: 5 here, 0 there" in told
+    assert "--overwrite" in told
+    assert main([*words, str(root), "--overwrite"]) == 2
+    assert "not a run folder" in capsys.readouterr().err
     assert (folder / "last" / checkpoint.WEIGHTS).read_bytes() == before
 
 
-def test_a_stage_that_diverges_is_a_result_and_leaves_the_others(tmp_path):
+def test_a_stage_that_diverges_is_a_result_and_leaves_the_others(tmp_path, capsys, monkeypatch):
     preset = _preset(
         tmp_path / "preset",
         cls_teacher={"optim__phases": [{"epochs": 1, "lr": 1e30}]},
@@ -317,23 +311,25 @@ def test_a_stage_that_diverges_is_a_result_and_leaves_the_others(tmp_path):
         cls_student={},
         cls_control={"optim__batch_size": 5000},
     )
-    command = ("pipeline", "--preset", preset, "--run-dir", "root", "--jobs", "2")
-    result = _run(*command, cwd=tmp_path)
-    assert result.returncode == 1
-    assert "Traceback" not in result.stderr
-    assert "error: cls_teacher diverged: diverged at step " in result.stderr
-    assert "error: cls_distilled skipped: needs cls_teacher, which diverged" in result.stderr
-    assert "error: cls_control failed: " in result.stderr
-    assert "cls_teacher: diverged: diverged at step " in result.stdout
-    assert "cls_student: done" in result.stdout
+    monkeypatch.chdir(tmp_path)
+    command = ["pipeline", "--preset", str(preset), "--run-dir", "root", "--jobs", "2"]
+    assert main(command) == 1
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    assert "error: cls_teacher diverged: diverged at step " in err
+    assert "error: cls_distilled skipped: needs cls_teacher, which diverged" in err
+    assert "error: cls_control failed: " in err
+    assert "cls_teacher: diverged: diverged at step " in out
+    assert "cls_student: done" in out
     written = (tmp_path / "root" / "cls_teacher" / "diverged.json").stat().st_mtime_ns
-    again = _run(*command, cwd=tmp_path)
-    assert again.returncode == 1
-    assert "cls_teacher: diverged before: diverged at step " in again.stdout
-    assert "cls_student: reused, " in again.stdout
-    assert "error: cls_distilled skipped: needs cls_teacher, which diverged" in again.stderr
+    (tmp_path / "preset" / "cls_control.yaml").unlink()  # it would fail again, in a process
+    assert main(command) == 1
+    out, err = capsys.readouterr()
+    assert "cls_teacher: diverged before: diverged at step " in out
+    assert "cls_student: reused, " in out
+    assert "error: cls_distilled skipped: needs cls_teacher, which diverged" in err
     assert (tmp_path / "root" / "cls_teacher" / "diverged.json").stat().st_mtime_ns == written
-    lines = [line.split() for line in again.stdout.splitlines()]
+    lines = [line.split() for line in out.splitlines()]
     assert [line[1:] for line in lines if line[:1] == ["teacher"]] == [["diverged"]]
 
 
@@ -360,7 +356,7 @@ def test_ctrl_c_stops_the_children_cleanly_and_the_same_command_continues(tmp_pa
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert "stopped; to continue: python -m kdtrain pipeline --preset" in err
+    assert "stopped; to resume: python -m kdtrain pipeline --preset" in err
     assert "Traceback" not in err
     assert not (folder / "results.json").exists()
     result = _run(*arguments, cwd=tmp_path)
@@ -439,7 +435,7 @@ def test_stages_that_need_landmarks_are_left_out_and_named(
         ver_after={"task": "verification", "init_from": "@ali_teacher"},
         ver_teacher={"task": "verification", "init_from": "@cls_teacher"},
     )
-    line = f"left out, as {pipeline.NO_LANDMARKS}: ali_teacher, ver_after\n"
+    line = f"omitted, as {pipeline.NO_LANDMARKS}: ali_teacher, ver_after\n"
     monkeypatch.setattr(timing, "_measure", lambda *_: CONSTANT)
     words = _of(photographs, "--preset", preset, "--run-dir", tmp_path / "root")
     assert main([*words, "--dry-run"]) == 0
@@ -456,7 +452,7 @@ def test_stages_that_need_landmarks_are_left_out_and_named(
     assert capsys.readouterr().out == line
     alone = _preset(tmp_path / "alone", ali_teacher={"task": "alignment"})
     assert main(_of(photographs, "--preset", alone, "--run-dir", tmp_path / "root")) == 2
-    assert f"every stage is left out, as {pipeline.NO_LANDMARKS}" in capsys.readouterr().err
+    assert f"every stage is omitted, as {pipeline.NO_LANDMARKS}" in capsys.readouterr().err
 
 
 def test_runs_of_tables_and_methods_that_need_landmarks_are_refused(photographs, tmp_path):
@@ -485,4 +481,4 @@ def test_a_dry_run_ends_as_the_run_would(photographs, tmp_path, monkeypatch, cap
 @pytest.mark.parametrize("jobs", ["0", "-3"])
 def test_no_jobs_at_all_is_wrong_usage(jobs, capsys):
     assert main(["pipeline", "--jobs", jobs, "--dry-run"]) == 2
-    assert f"--jobs: at least 1, got {jobs}" in capsys.readouterr().err
+    assert f"--jobs: expected at least 1; got {jobs}" in capsys.readouterr().err

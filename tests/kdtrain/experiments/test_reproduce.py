@@ -4,6 +4,7 @@ middle, and the files that it ends in.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import os
@@ -17,15 +18,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from in_process import in_process
 from rich.console import Console
 from tiny_runs import TASK_KEYS, TINY, environment
 
 from kdtrain.cli import main
-from kdtrain.experiments import campaign
-from kdtrain.experiments.campaign import Campaign, Group, Order
-from kdtrain.experiments.tables import reproduce
-from kdtrain.experiments.tables.reproduce import _overview, make_plan
-from kdtrain.experiments.tables.stages import Request, RunOf
+from kdtrain.experiments import campaign, engine, pipeline, study_file
+from kdtrain.experiments.campaign import Campaign, Order
 
 ONE = [{"epochs": 1, "lr": 0.05}]
 RECIPES = {
@@ -69,12 +68,13 @@ def command(*arguments: str | Path) -> list[str]:
 def table3(scale, tmp_path_factory) -> tuple[Path, str]:
     """The runs of table 3 for one seed, and what was printed."""
     root = tmp_path_factory.mktemp("runs") / "tables"
-    done = subprocess.run(
-        command("table3", "--scale", scale, "--seeds", "1", "--jobs", "2", "--run-dir", root),
-        env=environment(), capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return root, done.stdout
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(pipeline, "run_all", in_process())
+        patch.setattr(campaign, "seconds_of", lambda *_: {})
+        assert main(["reproduce", "table3", "--scale", str(scale), "--seeds", "1", "--jobs", "2",
+                     "--run-dir", str(root)]) == 0, printed.getvalue()  # fmt: skip
+    return root, printed.getvalue()
 
 
 def cells(root: Path) -> list[dict[str, str]]:
@@ -89,7 +89,7 @@ def test_every_cell_of_the_table_has_a_number_beside_the_papers(table3):
     paper = [row for row in shown if row["kind"] == "paper"]
     assert len(paper) == 6
     assert all(float(row["mean"]) > 0 and 3 < float(row["paper"]) < 4 for row in paper)
-    for name in ("table3.txt", "table3.md", "table3.png", "table3.html", "tables.html"):
+    for name in ("table3.txt", "table3.md", "table3.png", "table3.html"):
         assert (root / "tables" / name).stat().st_size > 200
     assert "T4" in printed
     assert "mean shape" in printed
@@ -131,10 +131,11 @@ def test_killed_in_the_middle_and_started_again_it_ends_in_the_same_table(table3
     ).read_bytes()
 
 
-def planned(scale: Path, root: Path, budget: float | None, **options) -> Campaign[RunOf]:
-    request = Request(**{"tables": ("table1", "table3"), "scale": str(scale), "seeds": (1,),
-                         **options})  # fmt: skip
-    return make_plan(request, Order(root, 2, budget, console=Console(quiet=True)))
+def planned(scale: Path, root: Path, budget: float | None, seeds: int = 1) -> Campaign:
+    options = {"scale": str(scale), "seeds": seeds}
+    studies = [study_file.load(name) for name in ("table3", "table1")]
+    studies = study_file.adjusted(studies, options, {}, {})
+    return engine.make_plan(studies, Order(root, 2, budget, console=Console(quiet=True)))
 
 
 def test_a_budget_takes_the_first_groups_and_says_what_it_leaves(scale, tmp_path, monkeypatch):
@@ -159,7 +160,7 @@ def test_a_group_without_its_inputs_is_not_taken(scale, tmp_path, monkeypatch):
     # groups behind it must not take those that start from its runs
     costs = {"table1": 1.0, "ali": 1e6}
     monkeypatch.setattr(campaign, "seconds_of", lambda runs, stages, threads, sources: {
-        stages[run].name: costs["ali" if run.part.startswith(("ali", "cls_teacher")) else "table1"]
+        stages[run].name: costs["ali" if run.arm.startswith(("ali", "cls_teacher")) else "table1"]
         for run in runs})  # fmt: skip
     plan = planned(scale, tmp_path, 10.0)
     names = {plan.stages[run].name for group in plan.taken for run in group.runs}
@@ -170,9 +171,9 @@ def test_a_group_without_its_inputs_is_not_taken(scale, tmp_path, monkeypatch):
 
 def test_the_overview_marks_each_run(scale, tmp_path, monkeypatch):
     monkeypatch.setattr(campaign, "seconds_of", lambda runs, stages, threads, sources: {})
-    plan = planned(scale, tmp_path, None, seeds=(1, 2))
+    plan = planned(scale, tmp_path, None, seeds=2)
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(_overview(plan, {"cls_soft_8_s1": "done", "cls_soft_8_s2": "running"}))
+    console.print(engine.overview(plan, {"cls_soft_8_s1": "done", "cls_soft_8_s2": "running"}))
     assert re.search(r"soft +■▶", console.export_text())
 
 
@@ -181,20 +182,23 @@ def test_the_overview_marks_each_run(scale, tmp_path, monkeypatch):
     [
         (["table6"], "no table 'table6'; did you mean table"),
         (["table1", "--seeds", "0"], "--seeds"),
-        (["table1", "--widths", "3"], "--widths: expected some of 2,4,8"),
+        (["table1", "--widths", "3"], "--widths: expected some of [8, 4, 2]"),
         (["table1", "--teachers", "two"], "each or one"),
         (["table1", "--budget", "-1"], "--budget"),
-        (["table1", "--seed", "4"], "--seed out"),
+        (["table1", "--seed", "4"], "--seed: the arms"),
         (["table1", "--scale", "huge"], "--scale huge"),
         (["table1", "--jobs", "0"], "--jobs"),
-        (["table3", "--widths", "4"], "is of the student of 1/8; add it"),
-        (["table5", "--verification.target.gamma", "0"], "--target.gamma out"),
-        (["table1", "--optim.phases", "[{epochs: 1, lr: 0.1}]"], "--scale folder of your own"),
-        (["table3", "--second.data.identities", "9"], "only table2 has a second data source"),
+        (["table3", "--widths", "4"], "--widths: table3 has no cell of 4"),
+        (["table5", "--verification.target.gamma", "0"], "--target.gamma: the arms"),
+        (["table1", "--optim.phases", "[{epochs: 1, lr: 0.1}]"], "copy the study"),
+        (
+            ["table3", "--second.data.identities", "9"],
+            "no second data source in table3; table2 has one",
+        ),
     ],
 )
 def test_wrong_usage_names_the_option(arguments, words, capsys, monkeypatch):
-    monkeypatch.setattr(reproduce, "make_plan", lambda *_, **__: pytest.fail("accepted"))
+    monkeypatch.setattr(engine, "make_campaign", lambda *_, **__: pytest.fail("accepted"))
     assert main(["reproduce", *arguments]) == 2
     assert words in capsys.readouterr().err
 
@@ -229,8 +233,3 @@ def test_a_dry_run_is_no_excuse_for_images_that_cannot_serve(scale, tmp_path, ca
     printed = capsys.readouterr()
     assert "without the images" not in printed.out
     assert printed.err.splitlines()[-1].startswith("error: ")
-
-
-def test_groups_of_a_plan_hold_runs_once():
-    group = Group("a", (RunOf("cls_soft", 8, 1),))
-    assert group.runs[0].name == "cls_soft_8_s1"

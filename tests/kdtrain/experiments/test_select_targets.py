@@ -4,27 +4,36 @@ what it refuses.
 
 from __future__ import annotations
 
+import csv
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
-from tiny_runs import TINY, quiet, tiny_config, train
+from in_process import in_process
+from tiny_runs import TINY, tiny_config, train
 
 from kdtrain.cli import main
 from kdtrain.config import ConfigError, settings
-from kdtrain.experiments import pipeline, select_targets
-from kdtrain.experiments.scheduler import Outcome, Work
-from kdtrain.experiments.select_targets import plan, stage_name
+from kdtrain.experiments import campaign, pipeline, select_targets
+from kdtrain.experiments.collect import Collection, Result
+from kdtrain.experiments.select_targets import plan
 from kdtrain.training import checkpoint, engine
-from kdtrain.training.preparation import TrainingError
 
 # two steps: 40 images of 8 identities, of which 24 are the training split and 19 train the arms
 SHORT: dict[str, Any] = {**TINY, "optim.phases": [{"epochs": 1, "lr": 0.05}], "optim.batch_size": 9}
 COMMAND = ["select-targets", "student.yaml", "--run-dir", "runs/chosen", "--seeds", "2"]
-FILES = ("select-targets.txt", "select-targets.csv", "selected.yaml")
+FILES = ("tables/select-targets.txt", "tables/select-targets.csv", "selected.yaml")
+
+
+def stages_of(selection: select_targets.Selection) -> dict[str, Any]:
+    """The configs of the arms' runs by name."""
+    study = selection.study()
+    runs = [run for group in campaign.groups_of([study]) for run in group.runs]
+    return {s.name: s.config for s in campaign.stages_of([study], runs).values()}
 
 
 def write_recipe(path: Path, **own: Any) -> Path:
@@ -36,35 +45,6 @@ def write_recipe(path: Path, **own: Any) -> Path:
         (tree.setdefault(section, {}) if section else tree)[leaf] = value
     path.write_text(yaml.safe_dump(tree))
     return path
-
-
-def in_process(stop: Callable[[], bool] = lambda: False) -> Callable[..., Any]:
-    """The scheduler's run_all without processes, which cost seconds each; the same answers."""
-
-    def run_all(
-        works: Sequence[Work],
-        root: Path,
-        jobs: int,
-        console: Any,
-        before: Mapping[str, Outcome] | None = None,
-        overview: Any = None,
-    ) -> tuple[int, dict[str, Outcome]]:
-        outcomes = dict(before or {})
-        for work in works:
-            config = settings.build(settings.read_recipe(work.recipe))
-            try:
-                options = {"resume": work.resume, "stop": stop, "screen": quiet()}
-                engine.train(config, work.folder, **options)
-                outcomes[work.name] = Outcome("done", "", 0.0)
-            except engine.Interrupted:
-                outcomes[work.name] = Outcome("stopped", "checkpoint saved", 0.0)
-                return 130, {**{w.name: Outcome("stopped", "", 0.0) for w in works}, **outcomes}
-            except TrainingError as error:
-                state = "diverged" if str(error).startswith("diverged") else "failed"
-                outcomes[work.name] = Outcome(state, str(error), 0.0)
-        return int(any(o.state != "done" for o in outcomes.values())), outcomes
-
-    return run_all
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +78,9 @@ def done(place) -> Path:
 def test_arms_differ_in_the_targets_and_the_seed_alone(inside):
     study = plan(Path("student.yaml"), {"target.beta": 1.0}, Path("runs/chosen"), seeds=2)
     assert study.weights == {"soft": 0.5, "hidden": 1.0}
-    stages = {s.name: s.config for s in study.stages([(), ("soft",), ("hidden",)])}
-    names = [f"{arm}_s{seed}" for seed in (1, 2) for arm in ("none", "soft", "hidden")]
-    assert list(stages) == names
+    stages = stages_of(study)
+    names = {f"{arm}_s{seed}" for seed in (1, 2) for arm in ("none", "soft", "hidden")}
+    assert set(stages) == names
     targets = {n: (c.target.alpha, c.target.beta, c.target.logits) for n, c in stages.items()}
     assert targets["none_s1"] == targets["none_s2"] == (0, 0, 0)
     assert targets["soft_s1"] == (0.5, 0, 0)
@@ -153,17 +133,18 @@ def test_held_out_training_images_judge_unless_the_key_is_given(inside):
 def test_the_command_trains_judges_and_writes(done, place, capsys):
     names = {f"{arm}_s{seed}" for arm in ("none", "soft") for seed in (1, 2)}
     assert names <= {path.parent.name for path in done.glob("*/results.json")}
-    text = (done / "select-targets.txt").read_text()
-    assert "top1 % (higher is better), 5 images of the validation split, seeds 1 to 2" in text
-    rows = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
+    text = (done / FILES[0]).read_text()
+    assert "accuracy: validation split" in text
+    with open(done / FILES[1], newline="") as file:
+        rows = {row["row"]: row for row in csv.DictReader(file) if row["metric"] != "weight"}
     for name in sorted(names):
         results = checkpoint.read_json(done / name / "results.json")
         assert results is not None
         assert results["data"]["validation"] == 5
         arm, seed = name.split("_s")
-        at = int(seed) + (arm != "none")  # none has no weight
-        assert float(rows[arm][at]) == pytest.approx(100 * results["validation"]["top1"], abs=0.051)
-    assert "Command: python -m kdtrain select-targets student.yaml" in text
+        told = float(rows[arm]["per_seed"].split(";")[int(seed) - 1])
+        assert told == pytest.approx(100 * results["validation"]["top1"], abs=1e-3)
+    assert "command: python -m kdtrain select-targets student.yaml" in text
     assert "Note: teacher" not in text  # it has seen none of the images that judge
 
 
@@ -180,9 +161,9 @@ def test_the_chosen_recipe_is_the_users_own_but_for_the_weights(done, inside, ca
 
 def test_a_second_run_trains_nothing_and_ends_in_the_same_files(done, inside, monkeypatch, capsys):
     before = {name: (done / name).read_bytes() for name in FILES}
-    trained: list[Work] = []
+    trained: list[Any] = []
 
-    def note(works, root, jobs, console, before, *_: Any) -> tuple[int, dict[str, Outcome]]:
+    def note(works, root, jobs, console, before, *_: Any) -> tuple[int, dict[str, Any]]:
         trained.extend(works)
         return 0, dict(before)
 
@@ -191,7 +172,7 @@ def test_a_second_run_trains_nothing_and_ends_in_the_same_files(done, inside, mo
     assert trained == []
     assert {name: (done / name).read_bytes() for name in FILES} == before
     out = capsys.readouterr().out
-    assert out.count(": reused, ") == 4
+    assert "4 of 4 runs were finished before" in out
     assert "recipe: runs/chosen/selected.yaml" in out
 
 
@@ -216,41 +197,95 @@ def test_an_interrupted_command_continues_and_ends_in_the_same_files(
     finished = len(list(root.glob("*/results.json")))
     assert 0 < finished < 4
     assert not any((root / name).exists() for name in FILES)
-    assert "stopped; to continue: python -m kdtrain select-targets" in capsys.readouterr().err
+    assert "stopped; to resume: python -m kdtrain select-targets" in capsys.readouterr().err
     monkeypatch.setattr(pipeline, "run_all", in_process())
     assert main(COMMAND) == 0
-    assert capsys.readouterr().out.count(": reused, ") == finished
+    assert f"{finished} of 4 runs were finished before" in capsys.readouterr().out
     for name in FILES:
         assert (root / name).read_bytes() == (done / name).read_bytes(), name
 
 
 def test_helpful_targets_are_trained_together_and_all_kept(inside, monkeypatch):
-    monkeypatch.setattr(select_targets.selection, "judge", _held)
+    monkeypatch.setattr(select_targets, "judge", lambda *_: ("soft", "hidden"))
     command = ["select-targets", "student.yaml", "--run-dir", "runs/both", "--seeds", "1"]
     command += ["--targets", "soft,hidden"]
     assert main([*command, "--out", "both.yaml"]) == 0
-    assert (Path("runs/both") / stage_name(("soft", "hidden"), 1) / "results.json").is_file()
+    assert Path("runs/both/soft+hidden_s1/results.json").is_file()
     target = settings.build(settings.read_recipe(Path("both.yaml"))).target
     assert (target.alpha, target.beta) == (0.5, 1.0)
-    assert "Check: soft+hidden better than" in " ".join(Path("both.yaml").read_text().split("\n# "))
-
-
-def _held(arm, none, higher, keep=False):
-    from kdtrain.experiments.selection import Judged, compare
-
-    verdict = compare(arm.scores, none.scores, higher_is_better=higher)
-    return Judged(arm, verdict, True)
+    assert "check    soft+hidden > soft, top-1" in Path("both.yaml").read_text()
 
 
 def test_a_target_that_diverges_is_set_to_zero_and_told(inside):
     command = ["select-targets", "student.yaml", "--run-dir", "runs/wild", "--seeds", "1"]
     assert main([*command, "--targets", "hidden", "--target.beta", "1e30"]) == 0
-    lines = Path("runs/wild/select-targets.txt").read_text().splitlines()
-    (row,) = [line.split() for line in lines if line.startswith("hidden")]
-    assert row[:3] == ["hidden", "1e+30", "diverged"]
-    assert row[-2:] == ["diverged", "0"]
+    lines = Path("runs/wild/tables/select-targets.txt").read_text().splitlines()
+    rows = [line.split() for line in lines if line.strip().startswith("hidden")]
+    assert rows == [["hidden", "diverged"], ["hidden", "1e+30", "0"]]
     chosen = settings.build(settings.read_recipe(Path("runs/wild/selected.yaml")))
     assert (chosen.target.alpha, chosen.target.beta) == (0.5, 0.0)  # soft was no candidate
+
+
+IMAGES = 200
+# right of 200 images per seed, None diverged; the state of the verdict; the weight that follows
+CASES = {
+    "soft": ((140, 142, 138), "held", 1.0),
+    "hidden": ((60, 62, 58), "reversed", 0.0),
+    "logits": ((100, 102, 98), "inconclusive", 0.0),
+    "attention": ((180, None, 180), "held", 0.0),
+    "rkd_angle": ((None, None, None), "diverged", 0.0),
+}
+
+
+def judged(selection: select_targets.Selection, root: Path, *wanted: str) -> Any:
+    """The kept targets and the table, from planted runs."""
+    study = selection.study()
+    runs = [run for group in campaign.groups_of([study]) for run in group.runs]
+    for run in runs:
+        right = {"none": (100, 100, 100), **{name: case[0] for name, case in CASES.items()}}
+        count = right[run.arm][run.seed - 1]
+        if count is None:
+            record = {"key": "k", "message": "nan", "seconds": 1.0}
+            checkpoint.write_json(root / run.name / "diverged.json", record)
+            continue
+        hit = np.roll((np.arange(IMAGES) < count).astype(np.float32), run.seed)
+        items = {"top1": hit, "index": np.arange(IMAGES)}
+        checkpoint.write_arrays(root / run.name / "items" / "validation_phase0.npz", items)
+        results = {"key": "k", "validation": {"top1": float(hit.mean())}}
+        checkpoint.write_json(root / run.name / "results.json", results)
+    results = {run: Result.read(root / run.name, "k") for run in runs}
+    found = Collection(study, results)
+    kept = select_targets.judge(found, wanted)
+    return kept, select_targets.evidence(selection, found, kept, [("command", "the command")])
+
+
+def test_the_decision_follows_from_the_verdict(inside, tmp_path):
+    recipe = write_recipe(Path("all.yaml"), teacher="@teacher")
+    selection = plan(recipe, {}, Path("runs/chosen"), targets=",".join(CASES))
+    kept, shown = judged(selection, tmp_path, "held")
+    assert kept == ("soft",)
+    states = {trend.claim.split()[0]: trend.verdict.state for trend in shown.trends}
+    assert states == {name: state for name, (_, state, _) in CASES.items()}
+    weights = {row.name: row.cells[1].value for row in shown.blocks[-1].rows}
+    published = {name: select_targets.CANDIDATES[name].published for name in CASES}
+    assert weights == {name: w * published[name] for name, (_, _, w) in CASES.items()}
+    assert any("Chosen: target.alpha 1, target.beta 0," in note for note in shown.notes)
+    kept, _ = judged(selection, tmp_path, "held", "inconclusive")
+    assert kept == ("soft", "logits")
+
+
+def test_arms_that_were_judged_on_other_images_are_refused(inside, tmp_path):
+    recipe = write_recipe(Path("all.yaml"), teacher="@teacher")
+    selection = plan(recipe, {}, Path("runs/chosen"), targets=",".join(CASES))
+    judged(selection, tmp_path, "held")
+    file = tmp_path / "soft_s2" / "items" / "validation_phase0.npz"
+    items = checkpoint.read_arrays(file)
+    checkpoint.write_arrays(file, {**items, "index": items["index"] + 1})
+    study = selection.study()
+    runs = [run for group in campaign.groups_of([study]) for run in group.runs]
+    found = Collection(study, {run: Result.read(tmp_path / run.name, "k") for run in runs})
+    with pytest.raises(select_targets.SelectionError, match="judged on different images"):
+        select_targets.judge(found, ("held",))
 
 
 def test_a_baseline_that_diverges_is_an_error(inside, capsys):
@@ -281,8 +316,8 @@ def test_every_run_that_a_recipe_names_is_found_from_the_arms(inside):
         Path("gallery.yaml"), **named, **cosine, head__update="adaptive", target__alpha=1.0
     )
     study = plan(Path("gallery.yaml"), {}, Path("runs/chosen"), seeds=1)
-    for stage in study.stages([(), ("soft",)]):
-        found = select_targets.keys.input_folders(stage.config, study.root / stage.name)
+    for name, config in stages_of(study).items():
+        found = select_targets.keys.input_folders(config, study.root / name)
         # centres that follow the teacher need it without any target
         assert found == dict.fromkeys(("teacher", "head", "gallery"), Path("runs/teacher"))
     shifted = plan(Path("gallery.yaml"), {"data.split_seed": 5}, Path("runs/chosen"), seeds=1)
@@ -327,7 +362,7 @@ def test_an_input_that_stopped_halfway_is_to_be_resumed(inside):
         (["student.yaml", "--targets", "soft,hiden"], "--targets: no 'hiden'; did you mean hidden"),
         (["student.yaml", "--seed", "3"], "--seeds N trains seeds 1 to N"),
         (["student.yaml", "--seeds", "0"], "--seeds: at least 1, got 0"),
-        (["student.yaml", "--jobs", "0"], "--jobs: at least 1, got 0"),
+        (["student.yaml", "--jobs", "0"], "--jobs: expected at least 1; got 0"),
         (
             ["student.yaml", "--out", "student.yaml"],
             "--out: expected a .yaml file other",

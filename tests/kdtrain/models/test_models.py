@@ -13,7 +13,7 @@ import torch
 from tiny_runs import environment
 from torch import nn
 
-from kdtrain.config import ModelConfig
+from kdtrain.config import HeadConfig, ModelConfig
 from kdtrain.models import network as network_module
 from kdtrain.models.network import (
     FaceNetwork,
@@ -79,6 +79,13 @@ def test_multiply_adds_of_a_network_small_enough_to_count_by_hand():
         stages += channels * 4 * inner * out**2  # the shortcut
         channels, side = 4 * inner, out
     assert multiply_adds(made, 8) == stem + stages + 32 * 3 + 32 * 10
+
+
+def test_a_cosine_classifier_counts_as_a_linear_one():
+    model = ModelConfig(depth=14, width=1, stem="small")
+    cosine = FaceNetwork(model, 100, head=HeadConfig(kind="cosine"))
+    assert multiply_adds(cosine, 8) == multiply_adds(FaceNetwork(model, 100), 8)
+    assert multiply_adds(cosine, 8) - multiply_adds(cosine, 8, heads=False) == 32 * 100
 
 
 def test_counting_leaves_the_network_as_it_was():

@@ -16,8 +16,8 @@ from kdtrain.cli import main
 from kdtrain.config import ConfigError
 from kdtrain.models.published.layouts import published
 from kdtrain.training import checkpoint, keys
-from kdtrain.training.import_weights import PublishedError, read_file, shards, write_run
 from kdtrain.training.input_runs import load_network, run_config
+from kdtrain.training.published.import_weights import PublishedError, read_file, shards, write_run
 
 WIDTH = 16
 
@@ -336,7 +336,7 @@ def test_an_import_is_a_teacher_by_its_features_and_with_its_head_by_its_logits(
     assert main(["eval", bare, "--data.identities", "6", "--data.test_fraction", "0.5"]) == 0
     shown = capsys.readouterr().out
     assert "nn_top1" in shown
-    assert "it knows 0 identities" in shown
+    assert "it has 0 identities" in shown
 
 
 def test_an_import_starts_a_run_of_the_same_network(networks, tmp_path):

@@ -191,10 +191,10 @@ def test_every_teacher_is_an_input_of_its_stage_and_has_to_be_there(root, tmp_pa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"target__beta": 1.0}, "target.beta has a weight: weigh target.alpha and nothing else"),
+        ({"target__beta": 1.0}, "target.beta has a weight: set others to 0"),
         ({"target__alpha": 0.0, "target__logits": 1.0}, "target.logits has a weight"),
         ({"head__kind": "cosine", "head__update": "adaptive"}, "head.update reads the teacher's"),
-        ({"teacher__run": None, "target__alpha": 0.0}, "first teacher is missing"),
+        ({"teacher__run": None, "target__alpha": 0.0}, "needs teacher.run, the first teacher"),
         ({"teacher__weights": [1.0]}, "teacher.weights: expected null, or a number above 0"),
         ({"teacher__weights": [1.0, 0.0]}, "for each of the 2 teachers"),
     ],

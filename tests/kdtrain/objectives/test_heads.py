@@ -270,14 +270,17 @@ def test_a_classifier_is_inherited_from_the_same_identities_width_and_kind_only(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"margin": "arcface"}, "head.margin arcface is of cosines"),
-        ({"update": "adaptive"}, "head.update adaptive is of cosines"),
-        ({"kind": "cosine", "scale": 0.0}, "head.scale: expected more than 0"),
+        ({"margin": "arcface"}, "head.margin arcface needs cosines"),
+        ({"update": "adaptive"}, "head.update adaptive needs cosines"),
+        ({"kind": "cosine", "scale": 0.0}, "head.scale: expected a number, more than 0"),
         (
             {"kind": "cosine", "margin": "arcface", "m": 10.0},
             "head.m: expected an angle of at most",
         ),
-        ({"kind": "cosine", "margin": "arcface", "m": -0.1}, "head.m: expected 0 or more"),
+        (
+            {"kind": "cosine", "margin": "arcface", "m": -0.1},
+            "head.m: expected a number, 0 or more",
+        ),
         ({"kind": "cosine", "margin": "distillation", "m": 0.1}, "head.m_min: expected at most"),
     ],
 )
@@ -307,7 +310,7 @@ def test_a_sample_of_the_identities_is_drawn_anew_and_holds_those_of_the_batch(m
     theirs = 16 * cosines(guide.hidden, task.teacher.classifier.weight)[:, drawn[0]]
     expected = F.cross_entropy(values, places) + soft(values, theirs, 3.0)
     torch.testing.assert_close(results[0].loss.double(), expected, rtol=1e-4, atol=0)
-    with pytest.raises(ConfigError, match="head.sample 0.5 forms some of the scores"):
+    with pytest.raises(ConfigError, match="head.sample 0.5 needs a head that stores no logits"):
         HeadConfig(sample=0.5)
 
 

@@ -212,7 +212,7 @@ def test_a_hint_s_network_can_be_measured_and_reported(hinted):
 @pytest.mark.parametrize(
     ("flat", "message"),
     [
-        ({}, "stage of its own, but target.gamma is 1"),
+        ({}, "excludes other losses, but target.gamma is 1"),
         ({"target.gamma": 0.0, "target.alpha": 1.0}, "target.alpha is 1"),
         ({"target.gamma": 0.0, "task": "verification"}, "target.hint needs task classification"),
         ({"target.gamma": 0.0, "target.hint_stage": 5}, "target.hint_stage"),

@@ -12,7 +12,7 @@ from tiny_tasks import make_batch, make_config, make_teacher
 from torch import nn
 
 from kdtrain.config import TARGETS, TargetConfig
-from kdtrain.experiments.selection import CANDIDATES
+from kdtrain.experiments.select_targets import CANDIDATES
 from kdtrain.models.network import Outputs
 from kdtrain.objectives import registry
 from kdtrain.objectives.registry import compared, losses_of, pairs_of

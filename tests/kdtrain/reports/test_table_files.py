@@ -370,8 +370,8 @@ def test_files_are_replaced_whole_and_a_second_writing_gives_the_same_bytes(
 
 def test_several_tables_get_their_files_and_one_page(tmp_path: Path) -> None:
     other = Table("table3", "alignment", "arXiv 1709.02929, table 3", (ERROR,))
-    paths = table_files.write_all([TABLE, other], tmp_path)
-    assert paths["html"] == tmp_path / "tables.html"
-    assert paths["table3.md"].read_text().startswith("## table3: alignment\n")
-    assert len(Page(paths["html"].read_text()).images) == 2
+    page = table_files.write_all([(one, draw(one)) for one in (TABLE, other)], tmp_path)
+    assert page == tmp_path / "tables.html"
+    assert (tmp_path / "table3.md").read_text().startswith("## table3: alignment\n")
+    assert len(Page(page.read_text()).images) == 2
     assert len(list(tmp_path.iterdir())) == 13

@@ -88,16 +88,24 @@ def test_simulated_gains_lie_within_the_interval(
     assert inside >= 180
 
 
-def test_one_seed_agrees_with_scipy_and_says_that_it_is_one() -> None:
+def test_one_seed_has_scipys_interval_and_no_verdict() -> None:
     generator = np.random.default_rng(4)
     better, worse = arms(generator, 0.1, seeds=1, items=80)
     found = compare(better, worse, higher_is_better=True)
     oracle = stats.bootstrap(
         (better[0] - worse[0],), np.mean, n_resamples=10_000, method="percentile", rng=generator
     ).confidence_interval
-    assert found.seeds == 1
+    assert (found.seeds, found.state) == (1, "one seed: no verdict")
     assert found.low == pytest.approx(100 * oracle.low, abs=0.8)
     assert found.high == pytest.approx(100 * oracle.high, abs=0.8)
+
+
+def test_no_rule_gives_a_verdict_on_one_seed() -> None:
+    ones, zeros = np.ones(40), np.zeros(40)
+    better = compare([ones, None], [zeros, ones], higher_is_better=True)
+    for found in (better, neutral([ones], [ones]), at_least([ones], [zeros])):
+        assert (found.state, found.seeds, found.agreeing) == ("one seed: no verdict", 1, 1)
+        assert found.difference == found.low == found.high
 
 
 def test_several_seeds_agree_with_a_plain_loop_over_resamples() -> None:
@@ -251,5 +259,5 @@ def test_at_least_is_held_within_the_margin_and_reversed_beyond_it():
     assert close.one_sided
     assert close.difference == pytest.approx(-0.5)
     assert (far.state, far.agreeing) == ("reversed", 0)
-    assert at_least([ones], [ones]).state == "held"
+    assert at_least([ones] * 2, [ones] * 2).state == "held"
     assert at_least([], []).state == "not run"

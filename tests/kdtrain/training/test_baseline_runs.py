@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from kdtrain.config import ConfigError, ModelConfig
 from kdtrain.config.settings import build, read_recipe, recipe_path
 from kdtrain.data.run_data import RunData
-from kdtrain.experiments import selection, timing
+from kdtrain.experiments import select_targets, timing
 from kdtrain.experiments.estimate import Counts, estimate
 from kdtrain.experiments.select_targets import plan
 from kdtrain.objectives.tasks import build_task
@@ -155,11 +155,17 @@ def test_attention_is_not_kept_and_says_that_the_teacher_answers_online(tmp_path
 @pytest.mark.parametrize(
     ("flat", "message"),
     [
-        *(({f"target.{name}": -1.0}, f"target.{name}: expected 0 or more") for name in WEIGHTS),
+        *(
+            ({f"target.{name}": -1.0}, f"target.{name}: expected a number, 0 or more")
+            for name in WEIGHTS
+        ),
         *(({f"target.{name}": 1.0, "teacher": None}, "need a teacher") for name in WEIGHTS),
         ({"target.embedding_proj": "conv", "target.embedding_l2": 1.0}, "embedding_proj"),
-        ({"target.rkd_distance": 1.0, "optim.batch_size": 2}, "at least 3, as target.rkd_distance compares"),
-        ({"target.rkd_angle": 1.0, "optim.batch_size": 2}, "optim.batch_size is 2: raise it"),
+        (
+            {"target.rkd_distance": 1.0, "optim.batch_size": 2},
+            "at least 3, as target.rkd_distance compares",
+        ),
+        ({"target.rkd_angle": 1.0, "optim.batch_size": 2}, "compares so many images; got 2"),
         ({"target.hint": 1.0, "target.gamma": 0.0, "target.attention": 5.0}, "attention is 5"),
         ({"target.gamma": 0.0}, "teacher is set but"),
     ],
@@ -179,7 +185,7 @@ def test_a_weight_makes_another_run_and_is_told(name):
     assert not bare.target.needs_teacher
     stage = runs.Stage("run", dataclasses.asdict(config), {}, [], {})
     assert "7 " + {"r": "RKD", "e": "embedding", "a": "attention"}[name[0]] in runs.loss_text(stage)
-    assert selection.CANDIDATES[name].key == name
+    assert select_targets.CANDIDATES[name].key == name
 
 
 @pytest.mark.parametrize(

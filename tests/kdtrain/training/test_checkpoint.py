@@ -255,7 +255,7 @@ def test_a_folder_is_held_by_one_and_let_go_by_a_kill(tmp_path):
             pass
         holder.kill()
     with checkpoint.lock(tmp_path, wait_s=5):
-        assert (tmp_path / ".lock").read_text() == str(os.getpid())
+        assert (tmp_path / ".owner").read_text() == str(os.getpid())
 
 
 def test_a_folder_without_content_is_taken_away_and_whoever_waits_for_it_gets_a_new_one(tmp_path):
@@ -270,7 +270,7 @@ def test_a_folder_without_content_is_taken_away_and_whoever_waits_for_it_gets_a_
             waiting = pool.submit(write)
             time.sleep(0.3)
         waiting.result()
-    assert sorted(file.name for file in folder.iterdir()) == [".lock", "config.yaml"]
+    assert sorted(file.name for file in folder.iterdir()) == [".lock", ".owner", "config.yaml"]
     with checkpoint.lock(folder):
         pass
     assert (folder / "config.yaml").exists()
@@ -383,4 +383,5 @@ def test_what_killed_writers_left_is_removed_and_a_living_one_s_file_stays(tmp_p
         checkpoint.write_text(tmp_path / "c.json", "whole")
         assert living.exists()
     checkpoint.write_text(tmp_path / "c.json", "whole")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "c.json", "items"]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [".lock", ".owner", "c.json", "items"]

@@ -4,6 +4,7 @@ ends.
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 
@@ -277,8 +278,7 @@ def test_resume_under_other_threads_or_versions_warns(tmp_path, monkeypatch):
 
 
 def test_a_run_folder_in_use_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint.time, "sleep", lambda _: None)
-    monkeypatch.setattr(checkpoint.time, "monotonic", iter(range(0, 1000, 6)).__next__)
+    monkeypatch.setattr(checkpoint, "lock", functools.partial(checkpoint.lock, wait_s=0.1))
     with (
         checkpoint.lock(tmp_path),
         pytest.raises(checkpoint.CheckpointError, match="in use by process"),

@@ -173,7 +173,7 @@ def test_a_diverging_run_ends_with_status_1_and_one_line_and_stays_diverged(tmp_
         assert main(again) == 1
         (line,) = capsys.readouterr().err.splitlines()
         assert "ended before: diverged at step " in line
-        assert "--overwrite trains it anew" in line
+        assert "--overwrite trains it again" in line
     phases = json.dumps([{"epochs": 1, "lr": 0.05}])
     assert main([*command, "--overwrite", "--optim.phases", phases]) == 0
     assert (run / "results.json").exists()

@@ -10,16 +10,23 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, FigureBase
+from matplotlib.figure import FigureBase
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from kdtrain.experiments.comparison.collect import METRICS, Comparison, curves, floor
-from kdtrain.experiments.comparison.request import Place
-from kdtrain.experiments.study import cell_of, where
+from kdtrain.experiments.collect import METRICS, Collection, curves
+from kdtrain.experiments.study import At, Study, pixels, where
 from kdtrain.objectives import all_pairs
-from kdtrain.reports.plots import DPI, INK, LABEL, LINE, SOFT, WIDTH_IN
+from kdtrain.reports.plots import LABEL, LINE, SOFT
 from kdtrain.reports.tables.data import Table
-from kdtrain.reports.tables.plot import draw_trends, plain_axis, png_of, title_axis
+from kdtrain.reports.tables.plot import (
+    WIDTH_RATIOS,
+    draw_trends,
+    framed,
+    plain_axis,
+    png_of,
+    title_axis,
+    trends_height,
+)
 from kdtrain.reports.writing import count
 
 TEACHER_COLOUR, CONTROL_COLOUR = "#111827", "#9ca3af"
@@ -52,74 +59,78 @@ class _Dot(NamedTuple):
     high: float
 
 
-def draw(comparison: Comparison, table: Table) -> bytes:
+def draw(collection: Collection, table: Table) -> bytes:
     """A PNG, 11 inches wide at 150 dots an inch; the same table gives the same bytes."""
-    colours = _colours(comparison)
+    study = collection.study
+    colours = _colours(study)
     rows: list[tuple[str, bool, float]] = []
-    for second in comparison.request.sources:
-        places = comparison.request.places(second)
-        if any(curves(comparison, m, p) for m in comparison.methods for p in places):
+    for second in study.sources:
+        if any(curves(collection, at, second) for arm in study.rows for at in _places(study, arm)):
             rows.append(("curves", second, CURVES_IN))
-        names = len(comparison.methods) * len(places)
-        if comparison.sizes:
+        names = len(study.rows) * len(study.resolutions or (None,))
+        if collection.sizes:
             rows.append(("costs", second, max(LEAST_IN, 0.7 + NAME_IN * names)))
     if table.trends:
-        rows.append(("trends", False, 0.85 + 0.34 * len(table.trends)))
-    heights = [height for _, _, height in rows]
-    figure = Figure(figsize=(WIDTH_IN, sum(heights) + 0.7), dpi=DPI, layout="constrained")
-    title = f"{table.name}: {table.title}"
-    figure.suptitle(title, x=0.008, ha="left", fontsize=11, fontweight="bold", color=INK)
-    words = f"{table.source}. {HOW_TO_READ}"
-    figure.supxlabel(words, x=0.008, ha="left", fontsize=7.5, color=SOFT)
-    grid = figure.add_gridspec(max(1, len(rows)), 1, height_ratios=heights or [1.0])
+        rows.append(("trends", False, trends_height(table.trends)))
+    figure = framed(table, HOW_TO_READ, sum(height for _, _, height in rows))
+    heights = [height for _, _, height in rows] or [1.0]
+    grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
     for number, (kind, second, _) in enumerate(rows):
         part = figure.add_subfigure(grid[number, 0])
         if kind == "curves":
-            _draw_curves(part, comparison, second, colours)
+            _draw_curves(part, collection, second, colours)
         elif kind == "costs":
-            _draw_costs(part, comparison, second, colours)
+            _draw_costs(part, collection, second, colours)
         else:
-            inner = part.add_gridspec(1, 2, width_ratios=(2.1, 1.0))
+            inner = part.add_gridspec(1, 2, width_ratios=WIDTH_RATIOS)
             draw_trends(part, inner, 0, table.trends)
     return png_of(figure, 256)
 
 
-def _colours(comparison: Comparison) -> dict[str, str]:
-    """One colour a method, the same in every plot."""
+def _places(study: Study, arm: str) -> list[At]:
+    """An arm at every resolution; a teacher has its own alone."""
+    sides = (None,) if arm in study.teachers else study.resolutions or (None,)
+    return [At(arm, side=side) for side in sides]
+
+
+def _colours(study: Study) -> dict[str, str]:
+    """One colour per arm, the same in every plot."""
     found, used = {}, 0
-    teachers = comparison.request.teachers
-    for method in comparison.methods:
-        kind = comparison.kind(method)
-        if kind == "teacher" and method == teachers[0]:
-            found[method] = TEACHER_COLOUR
+    for arm in study.rows:
+        kind = study.kind(arm)
+        if kind == "teacher" and arm == study.teachers[0]:
+            found[arm] = TEACHER_COLOUR
         elif kind == "control" and CONTROL_COLOUR not in found.values():
-            found[method] = CONTROL_COLOUR
+            found[arm] = CONTROL_COLOUR
         else:
-            found[method] = COLOURS[used % len(COLOURS)]
+            found[arm] = COLOURS[used % len(COLOURS)]
             used += 1
     return found
 
 
 def _draw_curves(
-    part: FigureBase, comparison: Comparison, second: bool, colours: dict[str, str]
+    part: FigureBase, collection: Collection, second: bool, colours: dict[str, str]
 ) -> None:
     """TAR over FAR, a plot for each resolution."""
-    places = comparison.request.places(second)
-    axes = part.subplots(1, len(places), squeeze=False, sharey=True)[0]
-    for axis, place in zip(axes, places, strict=True):
-        for method in comparison.methods:
-            found = curves(comparison, method, place)
+    study = collection.study
+    sides = study.resolutions or (None,)
+    axes = part.subplots(1, len(sides), squeeze=False, sharey=True)[0]
+    for axis, side in zip(axes, sides, strict=True):
+        for arm in study.rows:
+            found = curves(collection, At(arm, side=side), second)
             if found is None:
                 continue
             far, tar = found
-            dashes = "-" if comparison.kind(method) == "paper" else "--"
-            style: dict[str, Any] = {"color": colours[method], "linewidth": 1.5, "label": method}
+            dashes = "-" if study.kind(arm) == "paper" else "--"
+            style: dict[str, Any] = {"color": colours[arm], "linewidth": 1.5, "label": arm}
             axis.plot(far, 100 * tar.mean(0), linestyle=dashes, **style)
             if len(tar) > 1:
                 low, high = 100 * tar.min(0), 100 * tar.max(0)
-                axis.fill_between(far, low, high, color=colours[method], alpha=0.13, linewidth=0)
+                axis.fill_between(far, low, high, color=colours[arm], alpha=0.13, linewidth=0)
+        places = [At(arm, side=side) for arm in study.students]
         known = [
-            (f, floor(comparison, "floors", f"tar_at_far_{f:g}_all", place)) for f in all_pairs.FARS
+            (f, collection.floor(places, "floors", f"tar_at_far_{f:g}_all", second))
+            for f in all_pairs.FARS
         ]
         marks = [(f, value) for f, value in known if value is not None]
         if marks:
@@ -128,7 +139,7 @@ def _draw_curves(
         axis.set_xlabel("false accept rate, all pairs of the test split", fontsize=8, color=LABEL)
         axis.set_ylim(bottom=0)
         _frame(axis)
-        title_axis(axis, f"true accept rate, %{place.title}")
+        title_axis(axis, f"true accept rate, %{pixels(side)}{where(second)}")
     handles, names = axes[0].get_legend_handles_labels()
     legend = part.legend(
         handles, names, loc="outside right upper", fontsize=7.5, frameon=False, labelcolor="#374151"
@@ -137,36 +148,35 @@ def _draw_curves(
 
 
 def _draw_costs(
-    part: FigureBase, comparison: Comparison, second: bool, colours: dict[str, str]
+    part: FigureBase, collection: Collection, second: bool, colours: dict[str, str]
 ) -> None:
     """Accuracy against the backbone's parameters, and against images per second."""
-    metric = next((m for m in ACCURACY if m in comparison.metrics(second)), ACCURACY[-1])
+    metrics = collection.metrics(second)
+    metric = next((m for m in ACCURACY if m in metrics), metrics[0])
     titles = ("size", "parameters of the backbone"), ("speed", "images per second, 64 at a time")
     for axis, (word, label) in zip(part.subplots(1, 2), titles, strict=True):
-        _draw_dots(axis, _dots(comparison, second, metric, colours, speed=word == "speed"))
+        _draw_dots(axis, _dots(collection, second, metric, colours, speed=word == "speed"))
         axis.set_xlabel(label, fontsize=8, color=LABEL)
-        title_axis(axis, f"{METRICS[metric]}, %, against {word}{where(second)}")
+        title_axis(axis, f"{METRICS.get(metric, metric)}, %, against {word}{where(second)}")
 
 
 def _dots(
-    comparison: Comparison, second: bool, metric: str, colours: dict[str, str], *, speed: bool
+    collection: Collection, second: bool, metric: str, colours: dict[str, str], *, speed: bool
 ) -> list[_Dot]:
     dots = []
-    for method in comparison.methods:
-        teacher = method in comparison.request.teachers
-        for place in [Place(None, second)] if teacher else comparison.request.places(second):
-            cell = cell_of(comparison.of(method, place), metric)
-            key = comparison.network(method, place)
-            size, found = comparison.sizes.get(key), comparison.speeds.get(key)
+    for arm in collection.study.rows:
+        for at in _places(collection.study, arm):
+            cell = collection.cell(at, metric, second)
+            key = collection.network(at, second)
+            size, found = collection.sizes.get(key), collection.speeds.get(key)
             if cell.value is None or size is None or (speed and found is None):
                 continue
             x = float(size.backbone)
             if speed and found is not None:
                 x = found[max(found)].median
             seeds = [value for value in cell.per_seed if value is not None]
-            name = method if place.side is None else f"{method}, {place.side} px"
-            ends = min(seeds), max(seeds)
-            dots.append(_Dot(name, colours[method], x, x, cell.value, *ends))
+            name = arm if at.side is None else f"{arm}, {at.side} px"
+            dots.append(_Dot(name, colours[arm], x, x, cell.value, min(seeds), max(seeds)))
     return dots
 
 

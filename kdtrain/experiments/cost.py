@@ -1,4 +1,4 @@
-"""What a method costs: its training in epochs and images, its network in parameters,
+"""What an arm costs: its training in epochs and images, its network in parameters,
 multiply-adds and images per second.
 
 The classifier is dropped for verification, so it is counted apart and not timed.
@@ -19,8 +19,9 @@ import torch
 from kdtrain.config import Config
 from kdtrain.config.networks import network_title
 from kdtrain.experiments import dryrun
-from kdtrain.experiments.comparison.request import Request, RunOf, chain, inputs_of
 from kdtrain.experiments.estimate import batches_of_epoch
+from kdtrain.experiments.pipeline import Stage
+from kdtrain.experiments.study import Run, Study, inputs_of
 from kdtrain.experiments.timing import batch_images, now
 from kdtrain.models.network import FaceNetwork, count_parameters, multiply_adds
 from kdtrain.training import checkpoint
@@ -38,7 +39,7 @@ FILE = "speed.json"
 
 
 class Length(NamedTuple):
-    """How long a method was trained."""
+    """How long an arm was trained."""
 
     epochs: int
     images: int
@@ -73,26 +74,28 @@ Speeds = Mapping[int, Quartiles]
 """By images of a call."""
 
 
-def lengths(request: Request, configs: Mapping[RunOf, Config]) -> dict[RunOf, Length]:
+def lengths(study: Study, stages: Mapping[Run, Stage]) -> dict[Run, Length]:
     """How long each run of the first seed is trained."""
     count = dryrun.counter({})
-    found: dict[RunOf, Length] = {}
-    for run, config in configs.items():
-        if run.seed != request.seeds[0]:
+    found: dict[Run, Length] = {}
+    for run, stage in stages.items():
+        if run.seed != study.seeds[0]:
             continue
+        config = stage.config
         epochs = sum(phase.epochs for phase in config.optim.phases)
         images = epochs * batches_of_epoch(config, count(config)) * batch_images(config)
+        needed = list(study.chain(run))[:-1]
+        first = inputs_of(study.flat[run.arm], ("init_from",))
         before = 0
-        for name in inputs_of(request.recipes[run.method], ("init_from",)):  # which come first
-            theirs = found[RunOf(name, run.seed, None, run.second)]
+        for theirs in (found[one] for one in needed if one.arm in first):  # which come before
             before = theirs.epochs + theirs.start_epochs
-        needs = [one.method for one in chain(request, run)][:-1]
-        found[run] = Length(epochs, images, before, tuple(dict.fromkeys(needs)))
+        needs = tuple(dict.fromkeys(one.arm for one in needed))
+        found[run] = Length(epochs, images, before, needs)
     return found
 
 
 def other_lengths(found: Mapping[str, Length]) -> dict[str, str]:
-    """A note for each method whose own training is longer or shorter than most."""
+    """A note for each arm whose own training is longer or shorter than most."""
     usual = statistics.median_low([length.epochs for length in found.values()] or [0])
     return {
         name: f"{'longer' if length.epochs > usual else 'shorter'} training: "

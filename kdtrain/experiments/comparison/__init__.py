@@ -1,1 +1,0 @@
-"""Several methods under one budget: the request, its runs, costs, claims, table and figure."""

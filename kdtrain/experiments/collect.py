@@ -112,7 +112,7 @@ def about(found: Iterable[Result], jobs: int) -> list[tuple[str, str]]:
     """Images, machine and training time of the finished runs, as lines below a table."""
     lines = []
     done = [result for result in found if result.state == "done"]
-    for data in {tuple(r.results["data"].items()): r.results["data"] for r in done}.values():
+    for data in {str(r.results["data"]): r.results["data"] for r in done}.values():
         text = f"{data['name']}: {data['images']:,} images of {data['classes']:,} identities"
         lines.append(("data", f"{text}, {data['train']:,} to train and {data['test']:,} to test"))
     if done:
@@ -242,7 +242,7 @@ def table(collection: Collection, setting: Sequence[tuple[str, str]]) -> Table:
         trends.append(collection.trend(claim, claim.metric or study.blocks[0].metric))
     for second in () if study.blocks else study.sources:
         metrics = collection.metrics(second)
-        sides = study.resolutions or (None,)
+        sides = list(study.resolutions) or [None]
         if len(sides) > 1:
             known = [metric for metric in metrics if metric in HEADLINE]
             cells = [(side, metric) for side in sides for metric in known]

@@ -160,13 +160,15 @@ def run_all(
                 if asked_to_stop or len(running) >= jobs:
                     break
                 if all(n in outcomes for n in work.inputs):
-                    del waiting[work.name]
                     running[work.name] = _start(work, root)
+                    del waiting[work.name]
             if asked_to_stop and not running:
                 break
             runs.update()
             if running:
                 time.sleep(POLL_S)
+    except KeyboardInterrupt:
+        asked_to_stop = True  # the children are ended below; what they saved is resumed
     finally:
         for child in running.values():
             child.process.kill()
@@ -175,6 +177,7 @@ def run_all(
         for number, handler in earlier.items():
             signal.signal(number, handler)
     outcomes |= dict.fromkeys(waiting, Outcome("stopped", "not begun", 0.0))
+    outcomes |= dict.fromkeys(running, Outcome("stopped", "ended at once", 0.0))
     states = {outcome.state for outcome in outcomes.values()}
     if asked_to_stop or "stopped" in states:
         return INTERRUPTED, outcomes

@@ -35,12 +35,12 @@ LEVEL_ENVIRONMENT = {
 }
 
 
-# A container's default may let float32 matrix products run in TF32.
+# The default of a container image may allow TF32 in float32 matrix products.
 DEVICE_ENVIRONMENT = {"cpu": {}, "cuda": {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0"}}
 
 
 class PartFailed(RuntimeError):
-    """A worker process ended without an answer."""
+    """A worker process ended without a result."""
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -50,7 +50,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         description="Times kdkernels' ops against what users write today. "
         "`python -m bench report` renders docs/benchmarks.md from bench/results instead.",
     )
-    parser.add_argument("ops", nargs="*", metavar="op", help="ops to measure; all without one")
+    parser.add_argument("ops", nargs="*", metavar="op", help="ops to measure; default: all")
     parser.add_argument(
         "--case", action="append", default=[], metavar="NAME", help="this case alone (repeatable)"
     )
@@ -62,14 +62,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="NAME",
-        help="not this contender, such as one that takes minutes a call (repeatable)",
+        help="leave this contender out, such as one that takes minutes per call (repeatable)",
     )
     parser.add_argument("--device", default="cpu", choices=sorted(DEVICES))
     parser.add_argument(
-        "--rounds", type=int, default=0, help="rounds a case; each case has its own default"
+        "--rounds", type=int, default=0, help="rounds per case; each case has its own default"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes, a few rounds: does it work; no rows kept"
+        "--quick",
+        action="store_true",
+        help="a smoke test: tiny sizes, a few rounds, no rows written",
     )
     parser.add_argument(
         "--isa", default="", choices=LEVELS, help="lower kdkernels and torch to this level"
@@ -79,16 +81,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, help="the CSV file itself")
     parser.add_argument(
-        "--limit", type=float, metavar="SECONDS", help="give a case up that takes longer"
+        "--limit", type=float, metavar="SECONDS", help="stop a case that takes longer"
     )
-    parser.add_argument(
-        "--list", action="store_true", help="print the cases and what they should reach"
-    )
+    parser.add_argument("--list", action="store_true", help="print the cases and their targets")
     return parser.parse_args(arguments)
 
 
 def print_cases(device: str) -> None:
-    """Every case on a kind of device with its contenders and its promises."""
+    """Prints every case of a device type with its contenders and its targets."""
     for case in cases_on(device):
         print(f"{case.op} --case {case.name}\n    {case.about}")
         floors = ", ".join(floor.name for floor in case.floors)
@@ -98,8 +98,8 @@ def print_cases(device: str) -> None:
             print(f"    {target.against or case.own}: {target.text()}{level}")
 
 
-def ask(case: Case, part: str, contenders: list[str], options: argparse.Namespace) -> dict:
-    """A worker's answer about a case, at the case's instruction-set level."""
+def measure_part(case: Case, part: str, contenders: list[str], options: argparse.Namespace) -> dict:
+    """A worker's result for one part of a case, at the case's instruction-set level."""
     job = {
         "part": part,
         "op": case.op,
@@ -111,25 +111,25 @@ def ask(case: Case, part: str, contenders: list[str], options: argparse.Namespac
         "eager": [],
     }
     while True:
-        answer = answer_of(job, case.isa or options.isa, options.limit)
-        if "uncaptured" not in answer:
-            return answer
-        name, reason = answer["uncaptured"]
+        result = run_worker(job, case.isa or options.isa, options.limit)
+        if "uncaptured" not in result:
+            return result
+        name, reason = result["uncaptured"]
         assert name not in job["eager"]
         print(f"  {name}: no CUDA graph, timed as eager calls: {reason}", flush=True)
         job["eager"].append(name)
 
 
-def answer_of(job: dict, level: str, limit: float | None = None) -> dict:
-    """The answer to a job from a fresh process at a level ("": the highest); PartFailed after
+def run_worker(job: dict, level: str, limit: float | None = None) -> dict:
+    """The result of a job in a fresh process at a level ("": the highest); PartFailed after
     `limit` seconds."""
     environment = {
         **os.environ,
         **LEVEL_ENVIRONMENT.get(level, {}),
         **DEVICE_ENVIRONMENT[job["device"]],
     }
-    # Inductor's default cache keeps no levels apart: code made for AVX-512 and compiled for AVX2
-    # gave gradients of 1e21.
+    # Inductor's default cache does not separate levels: code generated for AVX-512 and compiled
+    # for AVX2 gave gradients of 1e21.
     cache = Path(tempfile.gettempdir()) / f"kdkernels-bench-inductor-{level or 'highest'}"
     environment["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
     with tempfile.TemporaryFile("w+") as errors:
@@ -155,7 +155,7 @@ def answer_of(job: dict, level: str, limit: float | None = None) -> dict:
 def run_case(
     case: Case, options: argparse.Namespace, shared: rows.Row
 ) -> tuple[list[rows.Row], bool]:
-    """The rows of a case, and whether every contender that could run gave the right result."""
+    """Returns the rows of a case, and whether every contender that could run was right."""
     names = []
     for contender in case.contenders:
         missing = "left out" if contender.name in options.without else contender.missing()
@@ -164,42 +164,42 @@ def run_case(
         else:
             names.append(contender.name)
     if case.device == "cpu":
-        right = print_check(ask(case, "check", names, options))
+        right = print_check(measure_part(case, "check", names, options))
         if case.own not in right:
             return [], False
-        peaks = {name: ask(case, "memory", [name], options)["peak_mb"] for name in right}
-        timed = ask(case, "time", right, options)
+        peaks = {name: measure_part(case, "memory", [name], options)["peak_mb"] for name in right}
+        timed = measure_part(case, "time", right, options)
     else:
-        answer = ask(case, "all", names, options)
-        right = print_check(answer["check"])
+        result = measure_part(case, "all", names, options)
+        right = print_check(result["check"])
         if case.own not in right:
             return [], False
-        peaks, timed = answer["memory"], answer["time"]
+        peaks, timed = result["memory"], result["time"]
     level = f" at {timed['isa']}" if timed["isa"] else ""
     print(f"  timed on {timed['sets']} input sets of {timed['set_mb']:.1f} MB{level}")
     targets = [] if options.quick else targets_of(case.op, case.name)
     return rows.build_rows(shared, case, timed, peaks, targets), len(right) == len(names)
 
 
-def print_check(answers: dict) -> list[str]:
-    """Prints what a check found; the contenders that are right."""
-    for name, answer in answers.items():
-        if "failed" in answer:
-            print(f"  {name}: FAILED, it is not timed: {answer['failed']}")
+def print_check(results: dict) -> list[str]:
+    """Prints the results of a check and returns the contenders that are right."""
+    for name, result in results.items():
+        if "failed" in result:
+            print(f"  {name}: FAILED, it is not timed: {result['failed']}")
             continue
-        what, error = max(answer["errors"].items(), key=lambda item: item[1])
-        if answer["right"]:
+        what, error = max(result["errors"].items(), key=lambda item: item[1])
+        if result["right"]:
             print(f"  {name}: right, worst error {error:.1e} ({what})")
         else:
             print(
                 f"  {name}: WRONG, {what} is off by {error:.1e} from float64 "
-                f"(at most {answer['tolerance']:g}); it is not timed"
+                f"(at most {result['tolerance']:g}); it is not timed"
             )
-    return [name for name, answer in answers.items() if answer["right"]]
+    return [name for name, result in results.items() if result["right"]]
 
 
 def check_without(cases: list[Case], names: list[str]) -> None:
-    """ValueError where a contender that is not to be measured is none, or is kdkernels' own."""
+    """Raises ValueError for a name that is no contender, or that is kdkernels' own."""
     others = sorted({c.name for case in cases for c in case.contenders[1:]})
     for name in names:
         if name not in others:
@@ -207,7 +207,7 @@ def check_without(cases: list[Case], names: list[str]) -> None:
 
 
 def cannot_run(case: Case, options: argparse.Namespace) -> str:
-    """Why a case cannot run here; empty where it can."""
+    """The reason why a case cannot run here; empty where it can."""
     if case.op not in OPS:
         return f"kdkernels has no {case.op} yet"
     backend = OWN[case.device]
@@ -223,7 +223,7 @@ def cannot_run(case: Case, options: argparse.Namespace) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command; 0, or 1 where a case failed or a contender was wrong."""
+    """Runs the command. Returns 1 where a case failed or a contender was wrong, else 0."""
     if arguments[:1] == ["report"]:
         return report.main(arguments[1:])
     options = parse(arguments)
@@ -265,7 +265,7 @@ def main(arguments: list[str]) -> int:
               f"{time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
     if measured:
         report.show(measured)
-        print(f"rows in {out}" if out else "quick run: no rows kept")
+        print(f"rows in {out}" if out else "quick run: no rows written")
     return 0 if good else 1
 
 

@@ -1,4 +1,4 @@
-"""What a case is: an op on inputs of one kind and size, its contenders, its floors."""
+"""A benchmark case: an op on inputs of one kind and size, its contenders, its floors."""
 
 import importlib.util
 import os
@@ -21,18 +21,17 @@ class Contender:
 
     name: str
     call: Callable[..., Any]
-    truth: Callable[..., Any] | None = (
-        None  # what it computes, where that is not the case's definition
-    )
-    inputs: Callable[..., Inputs] | None = None  # where it runs on other inputs than the case's
-    modules: tuple[str, ...] = ()  # must be importable
-    install: str = ""  # how they are installed
+    # its own definition, where it differs from the case's
+    truth: Callable[..., Any] | None = None
+    inputs: Callable[..., Inputs] | None = None  # where its inputs differ from the case's
+    modules: tuple[str, ...] = ()  # packages that must be importable
+    install: str = ""  # the command that installs them
     compiles: bool = False  # the first call at a shape compiles, by a C++ compiler
-    tolerance: float = 0.0  # of its check, where it has a reason to need more than others
+    tolerance: float = 0.0  # of its check, where it needs more than the others
     waits: bool = False  # its calls wait for the GPU, so no CUDA graph can hold them
 
     def missing(self) -> str:
-        """Why it cannot run here; empty where it can."""
+        """The reason why it cannot run here; empty where it can."""
         absent = [m for m in self.modules if importlib.util.find_spec(m) is None]
         if absent:
             return f"{', '.join(absent)} not installed: {self.install}"
@@ -43,7 +42,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Floor:
-    """Work that the result cannot do without; `prepare(inputs)` preallocates, returns the call."""
+    """Work that every implementation must do; `prepare(inputs)` preallocates, returns the call."""
 
     name: str
     prepare: Callable[[Inputs], Callable[[], object]]
@@ -67,10 +66,9 @@ class Case:
     rounds: int = 40
     isa: str = ""  # a fixed instruction-set level; empty: the highest, or --isa
     device: str = "cpu"
-    check_rows: int = 0  # compare so many results, evenly spaced, with float64; 0: all
+    check_rows: int = 0  # number of results, evenly spaced, to compare with float64; 0: all
     one_by_one: bool = False  # the truth is a sum over the pairs of two lists, taken one by one
-    # What the result cannot do without, for a rate: (bytes or operations, unit of 1e9 or 1e12 of
-    # them a second).
+    # the necessary work, for a rate: (bytes or operations, unit of 1e9 or 1e12 per second)
     work: Callable[[Inputs], tuple[float, str]] | None = None
 
     # The specification in parts, where all of it at once would take too much memory in float64.
@@ -91,7 +89,7 @@ class Case:
 
 
 def op_call(op: str, backend: str | None) -> Callable[..., Any]:
-    """kdkernels' op on a backend (None: the default), looked up when called: an op may not be there
+    """kdkernels' op on a backend (None: the default), looked up when called: an op may not exist
     yet."""
 
     def call(**arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The devices: how a call is timed and its memory measured. Nothing here knows an op."""
+"""The devices: how a call is timed and its memory measured. Nothing here depends on an op."""
 
 import ctypes
 import gc
@@ -24,7 +24,7 @@ BEFORE_CAPTURE = 2  # calls of a step before it is captured: they compile, and f
 SPIN_CYCLES = 400_000
 WALL_MS = 4.0  # a wall time is that of so many calls that they take about as long
 MOST_WALL_CALLS = 100
-AMD_CACHE = 256 << 20  # of an MI300's last level, which its properties do not tell
+AMD_CACHE = 256 << 20  # of an MI300's last level, which its properties do not contain
 
 
 class CaptureFailed(RuntimeError):
@@ -32,14 +32,14 @@ class CaptureFailed(RuntimeError):
 
 
 class CpuDevice:
-    """All of timing and memory that depends on the device; CudaDevice has the same methods."""
+    """The device-dependent parts of timing and memory; CudaDevice has the same methods."""
 
     name = where = "cpu"  # in rows; to torch
     timing = "call"  # what `prepare` measures: forward and backward as they are called
     warmup = 2  # rounds before the counted ones
 
     def versions(self) -> dict[str, str]:
-        """What a row names beside torch: nothing on a CPU."""
+        """The versions in a row beside torch's: none on a CPU."""
         return {"driver": "", "triton": ""}
 
     def threads(self) -> int | None:
@@ -73,7 +73,7 @@ class CpuDevice:
         return name
 
     def cache_bytes(self) -> int:
-        """The last-level caches of all cores, from sysfs; 32 MiB where it does not say."""
+        """The last-level caches of all cores, from sysfs; 32 MiB without an entry."""
         levels: dict[int, dict[str, int]] = {}
         for folder in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index*"):
             size = re.match(r"(\d+)([KM])", read(folder / "size"))
@@ -84,17 +84,16 @@ class CpuDevice:
         return sum(levels[max(levels)].values()) if levels else 32 << 20
 
     def peak_mb(self, step: Step) -> float | None:
-        """How far resident memory rises while `step` runs, in MiB; None where unknown.
+        """The rise of resident memory while `step` runs, in MiB; None where unknown.
 
-        Free pages are first returned to the system, so memory that the allocator kept from earlier
+        Free pages are first returned to the system, so memory that the allocator has cached
         counts again.
         """
         gc.collect()
         try:
             ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text(
-                "5"
-            )  # the high-water mark falls to the present level
+            # lowers the high-water mark to the present level
+            Path("/proc/self/clear_refs").write_text("5")
         except (OSError, AttributeError):
             return None
         before = status_kb("VmRSS")
@@ -105,8 +104,8 @@ class CpuDevice:
 class CudaDevice:
     """Times by replays of CUDA graphs and by wall clock; memory by torch's allocator.
 
-    A gradient that a backward gives away is safe under replays: every replay forms it anew before
-    it is scaled in place.
+    A gradient that backward gives away is safe under replays: every replay computes it again
+    before it is scaled in place.
     """
 
     name = where = "cuda"
@@ -150,8 +149,8 @@ class CudaDevice:
         return max(size, AMD_CACHE) if torch.version.hip else size
 
     def peak_mb(self, step: Step) -> float:
-        """How far allocated memory rises while `step` runs, in MiB. What `step` starts for the
-        first time (a cuBLAS workspace) counts: call it before."""
+        """The rise of allocated memory while `step` runs, in MiB. A workspace that `step` allocates
+        in its first call (cuBLAS) counts: call it once before."""
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -161,11 +160,11 @@ class CudaDevice:
         return (torch.cuda.max_memory_allocated() - before) / 2**20
 
     def between_rounds(self) -> None:
-        """Frees what only a cycle holds: a few N x N matrices more each round would not fit."""
+        """Frees memory held by cycles alone: a few N x N matrices more per round would not fit."""
         gc.collect()
 
     def capture(self, step: Step, pool: Any = None) -> tuple[torch.cuda.CUDAGraph, object]:
-        """A graph of `step`, and what `step` returned: tensors that every replay fills again."""
+        """A graph of `step`, and the result of `step`: tensors that every replay fills again."""
         torch.cuda.synchronize()
         with torch.cuda.stream(self.stream):
             for _ in range(BEFORE_CAPTURE):
@@ -182,7 +181,7 @@ class CudaDevice:
         return graph, result
 
     def replayed(self, step: Step) -> object:
-        """What `step` returns, as its graph's second replay left it, in memory of its own."""
+        """The result of `step` after its graph's second replay, copied."""
         graph, result = self.capture(step)
         graph.replay()
         torch.cuda.synchronize()
@@ -192,7 +191,7 @@ class CudaDevice:
         """`step` on the `place`th input set as a call that returns the milliseconds of its graph's
         replay: the kernels alone, and the gaps between them.
 
-        The graphs of one place share their memory, as they run one after the other and hand nothing
+        The graphs of one place share their memory, as they run one after the other and pass nothing
         on; those of another place have their own, so that results rotate like the inputs do.
         """
         if place not in self.pools:
@@ -201,14 +200,14 @@ class CudaDevice:
         return between_events(graph.replay, spin=True)
 
     def events(self, step: Step) -> Timed:
-        """`step` called eagerly between two events, for one that no graph can hold: where the
-        device waits for the host, that counts."""
+        """`step` called eagerly between two events, for a step that no graph can hold. The time in
+        which the device waits for the host counts."""
         step()
         return between_events(step, spin=False)
 
     def wall(self, steps: Sequence[Step]) -> Timed:
-        """The milliseconds of a call of the steps in turn, launch and dispatch included: many are
-        called, then the device is waited for."""
+        """The milliseconds of a call of the steps in turn, launch and dispatch included: many calls
+        are queued, then the host waits for the device."""
         turn = 0
 
         def timed(calls: int) -> float:
@@ -250,7 +249,7 @@ def copied(value: Any) -> Any:
 
 
 def driver_version() -> str:
-    """The version of the GPU's driver; "unknown" where neither tool nor file says it."""
+    """The version of the GPU's driver; "unknown" where neither the tool nor the file has it."""
     if torch.version.hip:
         return f"ROCm {torch.version.hip}"
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

@@ -5,9 +5,9 @@
 #   bench/gpu.sh [--dry-run] [STATE]
 #
 # Needs a GPU, and a python3 ($PYTHON) with torch, triton, numpy, pytest, and setuptools, pybind11 and
-# ninja to build; no network. It ends within 9 minutes ($GPU_SECONDS, 530): what was left or failed is
-# run by the next call, which takes the folder STATE of the earlier one ($OUT, or bench/gpu-state). A
-# part counts again when the sources of its op have changed. Rows, log and, where $OUT is set, the
+# ninja to build; no network. It ends within 9 minutes ($GPU_SECONDS, 530): a part that is left or failed is
+# run by the next call, given the directory STATE of the earlier one ($OUT, or bench/gpu-state). A
+# part runs again when the sources of its op have changed. Rows, log and, where $OUT is set, the
 # list of finished parts go to $OUT (else rows and log to bench/results). BENCH_COMMIT names the
 # commit in rows where the copy has no git history.
 #
@@ -52,7 +52,7 @@ remember() { # PART HASH
   if [ -n "${OUT:-}" ] && [ "$state" != "$OUT" ]; then cp "$state/finished" "$OUT/finished"; fi
 }
 
-# Runs a command in the time that the part may take and that is left; 0 where it succeeded. Its
+# Runs a command within the time limit of the part and the time left; 0 where it succeeded. Its
 # output goes to the log and to $state/last.
 run_part() { # PART SECONDS COMMAND...
   local part=$1 budget=$2 time_left=$((seconds - ending - SECONDS)) status=0
@@ -81,7 +81,7 @@ run_part() { # PART SECONDS COMMAND...
   return 1
 }
 
-# A part of one op, if it has not been done.
+# A part of one op, unless it is finished.
 op_part() { # KIND OP SECONDS COMMAND...
   local kind=$1 op=$2 budget=$3 hash
   shift 3
@@ -97,7 +97,7 @@ op_part() { # KIND OP SECONDS COMMAND...
 }
 
 install() {
-  # What is tested is the installed package: PYTHONSAFEPATH keeps the checkout's own off the path.
+  # The installed package is tested: PYTHONSAFEPATH keeps the checkout's own off the path.
   local command=("$python" -m pip install --quiet --disable-pip-version-check --no-index
     --no-build-isolation --no-deps --upgrade --target "$site" .)
   if [ -n "$dry_run" ]; then
@@ -136,7 +136,7 @@ benchmark() { # OP SECONDS
   op_part bench "$op" "$budget" "$python" -m bench "$op" --device cuda --results "$results" \
     --limit 120 "${skip[@]}"
   if [ -n "$dry_run" ] || [ ! -f "$state/last" ]; then return; fi
-  # A benchmark that did not get to its end has finished cases all the same.
+  # A benchmark that was stopped has finished cases as well.
   while read -r case; do
     if ! is_finished "case:$op:$case" "$hash"; then remember "case:$op:$case" "$hash"; fi
   done < <(sed -n "s/^  finished: $op \([^,]*\), .*/\1/p" "$state/last")

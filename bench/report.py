@@ -37,23 +37,22 @@ Written by `python -m bench report` from the rows in [bench/results](../bench/re
 <img src="benchmarks-light.png" alt="Times faster, times less memory than torch eager"></picture>
 
 How to read it:
-- **native** is kdkernels' kernel. The other contenders are what users write today, fixed in
-  [bench/cases/baselines.py](../bench/cases/baselines.py). Every contender's loss and gradients
+- **native** is kdkernels' kernel. The other contenders are the code that users write today
+  ([bench/cases/baselines.py](../bench/cases/baselines.py)). Every contender's loss and gradients
   were compared with the float64 specification before it was timed; a wrong one is not timed.
 - A time is one call forward and backward together, at an incoming gradient of 1 and of 0.37
   (nearest_neighbor: forward alone), with its gradients released inside. Median and quartiles over
-  rounds; in a round every contender has one call, in a
-  new order each time. **native is faster by** is the ratio of medians within the run, with a 95 %
-  bootstrap interval.
+  rounds; every contender has one call per round, in a new order. **native is faster by** is the
+  ratio of medians within the run, with a 95 % bootstrap interval.
 - Every case runs in a fresh process. Inputs rotate over so many sets that they come from memory,
   not from the last-level cache. torch.compile's compilation and every contender's first rounds are
   not counted. At the AVX2 level torch, MKL and Inductor are lowered too.
-- **floor** is work that the result cannot do without, on preallocated buffers: plain tensor copies
-  of the same bytes (two reads and one write a gradient: one and a half copies), or the same matrix
-  products, which plain calls of torch need not do in the fastest way (docs/ops.md), so that a call
-  may take less. A target of `<= 2.2x floor` stands beside native, `>= 9x` beside the contender that
-  it speaks of.
-- **peak MB** is how far resident memory rises above the inputs during one call in a process of its
+- **floor** is work that every implementation must do, on preallocated buffers: plain tensor copies
+  of the same bytes (two reads and one write per gradient: one and a half copies), or the same
+  matrix products. Plain calls of torch are not always the fastest way to these products
+  (docs/ops.md), so a call may take less time. A target of `<= 2.2x floor` stands beside native,
+  `>= 9x` beside the contender that it names.
+- **peak MB** is the rise of resident memory above the inputs during one call in a process of its
   own, gradients and outputs included; MB are 2^20 bytes.
 - Rows marked **busy** were measured while other processes took more than half of the cores: repeat
   them.
@@ -63,24 +62,24 @@ How to read it:
 METHOD_GPU = """\
 On a GPU:
 - **triton** is kdkernels by its default choice of backend. **replay** is the time between two
-  events round the replay of a CUDA graph of forward and backward, queued while the device spins:
+  events around the replay of a CUDA graph of forward and backward, queued while the device spins:
   the kernels alone. **wall** is the host's time for an eager call, launch and dispatch included,
-  from many calls and one wait. **events** is the time between two events round an eager call, for
-  what waits for the device and so cannot be in a graph; triton then has such a row too, to be
-  compared with. Every ratio is within one of the three.
+  from many calls and one wait. **events** is the time between two events around an eager call, for
+  contenders that wait for the device and cannot be captured; triton then has such a row too, for
+  comparison. Every ratio is within one of the three.
 - **of floor** is the floor's time over the row's. The floor is a device-to-device copy that moves
   as many bytes as three sweeps (two reads and the gradient's write), by the driver's memory copy or
   an elementwise kernel, whichever is faster; for mining and search the matrix product alone in the
   op's own precision (float32 without TF32). An incoming gradient other than 1 costs two sweeps
   more, which the floor does not count. **rate** is the floor's bytes or operations over the row's
   time.
-- triton was also compared with float64 by what a second replay of its graph left behind.
-- **peak MB** is how far the memory in torch's allocator rises during one eager call.
+- triton was also compared with float64 by the results of a second replay of its graph.
+- **peak MB** is the rise of memory in torch's allocator during one eager call.
 """
 
 
 def cells(row: Row) -> list[str]:
-    """A row as the table of its kind of device shows it."""
+    """A row's cells in the table of its device type."""
     ratio = row["ratio"] and f"{row['ratio']}x ({row['ratio_low']} to {row['ratio_high']})"
     busy = " (busy)" if row["load"] and float(row["load"]) > BUSY else ""
     last = [row["peak_mb"], row["target"], row["met"] + busy]
@@ -119,7 +118,7 @@ def share_of_floor(row: Row) -> str:
 
 
 def plain_table(rows: list[Row]) -> str:
-    """Aligned columns; all rows are of one kind of device."""
+    """Aligned columns; all rows are of one device type."""
     return aligned([list(HEADERS[rows[0]["device"]]), *map(cells, rows)])
 
 
@@ -131,7 +130,7 @@ def aligned(table: list[list[str]]) -> str:
 
 
 def show(rows: list[Row]) -> None:
-    """Prints the rows of one kind of device: a rich table on a terminal where rich is installed,
+    """Prints the rows of one device type: a rich table on a terminal where rich is installed,
     else aligned text."""
     for op in dict.fromkeys(row["op"] for row in rows):
         found = [row for row in rows if row["op"] == op]
@@ -149,8 +148,8 @@ def show(rows: list[Row]) -> None:
 
 
 def summary(rows: list[Row]) -> str:
-    """A line for each GPU case: kdkernels' time, its share of the floor, how many times faster than
-    each contender it is, by the device's time and by wall time, and which targets it missed."""
+    """One line per GPU case: kdkernels' time, its share of the floor, its speed-up over each
+    contender by the device's time and by wall time, and the targets it missed."""
     header = ["case", "us", "of floor", "faster than, on the device", "by wall time", "missed"]
     table = [header]
     for key in dict.fromkeys((r["machine"], r["op"], r["case"]) for r in rows):
@@ -201,7 +200,7 @@ def newest(files: list[Path]) -> list[Row]:
 
 
 def machine_of(row: Row) -> str:
-    """The heading under which a row stands."""
+    """The heading of the section that a row belongs to."""
     if row["device"] == "cuda":
         return f"{row['machine']}, driver {row['driver']}, Triton {row['triton']}"
     return f"{row['machine']}, {row['threads']} threads of {row['cores']} cores, {row['device']}"
@@ -242,8 +241,8 @@ def markdown(rows: list[Row]) -> str:
 
 
 def chart(rows: list[Row], path: Path, theme: str) -> None:
-    """Two panels per machine: how many times faster kdkernels is than torch eager in each case, and
-    how many times less memory it takes. theme: a key of THEMES."""
+    """Two panels per machine: kdkernels' speed-up over torch eager in each case, and the factor by
+    which it takes less memory. theme: a key of THEMES."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator
 
@@ -294,7 +293,7 @@ def chart(rows: list[Row], path: Path, theme: str) -> None:
 
 
 def memory_gain(row: Row, own: Row) -> float:
-    """How many times the memory of kdkernels a contender takes; 1 where it was not measured."""
+    """A contender's memory over kdkernels'; 1 where it was not measured."""
     return float(row["peak_mb"]) / float(own["peak_mb"]) if row["peak_mb"] and own["peak_mb"] else 1
 
 

@@ -1,8 +1,8 @@
-"""Rows of bench/results: one a contender, incoming gradient and timing, with where it comes from.
+"""Rows of bench/results: one per contender, incoming gradient and timing, with their origin.
 
-timing: "call" on a CPU, a call as it is made. On a GPU "replay", of a CUDA graph: the device's work
-alone; "events", the device's time round an eager call, of what no graph can hold; "wall", the
-host's time, launch and dispatch included.
+timing: "call" on a CPU, the time of a call. On a GPU "replay", of a CUDA graph: the device's work
+alone; "events", the device's time around an eager call, for contenders that no graph can hold;
+"wall", the host's time, launch and dispatch included.
 """
 
 import csv
@@ -42,7 +42,7 @@ Row = dict[str, str]
 
 
 def stamp(device: Any) -> Row:
-    """What all rows of a run share: date, machine, cores, device, versions, commit."""
+    """The columns that all rows of a run share: date, machine, cores, device, versions, commit."""
     import torch
 
     import kdkernels
@@ -62,7 +62,7 @@ def stamp(device: Any) -> Row:
 def commit() -> str:
     """The short commit of the checkout, "+dirty" where files other than results differ from it.
 
-    A copy without its history says it by the environment variable BENCH_COMMIT.
+    A copy without history takes it from the environment variable BENCH_COMMIT.
     """
 
     def git(*arguments: str) -> str | None:
@@ -112,8 +112,8 @@ def build_rows(
     peaks: dict[str, float | None],
     targets: list[Target],
 ) -> list[Row]:
-    """The rows of one case from a worker's answer; ratio: how many times faster kdkernels' own is
-    in the same timing.
+    """The rows of one case from a worker's result. ratio: the speed-up of kdkernels' own in the
+    same timing.
 
     Targets of another instruction-set level than the one measured are left out.
     """
@@ -131,7 +131,7 @@ def build_rows(
             ratio, low, high = ratio_of_medians(ms, under)
         over_floor = None if timing == WALL else median / floor_ms
         mine = [t for t in targets if (t.against or case.own) == name]
-        # An eager call of what a graph holds as well is there to be compared with, not judged.
+        # An eager call of a contender that a graph holds as well is for comparison, not judged.
         twice = timing == "events" and (name, gradient, "replay") in times
         mine = [] if twice else [t for t in mine if t.is_about(timing, gradient)]
         met = [verdict(t, median, ratio, over_floor, peaks.get(name)) for t in mine]
@@ -191,12 +191,12 @@ def verdict(
 
 
 def group_key(row: Row) -> tuple[str, ...]:
-    """What is replaced together: a case on a machine, at a level, with a number of threads."""
+    """The key of rows that are replaced together: case, machine, level and number of threads."""
     return tuple(row[k] for k in ("machine", "device", "op", "case", "isa", "threads"))
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a results file; ValueError where its columns are not ours."""
+    """The rows of a results file. Raises ValueError for other columns."""
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != COLUMNS:
@@ -205,7 +205,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:
-    """Puts rows into a results file, in place of the ones it has of the same cases."""
+    """Writes rows into a results file, in place of its rows of the same cases."""
     replaced = {group_key(row) for row in rows}
     old = read_rows(path) if path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)

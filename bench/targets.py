@@ -1,5 +1,5 @@
-"""What the project set out to reach, on two AVX-512 cores and on an H200, as data that every run is
-held to."""
+"""The performance targets of the project, on two AVX-512 cores and on an H200, as data: they judge
+every run."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ WALL = "wall"  # the timing that includes launch and dispatch
 
 @dataclass(frozen=True)
 class Target:
-    """One promise about one case, at one instruction-set level ("": a GPU)."""
+    """One target of one case, at one instruction-set level ("": a GPU)."""
 
     op: str
     case: str
@@ -28,7 +28,7 @@ class Target:
     gradient: float | None = None  # about this incoming gradient alone
 
     def text(self) -> str:
-        """The promise in the words of the tables."""
+        """The target as the tables show it."""
         words = {
             FASTER: f">= {self.value:g}x",
             SLOWER: f"<= {self.value:g}x its time",
@@ -40,7 +40,7 @@ class Target:
         return f"{words} wall" if self.wall else words
 
     def is_about(self, timing: str, gradient: float | None) -> bool:
-        """Whether it speaks of rows of this timing and incoming gradient."""
+        """Whether the target applies to rows of this timing and incoming gradient."""
         return self.wall == (timing == WALL) and self.gradient in (None, gradient)
 
 
@@ -86,8 +86,8 @@ CPU_TARGETS = (
     Target("nearest_neighbor", "20000x20000", MEMORY, "", 64),
     *(Target(HEAD, case, FASTER, "torch", 1.5) for case in HEADS),
     *(Target(HEAD, case, FLOOR, "", 1.15) for case in HEADS),
-    # The weight's gradient, and a tenth of what eager holds before there is one: three matrices of
-    # all rows and classes, seven with a teacher (its peak is as many of them at every size).
+    # The weight's gradient, and a tenth of eager's memory before that gradient exists: three
+    # matrices of all rows and classes, seven with a teacher (its peak at every size).
     *(
         Target(HEAD, f"{rows}x360232{what}", MEMORY, "", GRADIENT_MB + round(0.1 * kept * rows))
         for rows in (256, 1024)
@@ -97,7 +97,7 @@ CPU_TARGETS = (
 
 
 def gpu(op: str, case: str, kind: str, value: float, against: str = "", **about: Any) -> Target:
-    """A promise about a GPU case."""
+    """A target of a GPU case."""
     return Target(op, case, kind, against, value, isa="", **about)
 
 
@@ -138,5 +138,5 @@ TARGETS = CPU_TARGETS + GPU_TARGETS
 
 
 def targets_of(op: str, case: str) -> list[Target]:
-    """The promises about one case."""
+    """The targets of one case."""
     return [t for t in TARGETS if (t.op, t.case) == (op, case)]

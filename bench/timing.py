@@ -1,4 +1,4 @@
-"""How things are timed: the interleaving, the statistics. Nothing here knows an op."""
+"""The interleaving of timed calls, and their statistics. Nothing here depends on an op."""
 
 import gc
 import math
@@ -23,13 +23,13 @@ def read(path: str | Path) -> str:
 
 
 def sets_needed(set_bytes: int, cache_bytes: int) -> int:
-    """How many input sets make twice the last-level cache: each then comes from memory."""
+    """The number of input sets beyond twice the last-level cache: each then comes from memory."""
     return max(1, math.ceil(2 * cache_bytes / max(1, set_bytes)))
 
 
 @contextmanager
 def no_collection():
-    """Garbage collection off inside timed calls; what is there now is not looked at again."""
+    """Garbage collection off inside timed calls; existing objects are frozen."""
     was_on = gc.isenabled()
     gc.collect()
     gc.freeze()
@@ -45,12 +45,12 @@ def no_collection():
 def interleave(
     timed: Sequence[Sequence[Timed]], rounds: int, warmup: int, between: Step = lambda: None
 ) -> np.ndarray:
-    """Milliseconds (contenders, rounds): every contender once a round, in a new order each time,
-    and `between` after each round.
+    """Milliseconds (contenders, rounds): every contender once per round, in a new order per
+    round, and `between` after each round.
 
-    timed[i] holds contender i's call on each input set; every call takes the set after the one used
-    last. A contender's turn is one call, so each finds the allocator as other work has left it, as
-    a loss does in a training step between two passes through a network.
+    timed[i] holds contender i's call on each input set; every call takes the next set.
+    A contender's turn is one call, so each finds the allocator in the state that other work left,
+    as a loss does in a training step between two passes through a network.
     """
     times = np.zeros((len(timed), rounds))
     turn = 0

@@ -2,9 +2,9 @@
 
 A job is {"part", "op", "case", "contenders", "device", "quick", "rounds", "eager"}. Its part is
 "check", the contenders' results against float64; "memory", the peak memory of a single one; "time",
-for those that were found right; or "all", the three after another, for a GPU, where to start is
-what takes long and where memory is counted exactly. "eager" names the contenders that no CUDA graph
-can hold. The answer {"uncaptured": [name, reason]} asks for the same job with one more name there.
+for the contenders that are right; or "all", the three in sequence, for a GPU, where starting
+takes long and memory is counted exactly. "eager" names the contenders that no CUDA graph
+can hold. The result {"uncaptured": [name, reason]} requests the same job with that name added.
 """
 
 import gc
@@ -23,8 +23,8 @@ from bench.devices import DEVICES, CaptureFailed
 
 WALL_ROUNDS = 15
 QUICK_BYTES = 20_000  # stands for the cache in a quick run: a few sets of tiny inputs
-# Relative L2 error that a contender may have against float64. They tell a wrong formula from
-# rounding; how good the rounding is, the contract decides. 16-bit baselines round every
+# Relative L2 error that a contender may have against float64. They separate a wrong formula from
+# rounding; the contract judges the rounding. 16-bit baselines round every
 # intermediate result: log-probabilities of -13 to 1/16.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -36,7 +36,7 @@ class Uncaptured(Exception):
 def make_inputs(
     case: Case, contender: Contender | None, seed: int, sizes: dict, where: str = "cpu"
 ) -> Inputs:
-    """A set of inputs on a torch device, leaves that want a gradient where the case takes one."""
+    """A set of inputs on a torch device; leaves require a gradient where the case takes one."""
     maker = contender.inputs if contender and contender.inputs else case.inputs
     inputs = maker(seed, where, **sizes)
     for tensor in wanted_tensors(case, inputs):
@@ -59,7 +59,7 @@ def make_step(
 ) -> Callable[[], tuple[Any, tuple]]:
     """Forward, and backward with the incoming gradient; dropping the result releases both.
 
-    torch.autograd.grad hands over the gradient as the layer below the loss would get it, without
+    torch.autograd.grad returns the gradient as the layer below the loss would receive it, without
     adding it to .grad.
     """
     wanted = wanted_tensors(case, inputs)
@@ -86,7 +86,7 @@ def discarding(step: Callable[[], Any]) -> Callable[[], None]:
 
 
 def in_float64(value: Any) -> Any:
-    """The tensors of an input in float64, as leaves that want a gradient where the input does."""
+    """The tensors of an input in float64, as leaves that require a gradient where it does."""
     if isinstance(value, list):
         return [in_float64(v) for v in value]
     if not value.is_floating_point():
@@ -95,7 +95,7 @@ def in_float64(value: Any) -> Any:
 
 
 def true_result(case: Case, truth: Callable[..., Any], inputs: Inputs) -> tuple[Any, list[Tensor]]:
-    """The specification's result in float64, its gradients (incoming 1) kept in float32."""
+    """The specification's result in float64, its gradients (incoming 1) stored in float32."""
     parts = [inputs]
     if case.one_by_one:  # all pairs at once would need several GB in float64
         count = len(next(iter(inputs.values())))
@@ -113,7 +113,7 @@ def true_result(case: Case, truth: Callable[..., Any], inputs: Inputs) -> tuple[
 
 
 def check_step(case: Case, inputs: Inputs) -> int:
-    """Every how manyth row of the first input, and of the results, is compared with float64."""
+    """The step between the rows that are compared with float64, of first input and results."""
     rows = len(next(iter(inputs.values())))
     return max(1, rows // case.check_rows) if case.check_rows else 1
 
@@ -127,7 +127,7 @@ def thinned(inputs: Inputs, step: int) -> Inputs:
 def relative_error(value: Tensor, truth: Tensor) -> float:
     """The larger of two relative L2 errors: of all elements, and of those not above their RMS.
 
-    The second one sees what a few large elements, the labels' columns for instance, would cover up.
+    The second one shows errors that a few large elements, such as the labels' columns, would hide.
     """
     if value.shape != truth.shape:
         return float("inf")
@@ -151,7 +151,7 @@ def errors_of(
 ) -> dict[str, float]:
     """The contender's errors at every incoming gradient: {"result 0": relative error, ...}.
 
-    run: runs a step and returns its results; a graph's replay where that is to be judged.
+    run: runs a step and returns its results; a graph's replay where the replay is judged.
     """
     errors: dict[str, float] = {}
     step = check_step(case, inputs)
@@ -191,10 +191,10 @@ def check(
 ) -> dict:
     """{contender: its errors against float64, whether they are small enough}.
 
-    On a GPU kdkernels' own kernel is judged a second time by what its graph's replays leave behind.
+    On a GPU kdkernels' own kernel is judged a second time by the results of its graph's replays.
     """
     true_results: dict[Any, tuple] = {}
-    answers = {}
+    results = {}
     for name in names:
         contender = case.contender(name)
         inputs = make_inputs(case, contender, 0, sizes, device.where)
@@ -210,22 +210,22 @@ def check(
         except CaptureFailed as error:
             raise Uncaptured(name, str(error)) from error
         except Exception as error:
-            # Another library may fail in any way; what the others and we do is still measured.
+            # Another library may fail in any way; the remaining contenders are still measured.
             if name == case.own or device.name == "cpu":
                 raise
             reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
-            answers[name] = {"errors": {}, "tolerance": 0.0, "right": False, "failed": reason}
+            results[name] = {"errors": {}, "tolerance": 0.0, "right": False, "failed": reason}
             continue
         tensors = [t for value in inputs.values() for t in as_list(value)]
         dtype = next(t.dtype for t in tensors if t.is_floating_point())
         tolerance = max(TOLERANCES[dtype], contender.tolerance)
         right = all(e <= tolerance for e in found.values())
-        answers[name] = {"errors": found, "tolerance": tolerance, "right": right}
-    return answers
+        results[name] = {"errors": found, "tolerance": tolerance, "right": right}
+    return results
 
 
 class InputSets:
-    """The sets of inputs that calls rotate over, made once for each maker of inputs."""
+    """The sets of inputs that calls rotate over, made once per maker of inputs."""
 
     def __init__(self, case: Case, sizes: dict, where: str, cache_bytes: int) -> None:
         self.case, self.sizes, self.where, self.cache_bytes = case, sizes, where, cache_bytes
@@ -245,7 +245,7 @@ class InputSets:
         return self.made[maker]
 
     def steps(self, name: str, gradient: float | None) -> list[Callable[[], None]]:
-        """A contender's step on each of its sets, which keeps nothing."""
+        """A contender's step on each of its sets, which releases its result."""
         contender = self.case.contender(name)
         return [
             discarding(make_step(self.case, contender.call, inputs, gradient))
@@ -265,8 +265,8 @@ def measure(
     """Times of the contenders at every incoming gradient, and of the floors, interleaved: each as
     [contender, incoming gradient, timing, milliseconds].
 
-    Those named in `eager` are timed between events, and with them kdkernels' own kernel once more,
-    to be compared with. On a GPU all have a wall time at the first incoming gradient besides.
+    Contenders in `eager` are timed between events, and kdkernels' own kernel once more with them,
+    for comparison. On a GPU all contenders also have a wall time at the first incoming gradient.
     """
     sets = InputSets(case, sizes, device.where, cache_bytes)
     keys: list[tuple[str, float | None, str]] = []
@@ -319,8 +319,8 @@ def everything(
     cache_bytes: int,
     eager: Sequence[str],
 ) -> dict:
-    """The three parts after another for the contenders that are right; "time" is None where
-    kdkernels' own is not."""
+    """The three parts in sequence for the contenders that are right; "time" is None where
+    kdkernels' own is wrong."""
     eager = [*eager, *(name for name in names if case.contender(name).waits)]
     checked = check(case, names, sizes, device, eager)
     right = [name for name in names if checked[name]["right"]]
@@ -335,7 +335,7 @@ def everything(
 
 
 def run(job: dict) -> dict:
-    """The answer to a job."""
+    """The result of a job."""
     (case,) = find_cases([job["op"]], [job["case"]], job["device"])
     device = DEVICES[job["device"]]()
     sizes = case.quick if job["quick"] else case.sizes

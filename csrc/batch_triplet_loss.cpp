@@ -43,11 +43,12 @@ bool batch_triplet_center(const CenterArgs& args, int threads) {
   const int64_t features = pad_up(args.features), blocks = (args.features + 63) / 64;
   std::fill(args.shift + args.features, args.shift + features, 0.0f);
   const auto columns = KDK_AT_LEVEL(center_columns);
-  parallel_rows(blocks, threads, 0, [&](int64_t begin, int64_t end, float*) {
+  parallel_rows(blocks, threads, 0, kKeepDenormals, [&](int64_t begin, int64_t end, float*) {
     columns(args, begin * 64, std::min(end * 64, args.features));
   });
   const auto rows = KDK_AT_LEVEL(center_rows);
-  parallel_rows(pad_up(args.rows), threads, 0, [&](int64_t begin, int64_t end, float*) { rows(args, begin, end); });
+  parallel_rows(pad_up(args.rows), threads, 0, kKeepDenormals,
+                [&](int64_t begin, int64_t end, float*) { rows(args, begin, end); });
   return std::all_of(args.norms, args.norms + args.rows, [](float norm) { return std::isfinite(norm); });
 }
 
@@ -62,7 +63,7 @@ AnchorTotals batch_triplet_mine(MineArgs args, const Labels& labels, float* loss
   if (args.rows * args.rows < kSmall) threads = 1;
   const auto rows = KDK_AT_LEVEL(mine_rows);
   parallel_rows(pad_up(args.rows), threads, mine_scratch(args.rows),
-                [&](int64_t begin, int64_t end, float* scratch) { rows(args, begin, end, scratch); });
+                kKeepDenormals, [&](int64_t begin, int64_t end, float* scratch) { rows(args, begin, end, scratch); });
   AnchorTotals all{0.0, 0, 0};
   for (int64_t row = 0; row < args.rows; ++row) {
     loss[row] = static_cast<float>(totals[row].loss);
@@ -81,12 +82,12 @@ bool batch_triplet_spread(SpreadArgs args, bool finite, int threads) {
   std::vector<int64_t> nonzeros(tasks);
   args.nonzeros = nonzeros.data();
   const auto tiles = KDK_AT_LEVEL(spread_tiles);
-  parallel_rows(tasks, threads, 0, [&](int64_t begin, int64_t end, float*) { tiles(args, begin, end); });
+  parallel_rows(tasks, threads, 0, kKeepDenormals, [&](int64_t begin, int64_t end, float*) { tiles(args, begin, end); });
   const int64_t pairs = std::accumulate(nonzeros.begin(), nonzeros.end(), int64_t{0});
   // A pair by its difference costs about 4 of the GEMM's pairs.
   args.by_pairs = !finite || pairs <= args.rows * args.rows / 4;
   const auto rows = KDK_AT_LEVEL(spread_rows);
   parallel_rows(pad_up(args.rows), threads, spread_scratch(args.rows),
-                [&](int64_t begin, int64_t end, float* scratch) { rows(args, begin, end, scratch); });
+                kKeepDenormals, [&](int64_t begin, int64_t end, float* scratch) { rows(args, begin, end, scratch); });
   return !args.by_pairs;
 }

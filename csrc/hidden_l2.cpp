@@ -68,7 +68,7 @@ void parallel_chunks(const std::vector<int64_t>& elements, int threads, const Bo
     total += elements[i];
   }
   if (total < kSmall) threads = 1;
-  parallel_rows(first.back(), threads, 0, [&](int64_t begin, int64_t end, float*) {
+  parallel_rows(first.back(), threads, 0, kKeepDenormals, [&](int64_t begin, int64_t end, float*) {
     size_t item = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       while (chunk >= first[item + 1]) ++item;

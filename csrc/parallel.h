@@ -1,4 +1,4 @@
-// Row-parallel loops with denormals flushed, and per-thread scratch. Included by launchers only (baseline code).
+// Row-parallel loops with a choice about denormals, and per-thread scratch. Included by launchers only (baseline code).
 #pragma once
 
 #include <cstdint>
@@ -14,16 +14,22 @@
 
 namespace {
 
-// Logits spread over +-64 put most of a row into the denormals, which cost 8x; the mode is per thread, so every worker
-// sets it and restores what it found.
-class FlushDenormals {
+// What becomes of numbers below 2^-126 in a loop; the values are MXCSR's bits. Logits spread over +-64 put most of a
+// row's exponentials there, which costs 8x, so loops over exponentials flush them. Distances keep them: only the
+// caller's own numbers can be so small.
+enum Denormals : unsigned { kKeepDenormals = 0x0000u, kFlushResults = 0x8000u, kFlushDenormals = 0x8040u };
+
+// The mode is per thread, so every worker sets it and restores what it found.
+class DenormalMode {
  public:
 #if defined(__SSE__)
-  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040u); }
-  ~FlushDenormals() { _mm_setcsr(saved_); }
+  explicit DenormalMode(Denormals denormals) : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | denormals); }
+  ~DenormalMode() { _mm_setcsr(saved_); }
 
  private:
   unsigned saved_;
+#else
+  explicit DenormalMode(Denormals) {}
 #endif
 };
 
@@ -58,7 +64,7 @@ class Scratch {
 // `scratch_floats` are allocated before the parallel region's work, and a failed allocation is thrown to the caller,
 // not into OpenMP.
 template <typename Body>
-void parallel_rows(int64_t count, int threads, int64_t scratch_floats, const Body& body) {
+void parallel_rows(int64_t count, int threads, int64_t scratch_floats, Denormals denormals, const Body& body) {
   if (threads > count) threads = static_cast<int>(count);
   if (threads < 1) threads = 1;
   bool failed = false;
@@ -71,7 +77,7 @@ void parallel_rows(int64_t count, int threads, int64_t scratch_floats, const Bod
     me = omp_get_thread_num();
     team = omp_get_num_threads();
 #endif
-    const FlushDenormals guard;
+    const DenormalMode guard(denormals);
     float* scratch = nullptr;
     try {
       scratch = scratch_floats > 0 ? Scratch::mine().get(scratch_floats) : nullptr;

@@ -8,5 +8,5 @@
 void sparse_teacher_tail(const SparseTeacherArgs& args, int threads) {
   const auto rows = args.statistics ? KDK_AT_LEVEL(sparse_teacher_statistics) : KDK_AT_LEVEL(sparse_teacher_gradient);
   parallel_rows(args.rows, threads, kSparseTeacherBlock,
-                [&](int64_t begin, int64_t end, float* scratch) { rows(args, begin, end, scratch); });
+                kFlushDenormals, [&](int64_t begin, int64_t end, float* scratch) { rows(args, begin, end, scratch); });
 }

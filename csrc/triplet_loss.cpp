@@ -27,7 +27,7 @@ void triplet_loss(TripletArgs args, bool mean, float* reduced, float* post_scale
   const auto rows = KDK_AT_LEVEL(triplet_rows);
   const auto run = [&](const TripletArgs& these) {
     parallel_rows(these.rows, threads, triplet_scratch(these.features),
-                  [&](int64_t begin, int64_t end, float* scratch) { rows(these, begin, end, scratch); });
+                  kKeepDenormals, [&](int64_t begin, int64_t end, float* scratch) { rows(these, begin, end, scratch); });
   };
   args.largest = nullptr;
   args.gradient_scale = static_cast<float>(1.0 / divisor);

@@ -1,6 +1,6 @@
 """Fused distillation losses for networks with very many identities, as PyTorch ops.
 
-`python -m kdkernels` prints which backend each op has here, and why the rest is missing.
+`python -m kdkernels` prints the backends of each op here, and the reasons for missing ones.
 """
 
 from kdkernels.backends import backends, isa, isa_levels, set_isa

@@ -1,5 +1,5 @@
-"""`python -m kdkernels` and the command `kdkernels`: the backends of each op here, and why the rest
-is missing."""
+"""`python -m kdkernels` and the command `kdkernels`: each op's backends here, and the reasons for
+missing ones."""
 
 import argparse
 import importlib.metadata
@@ -49,7 +49,7 @@ def table() -> str:
         version = importlib.metadata.version("triton")
         lines.append(f"triton on cuda: {version}, for NVIDIA GPUs from sm_80 on and AMD's gfx942")
     if not torch.version.cuda and not torch.version.hip:
-        lines.append("cuda: this build of torch has no GPU support, so no tensor will be there")
+        lines.append("cuda: this build of torch has no GPU support")
     return "\n".join(lines)
 
 
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.parse_args(argv)
     try:
         print(table(), flush=True)
-    except BrokenPipeError:  # nobody reads: end as SIGPIPE would, without a traceback at exit
+    except BrokenPipeError:  # the reader is gone: end as SIGPIPE would, without a traceback
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     return 0

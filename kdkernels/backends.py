@@ -2,7 +2,7 @@
 
 "eager" is plain differentiable PyTorch on any device, "native" the C++ kernels of csrc/ on the CPU,
 "triton" the Triton kernels on NVIDIA and AMD GPUs (and, under TRITON_INTERPRET=1, on CPU tensors,
-for tests). The table is computed once, at import, and without touching a GPU: asking later would
+for tests). The table is computed once, at import, without initializing a GPU: a later check would
 break `torch.compile(fullgraph=True)`.
 """
 
@@ -29,7 +29,7 @@ LEVELS = ("baseline", "v3", "v4")  # KDKERNELS_ISA; x86-64-v3 is AVX2, x86-64-v4
 
 
 def native_missing() -> str:
-    """Why there are no native kernels here; empty where there are."""
+    """The reason why there are no native kernels here; empty where there are."""
     if extension is not None:
         return ""
     try:
@@ -42,7 +42,7 @@ def native_missing() -> str:
 
 
 def triton_missing() -> str:
-    """Why there are no Triton kernels here; empty where they can be compiled."""
+    """The reason why there are no Triton kernels here; empty where they can be compiled."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed: pip install triton (Linux)"
     return ""
@@ -54,10 +54,10 @@ def is_interpreted() -> bool:
 
 
 def set_isa(name: str) -> None:
-    """Makes the native kernels run at a level: "v4" (AVX-512), "v3" (AVX2) or "baseline".
+    """Sets the level of the native kernels: "v4" (AVX-512), "v3" (AVX2) or "baseline".
 
     The environment variable KDKERNELS_ISA does the same at import. Raises ValueError for an unknown
-    level and for one that this processor or this build lacks.
+    level and for a level that this processor or this build lacks.
     """
     if name not in LEVELS:
         raise ValueError(f"set_isa: level must be one of {', '.join(LEVELS)}, got {name!r}")
@@ -68,12 +68,12 @@ def set_isa(name: str) -> None:
 
 
 def isa() -> str:
-    """The instruction-set level that the native kernels run at now; empty without them."""
+    """The current instruction-set level of the native kernels; empty without them."""
     return LEVELS[extension.level()] if extension is not None else ""
 
 
 def isa_levels() -> list[str]:
-    """The levels that can run here, lowest first; empty without native kernels."""
+    """The levels available here, lowest first; empty without native kernels."""
     if extension is None:
         return []
     now = extension.level()
@@ -105,10 +105,10 @@ def backends(op: str, device_type: str) -> tuple[str, ...]:
 
 
 def choose_backend(op: str, backend: str | None, tensors: Sequence[Tensor]) -> str:
-    """The backend to run: the one that was named, or the first available for the tensors' device.
+    """The backend to run: the named one, or the first available for the tensors' device.
 
-    float64 runs on eager where no backend is named. A named backend that is not there is a
-    ValueError.
+    float64 runs on eager where no backend is named. Raises ValueError for a named backend that is
+    not available.
     """
     device_type = tensors[0].device.type
     available = backends(op, device_type)
@@ -134,7 +134,7 @@ def choose_backend(op: str, backend: str | None, tensors: Sequence[Tensor]) -> s
 
 
 def refuse_transforms(op: str, tensors: Sequence[Tensor]) -> None:
-    """Raises where a kernel would drop derivatives: forward-mode duals, torch.func's wrappers."""
+    """Raises RuntimeError where a kernel would drop derivatives: forward-mode duals, torch.func."""
     if torch.compiler.is_compiling():
         return
     functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]

@@ -12,7 +12,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def reject(op: str, message: str) -> ValueError:
-    """The error of a public function: its name first."""
+    """The ValueError of a public function, whose name comes first."""
     return ValueError(f"{op}: {message}")
 
 
@@ -96,16 +96,16 @@ _validates = False
 
 
 def validate(on: bool) -> None:
-    """Whether values that only the device knows (the range of labels) are checked off the CPU too.
+    """Turns checks of values on tensors off the CPU (the range of labels, for instance) on or off.
 
-    The check waits for the device at every call; without it a bad label makes its row NaN.
+    Each check waits for the device. Without it a label out of range makes its row NaN.
     """
     global _validates
     _validates = bool(on)
 
 
 def validates() -> bool:
-    """What validate() was last told; False at first."""
+    """The last value given to validate(); False at first."""
     return _validates
 
 

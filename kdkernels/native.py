@@ -1,6 +1,6 @@
-"""Calls into csrc that the ops share: the extension, tensors as it takes them, gradient memory.
+"""Calls into csrc that the ops share: the extension, its form of tensors, gradient memory.
 
-The extension takes addresses, sizes and strides by name, checked before: csrc/module.cpp.
+The extension takes addresses, sizes and strides by name, after all checks: csrc/module.cpp.
 """
 
 import importlib
@@ -17,7 +17,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "kdkernels._native":
         raise
-    extension = None  # not built; one that is there but does not load raises ImportError
+    extension = None  # not built; an existing one that does not load raises ImportError
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -37,8 +37,8 @@ def new_gradient(
 ) -> Tensor:
     """Uninitialized CPU memory for a gradient, contiguous or with the given (gapless) strides.
 
-    A large one comes from a pool that keeps freed memory (1 GiB at most), so that a training step
-    does not pay for fresh pages; `kdkernels.empty_cache()` gives the idle part back.
+    A large one comes from a pool that caches freed memory (1 GiB at most), so that a training step
+    needs no fresh pages; `kdkernels.empty_cache()` frees the unused part.
     """
     if extension is None or math.prod(shape) * dtype.itemsize < POOLED_BYTES:
         if strides is None:
@@ -50,7 +50,7 @@ def new_gradient(
 
 
 def empty_cache() -> int:
-    """Frees the memory kept for the next gradients; returns its size in bytes."""
+    """Frees the memory cached for the next gradients and returns its size in bytes."""
     return extension.empty_pool() if extension is not None else 0
 
 

@@ -1,4 +1,4 @@
-"""Registration of the raw ops and the public types, and the hand-over of gradients in backward."""
+"""Registration of the raw ops and the public types, and the transfer of gradients in backward."""
 
 import dataclasses
 import importlib
@@ -20,7 +20,7 @@ def define(
     """Registers a raw op for each backend: `name` for native, `name`_triton for triton.
 
     signature: "(Tensor student, ...) -> (...)". triton: "module:function", imported at the first
-    call, as importing Triton takes longer than importing kdkernels.
+    call, because importing Triton takes longer than importing kdkernels.
     """
     if native is not None:
         library.define(f"{name}{signature}")
@@ -34,7 +34,7 @@ def define(
 
         library.define(f"{name}_triton{signature}")
         torch.library.register_fake(f"kdkernels::{name}_triton", fake, lib=library)
-        for key in ("CPU", "CUDA"):  # on the CPU only choose_backend lets it through, interpreted
+        for key in ("CPU", "CUDA"):  # on the CPU choose_backend allows it in the interpreter alone
             library.impl(f"{name}_triton", launch, key)
 
 
@@ -55,20 +55,20 @@ def register_types(*types: type) -> None:
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether a gradient is wanted; to be asked outside the autograd.Function.
+    """Whether a gradient is needed. Call it outside the autograd.Function.
 
-    Inside it ctx.needs_input_grad is True under no_grad as well.
+    Inside, ctx.needs_input_grad is True under no_grad as well.
     """
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 class GivenAway(RuntimeError):
-    """A gradient that backward has already handed over was asked for again."""
+    """Raised when backward needs a gradient that it has given away before."""
 
 
 def claim_gradients(ctx, op: str) -> None:
-    """Raises where backward cannot run: the stored gradient is scaled in place and given away
-    once."""
+    """Raises GivenAway where backward cannot run: the stored gradient is scaled in place and given
+    away once."""
     if torch.compiler.is_compiling():
         return
     if torch.is_grad_enabled():

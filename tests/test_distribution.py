@@ -33,7 +33,10 @@ def test_a_wheel_builds_from_the_sdist_with_the_native_kernels(tmp_path):
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
     subprocess.run([*command, "-w", str(tmp_path), str(sdist)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
+    archive = zipfile.ZipFile(wheel)
+    names = archive.namelist()
+    (commands,) = (archive.read(name) for name in names if name.endswith("entry_points.txt"))
+    assert b"kdtrain = kdtrain.__main__:main" in commands
     assert any(name.startswith("kdkernels/_native") for name in names)
     assert "kdtrain/recipes/demo/cls_student.yaml" in names
 

@@ -1,8 +1,8 @@
-"""What users write today, fixed: every speed-up is measured against these lines and every result is
-checked first.
+"""Baselines: the code that users write today. Every speed-up is measured against these lines, and
+every result is checked first.
 
-They are written apart from kdkernels' eager.py on purpose: that file is the specification, this one
-is practice. All take the case's tensors and options by name and return the loss;
+They share no code with kdkernels' eager.py on purpose: eager.py is the specification, this file is
+current practice. All take the case's tensors and options by name and return the loss;
 nearest_neighbor returns the distances alone.
 """
 
@@ -59,7 +59,7 @@ def linear_kd_compiled(
 def linear_cross_entropy(
     features: Tensor, weight: Tensor, target: Tensor, *, temperature: float
 ) -> Tensor:
-    """A linear layer and F.cross_entropy; without a teacher the temperature has no part."""
+    """A linear layer and F.cross_entropy; without a teacher the temperature has no effect."""
     return F.cross_entropy(F.linear(features, weight), target)
 
 
@@ -80,7 +80,7 @@ def linear_cross_entropy_of_torch(
 def linear_cross_entropy_chunked(
     features: Tensor, weight: Tensor, target: Tensor, *, temperature: float
 ) -> Tensor:
-    """torch's own op, chunk by chunk as it chooses; a second backward needs it to be told."""
+    """torch's own op, in chunks of its choice; a second backward needs an option."""
     options = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True)
     return F.linear_cross_entropy(features, weight, target, options=options)
 
@@ -132,7 +132,7 @@ def mine(distances: Tensor, labels: Tensor, mining: str) -> tuple[Tensor, Tensor
 
 
 def batch_triplet_loss(embeddings: Tensor, labels: Tensor, *, margin: float, mining: str) -> Tensor:
-    """Gram matrix, masks and index selection; "all" as (N, K-1, N), K images of everyone."""
+    """Gram matrix, masks and index selection; "all" as (N, K-1, N), K images per identity."""
     distances = squared_distances(embeddings)
     if mining == "all":
         hinge, negatives = all_hinges(distances, labels, margin)
@@ -171,7 +171,7 @@ def batch_triplet_loss_mined_apart(
 
 def batch_hard_static(embeddings: Tensor, labels: Tensor, *, margin: float, mining: str) -> Tensor:
     """Hard triplets mined without gradient, with shapes that depend on no data: anchors without a
-    triplet are masked, not left out, so nothing waits for a GPU."""
+    triplet are masked, not left out, so the host never waits for the GPU."""
     assert mining == "hard"
     with torch.no_grad():
         distances = squared_distances(embeddings)
@@ -213,21 +213,21 @@ SEARCH_CHUNK = 5000  # queries at a time: a matrix of 1 GB in bfloat16 with 100,
 
 
 def nearest_in_chunk(queries: Tensor, gallery: Tensor, norms: Tensor) -> Tensor:
-    """The index of the least ||x_j||^2 - 2 q.x_j, which is the nearest row's."""
+    """The index of the least ||x_j||^2 - 2 q.x_j: that of the nearest row."""
     return (norms - 2 * (queries @ gallery.T).float()).argmin(dim=1)
 
 
 def search_by(
     nearest: Callable[[Tensor, Tensor, Tensor], Tensor], queries: Tensor, gallery: Tensor
 ) -> tuple[Tensor]:
-    """`nearest` on every chunk, and the squared distances (N,) of the rows that it found."""
+    """`nearest` on every chunk, and the squared distances (N,) of the rows found."""
     norms = gallery.float().square().sum(dim=1)
     index = torch.cat([nearest(q, gallery, norms) for q in queries.split(SEARCH_CHUNK)])
     return ((queries.float() - gallery[index].float()).square().sum(dim=1),)
 
 
 def nearest_neighbor_gemm(queries: Tensor, gallery: Tensor) -> tuple[Tensor]:
-    """One matrix product a chunk in the inputs' precision, then the minimum."""
+    """One matrix product per chunk in the inputs' precision, then the minimum."""
     return search_by(nearest_in_chunk, queries, gallery)
 
 

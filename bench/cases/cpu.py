@@ -1,4 +1,4 @@
-"""The cases on the CPU. Promises stand in targets.py."""
+"""The cases on the CPU. Their targets are in targets.py."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -101,7 +101,7 @@ def batch_triplet(mining: str, rounds: int) -> Case:
     return Case(
         "batch_triplet_loss",
         mining,
-        f"{mining} triplets, N=1024, 4 images an identity, D=512, float32",
+        f"{mining} triplets, N=1024, 4 images per identity, D=512, float32",
         identities,
         {"count": 256, "images": 4, "features": 512},
         {"count": 8, "images": 4, "features": 16},

@@ -1,4 +1,4 @@
-"""The cases on a GPU, the most important first. Promises stand in targets.py."""
+"""The cases on a GPU, the most important first. Their targets are in targets.py."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +14,7 @@ BF16 = torch.bfloat16
 
 
 def own(op: str) -> Contender:
-    """kdkernels by its default choice of backend, which is what a user gets."""
+    """kdkernels by its default choice of backend, as a user calls it."""
     return Contender(OWN["cuda"], op_call(op, None))
 
 
@@ -111,11 +111,11 @@ def kd(rows: int, classes: int, dtype: torch.dtype, rounds: int = 60) -> Case:
 
 
 def batch_hard(rows: int, rounds: int) -> Case:
-    """Hard mining at one size, 4 images of everyone."""
+    """Hard mining at one size, 4 images per identity."""
     return Case(
         "batch_triplet_loss",
         f"hard-{rows}",
-        f"hard triplets, N={rows:,}, 4 images an identity, D=512, float32",
+        f"hard triplets, N={rows:,}, 4 images per identity, D=512, float32",
         identities,
         {"count": rows // 4, "images": 4, "features": 512},
         {"count": 8, "images": 4, "features": 16},

@@ -17,7 +17,7 @@ PART = 128  # rows
 
 
 def products(inputs: Inputs) -> Callable[[], None]:
-    """The products that the result cannot do without, each of all rows into a buffer that is there:
+    """The products that every implementation must do, each of all rows into an existing buffer:
     logits of each network, gradients of features and of weight."""
     x, w = inputs["features"].detach(), inputs["weight"].detach()
     teacher = inputs.get("teacher")
@@ -43,7 +43,7 @@ def by_rows(
     temperature: float,
 ) -> Tensor:
     """The specification on some rows at a time, whose logits backward computes again: in float64
-    each matrix of 1,024 x 360,232 is 3 GB, and it keeps several."""
+    each matrix of 1,024 x 360,232 is 3 GB, and autograd stores several."""
 
     def part(x: Tensor, y: Tensor, t: Tensor | None) -> Tensor:
         given = None if t is None or teacher is None else (t, *teacher[1:])

@@ -18,7 +18,7 @@ RESNET50_TAPS = [
 
 
 def generator(seed: int, device: str) -> torch.Generator:
-    """A generator on the device: a GPU case has more numbers than a CPU makes in its time."""
+    """A generator on the device: a CPU would take too long for a GPU case's numbers."""
     return torch.Generator(device).manual_seed(seed)
 
 

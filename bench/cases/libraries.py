@@ -1,7 +1,6 @@
-"""Other libraries' ways to a case's result, measured where they are installed.
+"""Other libraries' implementations of a case, measured where they are installed.
 
-Not here, because it computes something else than any op of kdkernels: cut-cross-entropy, which
-leaves out gradients that are small.
+cut-cross-entropy is not included: it leaves out small gradients, which no op of kdkernels does.
 """
 
 from functools import cache
@@ -61,8 +60,8 @@ def semihard_inside_margin(
 
 
 def pytorch_metric_learning(mining: str, tolerance: float = 0.0) -> Contender:
-    """pytorch-metric-learning on a kind of mining. It takes a root and squares it again, so among
-    many rows it may select another one of two that are equally far but for rounding."""
+    """pytorch-metric-learning with one kind of mining. It takes a root and squares it again, so of
+    two rows at equal distances but for rounding it may select the other one."""
     return Contender(
         "pytorch-metric-learning",
         batch_triplet_loss_metric_learning,
@@ -70,7 +69,7 @@ def pytorch_metric_learning(mining: str, tolerance: float = 0.0) -> Contender:
         modules=("pytorch_metric_learning", "tqdm", "sklearn"),
         install="pip install --no-deps pytorch-metric-learning tqdm; pip install scikit-learn",
         tolerance=tolerance,
-        waits=True,  # it asks for the indices of its triplets
+        waits=True,  # it reads the indices of its triplets on the host
     )
 
 
@@ -90,7 +89,7 @@ def kd_cross_entropy_liger(
 ) -> Tensor:
     """Both of Liger's losses on logits, which have no temperature: softmax is torch's.
 
-    The clone is needed, for its cross entropy writes the gradient over the logits that it is given.
+    The clone is needed because its cross entropy writes the gradient over its input.
     """
     cross_entropy, divergence = liger()
     log_probs = torch.log_softmax(student / temperature, dim=1)
@@ -101,8 +100,8 @@ def kd_cross_entropy_liger(
 def kd_with_divergence(
     student: Tensor, teacher: Tensor, target: Tensor, *, temperature: float
 ) -> Tensor:
-    """What Liger's two losses add up to: kd_cross_entropy without the teacher's entropy, which has
-    the same gradient."""
+    """The sum of Liger's two losses: kd_cross_entropy without the teacher's entropy, which has the
+    same gradient."""
     loss, terms = kdkernels.kd_cross_entropy(
         student, teacher, target, temperature=temperature, return_terms=True, backend="eager"
     )

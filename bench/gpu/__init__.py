@@ -1,1 +1,1 @@
-"""What runs on a GPU or counts as one: `bench/gpu.sh`, sanitizers, counted memory traffic."""
+"""Tools for the GPU kernels: `bench/gpu.sh`, sanitizers, counted memory traffic."""

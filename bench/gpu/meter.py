@@ -11,8 +11,8 @@ What is counted: a call and its backward at an incoming gradient of 1. `moved` h
 tensor of a MiB or more at full size, and smaller tensors once: reading those again is served by the
 caches and stands under `again`. Nothing is assumed about the L2 for larger tensors, so a second
 sweep counts in full. The floor is every input read once and every output and gradient written once.
-Where an op is a product of matrices, `moved` is what its programs ask the L2 for, tile by tile, and
-the arithmetic stands beside it. It is a model: no clock is involved and it claims no time.
+Where an op is a product of matrices, `moved` counts the bytes that its programs request from the
+L2, beside the arithmetic. It is a model: nothing is timed.
 """
 
 import contextlib
@@ -53,13 +53,13 @@ class Case:
     differentiable: tuple[str, ...] = ()
     products: Callable[[int], float] | None = None  # floor of the floating-point operations
     constants: tuple[tuple[str, str, Any], ...] = ()  # (module, name, value): the full-size choice
-    proportional: tuple[str, ...] = ()  # kernels whose work hangs on the data: scaled by rows
+    proportional: tuple[str, ...] = ()  # kernels whose work depends on the data: scaled by rows
     same_constants: bool = True  # of the instances' kernels; else some blocks are as large as N
 
 
 @dataclass
 class Count:
-    """What one call did: bytes by (kernel, argument, direction), and how large the tensors are."""
+    """The traffic of one call: bytes by (kernel, argument, direction), and the sizes of tensors."""
 
     moved: Counter = field(default_factory=Counter)
     extent: dict = field(default_factory=dict)
@@ -86,7 +86,7 @@ class Result:
 
 
 class Meter:
-    """Counts what happens while it is entered, and makes launchers plan for `multiprocessors`."""
+    """Counts all accesses while it is entered, and makes launchers plan for `multiprocessors`."""
 
     def __init__(self, multiprocessors: int, planning: bool = False) -> None:
         self.planning = planning  # launches are noted, not run
@@ -201,7 +201,7 @@ class Meter:
 
 
 class _Operations(TorchDispatchMode):
-    """Tells the meter of PyTorch's operations, also of those inside our own ops."""
+    """Reports PyTorch's operations to the meter, also those inside our own ops."""
 
     def __init__(self, meter: Meter) -> None:
         super().__init__()
@@ -248,13 +248,13 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _launched(kernel: Any, arguments: tuple, options: dict[str, Any]) -> tuple:
-    """A launch's kernel and constants: what tells the path that a call takes."""
+    """A launch's kernel and constants, which identify the path of a call."""
     constants = {name: value for name, value in options.items() if not isinstance(value, Tensor)}
     return kernel.fn.__name__, tuple(sorted((k, str(v)) for k, v in constants.items()))
 
 
 def measure(case: Case, rows: int, *, planning: bool = False) -> Count:
-    """The counts of one instance; with `planning` only what it would launch."""
+    """The counts of one instance; with `planning` only its launches."""
     inputs = case.make(rows, _uninitialized if planning else _normal)
     for name in case.differentiable:
         for t in _tensors(inputs[name]):
@@ -263,7 +263,7 @@ def measure(case: Case, rows: int, *, planning: bool = False) -> Count:
     with contextlib.ExitStack() as stack:
         for module, name, value in case.constants:
             stack.enter_context(patched(importlib.import_module(module), name, value))
-        # looks at the labels on the CPU only
+        # reads the labels on the CPU only
         stack.enter_context(patched(kd_op, "check_label_range", lambda *_: None))
         multiprocessors = -(-MULTIPROCESSORS * rows // case.rows)
         meter = stack.enter_context(Meter(multiprocessors, planning))

@@ -2,7 +2,7 @@
 
 The data is small: bench/gpu.sh runs this command under a memory checker and a race checker.
 
-Nothing is compared here, that is the contract's; a checker watches the accesses.
+Nothing is compared here: the contract does that, and a checker watches the accesses.
 """
 
 import argparse
@@ -98,8 +98,8 @@ def triplet_loss(device: str) -> Iterator[Call]:
 
 
 def batch_triplet_loss(device: str) -> Iterator[Call]:
-    """Every mining and reduction on a few rows, and hard mining on more than a matrix is kept
-    for."""
+    """Every mining and reduction on a few rows, and hard mining on more rows than a stored
+    matrix covers."""
     for mining in ("hard", "semihard", "all"):
         for rows, features, dtype, offset, reduction in (
             (48, 33, FP32, 1, "mean"),
@@ -168,9 +168,11 @@ CALLS = {
 
 
 def run(op: str, device: str) -> int:
-    """Every call of an op, forward and backward with a gradient that scales; how many there were.
+    """Runs every call of an op, forward and backward with an incoming gradient other than 1, and
+    returns their number.
 
-    The device is waited for after each, so that an error stands beside the name of its call.
+    The host waits for the device after each call, so that an error appears with the name of its
+    call.
     """
     count = 0
     for name, inputs, wanted, options in CALLS[op](device):
@@ -193,12 +195,12 @@ def run(op: str, device: str) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command; 0, or 2 where the device has no kernels."""
+    """Runs the command. Returns 2 where the device has no kernels, else 0."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu.sanitize",
         description="Calls the kernels of each op with little data, for a memory or race checker.",
     )
-    parser.add_argument("ops", nargs="*", metavar="op", help="ops to call; all without one")
+    parser.add_argument("ops", nargs="*", metavar="op", help="ops to call; default: all")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     options = parser.parse_args(arguments)
     unknown = [op for op in options.ops if op not in CALLS]

@@ -1,6 +1,6 @@
 """Counted memory traffic of the Triton kernels: `python -m bench.gpu.traffic [op ...]`.
 
-How it counts, and what the columns are: bench/gpu/meter.py.
+The method and the columns: bench/gpu/meter.py.
 """
 
 import argparse
@@ -129,9 +129,9 @@ def show(results: list[Result], detail: bool = False) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """The command; starts itself again in Triton's interpreter where it is not there yet."""
+    """The command; restarts itself in Triton's interpreter where needed."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.traffic", description=__doc__)
-    parser.add_argument("ops", nargs="*", metavar="op", help="ops to count; all without one")
+    parser.add_argument("ops", nargs="*", metavar="op", help="ops to count; default: all")
     parser.add_argument("--detail", action="store_true", help="the bytes of every kernel argument")
     options = parser.parse_args(arguments)
     if not is_interpreted():

@@ -120,12 +120,13 @@ def root(squared_distance, SQUARED: tl.constexpr):
 
 @triton.jit
 def slope(distance, SQUARED: tl.constexpr):
-    """What a triplet puts into W for a pair: the derivative without x_i - x_j, 0 at distance 0."""
+    """What a triplet puts into W for a pair: the derivative without x_i - x_j. 0 at distance 0, as
+    which one below 2^-100 counts: its inverse would overflow."""
     if SQUARED:
         return tl.zeros_like(distance).to(tl.float32) + 2.0
     else:
         single = distance.to(tl.float32)
-        at_zero = single == 0.0
+        at_zero = single < 7.888609e-31
         return tl.where(at_zero, 0.0, 1.0 / tl.where(at_zero, 1.0, single))
 
 

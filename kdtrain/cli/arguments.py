@@ -1,6 +1,4 @@
-"""Command lines: the options of a command, the keys of a config, help, and errors that name the
-nearest option.
-"""
+"""Command lines: options, keys, help, and errors that name similar options."""
 
 from __future__ import annotations
 
@@ -30,18 +28,18 @@ USUAL = (
 
 
 class UsageError(Exception):
-    """A wrong command line; the message names what is wrong."""
+    """A wrong command line; the message names the mistake."""
 
 
 class CommandParser(ArgumentParser):
-    """A parser of one command whose help wraps to the terminal: usage, options, keys, examples."""
+    """The parser of a command; its help wraps to the width of the terminal."""
 
     examples: Sequence[str] = ()
     all_keys = False
     many_runs = False
 
     def format_help(self, formatter: Any = None) -> str:  # noqa: ARG002
-        """The help text; with `all_keys` that of --help-all."""
+        """Usage, arguments, keys and examples; `all_keys` for --help-all."""
         text = argparse.HelpFormatter(self.prog, max_help_position=34)
         text.add_text(f"usage: {self.usage}")
         text.add_text(self.description)
@@ -51,7 +49,7 @@ class CommandParser(ArgumentParser):
         text.start_section("arguments")
         text.add_arguments(own)
         text.end_section()
-        # a command of many runs sets their own keys itself
+        # a command of many runs sets the keys that distinguish them
         usual = [s for s in SETTINGS if s.key in USUAL and not (s.own and self.many_runs)]
         groups = [(f"{len(usual)} of {len(SETTINGS)} keys (all: --help-all)", None, usual)]
         groups = settings.sections() if self.all_keys else groups
@@ -69,7 +67,7 @@ class CommandParser(ArgumentParser):
 
 
 def _help_of(setting: Setting, long: bool) -> argparse.Action:
-    """The option of a key: its first sentence, or all of its text with range and default."""
+    """A key with the first sentence of its text, or all of it with range and default."""
     text, value = f"{setting.text} [{setting.limits}]", placeholder(setting.kind)
     if not long:
         text = setting.text.partition(". ")[0].rstrip(".")
@@ -93,7 +91,7 @@ def command_parser(command: str, operands: str, text: str, *examples: str) -> Co
 def parse(
     parser: ArgumentParser, argv: Sequence[str], stages: Sequence[str] = ()
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(the command's own options, the dotted keys that were given). Raises UsageError."""
+    """(options of the command, dotted keys) in `argv`. Raises UsageError."""
     argv = [_in_full(word) for word in argv]
     known = {option for action in parser._actions for option in action.option_strings}
     if isinstance(parser, CommandParser):
@@ -135,7 +133,7 @@ def _correction(name: str, known: set[str], stages: Sequence[str]) -> str:
 
 
 def _problem(error: ArgumentError, parser: ArgumentParser, argv: Sequence[str]) -> str:
-    """An error of jsonargparse or argparse in words of our own."""
+    """The message of a parser's error, without its terms."""
     name = settings.wrong_key(error)
     if name:
         option = _option(parser, name)
@@ -203,39 +201,38 @@ def take_stage_keys(argv: list[str], stages: Sequence[str]) -> dict[str, dict[st
 
 
 def ended(status: int, again: str) -> int:
-    """The exit status of a command; an interruption prints the command that continues."""
+    """The exit status of a command; after an interruption, the command that resumes is printed."""
     if status == INTERRUPTED:
-        print(printable(f"stopped; to continue: {again}"), file=sys.stderr)
+        print(printable(f"stopped; to resume: {again}"), file=sys.stderr)
     return status
 
 
 def _in_full(word: str) -> str:
-    """--teacher.run for --teacher, with or without =VALUE; any other word as it is."""
+    """--teacher.run for --teacher, with or without =VALUE; any other word unchanged."""
     name, equals, value = word.partition("=")
     full = settings.SHORT.get(name.removeprefix("--")) if name.startswith("--") else None
     return f"--{full}{equals}{value}" if full else word
 
 
 def value_of(argv: Sequence[str], option: str) -> str | None:
-    """The value of one option before the rest is parsed: it decides what else is known."""
-    for here, word in enumerate(argv):
-        if word == option and here + 1 < len(argv):
-            return argv[here + 1]
-        if word.startswith(f"{option}="):
-            return word.partition("=")[2]
+    """The last value of an option, without parsing the rest; None without one."""
+    for here in reversed(range(len(argv))):
+        name, equals, value = argv[here].partition("=")
+        if name == option:
+            return value if equals else next(iter(argv[here + 1 :]), None)
     return None
 
 
 def default_run_dir(recipe: str, path: Path) -> Path:
-    """runs/two-cores/cls_teacher for a packaged recipe, runs/NAME for NAME.yaml, the folder itself
-    for a run folder.
+    """runs/two-cores/cls_teacher for a packaged recipe, runs/NAME for NAME.yaml, else the run
+    directory itself.
     """
     if Path(recipe).is_dir():
         return Path(recipe)
-    if path.is_relative_to(settings.RECIPES):
-        # two-cores/tables/cls_hint too stands beside the runs that it names by @
-        return Path("runs") / path.relative_to(settings.RECIPES).parts[0] / path.stem
-    return Path("runs") / path.stem
+    inside = path.is_relative_to(settings.RECIPES)
+    # two-cores/tables/cls_hint too is beside the runs that it names by @
+    preset = path.relative_to(settings.RECIPES).parts[0] if inside else ""
+    return Path("runs") / preset / path.stem
 
 
 def add_jobs(parser: ArgumentParser, what: str = "runs") -> None:
@@ -248,5 +245,5 @@ def jobs_of(options: dict[str, Any]) -> int:
     """--jobs, or one per core up to 4."""
     jobs = options.get("jobs")
     if jobs is not None and jobs < 1:
-        raise UsageError(f"--jobs: at least 1, got {jobs}")
+        raise UsageError(f"--jobs: expected at least 1; got {jobs}")
     return jobs or max(1, min(4, cores()))

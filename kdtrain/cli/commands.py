@@ -1,8 +1,7 @@
-"""The commands: demo, train, eval, pipeline, study, reproduce, compare, select-targets, import,
-data, recipes, report.
+"""The commands of `python -m kdtrain`.
 
-Exit status: 0 done; 1 the run could not go on (one line says why); 2 wrong usage; 130 interrupted,
-to be continued.
+Exit status: 0 done; 1 the run cannot go on (one line with the reason); 2 wrong usage; 130
+interrupted, can be resumed.
 """
 
 from __future__ import annotations
@@ -49,18 +48,18 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack a name's characters
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack characters of a name
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             with signals_heard():
                 status = _command(argv)
-        except SystemExit as end:  # --help; or rich, where nobody reads its output
+        except SystemExit as end:  # --help; or rich, when its output is closed
             if isinstance(end.__context__, BrokenPipeError):
                 raise end.__context__ from None
             status = int(end.code or 0)
         sys.stdout.flush()
-    except BrokenPipeError:  # as a command that SIGPIPE ends, and nothing is left to be written
+    except BrokenPipeError:  # the exit status of SIGPIPE
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     return status
@@ -87,18 +86,18 @@ def _command(argv: list[str]) -> int:
     except BrokenPipeError:
         raise
     except (RuntimeError, ValueError, OSError) as error:
+        text = printable(" ".join(str(error).split())) or type(error).__name__
         if os.environ.get("KDTRAIN_TRACEBACK"):
             traceback.print_exc()
         elif not _is_ours(error):
-            # not one of the errors that name their cause: keep where it came from
+            # an error without its cause in the message: show the line that raised it
             last = traceback.extract_tb(error.__traceback__)[-1]
-            where = f" ({Path(last.filename).name}:{last.lineno}; KDTRAIN_TRACEBACK=1 shows all)"
-            print(f"error: {type(error).__name__}: {_line(error)}{where}", file=sys.stderr)
-            return 1
-        print(f"error: {_line(error)}", file=sys.stderr)
+            where = f"{Path(last.filename).name}:{last.lineno}; KDTRAIN_TRACEBACK=1 shows all"
+            text = f"{type(error).__name__}: {text} ({where})"
+        print(f"error: {text}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, Exception) as error:
-        # an import that a signal cuts short may raise something else
+        # an import that a signal interrupts may raise another error
         if not (told_to_stop() or isinstance(error, KeyboardInterrupt)):
             raise
         # before any run was begun: --overwrite is still to be carried out
@@ -143,7 +142,7 @@ def train(argv: Sequence[str]) -> int:
         results = engine.train(config, run_dir, resume=resume, overwrite=overwrite, screen=screen)
     except KeyboardInterrupt:
         screen.close()
-        begun = _written(run_dir) != before  # else the run there, if any, is not this one
+        begun = _written(run_dir) != before  # else a run there is an earlier one
         words = [str(run_dir), "--resume"] if begun else argv
         return ended(INTERRUPTED, shlex.join([*PROGRAM.split(), "train", *words]))
     finally:
@@ -151,14 +150,14 @@ def train(argv: Sequence[str]) -> int:
     if results["status"] == "reused":
         name = results["metric"]["name"]
         reused = f"reused: {name} {number(name, results['metrics'].get(name))}"
-        print(printable(f"{run_dir}: finished before, {reused} (--overwrite trains it anew)"))
+        print(printable(f"{run_dir}: already finished, {reused} (--overwrite trains it again)"))
         return 0
     _print_results(results, f"{run_dir}: finished")
     return 0
 
 
 def evaluate_run(argv: Sequence[str]) -> int:
-    """Measure a trained run again."""
+    """Evaluate a trained run."""
     parser = command_parser(
         "eval",
         "RUN [--gallery RUN] [--KEY VALUE ...]",
@@ -188,19 +187,19 @@ def evaluate_run(argv: Sequence[str]) -> int:
     trained, found = results["trained_classes"], results["data"]["classes"]
     if trained != found:
         print(
-            f"  without the classifier's own metrics: it has {trained} identities, these images "
-            f"have {found}"
+            f"  without the metrics of the classifier, which has {trained} identities: these "
+            f"images have {found}"
         )
     return 0
 
 
 def pipeline(argv: Sequence[str]) -> int:
-    """Run the whole chain on synthetic faces or your own images."""
+    """Train all stages of a preset, on synthetic faces or your images."""
     return _pipeline("pipeline", argv, "two-cores")
 
 
 def demo(argv: Sequence[str]) -> int:
-    """Run the whole chain on synthetic faces in a few minutes."""
+    """Train all stages on few synthetic faces, in minutes."""
     return _pipeline("demo", argv, "demo")
 
 
@@ -295,7 +294,7 @@ def recipes(argv: Sequence[str]) -> int:
         print(folder)
         for name, about, result, _ in rows:
             about = textwrap.shorten(about, room, placeholder="...")
-            print(f"  {name:{names}}  {about:{room}}  {result}".rstrip())
+            print(f"  {name:{names}}  {about:{room}}  {result}".rstrip()[:width])
     return 0
 
 
@@ -373,7 +372,7 @@ def _pipeline(command: str, argv: Sequence[str], preset: str) -> int:
     sources: dict[DataConfig, FaceSource] = {}
     if lost := chain.without_landmarks(stages, sources):
         stages = [stage for stage in stages if stage.name not in lost]
-        line = f"left out, as {chain.NO_LANDMARKS}: {', '.join(lost)}"
+        line = f"omitted, as {chain.NO_LANDMARKS}: {', '.join(lost)}"
         if not stages:
             raise ConfigError(f"every stage is {line}")
         print(f"# {line}" if options.get("dry_run") else line, flush=True)
@@ -393,7 +392,7 @@ def _pipeline(command: str, argv: Sequence[str], preset: str) -> int:
 
 
 def _written(run_dir: Path) -> int:
-    """When the run there was begun; 0 where none is."""
+    """Time at which the run in a directory began; 0 without one."""
     try:
         return (run_dir / "config.yaml").stat().st_mtime_ns
     except FileNotFoundError:
@@ -408,19 +407,15 @@ def _print_results(results: dict[str, Any], title: str) -> None:
     drawn = f"   ({pairs:,} pairs drawn from this test split)" if pairs else ""
     for name, value in results["metrics"].items():
         known = {"floor": results["floors"].get(name), "untrained": results["untrained"].get(name)}
-        # counts are the same for all
+        # counts are equal in all three
         beside = [f"{k} {number(name, v)}" for k, v in known.items() if v not in (None, value)]
         shown = f"   ({', '.join(beside)})" if beside else ""
         shown += drawn if name == "pair_accuracy" else ""
         print(f"  {name:24} {number(name, value):>9}{shown}")
 
 
-def _line(error: BaseException) -> str:
-    return printable(" ".join(str(error).split())) or type(error).__name__
-
-
 def _is_ours(error: BaseException) -> bool:
-    """Errors written for users: our own classes, and ValueError or OSError raised on purpose."""
+    """True for errors with a message for users: our classes, OSError, and ValueError of ours."""
     if type(error).__module__.startswith("kdtrain"):
         return True
     frames = traceback.extract_tb(error.__traceback__)

@@ -1,6 +1,6 @@
-"""What a run is: the schema with its checks, YAML recipes, and the names that both use.
+"""The configuration of a run: schema, checks and YAML recipes.
 
-Knows no torch: the command line reads it before anything heavy is imported.
+It never imports torch, so that the command line starts fast.
 """
 
 from kdtrain.config.fields import ConfigError

@@ -1,4 +1,4 @@
-"""How a setting is declared, and what a wrong value raises."""
+"""Declaration of a setting, and errors for wrong values."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RANGES: Mapping[str, Callable[[float], bool]] = {
     "0 < x <= 1": lambda x: 0 < x <= 1,
     "0 <= x <= 1": lambda x: 0 <= x <= 1,
 }
-"""Ranges that a number may be `within`, by their text in an error."""
+"""Ranges of a number, by their text in an error."""
 WORDS = {
     bool: ("true or false", "true|false"),
     int: ("a whole number", "N"),
@@ -38,13 +38,11 @@ WORDS = {
 
 
 class ConfigError(ValueError):
-    """A recipe, key or value that cannot be used; the message says which, and what to write
-    instead.
-    """
+    """A recipe, key or value that cannot be used; the message names it and what is expected."""
 
 
 def require(holds: bool, key: str, expected: str, got: object) -> None:
-    """Raises ConfigError, by name, where a key's value does not hold."""
+    """Raises ConfigError for the value `got` of a key, unless `holds`."""
     if not holds:
         raise ConfigError(f"{key}: expected {expected}; got {got!r}")
 
@@ -106,15 +104,11 @@ class Setting(NamedTuple):
     counted: bool = True
     """Whether it can change a trained number, so that it is part of a run's key."""
     cost: Cost = "value"
-    """Dependence of a step's time and memory: on the value, on whether it is set, or none; a
-    section passes its own on to its fields.
-    """
+    "Dependence of a step's time and memory: on the value, on whether it is set, or none."
     own: bool = False
     """Whether it distinguishes the runs of a table: a command line cannot set it for all."""
     run: str | None = None
-    """Name of the input, where the value is a run directory, @NAME or a list of them; the input's
-    key counts in its place.
-    """
+    "Name of the input whose run directory is the value; its key counts in the value's place."
     within: str | None = None
     """One of RANGES."""
     source: bool = False

@@ -1,4 +1,4 @@
-"""The networks' names and how they are written, and the sections model and head of a config."""
+"""Names of the networks, and the sections model and head of a config."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MOBILE = ("mobilefacenet", "mbf", "mbf_large")
 IRESNETS = ("iresnet18", "iresnet34", "iresnet50", "iresnet100")
 IRS = ("ir18", "ir34", "ir50", "ir101")
 FACE_NETWORKS = (*MOBILE, *IRESNETS, *IRS)
-"""Networks of face recognition that end in an embedding and are built for one input size."""
+"""Face networks: they end in an embedding and are built for one input size."""
 NAMES = ("resnet", *FACE_NETWORKS)
 EMBEDDING = 512  # width of every published face network's embedding
 
@@ -27,13 +27,13 @@ MARGINS: Mapping[str, float] = {
     "adaface": 0.4,
     "distillation": 0.5,
 }
-"""Margins and their m where head.m is null: the values of their papers."""
+"""Published m of each margin, for head.m null."""
 
 
 def network_title(model: Mapping[str, Any]) -> str:
     """'ResNet-50/8', 'IResNet-50', 'timm:convnext_tiny' of the settings under `model`.
 
-    Settings that are missing have their defaults: a folder may hold the run of an older version.
+    Missing settings have their defaults: a run of an older version may lack some.
     """
     name: str = model.get("name", "resnet")
     if name == "resnet":
@@ -79,13 +79,13 @@ class ModelConfig:
 
     @property
     def embedding_width(self) -> int | None:
-        """Width of the embedding layer that embedding and name ask for; None for none."""
+        """Width of the embedding layer; None without one."""
         if self.embedding is None and self.name in FACE_NETWORKS:
             return EMBEDDING
         return self.embedding
 
     def describe(self) -> str:
-        """The settings that decide which weights a network has, for messages."""
+        """The settings that determine the shapes of the weights, for messages."""
         text = f"{self.name}, divide {self.divide}"
         if self.name == "resnet":
             text = f"depth {self.depth}, width {self.width}, divide {self.divide}"
@@ -99,9 +99,7 @@ class HeadConfig:
     """The classifier on the feature: its form, margin, initialisation and update."""
 
     kind: Literal["linear", "cosine"] = "linear"
-    """Form of the classifier. linear has weight and bias; cosine is head.scale times the cosine of
-    feature and weight, computed without storing the logits.
-    """
+    "Form of the classifier. linear: weight and bias; cosine: scaled cosine, logits not stored."
     scale: float = setting(64.0, cost="none", within="more than 0")
     "Scale of the cosines (cosine)."
     margin: Literal["none", "arcface", "cosface", "combined", "adaface", "distillation"] = "none"
@@ -123,9 +121,7 @@ class HeadConfig:
     margin_grad: Literal["exact", "straight_through"] = "exact"
     "Gradient through the margin. straight_through replaces its factor by 1, as InsightFace does."
     run: str | None = setting(None, run="head", cost="none")
-    """Run directory that initialises the classifier. Widths and identities must agree; RUN/best
-    takes the best weights, @NAME is the run beside this one.
-    """
+    "Run directory that initialises the classifier. Widths and identities must agree."
     update: Literal["gradient", "none", "adaptive"] = "gradient"
     """Update of the classifier. gradient trains it, none freezes it (ProxylessKD, SH-KD), adaptive
     moves each class center towards the teacher's features of its images (AdaDistill).
@@ -133,9 +129,7 @@ class HeadConfig:
     streamed: bool = False
     "Compute the loss of a linear classifier without storing logits, to save memory."
     sample: float = setting(1.0, within="0 < x <= 1")
-    """Share of the identities with logits in a step (PartialFC). Identities of the batch are always
-    among them; below 1 needs a cosine or streamed head.
-    """
+    "Share of the identities with logits in a step (PartialFC); below 1, cosine or streamed only."
 
     def __post_init__(self) -> None:
         check_settings(self, "head.")
@@ -145,30 +139,30 @@ class HeadConfig:
             require(self.m_min <= self.size, "head.m_min", f"at most {self.size}", self.m_min)
         if self.sample < 1 and not self.streams:
             raise ConfigError(
-                f"head.sample {self.sample:g} forms some of the scores, and a linear head keeps "
-                "them all: set head.streamed to true, or head.sample to 1"
+                f"head.sample {self.sample:g} needs a head that stores no logits: set "
+                "head.streamed to true, or head.sample to 1"
             )
         for name in ("margin", "update"):
             value = getattr(self, name)
             if self.kind == "linear" and value in (*MARGINS, "adaptive"):
                 raise ConfigError(
-                    f"head.{name} {value} is of cosines: set head.kind to cosine, or head.{name} "
+                    f"head.{name} {value} needs cosines: set head.kind to cosine, or head.{name} "
                     f"to {'none' if name == 'margin' else 'gradient'}"
                 )
 
     @property
     def size(self) -> float:
-        """m, or the paper's where it is null; 0 without a margin."""
+        """m, or the published value for null; 0 without a margin."""
         if self.margin == "none":
             return 0.0
         return MARGINS[self.margin] if self.m is None else self.m
 
     @property
     def needs_teacher(self) -> bool:
-        """True where the teacher's features decide the margin or move the centres."""
+        """True where margin or centers depend on the teacher's features."""
         return self.margin == "distillation" or self.update == "adaptive"
 
     @property
     def streams(self) -> bool:
-        """True where the loss is formed from the feature, without N x C logits."""
+        """True where the loss is computed from the feature, without N x C logits."""
         return self.kind == "cosine" or self.streamed

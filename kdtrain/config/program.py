@@ -1,4 +1,4 @@
-"""What every room may know of the process: its command, exit status, processors and files."""
+"""The process: its command, exit status, processors, signals and files."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any
 
 PROGRAM = "python -m kdtrain"
 PARENT = "KDTRAIN_PARENT"
-"""Environment variable of a stage's process: the pipeline whose death stops it."""
+"""Environment variable of a stage's process: the pipeline whose end stops it."""
 INTERRUPTED = 130
-"""Exit status of an interrupted command that can be continued."""
+"""Exit status of an interrupted command that can be resumed."""
 
 
 def cores() -> int:
@@ -33,8 +33,8 @@ def threads_of(jobs: int) -> int:
 
 
 def regular(path: Path) -> Path:
-    """`path`, where it is a file or a link to one. Raises OSError otherwise, before anything is
-    opened: a FIFO or a device may block or act when it is.
+    """`path`, if it is a file or a link to one. Raises OSError otherwise, before the path is
+    opened: to open a FIFO or a device may block.
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError("expected a file, got a directory, FIFO, socket or device")
@@ -42,12 +42,12 @@ def regular(path: Path) -> Path:
 
 
 def printable(text: str, *, lines: bool = False) -> str:
-    """`text` as one line (lines: as several): a character that does not print, as control
-    characters and the bytes of a name that are not UTF-8, is written as its Python escape.
+    """`text` as one line (lines: as several), with Python escapes for characters that do not print:
+    control characters, and bytes of a name that are not UTF-8.
 
-    A name is text as os.fsdecode gives it, where such a byte XX is the surrogate U+DCXX. It is
-    hashed as the bytes that it has on disk (`name_bytes`), written to JSON and YAML as the escape
-    \\udcXX, which reads back as the same name, and shown as \\udcXX everywhere else.
+    A name is text of os.fsdecode, with the surrogate U+DCXX for such a byte XX. Names are hashed as
+    their bytes on disk (`name_bytes`) and shown as \\udcXX; JSON and YAML hold the escape \\udcXX,
+    which is read back as the same name.
     """
     kept = "\n" if lines else ""
     return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in text)
@@ -63,9 +63,9 @@ _is_polled = _is_told = False
 
 @contextlib.contextmanager
 def signals_heard() -> Iterator[None]:
-    """Inside, SIGINT, SIGTERM and the death of the pipeline that started this process raise
-    KeyboardInterrupt at once; inside `polled`, told_to_stop() answers true, and a second one raises
-    it. Outside, signals do what they did before.
+    """Inside, SIGINT, SIGTERM and the end of the pipeline that started this process raise
+    KeyboardInterrupt at once. Inside `polled`, the first makes told_to_stop() true and the second
+    raises. The handlers of before are restored on exit.
     """
     global _is_told
 
@@ -81,7 +81,7 @@ def signals_heard() -> Iterator[None]:
     def watch() -> None:
         while not ended.wait(0.5):
             if parent is not None and os.getppid() != int(parent):
-                # to the main thread, so that a system call it waits in returns
+                # to the main thread, so that its blocking system call returns
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
                 return
 
@@ -99,8 +99,8 @@ def signals_heard() -> Iterator[None]:
 
 @contextlib.contextmanager
 def polled() -> Iterator[None]:
-    """Inside, the caller asks told_to_stop() again and again, so that it ends where it can be
-    continued. Raises KeyboardInterrupt at the end where nobody has asked since.
+    """Inside, the caller polls told_to_stop() and stops where it can resume. Raises
+    KeyboardInterrupt on exit after a signal that the caller did not see.
     """
     global _is_polled
     _is_polled = True
@@ -113,5 +113,5 @@ def polled() -> Iterator[None]:
 
 
 def told_to_stop() -> bool:
-    """Whether a signal came."""
+    """Whether a signal was received."""
     return _is_told

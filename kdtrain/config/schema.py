@@ -1,4 +1,4 @@
-"""The one schema of a run: frozen dataclasses with a help text under every field, and their checks.
+"""The schema of a run: frozen dataclasses with a docstring under every field, and their checks.
 
 settings.py turns YAML recipes and command-line keys into a Config.
 """
@@ -27,9 +27,7 @@ class DataConfig:
     """Images, their split into training and test, and their sizes."""
 
     kind: Literal["synthetic", "celeba", "folder"] = setting("synthetic", source=True)
-    """Source of the images. synthetic generates faces, celeba reads the CelebA layout below
-    data.root, folder reads one subdirectory per identity (ImageFolder).
-    """
+    "Source of the images. folder has one subdirectory per identity (ImageFolder)."
     root: str | None = setting(None, counted=False, source=True)
     "Directory of the images (celeba, folder)."
     split: str = "random"
@@ -40,9 +38,8 @@ class DataConfig:
     test_fraction: float = setting(0.2, within="0 < x < 1")
     "Share of the images held out for testing; with data.split identity, of the identities."
     validation_fraction: float = setting(0.0, within="0 <= x < 1")
-    """Share of the training images held out for validation. With a validation split, evaluations,
-    best/ and early stopping use it instead of the test split. With data.split identity, share of
-    the training identities.
+    """Share of the training images (identities, for data.split identity) held out for validation.
+    Evaluations, best/ and early stopping then use it instead of the test split.
     """
     split_seed: int = 0
     "Seed of the split, independent of seed: runs of all seeds share the test images."
@@ -51,9 +48,8 @@ class DataConfig:
     store_size: int = setting(36, cost="value", source=True)
     "Side of the stored images, in pixels. Every image is resized to this square once."
     crop_size: int | None = setting(None, cost="value")
-    """Side of the crop, in stored pixels. Training crops at a random place, evaluation at the
-    center; with augment.crop jitter, the scaled window is resampled to this size. null takes
-    data.input_size.
+    """Side of the crop, in stored pixels; null takes data.input_size. Training crops at random,
+    evaluation at the center; with augment.crop jitter, a scaled window is resampled to this size.
     """
     input_size: int = setting(32, cost="value", within="at least 8")
     "Side of the network's input, in pixels. A larger crop is averaged down to this size."
@@ -88,7 +84,7 @@ class DataConfig:
 
     @property
     def crop_side(self) -> int:
-        """Pixels of the crop's side, from which every network's input is made."""
+        """Side of the crop, in pixels; the input of every network is made from it."""
         return self.input_size if self.crop_size is None else self.crop_size
 
 
@@ -119,9 +115,7 @@ class TripletConfig:
     """The triplet loss of verification and its batches, which hold several images per identity."""
 
     weight: float = setting(1.0, cost="switch", within="0 or more")
-    """Weight of the triplet loss. 0 trains verification by the softmax loss (target.gamma) in
-    ordinary batches, as most face networks are trained.
-    """
+    "Weight of the triplet loss. 0 trains by the softmax loss (target.gamma) in ordinary batches."
     margin: float = setting(0.4, cost="none", within="0 or more")
     "Margin of the triplet loss: lambda of eq. 8."
     mining: Literal["hard", "semihard", "all"] = "semihard"
@@ -161,9 +155,7 @@ class OptimConfig:
     phases: list[Phase] = setting(factory=lambda: [Phase(epochs=30, lr=0.1)], cost="none", own=True)
     "Epochs and learning rate of each phase. The paper's lr: 0.1 from scratch, 0.01 initialised."
     schedule: Literal["constant", "cosine"] = setting("constant", cost="none")
-    """Learning rate within a phase. constant keeps lr; cosine decays it by half a cosine to
-    optim.final_lr_fraction of lr.
-    """
+    "Learning rate in a phase: constant, or cosine down to optim.final_lr_fraction of lr."
     final_lr_fraction: float = setting(0.0, cost="none", within="0 <= x <= 1")
     "Learning rate at the end of a phase, as a share of its lr (cosine)."
     warmup_epochs: float = setting(0.0, cost="none")
@@ -181,9 +173,7 @@ class OptimConfig:
     clip_norm: float | None = setting(None, cost="switch", within="more than 0")
     "Largest norm of the gradient. A larger gradient is scaled down; null never scales."
     ema: float | None = setting(None, cost="switch", within="0 < x < 1")
-    """Decay of the exponential moving average of the weights. With it, the average is evaluated and
-    saved; last/ also holds the trained weights. null evaluates and saves the trained weights.
-    """
+    "Decay of the moving average of the weights, which is then evaluated and saved; null: none."
 
     def __post_init__(self) -> None:
         check_settings(self, "optim.")
@@ -209,17 +199,13 @@ class TrainConfig:
     eval_every: int = setting(1, cost="none", within="at least 1")
     "Epochs between two evaluations. Every phase ends with an evaluation."
     early_stop: int | None = setting(None, cost="none", within="at least 1")
-    """Evaluations without improvement before the run stops. The validation split decides, so
-    data.validation_fraction must be above 0; null never stops early.
-    """
+    "Evaluations of the validation split without improvement before the run stops; null: never."
     save_every: int = setting(200, counted=False, cost="none", within="at least 1")
     "Steps between two checkpoints. Every epoch ends with a checkpoint."
     drop_last: bool = setting(True, cost="none")
     "Omit the last batch of an epoch if it is incomplete."
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of forward and backward passes. bfloat16 and float16 use torch.autocast, float16
-    with loss scaling; weights, losses and evaluations stay float32.
-    """
+    "Precision of forward and backward passes. Weights, losses and evaluations stay float32."
     channels_last: bool = True
     "Use the channels_last memory format."
     compile: bool = False
@@ -238,15 +224,14 @@ class EvalConfig:
     normalizer: Literal["interocular", "diagonal", "side"] = "interocular"
     "Length that normalises landmark errors: distance of the eyes, diagonal or side of the image."
     gallery: str | None = setting(None, run="gallery")
-    """Run directory of a gallery network, such as the teacher (verification). Features of this
-    run's network are searched among the gallery network's features, which adds the metrics
-    asym_...; training does not change. @NAME is the run beside this one, RUN/best its best weights.
-    """
+    "Run directory of a gallery network, such as the teacher (verification). Adds asym_... metrics."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Task, seed and initialisation of a run."""
+    """Task, seed and initialisation of a run. Where a key takes a run directory, RUN/best stands
+    for its best weights and @NAME for the run beside this one.
+    """
 
     task: Literal["classification", "alignment", "verification"] = setting(
         "classification", own=True
@@ -257,9 +242,7 @@ class Config:
     fused: bool = True
     "Use the fused kernels of kdkernels. false runs every op on the eager backend."
     init_from: str | None = setting(None, run="init_from", cost="none", own=True)
-    """Run directory that initialises the weights. RUN/best takes its best weights; @NAME is the run
-    beside this one.
-    """
+    "Run directory that initialises the weights."
     teacher: TeacherConfig = setting(factory=TeacherConfig, cost="none")
     data: DataConfig = setting(factory=DataConfig, cost="none")
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -286,7 +269,7 @@ class Config:
                 "head.update none freezes a random classifier: set head.run, or update to gradient"
             )
         for target in self.target.weighed:
-            # two images are always one mean distance apart
+            # the distance of two images equals its own mean
             if not self.balanced and self.optim.batch_size < target.least:
                 needed = f"at least {target.least}, as target.{target.key} compares so many images"
                 raise ConfigError(
@@ -320,23 +303,21 @@ class Config:
 
     @property
     def needs_teacher(self) -> bool:
-        """True when a target with weight, or the head, asks the teacher."""
+        """True when a target with a weight, or the head, reads the teacher."""
         return self.target.needs_teacher or self.head.needs_teacher
 
     @property
     def balanced(self) -> bool:
-        """True where triplets are mined: a batch is then triplet.identities times
-        triplet.images_per_identity.
-        """
+        """True for identity-balanced batches: triplet.identities x triplet.images_per_identity."""
         return self.task == "verification" and self.triplet.weight > 0
 
     def runs(self) -> dict[str, str]:
-        """What names a run that this one reads, by the name of the input; see named_runs."""
+        """Run directories that this run reads, by the name of the input; see named_runs."""
         return named_runs(lambda key: attrgetter(key)(self))
 
     @property
     def teacher_side(self) -> int:
-        """Side of the images that the teacher is asked on."""
+        """Side of the teacher's input, in pixels."""
         own = self.teacher.input_size
         return self.data.input_size if own is None else own
 
@@ -344,14 +325,12 @@ class Config:
 SETTINGS = tuple(settings_of(Config))
 """Every setting of a run."""
 RUN_SETTINGS: Mapping[str, str] = {s.run: s.key for s in SETTINGS if s.run is not None}
-"""Settings whose value is a run directory, or @NAME for the run beside, or a list of them: by the
-input's name.
-"""
+"""Settings whose value is a run directory, @NAME or a list of them, by the input's name."""
 
 
 def named_runs(get: Callable[[str], Any]) -> dict[str, str]:
-    """The runs that settings name, by the name of the input: RUN_SETTINGS, NAME_1, NAME_2 ... for
-    the entries of a list. get: the value of a dotted key.
+    """The run directories that settings name, by the name of the input; NAME_1, NAME_2 ... for the
+    entries of a list. get: returns the value of a dotted key.
     """
     found: dict[str, str] = {}
     for name, key in RUN_SETTINGS.items():
@@ -364,5 +343,5 @@ def named_runs(get: Callable[[str], Any]) -> dict[str, str]:
 
 
 def run_folder(name: str, run_dir: Path) -> Path:
-    """The folder that a setting of RUN_SETTINGS names; @NAME is the run beside run_dir."""
+    """The run directory that a setting of RUN_SETTINGS names; @NAME is the run beside run_dir."""
     return run_dir.parent / name[1:] if name.startswith("@") else Path(name)

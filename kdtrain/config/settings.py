@@ -1,8 +1,8 @@
-"""From recipes and command lines to a Config: YAML with `base:`, dotted keys, and errors that name
-the nearest key.
+"""Recipes and keys to a Config: YAML with `base:`, dotted keys, and errors that name similar keys.
 
-A recipe is a YAML mapping of the schema's keys; `base:` names one recipe or a list of recipes that
-it starts from. The command line overrides single keys (`--optim.batch_size 32`).
+A recipe is a YAML mapping of the schema's keys. `base:` names a recipe that it extends, or a list
+of them: YAML files relative to the recipe (`base: common.yaml`) or packaged recipes by name
+(`base: demo/cls_student`). The command line overrides single keys (`--optim.batch_size 32`).
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from kdtrain.config.schema import SETTINGS, Config
 from kdtrain.config.synonyms import HINTS
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-# keys that may be written shorter
+# abbreviated keys
 SHORT = {"teacher": "teacher.run"}
 SIMILAR = 0.75  # difflib's ratio of two names, below which an error suggests neither
 MANY = 16  # known names, above which an error does not list them
 FEW = 3  # suggestions
 LENGTH, DEPTH, VALUES = 100_000, 12, 10_000
-"""Bounds of a YAML file: characters, nested levels, values with aliases written out."""
+"""Bounds of a YAML file: characters, nested levels, values with aliases expanded."""
 
 
 _BY_KEY = {setting.key: setting for setting in SETTINGS}
@@ -104,14 +104,12 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def in_full(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The same dotted keys with every short one written in full."""
+    """The same dotted keys, without abbreviations."""
     return {SHORT.get(key, key): value for key, value in flat.items()}
 
 
 def recipe_path(name: str) -> Path:
-    """The file of a recipe: a path to a YAML file, a run folder, or a name as
-    two-cores/cls_teacher.
-    """
+    """The file of a recipe, which is named by path, run directory or packaged name."""
     path = Path(name)
     if path.is_dir() and (path / "config.yaml").is_file():
         return path / "config.yaml"
@@ -124,44 +122,42 @@ def recipe_path(name: str) -> Path:
         return packaged
     beside = [file.parent.as_posix() for file in path.parent.glob("*/config.yaml")]
     known = [*recipe_names(), *beside]
-    raise ConfigError(f"no run folder and no recipe {name!r}; {nearest(name, known)}")
+    raise ConfigError(f"no run directory and no recipe {name!r}; {nearest(name, known)}")
 
 
 def recipe_names() -> list[str]:
-    """Names of the packaged recipes, as two-cores/cls_teacher; those in a folder of a preset are no
-    stages of its pipeline.
+    """Names of the packaged recipes, such as two-cores/cls_teacher; the stages of a preset have one
+    slash.
     """
     files = sorted(f for f in RECIPES.glob("*/**/[!_]*.yaml") if f.parent.name != "studies")
     return [f.relative_to(RECIPES).with_suffix("").as_posix() for f in files]
 
 
 def preset_names() -> list[str]:
-    """Folders of the packaged recipes, as two-cores."""
+    """Directories of the packaged recipes, such as two-cores."""
     return sorted({name.partition("/")[0] for name in recipe_names()})
 
 
 def head_comment(path: Path) -> str:
-    """The comment that opens a recipe."""
+    """The comment at the top of a recipe."""
     lines = path.read_text(encoding="utf-8").splitlines()
     comment = takewhile(lambda line: line.startswith("#"), lines)
     return "\n".join(line.lstrip("#").strip() for line in comment)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file as plain values; an empty file holds an empty one. Every YAML file
-    is read here.
+    """The mapping in a YAML file as plain values; {} for an empty file.
 
-    Raises ConfigError naming file and key for a file that is not a regular one, not UTF-8, not YAML
-    or no mapping; for a key that is no text or stands twice in one mapping; for a value other than
-    text, number, true, false, null, list and mapping; above LENGTH, DEPTH or VALUES, which every
-    self reference is.
+    Raises ConfigError with file and key for a file that is not a regular one, not UTF-8, not YAML
+    or no mapping; for a key that is no text or a duplicate; for a value other than text, number,
+    true, false, null, list and mapping; and above LENGTH, DEPTH or VALUES, as self references are.
     """
     try:
         with regular(path).open(encoding="utf-8") as file:
             text = file.read(LENGTH + 1)
         if len(text) > LENGTH:
             raise ConfigError(f"longer than {LENGTH} characters")
-        # PyYAML takes seconds to find that it cannot read thousands of open brackets
+        # PyYAML takes seconds to reject thousands of open brackets
         if max(accumulate((c in "[{") - (c in "]}") for c in text), default=0) > 10 * DEPTH:
             raise RecursionError
         root = yaml.compose(text, yaml.SafeLoader)
@@ -180,13 +176,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _plain(node: Any, place: tuple[str, ...], left: list[int]) -> Any:
-    """The value of a YAML node at the keys `place`; left: how many values may still come."""
+    """The value of a YAML node at the keys `place`; left: remaining number of values."""
     left[0] -= 1
     key, kind = ".".join(place), node.tag.removeprefix("tag:yaml.org,2002:")
     if len(place) > DEPTH:
         raise ConfigError(f"{place[0]}: nested deeper than {DEPTH} levels")
     if left[0] < 0:
-        raise ConfigError(f"{place[0]}: more than {VALUES} values, aliases written out")
+        raise ConfigError(f"{place[0]}: more than {VALUES} values, aliases expanded")
     if kind == "seq":
         return [_plain(item, (*place, str(k)), left) for k, item in enumerate(node.value)]
     if kind == "map":
@@ -209,7 +205,7 @@ def _plain(node: Any, place: tuple[str, ...], left: list[int]) -> Any:
         )
     try:
         value = yaml.constructor.SafeConstructor().construct_object(node)
-        # no name of a file holds a zero byte, or surrogates that stand for no byte
+        # no file name holds a zero byte, or a surrogate without a byte
         if isinstance(value, str) and b"\0" in name_bytes(value):
             raise ValueError
     except (ValueError, LookupError, yaml.YAMLError):
@@ -219,9 +215,9 @@ def _plain(node: Any, place: tuple[str, ...], left: list[int]) -> Any:
 
 
 def read_recipe(path: Path, _found: dict[Path, Any] | None = None) -> dict[str, Any]:
-    """The dotted keys that a recipe sets, those of its `base` recipes first (a later one wins).
+    """The dotted keys that a recipe sets, with those of its `base` recipes (a later one wins).
 
-    Raises ConfigError naming file and key for what `read_yaml` and `build` refuse in one key.
+    Raises ConfigError with file and key for the errors of `read_yaml`, and of `build` in one key.
     """
     found = {} if _found is None else _found
     path = Path(os.path.realpath(path))
@@ -251,24 +247,18 @@ def read_recipe(path: Path, _found: dict[Path, Any] | None = None) -> dict[str, 
 
 def _base(name: str, recipe: Path) -> Path:
     """The file of `base: name` in a recipe: a YAML file beside it, or a packaged recipe."""
-    if name.endswith((".yaml", ".yml")):
-        if not (recipe.parent / name).exists():
-            raise ConfigError(f"{recipe}: base: no file {recipe.parent / name}")
-        return recipe.parent / name
-    if name not in recipe_names():
-        raise ConfigError(
-            f"{recipe}: base: no packaged recipe {name!r}; {nearest(name, recipe_names())} "
-            "(a file's name ends in .yaml)"
-        )
-    return RECIPES / f"{name}.yaml"
+    is_file = name.endswith((".yaml", ".yml"))
+    path = recipe.parent / name if is_file else RECIPES / f"{name}.yaml"
+    if not path.exists():
+        close = nearest(name, recipe_names())
+        raise ConfigError(f"{recipe}: base: no file or packaged recipe {name!r}; {close}")
+    return path
 
 
 def build(flat: Mapping[str, Any]) -> Config:
-    """A checked Config from dotted keys, short ones too; keys that are not set take the schema's
-    defaults.
+    """A checked Config from dotted keys, abbreviated ones too; other keys have their defaults.
 
-    Raises ConfigError for an unknown key, a value of the wrong type, or values that do not fit
-    together.
+    Raises ConfigError for an unknown key, a wrong value, or values that exclude each other.
     """
     values = _typed(in_full(flat))
     for name, kind in typing.get_type_hints(Config).items():
@@ -287,8 +277,8 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _typed(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by section, of the types that the schema gives each key. Raises ConfigError for an
-    unknown key and a value of the wrong type.
+    """Values by section, converted to the types of the schema. Raises ConfigError for an unknown
+    key and a value of the wrong type.
     """
     for key, value in flat.items():
         if key not in _BY_KEY:
@@ -296,13 +286,13 @@ def _typed(flat: Mapping[str, Any]) -> dict[str, Any]:
                 got = reprlib.repr(value)
                 raise ConfigError(f"{key}: expected a mapping of its keys; got {got}")
             raise ConfigError(f"unknown key {key!r}; {correction(key, keys())}")
-        # the parser takes null for any type
+        # jsonargparse accepts null for any type
         if value is None and type(None) not in typing.get_args(_BY_KEY[key].kind):
             raise ConfigError(f"{key}: expected {values_of(key)}; got null")
         _check_numbers(key, value)
     parser = key_parser()
     try:
-        # a copy: the parser puts objects of its own in the place of mappings
+        # a copy: jsonargparse replaces mappings in place
         given = parser.parse_object(copy.deepcopy(nested(flat)), defaults=False)
         for key, value in given.items():
             _check_numbers(key, value)
@@ -324,7 +314,7 @@ def wrong_key(error: ArgumentError) -> str:
 
 
 def _check_numbers(key: str, value: Any) -> None:
-    """Raises ConfigError for a number that is not finite, or a whole one of more than 63 bits."""
+    """Raises ConfigError for a number that is not finite, and for an integer above 63 bits."""
     if isinstance(value, (list, dict)):
         for place, item in value.items() if isinstance(value, dict) else enumerate(value):
             _check_numbers(f"{key}.{place}", item)

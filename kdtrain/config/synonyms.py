@@ -35,6 +35,8 @@ _TABLE = {
     "embedding_size embedding_dim embed_dim": "the width of the embedding is model.embedding",
     "sample_rate": "the share of the classes in a step is head.sample",
     "print_freq log_interval frequent": "the interval of the log is train.log_every",
+    "people": "the number of identities is data.identities, of a triplet batch triplet.identities",
+    "pictures": "images per identity are data.images_per_identity and triplet.images_per_identity",
     "patience": "early stopping is train.early_stop",
 }
 HINTS = {word: hint for words, hint in _TABLE.items() for word in words.split()}

@@ -1,6 +1,4 @@
-"""What a student is taught besides its task, and by whom: the sections target and teacher of a
-config.
-"""
+"""Distillation targets and teacher: the sections target and teacher of a config."""
 
 from __future__ import annotations
 
@@ -14,26 +12,24 @@ from kdtrain.config.fields import ConfigError, check_settings, require, setting
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What there is to know of a target beside its mathematics (objectives/targets.py): the row of
-    a field of TargetConfig that weighs a term which the teacher yields.
+    """A distillation target apart from its mathematics (objectives/targets.py): the row of the
+    TargetConfig field that weighs it.
     """
 
     key: str
     """The field of TargetConfig."""
     name: str
-    """Of its term in the journal, and of the target in select-targets."""
+    """Name of the term in metrics.jsonl, and of the target in select-targets."""
     words: str
-    """In a report; {fields} of TargetConfig are filled in."""
+    """Name in a report; {fields} of TargetConfig are filled in."""
     reads: Literal["prediction", "logits", "feature", "attention", "maps"]
-    """What of the teacher: its softened prediction (logits, or feature and classifier), its logits,
-    its pooled feature, the attention maps of its stages, or a stage's output.
-    """
+    "Teacher output that the target compares."
     published: float = 1.0
-    """Weight that its authors use, beside a softmax loss (docs/targets.md)."""
+    """Weight of its authors beside a softmax loss (docs/targets.md)."""
     form: str = ""
-    """Field of TargetConfig that a report puts in brackets."""
+    """Field of TargetConfig that a report shows in brackets."""
     least: int = 1
-    """Images that the term compares."""
+    """Fewest images that the term compares."""
 
     @property
     def by_class(self) -> bool:
@@ -42,13 +38,13 @@ class Target:
 
     @property
     def alone(self) -> bool:
-        """True for a stage of its own, which stands beside no other term."""
+        """True where a run has no other loss beside this target."""
         return self.reads == "maps"
 
 
-def _weight(name: str, words: str, reads: str, **more: Any) -> float:
+def _weight(words: str, reads: str, **more: Any) -> float:
     """The field that weighs a target, with the target's row but for its key."""
-    row = {"name": name, "words": words, "reads": reads, **more}
+    row = {"words": words, "reads": reads, **more}
     return setting(0.0, target=row, cost="switch", own=True, within="0 or more")
 
 
@@ -56,48 +52,33 @@ def _weight(name: str, words: str, reads: str, **more: Any) -> float:
 class TargetConfig:
     """Weights and forms of the distillation targets, beside the loss of the task."""
 
-    alpha: float = _weight("soft", "soft", "prediction", form="temperature")
+    alpha: float = _weight("soft", "prediction", form="temperature", name="soft")
     "Weight of the soft target. It is the cross-entropy with the teacher's softened prediction."
-    beta: float = _weight("hidden", "hidden", "feature", form="hidden_reduction")
+    beta: float = _weight("hidden", "feature", form="hidden_reduction", name="hidden")
     "Weight of the hidden target. It is the squared distance of the pooled features."
     gamma: float = setting(1.0, cost="switch", own=True, within="0 or more")
-    """Weight of the softmax loss with the labels, which is the task's loss in classification and an
-    additional loss elsewhere. 0 trains classification by its targets alone.
-    """
-    logits: float = _weight("logits", "logits", "logits", form="logits_reduction")
+    "Weight of the softmax loss. 0 trains classification by its targets alone."
+    logits: float = _weight("logits", "logits", form="logits_reduction")
     "Weight of the logits target: the squared distance of the logits."
-    embedding_l2: float = _weight("embedding_l2", "embedding L2", "feature")
+    embedding_l2: float = _weight("embedding L2", "feature")
     "Weight of the embedding target: the squared distance of unit-length features, 2 (1 - cos)."
-    embedding_cosine: float = _weight(
-        "embedding_cosine", "embedding cosine", "feature", published=128.0
-    )
+    embedding_cosine: float = _weight("embedding cosine", "feature", published=128.0)
     "Weight of the embedding target as 1 - cos. Published weights are 64 and 128."
-    rkd_distance: float = _weight(
-        "rkd_distance", "RKD distance", "feature", published=25.0, least=3
-    )
-    """Weight of RKD's distance loss between the images of a batch (Park et al. 2019). Published
-    weights are 25 beside a softmax loss and 1 in metric learning.
-    """
-    rkd_angle: float = _weight("rkd_angle", "RKD angle", "feature", published=50.0, least=3)
-    "Weight of RKD's angle loss between triples of a batch. Published weights are 50 and 2."
-    attention: float = _weight("attention", "attention transfer", "attention", published=1000.0)
-    """Weight of attention transfer (Zagoruyko and Komodakis 2017): the squared distance of the
-    normalised attention maps of the residual stages. The published weight is 1000.
-    """
+    rkd_distance: float = _weight("RKD distance", "feature", published=25.0, least=3)
+    "Weight of RKD's distance loss (Park et al. 2019); published: 25, or 1 in metric learning."
+    rkd_angle: float = _weight("RKD angle", "feature", published=50.0, least=3)
+    "Weight of RKD's angle loss (Park et al. 2019); published: 50, or 2 in metric learning."
+    attention: float = _weight("attention transfer", "attention", published=1000.0)
+    "Weight of attention transfer (Zagoruyko and Komodakis 2017). The published weight is 1000."
     teacher_head: float = _weight(
-        "teacher_head",
         "soft through the teacher's classifier",
         "prediction",
         published=0.02,
         form="teacher_head_temperature",
     )
-    """Weight of the soft target through the teacher's frozen classifier (TH-KD), without storing
-    its logits. The published weight is 0.02, for CIFAR-100.
-    """
-    hint: float = _weight("hint", "hint of stage {hint_stage}", "maps", form="hint_reduction")
-    """Weight of a FitNet hint: the squared distance of a middle stage's output through a learnt
-    regressor. A hint run has no other loss, and the student's higher layers stay unchanged.
-    """
+    "Weight of the soft target through the teacher's frozen classifier (TH-KD); published: 0.02."
+    hint: float = _weight("hint of stage {hint_stage}", "maps", form="hint_reduction")
+    "Weight of a FitNet hint, the only loss of its run: regression of a middle stage's output."
     temperature: float = setting(3.0, cost="none", within="more than 0")
     "Temperature of the soft target."
     tau_squared: bool = setting(False, cost="none", own=True)
@@ -105,7 +86,7 @@ class TargetConfig:
     teacher_head_temperature: float | None = setting(None, within="more than 0")
     "Temperature of target.teacher_head. null takes target.temperature."
     teacher_head_proj: Literal["linear", "none"] = "linear"
-    "Learnt projection of the student's feature before that classifier, if widths differ."
+    "Learnt projection of the feature before the teacher's classifier, if widths differ."
     hidden_proj: Literal["linear", "none"] = "linear"
     "Learnt projection of the student's feature before the hidden target, if widths differ."
     hidden_normalize: bool = False
@@ -132,8 +113,8 @@ class TargetConfig:
         ]
         if self.hint and others:
             raise ConfigError(
-                f"target.hint: a hint is a stage of its own, but {', '.join(others)}: set these "
-                "weights to 0 (target.gamma too), and give them to a run with init_from this one"
+                f"target.hint excludes other losses, but {', '.join(others)}: set these weights to "
+                "0, and use them in a run that is initialised from this one (init_from)"
             )
 
     @property
@@ -143,23 +124,23 @@ class TargetConfig:
 
     @property
     def needs_teacher(self) -> bool:
-        """True when a term that the teacher yields has a weight."""
+        """True when a target has a weight."""
         return bool(self.weighed)
 
     @property
     def needs_feature(self) -> bool:
-        """True when a term that reads the teacher's pooled feature has a weight."""
+        """True when a target that reads the teacher's pooled feature has a weight."""
         return any(target.reads == "feature" for target in self.weighed)
 
 
 TARGETS: Mapping[str, Target] = {
-    item.name: Target(key=item.name, **item.metadata["target"])
+    item.name: Target(**{"key": item.name, "name": item.name, **item.metadata["target"]})
     for item in fields(TargetConfig)
     if "target" in item.metadata
 }
 """Every target by its key, in the order of its terms in the loss."""
 TEACHER_WEIGHTS = tuple(TARGETS)
-"""Fields of TargetConfig that weigh a term which the teacher yields."""
+"""Fields of TargetConfig that weigh a target."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,13 +150,9 @@ class TeacherConfig:
     """
 
     run: str | None = setting(None, run="teacher", own=True)
-    """Run directory of the teacher. RUN/best takes its best weights; @NAME is the run beside this
-    one.
-    """
+    "Run directory of the teacher."
     more: list[str] = setting(factory=list, run="teacher_more")
-    """Run directories of further teachers of the same identities. The soft target (target.alpha)
-    takes the mean of all predictions; the other targets need a single teacher.
-    """
+    "Run directories of further teachers. The soft target takes the mean of all predictions."
     weights: list[float] | None = None
     "Weights of teacher.run and teacher.more in the mean prediction; null: equal."
     input_size: int | None = setting(None, cost="value")
@@ -185,10 +162,8 @@ class TeacherConfig:
     trains bitwise identically to none; float16 rounds the outputs and takes half the space.
     """
     cache_what: Literal["outputs", "features"] = "outputs"
-    """Content of the cache. outputs stores what the targets read; features stores the pooled
-    feature, from which the teacher's classifier computes the logits. If no crop is random
-    (data.store_size equals the crop), features are stored once per image and mirror image, for
-    every epoch and seed.
+    """Content of the cache. outputs are those that the targets read; features are the pooled
+    features alone, which are stored once per image and mirror image where no crop is random.
     """
     cache_dir: str | None = setting(None, counted=False)
     "Directory of the cache. null is teacher_cache beside the run directory."
@@ -216,16 +191,16 @@ class TeacherConfig:
         return [weight / math.fsum(weights) for weight in weights]
 
 
-def check_teachers(target: TargetConfig, teacher: TeacherConfig, head_asks: bool) -> None:
-    """Raises ConfigError where several teachers are asked for more than one prediction together.
-    head_asks: whether the student's head reads the teacher's features.
+def check_teachers(target: TargetConfig, teacher: TeacherConfig, head_reads: bool) -> None:
+    """Raises ConfigError where several teachers meet a target other than the soft one. head_reads:
+    whether the student's head reads the teacher's features.
     """
     if not teacher.more:
         return
     if teacher.run is None:
-        raise ConfigError("teacher.more: the first teacher is missing; name it by teacher.run")
+        raise ConfigError("teacher.more needs teacher.run, the first teacher")
     others = [f"target.{row.key} has a weight" for row in target.weighed if row.key != "alpha"]
-    others += ["head.margin or head.update reads the teacher's features"] if head_asks else []
+    others += ["head.margin or head.update reads the teacher's features"] if head_reads else []
     if others or not target.alpha:
         raise ConfigError(
             f"teacher.more needs target.alpha as the only target, and "
@@ -234,8 +209,8 @@ def check_teachers(target: TargetConfig, teacher: TeacherConfig, head_asks: bool
 
 
 def check_sizes(target: TargetConfig, side: int, theirs: int, crop: int) -> None:
-    """Raises ConfigError where the teacher's images cannot be had from the crop, or maps are
-    compared that do not halve into each other. side, theirs: pixels that student and teacher see.
+    """Raises ConfigError for a teacher's input larger than the crop, and for maps whose sizes are
+    no power of two apart. side, theirs: sides of the student's and the teacher's input.
     """
     needed = f"from 8 to the crop's {crop} pixels (data.crop_size), or null"
     require(8 <= theirs <= crop, "teacher.input_size", needed, theirs)
@@ -243,14 +218,14 @@ def check_sizes(target: TargetConfig, side: int, theirs: int, crop: int) -> None
         return
     if target.hint:
         raise ConfigError(
-            f"target.hint compares maps of one input, and the teacher sees {theirs} pixels "
-            f"(teacher.input_size), the student {side}: set teacher.input_size to null"
+            f"target.hint needs one input size, got {side} for the student and {theirs} for the "
+            "teacher: set teacher.input_size to null"
         )
     smaller, larger = sorted((side, theirs))
     while larger > smaller and not larger % 2:
         larger //= 2
     if target.attention and larger != smaller:
         raise ConfigError(
-            "target.attention compares maps that halve into each other: teacher.input_size "
-            f"({theirs}) and data.input_size ({side}) must differ by a power of two"
+            f"target.attention needs teacher.input_size ({theirs}) and data.input_size ({side}) to "
+            "differ by a power of two"
         )

@@ -264,7 +264,7 @@ def table(collection: Collection, setting: Sequence[tuple[str, str]]) -> Table:
                     text = f"{claim.text}, {METRICS.get(metric, metric)}{title}"
                     found = replace(claim, text=text, second=second)
                     trends.append(collection.trend(found, metric, side))
-        found = {arm: study.run_of(At(arm, side=sides[0]), study.seeds[0], second)
+        found = {arm: study.run_of(At(arm, side=next(iter(sides))), study.seeds[0], second)
                  for arm in study.students}  # fmt: skip
         known = {arm: collection.lengths.get(run) for arm, run in found.items()}
         own = {arm: length for arm, length in known.items() if length is not None}

@@ -1,15 +1,13 @@
-"""Faces and landmarks as small inline images, and the look of figures that matplotlib draws."""
+"""Images inside a page, and the look of matplotlib's figures."""
 
 from __future__ import annotations
 
 import base64
 import functools
 import io
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from PIL import Image
 
@@ -22,9 +20,7 @@ SMALL: dict[str, Any] = {"va": "center", "fontsize": 7.5}
 
 
 def drawable(text: str) -> str:
-    """A text as a figure can draw it: characters that its font lacks as escapes, and no $ that
-    begins mathematics.
-    """
+    """The text with escapes for $ and for characters that the figure's font lacks."""
     known = _characters()
     text = printable(text, lines=True)
     shown = (c if ord(c) in known or c == "\n" else ascii(c)[1:-1] for c in text)
@@ -36,31 +32,12 @@ def _characters() -> frozenset[int]:
     return frozenset(get_font(findfont(FontProperties())).get_charmap())
 
 
-def style_axis(axis: Axes, hidden: Sequence[str], **ticks: Any) -> None:
-    """Thin lines behind the curves, quiet numbers, and a frame without the `hidden` sides."""
-    axis.tick_params(which="both", colors=LABEL, **ticks)
-    axis.set_axisbelow(True)
-    for side, spine in axis.spines.items():
-        spine.set_visible(side not in hidden)
-        spine.set_color(EDGE)
-
-
 def face(image: np.ndarray) -> str:
     """A (3, H, W) uint8 image as a data URI: JPEG, half as long as PNG."""
     buffer = io.BytesIO()
     whole = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
     whole.save(buffer, format="jpeg", quality=88, subsampling=0, optimize=True)
     return data_uri(buffer.getvalue(), "jpeg")
-
-
-def marked_face(image: np.ndarray, true: np.ndarray, predicted: np.ndarray) -> dict[str, object]:
-    """A (3, H, W) image with (5, 2) true and predicted points, in pixels of the image, pixel
-    centres at whole numbers + 0.5: what the page's template draws.
-    """
-    height, width = image.shape[1:]
-    points = np.concatenate([true, predicted], axis=1).tolist()  # x, y, predicted x, y
-    shown = [[f"{place:.2f}" for place in both] for both in points]
-    return {"source": face(image), "width": width, "height": height, "points": shown}
 
 
 def data_uri(content: bytes, kind: str = "png") -> str:

@@ -1,14 +1,9 @@
-"""`report(run_root)`: one self-contained HTML page about a chain of runs, or about a single run.
-
-Read from the run directories alone (config.yaml, results.json, metrics.jsonl, samples.npz, items).
-A run without results is shown as not run or not finished, so a page can be written at any moment.
-"""
+"""The self-contained HTML page about a chain of runs, or about one run, at any time of training."""
 
 from __future__ import annotations
 
 import datetime
 import itertools
-import math
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,79 +13,49 @@ from typing import Any
 import numpy as np
 
 from kdtrain.config import run_folder
-from kdtrain.reports import charts, plots, runs
-from kdtrain.reports.chain_table import ONE_SEED, QUESTION, answers, results
+from kdtrain.reports import chain_table, charts, plots, runs, writing
 from kdtrain.reports.charts import Curve, Panel
-from kdtrain.reports.runs import CHAIN, TASKS, Stage, epochs_done, judge
-from kdtrain.reports.writing import (
-    decimal,
-    direction,
-    full,
-    lower_is_better,
-    percent,
-    plotted,
-    render,
-)
+from kdtrain.reports.runs import CHAIN, TASKS, Stage, baseline, epochs_done, judge
+from kdtrain.reports.writing import plotted, render
 from kdtrain.training.checkpoint import write_text
 from kdtrain.training.journal.journal import duration, unit
 
 PLACE = ("kind", "step", "phase", "epoch", "lr", "skipped_steps")
 NOT_TERMS = (*PLACE, "loss", "top1", "gradient_norm", "teacher_entropy")
-RUN_COLUMNS: dict[str, Callable[[Stage], str]] = {
-    "task": lambda stage: stage.task,
-    "network": lambda stage: runs.network_text([stage]),
-    "initialised from": runs.start_text,
-    "loss": runs.loss_text,
-    "phases": runs.phases_text,
-    "after each phase": runs.after_phases_text,
-    "best": runs.best_text,
-    "time": runs.time_text,
-}
-FLOORS = {
-    "classification": "the label of the nearest training image in raw pixels",
-    "alignment": "the mean landmarks",
-    "verification": "the nearest test image in raw pixels, the cosine of raw pixels",
-}
-TERMS = {
-    "hard": "Cross-entropy with the labels",
-    "soft": "KL divergence from the teacher's prediction",
-    "triplet": "Triplet loss",
-    "points": "Landmark loss",
-    "hidden": "Distance to the teacher's feature",
-}
-"""Titles of the panels of the loss terms; any other term has its own name."""
-Points = tuple[Sequence[float], Sequence[float]]
+Points = Sequence[tuple[float, float | None]]
 
 
 def report(run_root: str | Path, *, command: str | None = None) -> Path:
     """Write run_root/report.html and return its path.
 
-    run_root: a folder of run folders, or one run folder. command: what made the runs; by default
-    the present command line when that is kdtrain's own. Raises ValueError when there is no run.
+    run_root: a directory of run directories, or one run directory. command: the command that made
+    the runs, by default kdtrain's present command line. Raises ValueError without any run.
     """
     root = Path(run_root)
     stages = runs.read_stages(root)
     if not stages:
         raise ValueError(
-            f"report: no run folder (config.yaml) in {root}; train something there first"
+            f"report: no run directory (config.yaml) in {root}; train a run there first"
         )
-    table = results(stages)
+    columns = chain_table.columns(stages)
     page = render(
         "report.html.j2",
         title=f"{root.name}: distillation report",
-        count=len(stages),
-        question=QUESTION,
-        one_seed=ONE_SEED,
-        answers=answers(stages),
-        columns=[(name, direction(lower_is_better(metric))) for name, _, metric in table.columns],
-        rows=[(name, runs.network_text(mine), map(_cell, row)) for name, mine, row in table.rows],
-        foot=[(title, map(percent, values)) for title, values in table.foot],
-        of_floor=", ".join(dict.fromkeys(FLOORS[task] for _, task, _ in table.columns)),
-        doubts=_doubts(root, stages, table.columns),
-        run_titles=RUN_COLUMNS,
-        runs=[(stage, [text(stage) for text in RUN_COLUMNS.values()]) for stage in stages],
+        answers=chain_table.answers(stages),
+        question=(chain_table.QUESTION, chain_table.ONE_SEED),
+        columns=columns,
+        rows=chain_table.rows(stages),
+        foot=chain_table.foot(stages),
+        doubts=_doubts(root, stages, columns),
+        runs=stages,
+        tasks=[
+            _task_section(task, mine)
+            for task in TASKS
+            if (mine := [stage for stage in stages if stage.task == task])
+        ],
         span=f"{charts.SPAN:g}",
-        tasks=[_task_section(task, mine) for task in TASKS if (mine := _of_task(stages, task))],
+        text=runs,
+        writing=writing,
         facts=_facts(stages, command if command is not None else _own_command()),
     )
     path = root / "report.html"
@@ -99,7 +64,7 @@ def report(run_root: str | Path, *, command: str | None = None) -> Path:
 
 
 def _own_command() -> str | None:
-    """The command line, where it is one of kdtrain's that trains."""
+    """The command line of a kdtrain command that trains; None for any other."""
     program = Path(sys.argv[0])
     if program.parent.name != "kdtrain" or sys.argv[1:2] == ["report"]:
         return None
@@ -122,53 +87,22 @@ def _facts(stages: Sequence[Stage], command: str | None) -> list[tuple[str, str]
 def _doubts(
     root: Path, stages: Sequence[Stage], columns: Sequence[tuple[str, str, str]]
 ) -> list[tuple[str, str]]:
-    """The columns whose teachers learned less than nothing; beside a teacher that beats the floor,
-    only the students of one that does not.
+    """The columns and students whose teacher does not beat the floor, and that teacher. A teacher
+    is named by a config here, or is one of the chain.
     """
-    taught = _taught(root, stages)
-    notes = []
-    for title, task, metric in columns:
-        teachers = [s for s in _of_task(stages, task) if s.name in taught]
-        beats = {s.name: good for s in teachers if (good := s.beats_floor(metric)) is not None}
-        if beats and not any(beats.values()):
-            notes.append((title, "its teacher does not beat the floor"))
-            continue
-        for name in (name for name, good in beats.items() if not good and taught[name]):
-            students = ", ".join(taught[name])
-            notes.append((f"{title} of {students}", f"the teacher {name} does not beat the floor"))
-    return notes
-
-
-def _taught(root: Path, stages: Sequence[Stage]) -> dict[str, list[str]]:
-    """The names of the students of each teacher: of every run here that a config names as one, and
-    of the chain's teachers.
-    """
+    names = {(root / stage.name).resolve(): stage.name for stage in stages}
     taught: dict[str, list[str]] = {s.name: [] for s in stages if CHAIN.get(s.name) == "teacher"}
-    folders = {(root / stage.name).resolve(): stage.name for stage in stages}
     for student in stages:
         for named in student.teachers:
-            teacher = folders.get(run_folder(named, root / student.name).resolve())
+            teacher = names.get(run_folder(named, root / student.name).resolve())
             if teacher is not None:
                 taught.setdefault(teacher, []).append(student.name)
-    return taught
-
-
-def _cell(place: tuple[Stage | None, str]) -> dict[str, str]:
-    """A number with its spread over folds, or why there is none; kind: "poor" below the floor."""
-    run, metric = place
-    if run is None or run.metric(metric) is None:
-        state = "" if run is None else "not measured" if run.results else run.state
-        return {"kind": "none", "text": state}
-    spread = run.metric(f"{metric}_std")
-    return {
-        "kind": "poor" if run.beats_floor(metric) is False else "",
-        "text": percent(run.metric(metric)),
-        "spread": "" if spread is None else percent(spread),
-    }
-
-
-def _of_task(stages: Sequence[Stage], task: str) -> list[Stage]:
-    return [stage for stage in stages if stage.task == task]
+    return [
+        (" of ".join(filter(None, [title, ", ".join(taught[stage.name])])), stage.name)
+        for title, task, metric in columns
+        for stage in stages
+        if stage.task == task and stage.name in taught and stage.beats_floor(metric) is False
+    ]
 
 
 def _task_section(task: str, stages: Sequence[Stage]) -> dict[str, Any]:
@@ -179,16 +113,10 @@ def _task_section(task: str, stages: Sequence[Stage]) -> dict[str, Any]:
         "legend": [(stage, color) for stage, color in _colors(stages) if stage.records],
         "curves": [charts.drawn(panel) for panel in panels if panel.curves],
         "terms": [charts.drawn(panel) for panel in _term_panels(stages)],
-        "landmarks": [_landmarks(stage) for stage in stages if "true" in stage.samples],
+        "landmarks": [(s, _landmarks(s.samples)) for s in stages if "true" in s.samples],
         "neighbours": _neighbours([stage for stage in stages if "queries" in stage.samples]),
         "done": done,
-        "metrics": {
-            name: [
-                *(full(name, stage.metric(name)) for stage in done),
-                *(full(name, of(done, task, name)) for of in (runs.floor_of, runs.untrained_of)),
-            ]
-            for name in dict.fromkeys(name for stage in done for name in stage.results["metrics"])
-        },
+        "metrics": list(dict.fromkeys(name for run in done for name in run.results["metrics"])),
     }
 
 
@@ -199,37 +127,36 @@ def _colors(stages: Sequence[Stage]) -> list[tuple[Stage, str]]:
 
 
 def _curves(
-    stages: Sequence[Stage], points: Callable[[Stage], Points | None], *, by_epoch: bool = True
+    stages: Sequence[Stage], points: Callable[[Stage], Points], *, by_epoch: bool = True
 ) -> list[Curve]:
-    """The points of each run that has some; the control's line is dashed and above the others."""
+    """The curve of each run that has points, with rings where the learning rate changes. The
+    control's is dashed and drawn last, because it may cover the distilled student's.
+    """
     found = []
-    for stage, color in sorted(_colors(stages), key=lambda both: both[0].dashed):
-        if (drawn := points(stage)) is not None:
-            phases = stage.config.get("optim", {}).get("phases", [])
-            ends = np.cumsum([phase["epochs"] for phase in phases])[:-1] if by_epoch else []
-            turns = [float(end) for end in ends if end < drawn[0][-1]]
-            found.append(Curve(stage.title, *drawn, color, stage.dashed, turns))
+    for stage, color in sorted(_colors(stages), key=lambda both: both[0].role == "control"):
+        if drawn := [(x, y) for x, y in points(stage) if y is not None]:
+            x, y = map(charts.thinned, zip(*drawn, strict=True))
+            turns = [end for end in runs.phase_ends(stage)[:-1] if by_epoch and end < x[-1]]
+            found.append(Curve(stage.title, x, y, color, stage.role == "control", turns))
     return found
 
 
 def _metric_panel(task: str, stages: Sequence[Stage]) -> Panel:
     name = judge(stages[0])
 
-    def points(stage: Stage) -> Points | None:
-        evals = stage.lines("eval")
-        if not evals or judge(stage) != name:  # a hint is no accuracy
-            return None
-        x = [epochs_done(stage, record) for record in evals]
-        return x, [plotted(name, record.get(name)) for record in evals]
+    def points(stage: Stage) -> Points:
+        if judge(stage) != name:  # a hint is no accuracy
+            return []
+        return [(epochs_done(stage, r), plotted(name, r.get(name))) for r in stage.lines("eval")]
 
-    floor = runs.floor_of(stages, task, name)
+    floor = baseline(stages, "floors", task, name)
     splits = {r.get("split", "test") for stage in stages for r in stage.lines("eval")}
     return Panel(
         f"{runs.METRICS.get(name, name)} on the {' or '.join(sorted(splits))} split",
         "epoch",
         "%" if unit(name) == "fraction" else unit(name),
         _curves(stages, points),
-        floor=None if floor is None else plotted(name, floor),
+        floor=plotted(name, floor),
         dots=True,
     )
 
@@ -237,93 +164,81 @@ def _metric_panel(task: str, stages: Sequence[Stage]) -> Panel:
 def _second_panel(task: str, stages: Sequence[Stage]) -> Panel:
     """Training accuracy of classification, cumulative errors of alignment, ROC of verification."""
 
-    def samples(across: str, up: str, scale: float) -> list[Curve]:
-        def points(stage: Stage) -> Points | None:
-            if across not in stage.samples or up not in stage.samples:
-                return None
-            x, y = scale * stage.samples[across], 100 * stage.samples[up]
-            positive = x > 0  # as the axis may be logarithmic
-            return x[positive].tolist(), y[positive].tolist()
-
-        return _curves(stages, points, by_epoch=False)
-
     if task == "classification":
         curves = _curves(stages, lambda stage: _logged(stage, "top1", 100))
         return Panel("Top-1 on the training batches", "epoch", "%", curves)
-    if task == "alignment":
-        curves = samples("ced_threshold", "ced_share", 100)
-        return Panel(
-            "cumulative errors on the test split", "NRMSE at most, %", "% of images", curves
-        )
-    curves = samples("roc_far", "roc_tar", 1)
-    return Panel(
-        "ROC of the test pairs", "false accepts (share)", "true accepts, %", curves, log_x=True
-    )
+    roc = task == "verification"
+    across, up = ("roc_far", "roc_tar") if roc else ("ced_threshold", "ced_share")
+
+    def points(stage: Stage) -> Points:
+        if across not in stage.samples or up not in stage.samples:
+            return []
+        x, y = stage.samples[across] * (1 if roc else 100), 100 * stage.samples[up]
+        positive = x > 0  # as the axis may be logarithmic
+        return list(zip(x[positive].tolist(), y[positive].tolist(), strict=True))
+
+    curves = _curves(stages, points, by_epoch=False)
+    if roc:
+        labels = "false accepts (share)", "true accepts, %"
+        return Panel("ROC of the test pairs", *labels, curves, log_x=True)
+    return Panel("Cumulative test errors", "NRMSE at most, %", "% of images", curves)
 
 
 def _term_panels(stages: Sequence[Stage]) -> list[Panel]:
-    """A panel per loss term, with the line of every run that has it."""
+    """A panel per loss term, with the curve of every run that has it."""
     last = [lines[-1] for stage in stages if (lines := stage.lines("train"))]
     names = dict.fromkeys(name for line in last for name in line if name not in NOT_TERMS)
-    return [
-        Panel(
-            TERMS.get(name, name.replace("_", " ")),
-            "epoch",
-            "",
-            _curves(stages, lambda stage, name=name: _logged(stage, name)),
-            log_y=True,
-        )
-        for name in names
-    ]
+    panels = []
+    for name in names:
+        curves = _curves(stages, lambda stage, name=name: _logged(stage, name))
+        panels.append(Panel(name, "epoch", "", curves, log_y=True))
+    return [panel for panel in panels if panel.curves]
 
 
-def _logged(stage: Stage, name: str, scale: float = 1) -> Points | None:
-    """A quantity over the epochs of training, thinned, None where the run does not log it. The
-    teacher's entropy, the least value of the soft term, is subtracted from it.
+def _logged(stage: Stage, name: str, scale: float = 1) -> Points:
+    """A logged quantity over the epochs of training, None where a line lacks it. The teacher's
+    entropy is subtracted from the soft term, which leaves the KL divergence.
     """
     records = stage.lines("train")
-    if not records or name not in records[-1]:
-        return None
-    values = [scale * value if (value := r.get(name)) is not None else math.nan for r in records]
-    if name == "soft":
-        values = [
-            value - (record.get("teacher_entropy") or 0.0)
-            for value, record in zip(values, records, strict=True)
-        ]
-    return charts.thinned(_epochs(stage, records)), charts.thinned(values)
-
-
-def _epochs(stage: Stage, records: Sequence[Mapping[str, Any]]) -> list[float]:
-    """The epochs done at each train line."""
+    if not records:
+        return []
     steps_per_epoch = records[-1]["step"] / max(1, epochs_done(stage, records[-1]))
-    return [record["step"] / steps_per_epoch for record in records]
-
-
-def _landmarks(stage: Stage) -> dict[str, Any]:
-    columns = [stage.samples[name] for name in ("images", "true", "predicted", "errors")]
-    faces = [
-        (plots.marked_face(image, true, predicted), decimal(100 * float(error)))
-        for image, true, predicted, error in zip(*columns, strict=True)
+    least = "teacher_entropy" if name == "soft" else ""
+    return [
+        (
+            record["step"] / steps_per_epoch,
+            None if (y := record.get(name)) is None else scale * y - (record.get(least) or 0.0),
+        )
+        for record in records
     ]
-    return {"run": stage, "faces": faces}
+
+
+def _landmarks(samples: Mapping[str, np.ndarray]) -> list[dict[str, object]]:
+    """Each image with its points (x, y, predicted x, predicted y) in pixels of the image, whose
+    centers are at whole numbers + 0.5, and its error.
+    """
+    points = np.concatenate([samples["true"], samples["predicted"]], axis=2).tolist()
+    return [
+        {"source": plots.face(image), "size": image.shape[1:], "points": marks, "error": error}
+        for image, marks, error in zip(samples["images"], points, samples["errors"], strict=True)
+    ]
 
 
 def _neighbours(stages: Sequence[Stage]) -> list[dict[str, Any]]:
-    """Runs with the same queries under each other: the queries once, then what each run found."""
+    """For each set of queries: the queries, and the neighbours that each run finds, with whether
+    they have the query's identity.
+    """
     groups: dict[bytes, list[Stage]] = {}
     for stage in stages:
         groups.setdefault(stage.samples["queries"].tobytes(), []).append(stage)
-    return [
-        {
-            "gallery": f"{int(mine[0].samples['gallery']):,}",
-            "queries": map(plots.face, mine[0].samples["queries"]),
-            "rows": [{"run": stage, "faces": _found(stage)} for stage in mine],
-        }
-        for mine in groups.values()
-    ]
-
-
-def _found(stage: Stage) -> list[tuple[str, bool]]:
-    """The nearest neighbours, and whether each is of the query's identity."""
-    right = stage.samples["query_labels"] == stage.samples["neighbour_labels"]
-    return list(zip(map(plots.face, stage.samples["neighbours"]), right.tolist(), strict=True))
+    found = []
+    for mine in groups.values():
+        rows = []
+        for stage in mine:
+            right = stage.samples["query_labels"] == stage.samples["neighbour_labels"]
+            faces = map(plots.face, stage.samples["neighbours"])
+            rows.append((stage, list(zip(faces, right.tolist(), strict=True))))
+        queries, gallery = (mine[0].samples[name] for name in ("queries", "gallery"))
+        faces = map(plots.face, queries)
+        found.append({"gallery": int(gallery), "queries": faces, "rows": rows})
+    return found

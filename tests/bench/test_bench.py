@@ -36,8 +36,8 @@ SHARED = {
 KD = CASES[0]
 
 
-def answer(native: float = 2.0, baseline: float = 20.0, **changes) -> dict:
-    """A worker's answer with constant times: the floor takes 1 ms."""
+def worker_result(native: float = 2.0, baseline: float = 20.0, **changes) -> dict:
+    """A worker's result with constant times: the floor takes 1 ms."""
     times = [
         [name, gradient, "call", [ms] * 5]
         for name, ms in (("native", native), ("torch", baseline))
@@ -93,7 +93,9 @@ def test_interleaving_changes_the_order_and_takes_every_input_set():
     times = timing.interleave([[timed(c, i) for i in range(4)] for c in range(3)], 8, warmup=2)
     assert times.shape == (3, 8)
     assert [i for _, i in calls] == [n % 4 for n in range(30)]
-    rounds = [[c for c, _ in calls[n : n + 3]] for n in range(6, 30, 3)]  # the warm-up is not kept
+    rounds = [
+        [c for c, _ in calls[n : n + 3]] for n in range(6, 30, 3)
+    ]  # the warm-up is not counted
     assert all(sorted(order) == [0, 1, 2] for order in rounds)
     followers = {pair for order in rounds for pair in itertools.pairwise(order)}
     assert len(followers) == 6  # each behind each
@@ -127,7 +129,7 @@ def test_the_load_of_others_is_a_share_of_the_cores():
 
 
 def test_a_row_compares_with_native_at_the_same_gradient_and_with_the_floor():
-    timed = answer(native=2.0, baseline=20.0)
+    timed = worker_result(native=2.0, baseline=20.0)
     timed["times"][1][3] = [4.0] * 5  # native at 0.37
     table = rows_of(timed, peaks={"native": 12.0})
     assert len(table) == 5
@@ -156,7 +158,7 @@ def test_a_row_compares_with_native_at_the_same_gradient_and_with_the_floor():
     ],
 )
 def test_a_target_is_judged_beside_the_contender_it_names(target, contender, verdict):
-    table = rows_of(answer(), [target], {"native": 12.0})
+    table = rows_of(worker_result(), [target], {"native": 12.0})
     assert {r["contender"] for r in table if r["met"]} == {contender}
     assert found(table, contender)["met"] == verdict
     assert found(table, contender)["target"] == target.text()
@@ -164,16 +166,16 @@ def test_a_target_is_judged_beside_the_contender_it_names(target, contender, ver
 
 def test_a_target_is_unknown_without_memory_and_left_out_at_another_level():
     target = Target(KD.op, KD.name, MEMORY, "", 12)
-    assert found(rows_of(answer(), [target]), "native")["met"] == "unknown"
-    table = rows_of(answer(isa="v3"), [target], {"native": 12.0})
+    assert found(rows_of(worker_result(), [target]), "native")["met"] == "unknown"
+    table = rows_of(worker_result(isa="v3"), [target], {"native": 12.0})
     assert {row["met"] for row in table} == {""}
 
 
 def test_a_case_measured_again_replaces_its_rows_in_the_file(tmp_path):
     path = tmp_path / "new" / "rows.csv"
-    rows.write_rows(path, rows_of(answer(native=2.0)))
-    rows.write_rows(path, rows_of(answer(native=8.0, isa="v3")))
-    rows.write_rows(path, rows_of(answer(native=4.0)))
+    rows.write_rows(path, rows_of(worker_result(native=2.0)))
+    rows.write_rows(path, rows_of(worker_result(native=8.0, isa="v3")))
+    rows.write_rows(path, rows_of(worker_result(native=4.0)))
     assert path.read_text().splitlines()[0] == ",".join(rows.COLUMNS)
     table = rows.read_rows(path)
     assert len(table) == 10
@@ -181,7 +183,7 @@ def test_a_case_measured_again_replaces_its_rows_in_the_file(tmp_path):
     assert {r["isa"]: r["median_ms"] for r in native} == {"v3": "8", "v4": "4"}
 
 
-def test_a_file_with_other_columns_is_refused(tmp_path):
+def test_a_file_with_other_columns_is_rejected(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("op,case\na,b\n")
     with pytest.raises(ValueError, match=r"bench: .*rows\.csv must have the columns date,machine"):
@@ -196,14 +198,14 @@ def in_process(monkeypatch):
     """Workers run inside this process; `wrong` names contenders that are reported as wrong."""
     wrong: set[str] = set()
 
-    def answer_of(job: dict, level: str, limit: float | None = None) -> dict:
+    def run_worker(job: dict, level: str, limit: float | None = None) -> dict:
         result = worker.run(job)
         if job["part"] == "check":
             for name in wrong & set(result):
                 result[name]["right"] = False
         return result
 
-    monkeypatch.setattr(command, "answer_of", answer_of)
+    monkeypatch.setattr(command, "run_worker", run_worker)
     return wrong
 
 
@@ -222,7 +224,7 @@ def test_a_quick_run_writes_rows_of_every_contender(in_process, tmp_path, capsys
         "floor: copies",
     }
     assert all(r["rounds"] == "2" and float(r["median_ms"]) > 0 for r in table)
-    assert {r["target"] for r in table} == {""}  # tiny sizes are held to no promise
+    assert {r["target"] for r in table} == {""}  # tiny sizes have no targets
     assert "native is faster by" in capsys.readouterr().out
 
 
@@ -251,17 +253,17 @@ def test_a_contender_can_be_left_out(in_process, tmp_path, capsys):
     )
 
 
-def test_an_op_that_is_not_there_is_skipped_by_name(monkeypatch, capsys):
+def test_an_op_that_does_not_exist_is_skipped_by_name(monkeypatch, capsys):
     monkeypatch.setattr(command, "OPS", ())
     assert command.main(["triplet_loss", "--quick"]) == 0
     printed = capsys.readouterr().out
     assert "triplet_loss 1024x512: skipped, kdkernels has no triplet_loss yet" in printed
 
 
-def test_a_worker_that_dies_is_reported_with_its_last_words():
+def test_a_failed_worker_is_reported_with_the_end_of_its_error_output():
     job = {"part": "time", "op": "no such op", "case": KD.name, "device": "cpu", "quick": True}
     with pytest.raises(command.PartFailed, match=r"time ended with status 1[\s\S]*no op 'no such"):
-        command.answer_of(job, "")
+        command.run_worker(job, "")
 
 
 def test_the_list_shows_every_case_and_target(capsys):
@@ -280,10 +282,12 @@ def test_the_report_renders_tables_and_a_chart(tmp_path, capsys):
     targets = targets_of(KD.op, KD.name)
     old = {**SHARED, "date": "2026-01-30"}
     results, docs = tmp_path / "results", tmp_path / "docs"
-    rows.write_rows(results / "2026-01-30-some-cpu.csv", rows_of(answer(native=77.0), shared=old))
+    rows.write_rows(
+        results / "2026-01-30-some-cpu.csv", rows_of(worker_result(native=77.0), shared=old)
+    )
     rows.write_rows(
         results / "2026-01-31-some-cpu.csv",
-        rows_of(answer(native=2.0, baseline=10.0, load=0.9), targets, {"native": 11.0}),
+        rows_of(worker_result(native=2.0, baseline=10.0, load=0.9), targets, {"native": 11.0}),
     )
     assert report.main(["--results", str(results), "--docs", str(docs)]) == 0
     page = (docs / "benchmarks.md").read_text()
@@ -304,7 +308,7 @@ def test_a_report_without_rows_is_an_error(tmp_path, capsys):
 
 
 def test_a_terminal_gets_a_rich_table_and_a_file_plain_text(monkeypatch, capsys):
-    table = rows_of(answer())
+    table = rows_of(worker_result())
     report.show(table)
     plain = capsys.readouterr().out
     assert plain.splitlines()[2].startswith("case ")

@@ -1,5 +1,5 @@
-"""The cases of `python -m bench`: that their targets fit them, and that what they compare is
-right."""
+"""The cases of `python -m bench`: their targets name existing contenders, and the results that they
+compare are right."""
 
 from dataclasses import replace
 
@@ -143,7 +143,7 @@ def test_a_wrong_contender_is_found():
         assert max(errors.values()) > worker.TOLERANCES[torch.float32], call.__name__
 
 
-def test_an_error_outside_the_largest_elements_is_not_covered_up():
+def test_an_error_outside_the_largest_elements_is_not_hidden():
     truth = torch.full((1000,), 1e-4)
     truth[0] = 1.0
     value = truth.clone()

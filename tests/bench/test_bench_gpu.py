@@ -89,15 +89,15 @@ def uncapturable(**inputs):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU by name whose workers run in this process, and the jobs that they were given."""
+    """A GPU in name only, whose workers run in this process, and the jobs that they received."""
     jobs = []
 
-    def answer_of(job: dict, level: str, limit: float | None = None) -> dict:
+    def run_worker(job: dict, level: str, limit: float | None = None) -> dict:
         jobs.append({**job, "eager": list(job["eager"])})
         return worker.run(job)
 
     monkeypatch.setitem(devices.DEVICES, "cuda", FakeGpu)
-    monkeypatch.setattr(command, "answer_of", answer_of)
+    monkeypatch.setattr(command, "run_worker", run_worker)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(command, "cannot_run", lambda case, options: "")
     return jobs
@@ -179,11 +179,11 @@ def test_a_contender_known_to_wait_is_never_captured(gpu):
     device, names = FakeGpu(), ["triton", "torch"]
     waits = HARD.contender("torch")
     assert waits.waits
-    answer = worker.everything(HARD, names, HARD.quick, 2, device, 1 << 20, [])
-    assert {t for name, _, t, _ in answer["time"]["times"] if name == "torch"} == {"events", "wall"}
+    result = worker.everything(HARD, names, HARD.quick, 2, device, 1 << 20, [])
+    assert {t for name, _, t, _ in result["time"]["times"] if name == "torch"} == {"events", "wall"}
 
 
-def test_another_librarys_failure_costs_its_own_rows_alone(gpu, monkeypatch, capsys):
+def test_another_librarys_failure_removes_its_own_rows_alone(gpu, monkeypatch, capsys):
     def broken(**inputs):
         raise TypeError("an argument that this version does not know")
 
@@ -215,17 +215,17 @@ def test_a_wrong_own_kernel_is_not_timed(gpu, monkeypatch):
         return 2 * KD.contender("torch").call(student, teacher, target, temperature=temperature)
 
     wrong = replace(KD, contenders=(replace(KD.contenders[0], call=doubled), *KD.contenders[1:]))
-    answer = worker.everything(wrong, ["triton", "torch"], KD.quick, 2, FakeGpu(), 1 << 20, [])
-    assert answer["time"] is None
-    assert answer["check"]["torch"]["right"]
+    result = worker.everything(wrong, ["triton", "torch"], KD.quick, 2, FakeGpu(), 1 << 20, [])
+    assert result["time"] is None
+    assert result["check"]["torch"]["right"]
 
 
-# CudaDevice, as far as it goes without CUDA
+# CudaDevice, without CUDA
 
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """A CudaDevice on a recorder in place of torch.cuda, and what it was asked to do."""
+    """A CudaDevice on a recorder in place of torch.cuda, and the calls it received."""
     done = []
 
     class Event:
@@ -294,7 +294,7 @@ def test_graphs_share_memory_in_one_place_only(cuda):
     assert [x[1] for x in done if isinstance(x, tuple) and x[1] != "side"] == ["a", "b", "a"]
 
 
-def test_an_error_while_capturing_is_told_from_one_before(cuda):
+def test_an_error_while_capturing_differs_from_one_before(cuda):
     device, _ = cuda
     calls = []
 

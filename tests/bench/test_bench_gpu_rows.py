@@ -1,4 +1,4 @@
-"""The rows of a GPU: ratios, floors, targets, and the tables that they make."""
+"""The rows of a GPU: ratios, floors, targets, and their tables."""
 
 import pytest
 
@@ -33,8 +33,8 @@ def timings(table: list[rows.Row]) -> dict[tuple[str, str, str], rows.Row]:
     return {(r["contender"], r["gradient"], r["timing"]): r for r in table}
 
 
-def answer(replay: float = 1.25, wall: float = 0.5) -> dict:
-    """A worker's answer: the copy takes 1 ms by the kernel and 2 by the driver."""
+def worker_result(replay: float = 1.25, wall: float = 0.5) -> dict:
+    """A worker's result: the copy takes 1 ms by the kernel and 2 by the driver."""
     times = [
         ["triton", 1.0, "replay", [replay] * 5],
         ["triton", 0.37, "replay", [2.0] * 5],
@@ -55,7 +55,7 @@ def table_of(timed: dict, targets=()) -> dict[tuple[str, str, str], rows.Row]:
 
 
 def test_ratios_stay_within_a_timing_and_the_faster_floor_counts():
-    table = table_of(answer())
+    table = table_of(worker_result())
     assert table["torch", "1", "replay"]["ratio"] == "8"
     assert table["Liger, CE and KL", "1", "events"]["ratio"] == "3"
     assert table["torch", "1", "wall"]["ratio"] == "2"
@@ -95,7 +95,7 @@ def test_ratios_stay_within_a_timing_and_the_faster_floor_counts():
 )
 def test_a_gpu_target_is_judged_on_one_timing(target, row, verdict):
     target = Target(KD.op, KD.name, **{"against": "", "isa": "", "gradient": 1.0, **target})
-    table = table_of(answer(), [target])
+    table = table_of(worker_result(), [target])
     assert {key for key, found in table.items() if found["met"]} == {row}
     assert table[row]["met"] == verdict
     assert table[row]["target"] == target.text()
@@ -115,9 +115,9 @@ def test_the_targets_of_the_table_are_those_of_the_issue():
     assert {t.text() for t in heads} == {"<= 1.25x floor"}
 
 
-def test_the_page_speaks_of_gpus_only_where_rows_of_one_are(tmp_path):
+def test_the_page_describes_gpus_only_where_it_has_rows_of_one(tmp_path):
     targets = targets_of(KD.op, KD.name)
-    measured = rows.build_rows(SHARED, KD, answer(), {"triton": 40.0}, targets)
+    measured = rows.build_rows(SHARED, KD, worker_result(), {"triton": 40.0}, targets)
     rows.write_rows(tmp_path / "results" / "2026-01-31-some-gpu.csv", measured)
     report.render(tmp_path / "results", tmp_path / "docs")
     page = (tmp_path / "docs" / "benchmarks.md").read_text()
@@ -131,9 +131,9 @@ def test_the_page_speaks_of_gpus_only_where_rows_of_one_are(tmp_path):
     assert "On a GPU:" not in report.markdown([{**r, "device": "cpu"} for r in measured])
 
 
-def test_the_summary_is_a_line_for_each_gpu_case(tmp_path, capsys):
+def test_the_summary_has_one_line_per_gpu_case(tmp_path, capsys):
     targets = targets_of(KD.op, KD.name)
-    measured = rows.build_rows(SHARED, KD, answer(replay=1.6), {"triton": 40.0}, targets)
+    measured = rows.build_rows(SHARED, KD, worker_result(replay=1.6), {"triton": 40.0}, targets)
     rows.write_rows(tmp_path / "2026-01-31-some-gpu.csv", measured)
     assert report.main(["--summary", "--results", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -145,7 +145,7 @@ def test_the_summary_is_a_line_for_each_gpu_case(tmp_path, capsys):
     assert capsys.readouterr().out == "no rows of a GPU\n"
 
 
-def test_a_copy_without_history_names_its_commit_by_the_environment(monkeypatch, tmp_path):
+def test_a_copy_without_history_takes_its_commit_from_the_environment(monkeypatch, tmp_path):
     monkeypatch.setattr(rows, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     monkeypatch.delenv("BENCH_COMMIT", raising=False)

@@ -1,4 +1,4 @@
-"""The plan and the resuming of bench/gpu.sh, with stubs for what it runs."""
+"""The plan of bench/gpu.sh and its resumption, with stubs for its commands."""
 
 import os
 import subprocess
@@ -111,7 +111,7 @@ def test_a_finished_part_is_not_run_again_until_its_sources_change(script, tmp_p
     assert "cuda and linear_kd_cross_entropy and not eager-cuda" in tests[1]
 
 
-def test_a_failing_part_keeps_no_other_from_running_and_is_run_again(script):
+def test_a_failing_part_stops_no_other_and_runs_again(script):
     first = script(BROKEN_CONTRACT="hidden_l2", BROKEN_BENCH="kd_cross_entropy")
     assert first.status == 1
     assert "failed: bench kd_cross_entropy contract hidden_l2" in first.printed
@@ -148,7 +148,7 @@ def test_results_go_to_out_and_an_earlier_state_is_taken_from_a_folder(script, t
     assert len(list(out.glob("gpu-*.log"))) == 1
 
 
-def test_without_a_gpu_the_script_says_so(script, tmp_path):
+def test_without_a_gpu_the_script_reports_it(script, tmp_path):
     (tmp_path / "python3").write_text("#!/bin/sh\nexit 1\n")
     done = script()
     assert done.status == 2

@@ -1,4 +1,4 @@
-"""The counted traffic of the Triton kernels: the figures of bench.gpu.traffic and how it counts.
+"""The counted traffic of the Triton kernels: the figures of bench.gpu.traffic and its method.
 
 `TRITON_INTERPRET=1 python -m pytest tests/bench/test_traffic_triton.py`, as `make test` does.
 """
@@ -63,7 +63,7 @@ def test_three_instances_predict_a_fourth(case, rows):
     counts = [measure(case, n) for n in case.instances]
     fourth = measure(case, rows)
     for key, size in fourth.moved.items():
-        # data decides what is looked at again; programs of small grids read small tensors each
+        # data decides which rows are measured again; small grids read small tensors once each
         if key[0] in ("resolve", *case.proportional) or size < 100_000:
             continue
         predicted = extrapolate(case.instances, [c.moved[key] for c in counts], rows)
@@ -79,7 +79,7 @@ def test_products_of_matrices_are_counted():
     assert measure(batch, 256).products == 3 * batch.products(256)
 
 
-def test_small_instances_of_another_path_are_refused():
+def test_small_instances_of_another_path_are_rejected():
     # the small instances mine by a Gram matrix, the full size by tiles
     threshold = ("kdkernels.batch_triplet_loss.triton_kernel", "TILED_ROWS", 2048)
     case = replace(traffic.batch(4096, (8, 12, 16), 64), constants=(threshold,))

@@ -1,4 +1,4 @@
-"""Promises about addresses, labels on a device, and CUDA: what only a GPU can break.
+"""Promises about addresses, labels on a device, and CUDA: the promises that only a GPU can break.
 
 Functions of (Op, backend) like those of contract.py. Those that need a GPU are run where there is
 one; they are written for kernels, not for eager.
@@ -218,7 +218,7 @@ def _large_batch(op: Op, backend: str, elements: int) -> None:
     hardest = distance.masked_fill(~same, -1.0).amax(1) + 40.0
     want = hardest - distance.masked_fill(same, torch.inf).amin(1)
     torch.testing.assert_close(result.outputs[0][-4:].double(), want.clamp(min=0.0))
-    # moving all rows together changes no distance
+    # a common shift of all rows changes no distance
     total = result.gradients[0].double().sum(dim=0)
     torch.testing.assert_close(total, torch.zeros_like(total), rtol=0, atol=1e-3 * rows**0.5)
 

@@ -1,11 +1,11 @@
-"""What the Triton kernels become on GPUs, without one: the kernels that a call launches, compiled.
+"""The compiled code of the Triton kernels that a call launches, without a GPU.
 
     python tests/gpu/gpu_code.py [--op NAME] [--target sm_90] [--kernel PART_OF_A_NAME]
 
 prints a row for each kernel variant of tests/gpu/gpu_cases.py: registers, spills, shared memory,
 the widths of its global accesses, and for row kernels the instructions and exponentials per
-element. Compiled kernels stay in Triton's own cache. Must run without TRITON_INTERPRET, which would
-leave no kernel to compile.
+element. Compiled kernels stay in Triton's own cache. TRITON_INTERPRET must be unset: it would leave
+no kernel to compile.
 """
 
 import argparse
@@ -46,7 +46,7 @@ from kdkernels.nearest_neighbor import triton_kernel as nearest
 from kdkernels.sample import Sample
 
 KB = 1024
-MULTIPROCESSORS = 132  # of the GPU that the launchers are asked to plan for, an H200
+MULTIPROCESSORS = 132  # of the GPU that the launchers plan for, an H200
 JOBS = int(os.environ.get("GPU_CODE_JOBS", "2"))  # processes that compile
 # Whether every variant is compiled for every target (`make prove`); else the targets other than
 # COUNTED have each kernel once; dtypes and options are compiled for COUNTED alone (`make test`).
@@ -127,10 +127,11 @@ class Launch:
 
 
 def specialize(kernel: JITFunction, target: str, arguments: tuple, options: dict) -> Variant:
-    """The variant that Triton's JIT would look up in its cache for these arguments.
+    """The variant that Triton's JIT looks up in its cache for these arguments.
 
-    Triton's own binder decides what of the arguments is compiled in: dtypes, 16-byte alignment of
-    addresses, divisibility by 16 and equality to 1 of integers, on AMD tensors below 2 GB.
+    Triton's own binder decides which properties of the arguments are compiled in: dtypes, 16-byte
+    alignment of addresses, divisibility by 16 and equality to 1 of integers, on AMD tensors below
+    2 GB.
     """
     backend: Any = make_backend(TARGETS[target].gpu)
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -153,7 +154,7 @@ def specialize(kernel: JITFunction, target: str, arguments: tuple, options: dict
 
 
 class _NoProducts(TorchDispatchMode):
-    """Matrix products give uninitialized memory: only the launches are wanted here."""
+    """Matrix products return uninitialized memory: only the launches matter here."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -201,16 +202,16 @@ def recording(target: str) -> Iterator[list[Launch]]:
 def variant_of(
     kernel: Any, *arguments: object, target: str = "sm_90", **options: object
 ) -> Variant:
-    """What a launch of `kernel` would compile."""
+    """The variant that a launch of `kernel` compiles."""
     with recording(target) as launches:
         triton_common.launch(kernel, (1,), *arguments, **options)
     return launches[0].variant
 
 
 def launches_of(op: str, sample: Sample, incoming: str, target: str) -> list[Launch]:
-    """What a call, and its backward where it has gradients, launches.
+    """The launches of a call, and of its backward where it has gradients.
 
-    Tensors may be as large as address space allows: nobody touches them.
+    Tensors may be as large as the address space allows: their memory is never accessed.
     """
     with recording(target) as launches:
         run(Op(op, getattr(kdkernels, op), ()), "triton", sample, incoming)
@@ -218,7 +219,7 @@ def launches_of(op: str, sample: Sample, incoming: str, target: str) -> list[Lau
 
 
 def _with_causes(error: BaseException | None) -> str:
-    """The messages of an error and of what led to it, the innermost last."""
+    """The messages of an error and of its causes, the innermost last."""
     messages = []
     while error is not None:
         messages.append(f"{type(error).__name__}: {error}")
@@ -237,7 +238,7 @@ def compile_variant(variant: Variant, disassemble: bool) -> Code:
     )
     try:
         compiled: Any = triton.compile(source, target=target.gpu, options=dict(variant.options))
-    except Exception as error:  # whatever it is, it is the finding about this kernel
+    except Exception as error:  # any error is the result for this kernel
         return Code(error=_with_causes(error))
     shared = compiled.metadata.shared
     if target.gpu.backend == "hip":
@@ -256,21 +257,21 @@ def compile_all(variants: Iterable[Variant], disassemble: bool = False) -> dict[
 
 
 def faults(variant: Variant, code: Code) -> list[str]:
-    """What no kernel may have: spilled registers, more shared memory than the target has, or no
-    code at all."""
+    """The faults of a compiled kernel: spilled registers, more shared memory than the target has,
+    or no code at all."""
     if code.error:
         return [f"{variant.kernel} on {variant.target} does not compile: {code.error}"]
     found = []
     if code.spills or code.stack:
-        found.append(f"{code.spills} spills, {code.stack} bytes of stack a thread")
+        found.append(f"{code.spills} spills, {code.stack} bytes of stack per thread")
     if code.shared > TARGETS[variant.target].shared:
         found.append(f"{code.shared} bytes of shared memory of {TARGETS[variant.target].shared}")
     return [f"{variant.kernel} on {variant.target}: {fault}" for fault in found]
 
 
 def row_costs(variant: Variant, code: Code) -> list[Cost]:
-    """What an element costs a row kernel of kd_cross_entropy: one entry in all where it keeps the
-    row in registers, else one for each steady loop, backward's `_give_rows` among them; nothing for
+    """The cost per element of a row kernel of kd_cross_entropy: a single entry where the row stays
+    in registers, else one for each steady loop, backward's `_give_rows` among them; nothing for
     other kernels."""
     if variant.kernel not in (*ROW_KERNELS, "_give_rows") or not code.instructions:
         return []
@@ -363,8 +364,8 @@ def rows_of(op: str, targets: tuple[str, ...]) -> Iterator[dict[str, str]]:
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(prog="python tests/gpu/gpu_code.py", description=__doc__)
-    parser.add_argument("--op", choices=sorted(MAKERS), action="append", help="all without one")
-    parser.add_argument("--target", choices=list(TARGETS), action="append", help="sm_90 without")
+    parser.add_argument("--op", choices=sorted(MAKERS), action="append", help="default: all")
+    parser.add_argument("--target", choices=list(TARGETS), action="append", help="default: sm_90")
     parser.add_argument("--kernel", default="", help="only kernels with this in their name")
     options = parser.parse_args()
     for op in options.op or MAKERS:

@@ -1,4 +1,4 @@
-"""Triton's interpreter (3.7), made to round as a GPU does and to lose less time."""
+"""Triton's interpreter (3.7), changed to round as a GPU does, and to run faster."""
 
 from types import SimpleNamespace
 
@@ -33,12 +33,12 @@ def _round_to_nearest() -> None:
 
 def _patch_once() -> None:
     """triton.language is patched for a kernel, and not again for every device function that it
-    calls: that took half of the time."""
+    calls, which took half of the time."""
     import triton.language as tl
     from triton.runtime import interpreter
 
     original = interpreter._patch_lang
-    # what Triton's own device functions see; ours see a part of it
+    # the globals of Triton's own device functions; ours need a part of them
     everything = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
 
     def patch(_):

@@ -1,7 +1,7 @@
-"""Reading what ptxas and LLVM made of a kernel: registers, spills, instructions, loops, and what is
-between two accesses of memory.
+"""Reads the output of ptxas and LLVM for a kernel: registers, spills, instructions, loops, and the
+instructions between two accesses of memory.
 
-`cuobjdump` and `nvdisasm` come with the triton package; for AMD the assembly itself says it.
+`cuobjdump` and `nvdisasm` come with the triton package; for AMD the assembly is read itself.
 """
 
 import re
@@ -32,7 +32,7 @@ class Instruction:
     """One instruction, of NVIDIA's SASS or of AMD's assembly (numbered from 0 there).
 
     `jump` is the address that a branch goes to, `always` whether a branch or an exit is taken
-    whatever a predicate says, `line` the file's name and the line of the source that it is from.
+    regardless of a predicate, `line` the file's name and the line of the source that it is from.
     """
 
     address: int
@@ -85,9 +85,9 @@ def _width(opcode: str) -> int:
 
 @dataclass(frozen=True)
 class Code:
-    """A compiled kernel. `stack` is local memory in bytes a thread: where spilled registers go.
+    """A compiled kernel. `stack` is local memory in bytes per thread: spilled registers.
 
-    `error` is what the compiler said where it made nothing.
+    `error` is the message of the compiler where it failed.
     """
 
     registers: int = 0
@@ -162,7 +162,7 @@ def without_barrier(
 
 @dataclass(frozen=True)
 class Cost:
-    """What one element costs a thread."""
+    """The cost of one element for a thread."""
 
     instructions: float
     exponentials: float
@@ -183,9 +183,9 @@ def _cost(instructions: tuple[Instruction, ...], element_bytes: int) -> Cost:
 def cost_of_one_tile(code: Code, element_bytes: int) -> Cost:
     """The instructions outside loops over the elements a thread holds.
 
-    Those are counted by the 16-byte loads of one sweep over the inputs; `element_bytes` is what an
-    element of all inputs takes. Edges, set-up and exchanges are in the numerator. Loops are not:
-    they go over the batch's labels, or write the zeros of a row that counts for nothing.
+    Those are counted by the 16-byte loads of one sweep over the inputs; `element_bytes` is the size
+    of an element of all inputs. Edges, set-up and exchanges are in the numerator. Loops are not:
+    they go over the batch's labels, or write the zeros of an ignored row.
     """
     in_loops = {i.address for body in code.loops for i in body}
     straight = tuple(i for i in code.instructions if i.address not in in_loops)

@@ -1,7 +1,7 @@
 """Kernels with one fault each that only their compiled code shows; test_triton_code.py and
-test_triton_order.py must see it.
+test_triton_order.py must find it.
 
-In a module of their own, as the processes that compile import them by name.
+They have a module of their own because the compiling processes import them by name.
 """
 
 import triton
@@ -22,7 +22,7 @@ def masked_everywhere(student_ptr, teacher_ptr, gradient_ptr, classes, BLOCK: tl
 
 @triton.jit
 def exponentials_twice(student_ptr, teacher_ptr, gradient_ptr, blocks, BLOCK: tl.constexpr):
-    """Wide accesses, and eight exponentials a class: one loop, worked out by hand in the test."""
+    """Wide accesses, and eight exponentials per class: one loop, worked out by hand in the test."""
     for block in range(blocks):
         at = block * BLOCK + tl.arange(0, BLOCK)
         s, t = tl.load(student_ptr + at), tl.load(teacher_ptr + at)
@@ -70,8 +70,8 @@ def does_not_compile(x_ptr, y_ptr, SIZE: tl.constexpr):
 
 @triton.jit
 def label_written_twice(gradient_ptr, label_ptr, BARRIER: tl.constexpr, BLOCK: tl.constexpr):
-    """A row, then the label's column again by one lane; which of the two stays is left to chance
-    without BARRIER, as the row's is another lane's."""
+    """A row, then the label's column again by one lane; without BARRIER the order of the two
+    stores is undefined, as another lane stores the row."""
     at = tl.arange(0, BLOCK)
     tl.store(gradient_ptr + at, at.to(tl.float32))
     label = tl.load(label_ptr)

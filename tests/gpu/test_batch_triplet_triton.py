@@ -178,7 +178,7 @@ def test_a_tie_between_shares_goes_to_the_lowest_row():
 @pytest.mark.parametrize("is_large", [False, True])
 @pytest.mark.parametrize("mining", MININGS)
 def test_close_points_far_away_are_selected_as_in_float64(mining, is_large, request):
-    # Norms of 16 * 1000^2 against distances of 16 * 0.01^2: products keep nothing of these.
+    # Norms of 16 * 1000^2 against distances of 16 * 0.01^2: products lose these entirely.
     if is_large:
         request.getfixturevalue("_large")
     x, labels = make_batch([4] * 5, 16, seed=9, spread=0.01, device=DEVICE).tensors.values()
@@ -226,7 +226,7 @@ def test_a_float16_gradient_survives_the_loss_scale():
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the setting is that of the CPU")
 def test_coarse_products_change_no_choice(monkeypatch):
-    # As if torch were allowed to take bfloat16 factors: G is off by what the bound says it may be.
+    # As if torch were allowed to take bfloat16 factors: the error of G is as large as its bound.
     x, labels = make_batch([2] * 40, 3, seed=3).tensors.values()
     product_of = torch.mm
 
@@ -245,7 +245,7 @@ def test_coarse_products_change_no_choice(monkeypatch):
 
 @pytest.mark.usefixtures("_large")
 def test_few_shares_of_random_points_are_measured_whole(monkeypatch):
-    # what tiles leave to _settle: lower bounds of all distances, tight enough to decide alone
+    # the input of _settle from tiles: lower bounds of all distances, tight enough to decide alone
     settled = []
     launch = triton_common.launch
 

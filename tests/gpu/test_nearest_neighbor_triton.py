@@ -1,4 +1,4 @@
-"""What bounds and what measures in Triton's nearest_neighbor: in the interpreter, or on a GPU.
+"""Bounds and measured distances of Triton's nearest_neighbor: in the interpreter, or on a GPU.
 
 `TRITON_INTERPRET=1 python -m pytest tests/gpu/test_nearest_neighbor_triton.py` runs all of it.
 """
@@ -126,7 +126,7 @@ def test_near_ties_are_settled_in_difference_form(launched):
 
 @runs
 @pytest.mark.parametrize("seed", range(5))
-def test_near_ties_in_one_class_of_several_tiles_are_told_apart(seed, launched):
+def test_near_ties_in_one_class_of_several_tiles_are_resolved(seed, launched):
     # one split, and only one of the four rows can be a candidate
     architecture = triton_kernel.architecture_of(torch.device(DEVICE))
     tile = triton_kernel.tiles(architecture, descriptors=False, centered=True).gallery
@@ -164,7 +164,7 @@ def test_far_from_the_origin_in_16_bits_is_rescanned_and_right(launched):
 
 
 @runs
-def test_one_outlier_spoils_no_other(launched):
+def test_one_outlier_changes_no_other_result(launched):
     gallery = normal(300, 20, seed=15)
     gallery[123] = 1e15
     assert_right(normal(10, 20, seed=16), gallery)

@@ -1,5 +1,5 @@
-"""What the Triton kernels of all ops share: the GPUs they refuse, and backward's hand-over; the
-latter in the interpreter, or on a GPU if there is one."""
+"""Common parts of the Triton kernels: the GPUs they reject, and backward's hand-over. The
+latter runs in the interpreter, or on a GPU if there is one."""
 
 import sys
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ runs = pytest.mark.skipif(
 
 
 class FakeGpus:
-    """torch.cuda as far as rows.on() asks it, with a GPU of each of these capabilities."""
+    """torch.cuda as far as rows.on() uses it, with a GPU of each of these capabilities."""
 
     def __init__(self, *capabilities: tuple[int, int]) -> None:
         self.capabilities = capabilities
@@ -57,7 +57,7 @@ def gpus(monkeypatch):
     triton_common.missing_on.cache_clear()
 
 
-def test_a_gpu_below_sm_80_is_refused_by_name(gpus):
+def test_a_gpu_below_sm_80_is_rejected_by_name(gpus):
     for _ in range(2):
         with pytest.raises(ValueError, match="kd_cross_entropy: ") as error:
             on_fake(0)
@@ -67,7 +67,7 @@ def test_a_gpu_below_sm_80_is_refused_by_name(gpus):
     assert on_fake(2) == "inside cuda:2"
 
 
-def test_a_device_is_asked_once(gpus):
+def test_a_device_is_queried_once(gpus):
     for _ in range(5):
         on_fake(1)
         on_fake(2)
@@ -81,7 +81,7 @@ def test_amds_numbers_are_not_taken_for_nvidias(gpus, monkeypatch):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_every_op_asks_before_its_first_launch(op, monkeypatch):
+def test_every_op_checks_the_gpu_before_its_first_launch(op, monkeypatch):
     def refuse(tensor, name):
         raise ValueError(f"{name}: no such GPU here")
 

@@ -63,8 +63,8 @@ def test_every_case_is_compiled_for_sm_90_and_every_kernel_for_every_target(op):
 
 
 def launched_by(module: ModuleType) -> set[tuple[str, str]]:
-    """The kernels that a module's plain functions speak of, as (module, name): its launchers hand
-    them to launch()."""
+    """The kernels that a module's plain functions name, as (module, name): its launchers pass them
+    to launch()."""
     found = set()
     for function in ast.parse(Path(str(module.__file__)).read_text()).body:
         if not isinstance(function, ast.FunctionDef) or isinstance(
@@ -140,7 +140,7 @@ def test_two_sweeps_stay_within_their_instructions(dtype, tau):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_number_a_row_costs_backward_no_division(dtype):
+def test_a_number_per_row_costs_backward_no_division(dtype):
     for classes in (10575, 93431):
         (found,) = row_kernels("_give_rows", f"1024x{classes} {dtype} none")
         (cost,) = row_costs(found.variant, found.code)
@@ -166,7 +166,7 @@ def launch_planted(kernel, *arguments, **options):
 
 
 class TestPlanted:
-    """The checks see what they are there for."""
+    """The checks find the faults that they look for."""
 
     def test_narrow_accesses(self):
         x = torch.empty(4, 93_431)
@@ -202,7 +202,7 @@ class TestPlanted:
 
 
 class TestSpecialization:
-    """What the JIT compiles in of the arguments, and what not."""
+    """The properties of arguments that the JIT compiles in, and those that it does not."""
 
     def variant(self, *arguments, target="sm_90"):
         return variant_of(planted.masked_everywhere, *arguments, BLOCK=64, target=target)

@@ -1,7 +1,7 @@
-"""Where lanes of a Triton kernel write what other lanes have read or written in global memory, a
-barrier must part them: read in the machine code for four GPUs, as test_triton_code.py does.
+"""Where lanes of a Triton kernel write global memory that other lanes have read or written, a
+barrier must stand between both. Read in the machine code for four GPUs, as in test_triton_code.py.
 
-No tool looks for such races on a GPU: compute-sanitizer's racecheck watches shared memory alone.
+No tool finds such races on a GPU: compute-sanitizer's racecheck watches shared memory alone.
 """
 
 import functools
@@ -32,9 +32,9 @@ from kdkernels.kd_cross_entropy import triton_row, triton_tiles
 
 @dataclass(frozen=True)
 class Order:
-    """Accesses of global memory, by the text of their lines, that a barrier has to part: a lane's
-    in `then` is of what other lanes' in `first` have read or written. `first` "" is every write
-    that is not in `then`. `not_on`: a target whose code this cannot be read from."""
+    """Accesses of global memory, by the text of their lines, that a barrier has to separate: those
+    in `then` touch memory that other lanes have read or written in `first`. `first` "" is every
+    write that is not in `then`. `not_on`: a target whose code does not show it."""
 
     kernel: str
     in_first: JITFunction
@@ -74,7 +74,7 @@ ORDERS = {
 
 
 def lines_of(function: JITFunction, text: str) -> set[tuple[str, int]]:
-    """The lines of a kernel's source that hold `text`, as an instruction names them."""
+    """The lines of a kernel's source that contain `text`, as an instruction names them."""
     source, first = inspect.getsourcelines(function.fn)
     file = Path(str(inspect.getsourcefile(function.fn))).name
     found = {(file, first + number) for number, line in enumerate(source) if text in line}
@@ -117,7 +117,7 @@ def ordered_codes(op: str) -> dict[Variant, Code]:
 
 
 @pytest.mark.parametrize("op", ORDERS)
-def test_a_barrier_parts_what_different_lanes_do_to_the_same_memory(op):
+def test_a_barrier_separates_accesses_of_different_lanes_to_the_same_memory(op):
     seen, wrong = set(), []
     for variant, code in ordered_codes(op).items():
         for order in ORDERS[op]:

@@ -9,8 +9,8 @@ file continues where the last one ended.
 
 The tolerance of an output is the bound of fuzz_rows.py or fuzz_distances.py (a forward error bound
 of its arithmetic: unit roundoff times the sum of the sizes of the terms), plus the rounding to its
-dtype: half a unit in the last place (two such roundings where a 16-bit gradient is stored before
-the incoming gradient is known), half the spacing of the dtype's smallest numbers, and for a stored
+dtype: half a unit in the last place (twice where a 16-bit gradient is stored before the incoming
+gradient is known), half the spacing of the dtype's smallest numbers, and for a stored
 float16 gradient KEPT_HALF of its largest. NaN and infinities have to be in the same places; a
 number within its tolerance of the dtype's end may be infinite.
 """
@@ -35,8 +35,8 @@ import kdkernels
 
 BACKENDS = ("native", "eager")
 SMALLEST = {torch.float16: 2.0**-25, torch.bfloat16: TINY, torch.float32: TINY, torch.float64: 0.0}
-# A stored float16 gradient is times a power of two that brings its bound to 2^9 at least: what
-# float16 then loses is half its spacing of 2^-24, relative to that.
+# A stored float16 gradient is multiplied by a power of two that brings its bound to 2^9 at least.
+# The error is then half of float16's smallest spacing of 2^-24, relative to that.
 KEPT_HALF = 2.0**-34
 # Selections are decided in double by native and in the dtype of the computation by eager.
 SELECTING = ("batch_triplet_loss", "nearest_neighbor")
@@ -57,7 +57,7 @@ def values_of(case: Case) -> dict[str, np.ndarray]:
 
 
 def oracle(case: Case) -> list[Claim]:
-    """What the call has to return."""
+    """The right outputs and gradients of the call."""
     u = UNIT[torch.float64 if case.is_wide else torch.float32]
     incoming = case.incoming.to(torch.float64).numpy()
     values, options = values_of(case), case.options
@@ -117,7 +117,8 @@ def judge(case: Case, claims: list[Claim], backend: str, function: Callable) -> 
         found.messages.append(f"{type(error).__name__}: {error}")
         return found
     for name, was in before.items():
-        if not torch.equal(was.nan_to_num(), case.tensors[name].nan_to_num()):
+        now = case.tensors[name]
+        if not (torch.equal(was, now) or torch.equal(was.nan_to_num(), now.nan_to_num())):
             found.messages.append(f"{name} was written to")
     unit = UNIT[torch.float64 if case.is_wide else torch.float32]
     if backend == "native" and case.op in SELECTING:
@@ -130,14 +131,20 @@ def judge(case: Case, claims: list[Claim], backend: str, function: Callable) -> 
     return found
 
 
-def _tolerance(claim: Claim, dtype: torch.dtype) -> np.ndarray:
+def tolerance(claim: Claim, dtype: torch.dtype) -> np.ndarray:
     """The claim's bound with the rounding to the output's dtype."""
+    if dtype not in claim.tolerances:
+        claim.tolerances[dtype] = _tolerance(claim, dtype)
+    return claim.tolerances[dtype]
+
+
+def _tolerance(claim: Claim, dtype: torch.dtype) -> np.ndarray:
     value = claim.value
     if dtype not in ROUNDING:  # integers
         return np.zeros_like(value)
     finite = np.where(np.isfinite(value), np.abs(value), 0.0)
     is_gradient = claim.name.startswith("d ")
-    roundings = 2 if is_gradient and dtype not in UNIT else 1
+    roundings = claim.roundings if is_gradient and dtype not in UNIT else 1
     bound = claim.bound + roundings * ROUNDING[dtype] * (finite + claim.bound) + SMALLEST[dtype]
     if dtype == torch.float16 and is_gradient and finite.size:
         bound += KEPT_HALF * (finite.max() if claim.largest is None else claim.largest)
@@ -152,7 +159,7 @@ def _compare(claim: Claim, got: Tensor, unit: float, found: Verdict) -> None:
         return
     if not numbers.size:
         return
-    bound = _tolerance(claim, got.dtype)
+    bound = tolerance(claim, got.dtype)
     error = np.abs(numbers - value)
     ratio = np.where(error == 0, 0.0, error / bound)
     if not np.isfinite(error.sum()):
@@ -171,7 +178,7 @@ def _compare(claim: Claim, got: Tensor, unit: float, found: Verdict) -> None:
     if worst <= 1:
         found.worst = max(found.worst, worst)
         return
-    if np.isnan(worst):  # a bound that is no number: what it belongs to overflowed on the way
+    if np.isnan(worst):  # the bound overflowed
         ratio = np.where(np.isnan(ratio), np.inf, ratio)
     at = np.unravel_index(int(ratio.argmax()), value.shape)
     found.messages.append(
@@ -268,7 +275,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tally", type=Path, help="file of the results so far, to be continued")
+    parser.add_argument(
+        "--tally", type=Path, help="file of the results so far, which the run continues"
+    )
     chosen = parser.parse_args(argv)
     backends = [chosen.backend] if chosen.backend else list(BACKENDS)
     ops = [chosen.op] if chosen.op else list(OPS)

@@ -1,8 +1,8 @@
 """Random calls of every op, each made from (seed, op, number) alone.
 
 `draw(op, seed, number)` returns a Case: named tensors, options, the gradient that arrives, and the
-tensors whose gradient is wanted. Shapes are small and often odd, because a case has to be cheap;
-a few cross the kernels' block of 2,048 classes.
+tensors whose gradient is wanted. Shapes are small and often odd, so that a case is cheap; a few
+cross the kernels' block of 2,048 classes.
 """
 
 import math
@@ -30,7 +30,7 @@ INF, NAN = float("inf"), float("nan")
 
 @dataclass(frozen=True)
 class Case:
-    """One call. `wanted` names the tensors whose gradient is asked for. `exact`: squared distances
+    """One call. `wanted` names the tensors whose gradient is computed. `exact`: squared distances
     are exact in float32, so that equal ones tie in every arithmetic."""
 
     op: str
@@ -44,7 +44,7 @@ class Case:
 
     @property
     def is_wide(self) -> bool:
-        """Whether the call is one in float64, which eager alone takes."""
+        """Whether the call is in float64, which only eager takes."""
         return any(t.dtype == torch.float64 for t in self.tensors.values())
 
     @property
@@ -75,7 +75,7 @@ class Draw:
         return bool(self.rng.random() < share)
 
     def among(self, *choices: tuple[float, object]):
-        """One of (share, choice), the shares adding up to 1; a callable choice is called."""
+        """One of (share, choice), where the shares add up to 1; a callable choice is called."""
         at = self.rng.random()
         chosen = choices[-1][1]
         for share, choice in choices:
@@ -99,8 +99,8 @@ class Draw:
         return self.dtypes[self.whole(0, len(self.dtypes) - 1)]
 
     def tensor(self, values: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
-        """The values in a dtype and a layout: contiguous, at an offset, transposed, every second
-        column or row of a larger tensor, or one row expanded to all (which changes the values)."""
+        """The values in a dtype and a layout: contiguous, offset, permuted, every other row or
+        column of a larger tensor, or the first row expanded to all (which changes the values)."""
         dtype = dtype or self.dtype()
         if dtype == torch.float16:
             finite = np.isfinite(values)
@@ -126,7 +126,7 @@ class Draw:
         return view.copy_(t)
 
     def integers(self, values: np.ndarray) -> Tensor:
-        """int32 or int64, in a layout of its own."""
+        """The values as int32 or int64, in a layout."""
         return self.tensor(values, torch.int32 if self.chance(0.3) else torch.int64)
 
     def incoming(self, shape: tuple[int, ...]) -> Tensor:
@@ -141,7 +141,7 @@ class Draw:
         return torch.full((), number, dtype=dtype).expand(shape)
 
     def wanted(self, *names: str) -> tuple[str, ...]:
-        """The names whose gradient is asked for: mostly all, sometimes some or none."""
+        """The names whose gradient is computed: mostly all, sometimes some or none."""
         if self.chance(0.75):
             return names
         return tuple(name for name in names if self.chance(0.6))
@@ -152,7 +152,7 @@ def _rows(draw: Draw, most: int = 9) -> int:
 
 
 def _logits(draw: Draw, rows: int, classes: int) -> np.ndarray:
-    """Normal numbers of a random size; ties; an offset; masked classes; rows that are no number."""
+    """Normal numbers of a random size; ties; an offset; masked classes; rows with NaN or inf."""
     spread = draw.among(
         (0.55, lambda: draw.between(0.5, 4)), (0.1, 0.01), (0.15, 12.0), (0.08, 64.0),
         (0.04, 1e3), (0.04, 1e4), (0.04, 0.0),
@@ -172,7 +172,7 @@ def _logits(draw: Draw, rows: int, classes: int) -> np.ndarray:
 
 
 def _row_options(draw: Draw) -> dict[str, object]:
-    """Options of a row that both cross-entropy ops take."""
+    """Options that both cross-entropy ops take."""
     options: dict[str, object] = {
         "temperature": draw.among(
             (0.5, lambda: float(draw.whole(1, 4))), (0.38, lambda: draw.between(0.5, 10)),
@@ -194,13 +194,11 @@ def _row_options(draw: Draw) -> dict[str, object]:
 
 
 def _labels(
-    draw: Draw, rows: int, classes: Sequence[int], tensors: dict, options: dict, ignored_value: int
+    draw: Draw, labels: np.ndarray, tensors: dict, options: dict, ignored_value: int
 ) -> None:
-    """target and ignore_index: labels among the classes, some rows ignored."""
-    places = draw.rng.integers(0, len(classes), rows)
-    labels = np.asarray(classes, dtype=np.int64)[places]
+    """target and ignore_index: the labels, some rows ignored."""
     share = draw.among((0.6, 0.0), (0.3, 0.3), (0.1, 1.0))
-    labels[draw.rng.random(rows) < share] = ignored_value
+    labels[draw.rng.random(len(labels)) < share] = ignored_value
     options["ignore_index"] = ignored_value
     tensors["target"] = draw.integers(labels)
 
@@ -224,15 +222,15 @@ def _kd_cross_entropy(draw: Draw) -> tuple:
         tensors["teacher"] = draw.tensor(values)
     if use != "teacher":
         ignored = draw.among((0.7, -100), (0.15, -1), (0.15, lambda: draw.whole(0, classes - 1)))
-        _labels(draw, rows, range(classes), tensors, options, ignored)
+        _labels(draw, draw.rng.integers(0, classes, rows), tensors, options, ignored)
     return tensors, options, draw.wanted("student"), draw.incoming(_loss_shape(options, rows))
 
 
 def _head(
-    draw: Draw, rows: int, classes: int, is_normalized: bool
+    draw: Draw, rows: int, classes: int, is_normalized: bool, near: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Features and weight. Without normalization logits of ordinary size; with it rows of any norm,
-    some zero, some a multiple of a weight."""
+    some zero, some at a small angle to the weight of class `near`, (N,), or to its opposite."""
     depth = draw.among(
         (0.08, 1), (0.7, lambda: draw.whole(2, 20)), (0.22, lambda: draw.whole(21, 80))
     )
@@ -241,15 +239,15 @@ def _head(
     if not is_normalized:
         return x * size, w / math.sqrt(depth)
     if draw.chance(0.2):
-        size = draw.log_between(1e-12, 1e12)
+        size = draw.log_between(1e-30, 1e25)
     if draw.chance(0.1) and rows:
         x[draw.whole(0, rows - 1)] = 0.0
     if draw.chance(0.06):
         w[draw.whole(0, classes - 1)] = 0.0
-    if draw.chance(0.08) and rows:
-        x[draw.whole(0, rows - 1)] = w[draw.whole(0, classes - 1)] * draw.among(
-            (0.5, 2.0), (0.5, -1.0)
-        )
+    if near is not None and draw.chance(0.25):
+        noise = draw.among((0.3, 0.0), (0.7, lambda: draw.log_between(1e-6, 0.1)))
+        some = draw.rng.random(rows) < 0.5
+        x[some] = (w[near] * draw.among((0.7, 2.0), (0.3, -1.0)) + noise * x)[some]
     return x * size, w * draw.among((0.7, 1.0), (0.3, lambda: draw.log_between(1e-3, 1e3)))
 
 
@@ -289,7 +287,12 @@ def _linear_kd_cross_entropy(draw: Draw) -> tuple:
     )
     options = _row_options(draw)
     is_normalized = options["normalize"] = draw.chance(0.5)
-    features, weight = _head(draw, rows, classes, is_normalized)
+    chosen: Sequence[int] = range(classes)
+    kind = draw.among((0.2, None), (0.2, "logits"), (0.35, "head"), (0.25, "sparse"))
+    if kind != "sparse" and draw.chance(0.2):
+        chosen = sorted(int(c) for c in draw.rng.permutation(classes)[: draw.whole(1, classes)])
+    labels = np.asarray(chosen, dtype=np.int64)[draw.rng.integers(0, len(chosen), rows)]
+    features, weight = _head(draw, rows, classes, is_normalized, labels)
     if rows and draw.chance(0.01):
         features[draw.whole(0, rows - 1), 0] = NAN
     tensors = {"features": draw.tensor(features), "weight": draw.tensor(weight)}
@@ -297,7 +300,6 @@ def _linear_kd_cross_entropy(draw: Draw) -> tuple:
         options["scale"] = draw.among((0.6, lambda: draw.between(1, 64)), (0.4, 1.0))
     elif draw.chance(0.5):
         tensors["bias"] = draw.tensor(draw.rng.standard_normal(classes))
-    kind = draw.among((0.2, None), (0.2, "logits"), (0.35, "head"), (0.25, "sparse"))
     has_target = kind is None or draw.chance(0.85)
     if kind == "logits":
         tensors["teacher"] = draw.tensor(
@@ -313,15 +315,12 @@ def _linear_kd_cross_entropy(draw: Draw) -> tuple:
             options["teacher_scale"] = draw.between(1, 64)
     elif kind == "sparse":
         _sparse_teacher(draw, rows, classes, tensors)
-    chosen: Sequence[int] = range(classes)
-    if kind != "sparse" and draw.chance(0.2):
-        count = draw.whole(1, classes)
-        chosen = sorted(int(c) for c in draw.rng.permutation(classes)[:count])
+    if len(chosen) < classes:
         found = draw.integers(np.asarray(chosen, dtype=np.int64))
-        # one class expanded to all would be there twice
+        # an expanded layout would repeat a class
         tensors["classes"] = found if 0 not in found.stride() else torch.tensor(chosen)
     if has_target:
-        _labels(draw, rows, chosen, tensors, options, draw.among((0.8, -100), (0.2, classes - 1)))
+        _labels(draw, labels, tensors, options, draw.among((0.8, -100), (0.2, classes - 1)))
         if is_normalized and draw.chance(0.6):
             _margin(draw, rows, tensors, options)
     wanted = draw.wanted("features", "weight", *(("bias",) if "bias" in tensors else ()))
@@ -336,7 +335,7 @@ def _points(draw: Draw, rows: int, depth: int, is_exact: bool) -> np.ndarray:
     found = draw.rng.standard_normal((rows, depth))
     if draw.chance(0.5):
         found /= np.sqrt((found * found).sum(axis=1, keepdims=True)) + 1e-9
-    found *= draw.among((0.75, 1.0), (0.15, lambda: draw.log_between(1e-6, 1e6)), (0.1, 30.0))
+    found *= draw.among((0.75, 1.0), (0.15, lambda: draw.log_between(1e-35, 1e15)), (0.1, 30.0))
     if draw.chance(0.12):
         found += draw.rng.standard_normal(depth) * draw.among((0.5, 10.0), (0.5, 1000.0))
     if rows > 1 and draw.chance(0.3):  # rows that are the same
@@ -407,7 +406,7 @@ def _hidden_l2(draw: Draw) -> tuple:
         )
         if draw.chance(0.03):
             shape = (2, draw.whole(2000, 2100))
-        size = draw.among((0.75, 1.0), (0.15, lambda: draw.log_between(1e-4, 1e4)), (0.1, 0.05))
+        size = draw.among((0.75, 1.0), (0.15, lambda: draw.log_between(1e-25, 1e12)), (0.1, 0.05))
         student = draw.rng.standard_normal(shape) * size
         near = draw.chance(0.2)
         teacher = student + draw.rng.standard_normal(shape) * size * (0.01 if near else 1.0)
@@ -422,6 +421,9 @@ def _hidden_l2(draw: Draw) -> tuple:
         draw.among((0.1, 0.0), (0.8, lambda: draw.between(-1, 4)), (0.1, 1e-3))
         for _ in range(pairs)
     ]
+    for i, weight in enumerate(weights):  # where the weight is 0, no result is NaN
+        if weight == 0 and draw.chance(0.2):
+            tensors[f"teacher{i}"] = tensors[f"teacher{i}"] * NAN
     kind = draw.among((0.4, None), (0.3, "numbers"), (0.3, "tensor"))
     if kind == "tensor":
         tensors["weights"] = draw.tensor(np.asarray(weights), torch.float32)

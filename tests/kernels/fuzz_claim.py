@@ -1,13 +1,14 @@
-"""A number that a call has to return, with the error that its arithmetic allows.
+"""The right value of an output, with a bound of the rounding error of its arithmetic.
 
 The bounds are forward error bounds of the usual model (Higham, "Accuracy and Stability of Numerical
 Algorithms", 2.2 and 3.1): an operation returns its result times 1 + d with |d| <= u, or loses
-TINY where it underflows; a sum of n terms in any order is off by n u times the sum of their sizes.
-u is 2^-24 for a call in float32 and 2^-53 for one in float64. Constants count operations of the
-longer of the two ways, native's and eager's, and are never fitted.
+TINY where it underflows; a sum of n terms in any order has an error of at most n u times
+the sum of their sizes.
+u is 2^-24 for a call in float32 and 2^-53 for one in float64. Constants count the operations
+of native or of eager, whichever has more; none is fitted.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -24,10 +25,11 @@ class Claim:
     """`value` of the output of that name, and `bound` on its absolute error before it is rounded to
     its dtype.
 
-    decided_at: the unit roundoff of a selection from which on the value depends on rounding; an
-    element is judged where the backend selects in a finer arithmetic. is_judged: where False, what
-    the value ought to be is not defined. largest: the bound of the gradient from which the power of
-    two of a stored float16 gradient is chosen; None is the largest value.
+    decided_at: the unit roundoff of a selection above which the value depends on rounding; an
+    element is judged where the backend selects in a finer arithmetic. is_judged: False where the
+    right value is not defined. largest: the bound of the gradient from which the power of
+    two of a stored float16 gradient is chosen; None is the largest value. roundings: of a 16-bit
+    gradient; 2 where it is stored before the incoming gradient is known (docs/ops.md).
     """
 
     name: str
@@ -35,7 +37,9 @@ class Claim:
     bound: Array | float
     decided_at: Array | float = np.inf
     is_judged: Array | bool = True
-    largest: Array | None = None
+    largest: Array | float | None = None
+    roundings: int = 2
+    tolerances: dict[torch.dtype, Array] = field(default_factory=dict)  # computed once per dtype
 
 
 def total(values: Array, bounds: Array, u: float) -> tuple[Array, Array]:
@@ -46,5 +50,5 @@ def total(values: Array, bounds: Array, u: float) -> tuple[Array, Array]:
 
 
 def per_row(incoming: Array, divisor: float, rows: int) -> Array:
-    """What each row's gradient is multiplied by."""
+    """The factor of each row's gradient."""
     return np.broadcast_to(incoming / divisor, (rows,))

@@ -377,3 +377,26 @@ def test_a_loss_beyond_float32_is_not_finite_and_no_error(backend, mining):
     huge = torch.randn(8, 5, generator=generator) * 1e25
     loss = batch_triplet_loss(huge, torch.arange(8) // 2, mining=mining, backend=backend)
     assert not bool(loss.isfinite())
+
+
+@both
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("mining", ["hard", "semihard", "all"])
+def test_rows_that_differ_by_almost_nothing(backend, mining, squared):
+    generator = torch.Generator().manual_seed(4)
+    rows, labels = torch.randn(10, 3, generator=generator), torch.tensor([0, 1] * 5)
+    # a margin of 0 asks for the sign of a difference of squares
+    margin = 0.0 if squared and mining != "semihard" else 1.0
+    options = {"mining": mining, "squared": squared, "margin": margin}
+    for size in (1e-17, 1e-19, 3e-20, 1e-21, 1e-25, 1e-38, 1e-44):
+        x = (rows * size).requires_grad_()
+        batch_triplet_loss(x, labels, backend=backend, **options).backward()
+        assert x.grad.isfinite().all()
+        # float32 squares of eager and triton lose their digits below 1e-19
+        if size < (1e-27 if backend == "native" else 1e-18):
+            continue
+        wide = x.detach().double().requires_grad_()
+        batch_triplet_loss(wide, labels, backend="eager", **options).backward()
+        largest = float(wide.grad.abs().max())
+        assert largest > 0.0
+        torch.testing.assert_close(x.grad.double(), wide.grad, rtol=0, atol=1e-5 * largest)

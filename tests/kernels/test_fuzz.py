@@ -1,4 +1,4 @@
-"""A fixed part of the fuzz, and wrong ops that it has to notice."""
+"""A fixed part of the fuzz, and wrong ops that it has to reject."""
 
 import json
 from collections.abc import Callable
@@ -11,13 +11,13 @@ from wrong_kernels import EditGradient
 
 import kdkernels
 
-CASES = 80  # of each op in the suite; python tests/kernels/fuzz.py runs any number
+CASES = 60  # of each op in the suite; python tests/kernels/fuzz.py runs any number
 UNTIL_NOTICED = 300
 OFF = 3e-3
 
 
 def failures(op: str, cases: range, function: Callable | None = None) -> list[str]:
-    """Failing cases of an op on every backend, or of another function in its place on eager."""
+    """Failing cases of an op on every backend; or of `function` in its place, on eager."""
     torch.set_num_threads(1)
     tally = fuzz.Tally(0, [op], ["eager"] if function else list(kdkernels.backends(op, "cpu")), 0)
     functions = {op: function} if function else fuzz.FUNCTIONS
@@ -48,7 +48,7 @@ def edited(op: str, argument: str, edit: Callable) -> Callable:
 
 
 def without_option(op: str, name: str, value: object) -> Callable:
-    """The op with an option that it takes no notice of."""
+    """The op with an option that it ignores."""
 
     def function(*, backend, **arguments):
         if name in arguments:

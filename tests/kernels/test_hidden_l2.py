@@ -323,6 +323,23 @@ def test_a_loss_scale_saves_the_float16_gradients_of_all_pairs(backend):
         torch.testing.assert_close(gradient.float(), want, rtol=2.0**-10, atol=0.0)
 
 
+@both
+@pytest.mark.parametrize(
+    ("size", "weight", "arrives"),
+    [(1e-19, 1e6, 1.0), (1.0, 1e-39, 65536.0), (1e-39, 1e6, 1.0)],
+    ids=["square", "coefficient", "input"],
+)
+def test_numbers_that_float32_holds_as_denormals_count(backend, size, weight, arrives):
+    student = torch.full((1000,), size, requires_grad=True)
+    options = {"weights": [weight], "reduction": "sum", "backend": backend}
+    loss = hidden_l2(student, torch.zeros(1000), **options)
+    loss.backward(torch.tensor(arrives))
+    exact = weight * float(student[0].detach().double()) ** 2 * 1000
+    assert float(loss.detach()) == pytest.approx(exact, rel=1e-4, abs=1e-42)
+    gradient = 2.0 * weight * float(student[0].detach().double()) * arrives
+    assert student.grad.tolist() == pytest.approx([gradient] * 1000, rel=1e-4)
+
+
 @each_kernel
 def test_infinite_float16_features_stay_infinite_and_spoil_no_other(backend):
     student = torch.tensor([[1.0, torch.inf, 2.0]], dtype=torch.float16, requires_grad=True)

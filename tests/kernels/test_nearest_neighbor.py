@@ -335,6 +335,15 @@ def test_bad_arguments_are_one_clear_error(queries, gallery, options, message):
         nearest_neighbor(queries, gallery, **options)
 
 
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "eager"])
+@pytest.mark.parametrize("size", [1e-40, 1e-44, 1e-30])
+def test_numbers_that_float32_holds_as_denormals_count(backend, size):
+    # eager sums float32 squares: below 1e-23 all are 0 there
+    queries = torch.tensor([[size, -size]])
+    gallery = torch.tensor([[3.0, -3.0], [2.0, -3.0], [1.0, -2.0], [1.0, 3.0]]) * size
+    assert nearest_neighbor(queries, gallery, backend=backend).index.item() == 2
+
+
 @both
 def test_equal_rows_tie_however_they_are_stored(backend):
     queries, row = normal(5, 68, seed=31), normal(1, 68, seed=32)

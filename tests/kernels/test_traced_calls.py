@@ -1,4 +1,4 @@
-"""Calls on tensors without values, and programs that are exported, saved and loaded."""
+"""Calls on tensors without values, and exported programs that are saved and loaded."""
 
 import io
 from dataclasses import replace

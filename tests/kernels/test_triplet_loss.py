@@ -172,3 +172,22 @@ def test_a_loss_scale_saves_float16_gradients_of_any_size(backend, difference):
     loss.backward(torch.tensor(scale))
     expected = torch.full((3, 4), -4.0 * difference * scale / 3.0)
     torch.testing.assert_close(anchor.grad.float(), expected, rtol=2.0**-10, atol=0.0)
+
+
+@both
+@pytest.mark.parametrize("squared", [False, True])
+def test_members_that_differ_by_almost_nothing(backend, squared):
+    rows = torch.tensor([[[1.2, 0.0]], [[1.4, 0.0]], [[1.2, 0.1]]])
+    options = {"margin": 0.0 if squared else 1.0, "squared": squared, "backend": backend}
+    for size in (1e-17, 1e-18, 3e-19, 1e-19, 1e-20, 1e-25, 1e-38, 1e-44):
+        members = [t.clone().requires_grad_() for t in rows * size]
+        triplet_loss(*members, **options).backward()
+        got = torch.stack([t.grad[0] for t in members])
+        assert got.isfinite().all()
+        # float32 squares of eager and triton lose their digits below 1e-19
+        if size < (1e-28 if backend == "native" else 1e-19):
+            continue
+        want = torch.tensor([[-1.0, 1.0], [1.0, 0.0], [0.0, -1.0]])
+        if squared:  # 2 (n - p), 2 (p - a), 2 (a - n)
+            want = torch.tensor([[-0.4, 0.2], [0.4, 0.0], [0.0, -0.2]]) * size
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))

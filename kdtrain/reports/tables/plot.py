@@ -220,7 +220,10 @@ def _frame(axis: Axes, block: Block, lines: Sequence[_Line], limits: Span) -> No
 def plain_axis(axis: Axes) -> None:
     """No frame but the axis below, and thin vertical lines."""
     axis.grid(True, axis="x", color=LINE, linewidth=0.6)
-    plots.style_axis(axis, ("top", "right", "left"), labelsize=8, length=0)
+    axis.tick_params(which="both", colors=LABEL, labelsize=8, length=0)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.spines["bottom"].set_color(EDGE)
 
 
 def _ticks(axis: Axes, unit: str, step: float | None = None) -> float:

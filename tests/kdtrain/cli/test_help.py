@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -77,7 +78,7 @@ def test_version_names_package_torch_and_commit(capsys):
 
 
 @pytest.mark.parametrize("module", ["yaml", "jsonargparse"])
-def test_a_base_install_is_told_the_extra_in_one_line(module):
+def test_a_base_install_prints_the_missing_extra_in_one_line(module):
     code = f"import sys; sys.modules[{module!r}] = None; import runpy; "
     code += "runpy.run_module('kdtrain', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -85,7 +86,7 @@ def test_a_base_install_is_told_the_extra_in_one_line(module):
     assert (done.returncode, done.stdout, done.stderr) == (1, "", line)
 
 
-def test_a_package_that_a_command_imports_late_is_told_in_one_line(capsys, monkeypatch):
+def test_a_package_that_a_command_imports_late_is_named_in_one_line(capsys, monkeypatch):
     def lacking(argv):
         raise ModuleNotFoundError("No module named 'rich'", name="rich.table")
 
@@ -96,7 +97,7 @@ def test_a_package_that_a_command_imports_late_is_told_in_one_line(capsys, monke
     assert "(no module rich.table)" in capsys.readouterr().err
 
 
-def test_a_module_of_our_own_that_is_missing_is_no_matter_of_extras(monkeypatch):
+def test_a_missing_module_of_our_own_raises(monkeypatch):
     def broken(argv):
         raise ModuleNotFoundError("No module named 'kdtrain.x'", name="kdtrain.x")
 
@@ -105,3 +106,11 @@ def test_a_module_of_our_own_that_is_missing_is_no_matter_of_extras(monkeypatch)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     with pytest.raises(ModuleNotFoundError):
         program.main()
+
+
+def test_data_writes_a_grid_only_where_it_is_named(monkeypatch):
+    grids = []
+    monkeypatch.setattr("kdtrain.cli.inspection.show", lambda config, grid: grids.append(grid))
+    for words in ([], ["--grid", "faces.png"]):
+        assert main(["data", "demo/cls_student", *words]) == 0
+    assert grids == [None, Path("faces.png")]

@@ -17,7 +17,7 @@ from kdtrain.config.synonyms import HINTS
 PARSER_WORDS = re.compile(
     r"typing|Literal|<class|Parser key|NoneType|Union|ubtype|class_path|ITEM|more\+|Got value"
 )
-WRONG = ("[{a: [x]}]", "imagefolder", "-7.5", "{a: 1}", "[-1]", "[{epochs: x, lr: 1}]")
+WRONG = ("[{a: [x]}]", "imagefolder", "[{epochs: x, lr: 1}]")
 
 
 def error(capsys: pytest.CaptureFixture[str], *argv: str, status: int = 2) -> str:
@@ -65,6 +65,7 @@ def test_a_wrong_value_of_any_setting_is_named_in_plain_words_in_a_recipe():
         (["--optim.ema", "x"], "expected a number, 0 < x < 1, or null; got 'x'"),
         (["--train.compile", "3"], "train.compile: expected true or false; got '3'"),
         (["--classes", "x"], "--classes: expected a whole number; got 'x'"),
+        (["--classes=3", "--classes", "x"], "--classes: expected a whole number; got 'x'"),
         (["--seed"], "--seed: a value is missing"),
         (["--resume=3"], "--resume: takes no value"),
         (["more"], "unexpected argument more"),
@@ -141,14 +142,14 @@ def test_a_recipe_in_another_folder_builds_on_a_packaged_one_by_its_name(tmp_pat
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        ("demo/cls_studnt", "own.yaml: base: no packaged recipe 'demo/cls_studnt'; did you mean "),
-        ("other.yaml", "own.yaml: base: no file "),
-        ("runs/cls", "a file's name ends in .yaml"),
+        ("demo/cls_studnt", "no file or packaged recipe 'demo/cls_studnt'; did you mean demo/cls_"),
+        ("other.yaml", "no file or packaged recipe 'other.yaml'"),
+        ("runs/cls", "no file or packaged recipe 'runs/cls'"),
     ],
 )
 def test_a_base_that_is_missing_is_named_with_the_recipe(base, message, tmp_path, capsys):
     (tmp_path / "own.yaml").write_text(f"base: {base}\n")
-    assert message in error(capsys, "train", str(tmp_path / "own.yaml"))
+    assert f"own.yaml: base: {message}" in error(capsys, "train", str(tmp_path / "own.yaml"))
 
 
 DIRECTORY_OPTIONS = {
@@ -162,8 +163,9 @@ DIRECTORY_OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("command", DIRECTORY_OPTIONS)
-@pytest.mark.parametrize("below", ["", "/run"])
+@pytest.mark.parametrize(
+    ("command", "below"), [("train", ""), *((name, "/run") for name in DIRECTORY_OPTIONS)]
+)
 def test_a_run_directory_that_is_a_file_is_named_by_its_option(command, below, tmp_path, capsys):
     (tmp_path / "file").touch()
     place = f"{tmp_path}/file{below}"
@@ -184,8 +186,6 @@ OTHER_PATHS = [
     (["data", "demo/cls_student", "--grid", "FOLDER"], "--grid"),
     (["pipeline", "--preset", "FILE"], "FILE"),
     (["compare", "student", "--folder", "FILE"], "FILE"),
-    (["data", "--data.kind", "folder", "--data.root", "FILE"], "FILE"),
-    (["data", "--data.kind", "folder", "--data.root", "MISSING"], "MISSING"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""docs/options.md is the schema, and every setting says in plain words what it does."""
+"""docs/options.md is current, and every setting has a description in plain words."""
 
 import re
 

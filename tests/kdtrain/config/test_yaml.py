@@ -1,4 +1,4 @@
-"""YAML of any kind: a Config, or one ConfigError that names file and key, at once."""
+"""YAML of any kind yields a Config, or quickly one ConfigError with file and key."""
 
 import contextlib
 import os
@@ -71,7 +71,7 @@ def test_any_text_is_a_config_or_a_config_error(tmp_path, text):
     is_config_or_error(write(tmp_path, text))
 
 
-def test_every_key_takes_values_of_a_wrong_kind_for_an_error(tmp_path):
+def test_every_key_rejects_values_of_a_wrong_kind(tmp_path):
     for place, key in enumerate(NAMES):
         for value in SCALARS[place % 9 :: 9]:
             is_config_or_error(write(tmp_path, f"{key}: {value}\n"))
@@ -114,7 +114,7 @@ WRONG = {
     "seed: !!python/object/apply:os.getpid []\n": "seed: expected text, .* got .*os.getpid",
     "seed: 0b_\n": "seed: '0b_' cannot be read as int",
     'data: {root: "a\\0"}\n': "data.root: .* cannot be read as str",
-    LAUGHS: "more than 10000 values, aliases written out",
+    LAUGHS: "more than 10000 values, aliases expanded",
     "a: &a [*a]\n": "a: nested deeper than 12 levels",
     "a: &a {b: *a}\n": "a: nested deeper than 12 levels",
     f"a: {'[' * 20}{']' * 20}\n": "a: nested deeper than 12 levels",
@@ -124,7 +124,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("text", WRONG, ids=range(len(WRONG)))
-def test_a_wrong_recipe_ends_with_status_2_and_names_file_and_key(text, tmp_path, capsys):
+def test_a_wrong_recipe_exits_with_status_2_and_names_file_and_key(text, tmp_path, capsys):
     path = write(tmp_path, text) / "r.yaml"
     with pytest.raises(ConfigError, match=WRONG[text]):
         read_recipe(path)
@@ -134,7 +134,7 @@ def test_a_wrong_recipe_ends_with_status_2_and_names_file_and_key(text, tmp_path
     assert len(lines) == 2  # the second names --help
 
 
-def test_an_alias_is_what_it_names(tmp_path):
+def test_an_alias_has_the_value_of_its_anchor(tmp_path):
     write(tmp_path, "data: {input_size: &side 32, store_size: *side}\n")
     assert read_recipe(tmp_path / "r.yaml") == {"data.input_size": 32, "data.store_size": 32}
 

@@ -199,7 +199,7 @@ def test_control_characters_in_the_lines_of_import_do_not_reach_the_terminal(mon
     assert capsys.readouterr().out == "written: \\x1b[2J\n"
 
 
-def test_printable_keeps_what_prints():
+def test_printable_leaves_printable_text_unchanged():
     for text in ("plain", "naïve 明星 →", ""):
         assert printable(text) == text
     assert printable("a\tb\nc\u202e\udce9") == r"a\tb\nc\u202e\udce9"

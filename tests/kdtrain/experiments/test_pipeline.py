@@ -33,7 +33,7 @@ from kdtrain.training import checkpoint, keys
 CONSTANT = timing.Timing(
     images=4, batch_s=0.5, update_s=0.25, image_s=0.125, fixed_bytes=1000, batch_bytes=40
 )
-FLOOR = "floor (raw pixels, mean shape)"
+FLOOR = chain_table.FLOOR
 
 
 def _preset(folder: Path, **stages: dict) -> Path:
@@ -225,7 +225,7 @@ def test_every_stage_outside_the_chain_has_a_row_of_its_own(preset, tmp_path):
     assert isinstance(table, Table)
     assert [column.header for column in table.columns] == ["", "classification\ntop-1"]
     titles = [str(cell) for cell in table.columns[0].cells]
-    assert titles == [*names, "floor (raw pixels)", chain_table.UNTRAINED]
+    assert titles == [*names, FLOOR, chain_table.UNTRAINED]
     student = next(name for name in names if not name.endswith("teacher"))
     expected = [*numbers.values(), 0.2, numbers[student] / 10]
     assert list(table.columns[1].cells) == [f"{100 * value:.1f}" for value in expected]
@@ -240,12 +240,6 @@ def test_a_failed_stage_outside_the_chain_keeps_its_row_and_its_tasks_columns(tm
     assert rows["teacher"] == ["-", "failed", "failed"]
     assert rows["sh_teacher"] == ["failed", "-", "-"]
     assert rows[FLOOR] == ["-", "-", "-"]
-    assert (
-        chain_table.floor_title(
-            [column for column in chain_table.COLUMNS if column[1] == "alignment"]
-        )
-        == "floor (mean shape)"
-    )
 
 
 def _rows(root: Path, states: dict[str, str]) -> dict[str, list[str]]:
@@ -301,13 +295,13 @@ def test_train_refuses_to_destroy_what_is_in_the_run_folder(chain, capsys):
     before = (folder / "last" / checkpoint.WEIGHTS).read_bytes()
     words = ["train", str(recipe), "--run-dir"]
     assert main([*words, str(folder)]) == 0
-    assert "finished before, reused" in capsys.readouterr().out
+    assert "already finished, reused" in capsys.readouterr().out
     assert main([*words, str(folder), "--seed", "5"]) == 2
     told = capsys.readouterr().err
     assert "seed: 5 here, 0 there" in told
     assert "--overwrite" in told
     assert main([*words, str(root), "--overwrite"]) == 2
-    assert "not a run folder" in capsys.readouterr().err
+    assert "not a run directory" in capsys.readouterr().err
     assert (folder / "last" / checkpoint.WEIGHTS).read_bytes() == before
 
 
@@ -364,7 +358,7 @@ def test_ctrl_c_stops_the_children_cleanly_and_the_same_command_continues(tmp_pa
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert "stopped; to continue: python -m kdtrain pipeline --preset" in err
+    assert "stopped; to resume: python -m kdtrain pipeline --preset" in err
     assert "Traceback" not in err
     assert not (folder / "results.json").exists()
     result = _run(*arguments, cwd=tmp_path)
@@ -472,7 +466,7 @@ def test_stages_that_need_landmarks_are_left_out_and_named(
         ver_after={"task": "verification", "init_from": "@ali_teacher"},
         ver_teacher={"task": "verification", "init_from": "@cls_teacher"},
     )
-    line = f"left out, as {pipeline.NO_LANDMARKS}: ali_teacher, ver_after\n"
+    line = f"omitted, as {pipeline.NO_LANDMARKS}: ali_teacher, ver_after\n"
     monkeypatch.setattr(timing, "_measure", lambda *_: CONSTANT)
     words = _of(photographs, "--preset", preset, "--run-dir", tmp_path / "root")
     assert main([*words, "--dry-run"]) == 0
@@ -489,7 +483,7 @@ def test_stages_that_need_landmarks_are_left_out_and_named(
     assert capsys.readouterr().out == line
     alone = _preset(tmp_path / "alone", ali_teacher={"task": "alignment"})
     assert main(_of(photographs, "--preset", alone, "--run-dir", tmp_path / "root")) == 2
-    assert f"every stage is left out, as {pipeline.NO_LANDMARKS}" in capsys.readouterr().err
+    assert f"every stage is omitted, as {pipeline.NO_LANDMARKS}" in capsys.readouterr().err
 
 
 def test_runs_of_tables_and_methods_that_need_landmarks_are_refused(photographs, tmp_path):
@@ -517,4 +511,4 @@ def test_a_dry_run_ends_as_the_run_would(photographs, tmp_path, monkeypatch, cap
 @pytest.mark.parametrize("jobs", ["0", "-3"])
 def test_no_jobs_at_all_is_wrong_usage(jobs, capsys):
     assert main(["pipeline", "--jobs", jobs, "--dry-run"]) == 2
-    assert f"--jobs: at least 1, got {jobs}" in capsys.readouterr().err
+    assert f"--jobs: expected at least 1; got {jobs}" in capsys.readouterr().err

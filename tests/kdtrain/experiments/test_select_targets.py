@@ -197,7 +197,7 @@ def test_an_interrupted_command_continues_and_ends_in_the_same_files(
     finished = len(list(root.glob("*/results.json")))
     assert 0 < finished < 4
     assert not any((root / name).exists() for name in FILES)
-    assert "stopped; to continue: python -m kdtrain select-targets" in capsys.readouterr().err
+    assert "stopped; to resume: python -m kdtrain select-targets" in capsys.readouterr().err
     monkeypatch.setattr(pipeline, "run_all", in_process())
     assert main(COMMAND) == 0
     assert f"{finished} of 4 runs were finished before" in capsys.readouterr().out
@@ -362,7 +362,7 @@ def test_an_input_that_stopped_halfway_is_to_be_resumed(inside):
         (["student.yaml", "--targets", "soft,hiden"], "--targets: no 'hiden'; did you mean hidden"),
         (["student.yaml", "--seed", "3"], "--seeds N trains seeds 1 to N"),
         (["student.yaml", "--seeds", "0"], "--seeds: at least 1, got 0"),
-        (["student.yaml", "--jobs", "0"], "--jobs: at least 1, got 0"),
+        (["student.yaml", "--jobs", "0"], "--jobs: expected at least 1; got 0"),
         (
             ["student.yaml", "--out", "student.yaml"],
             "--out: expected a .yaml file other",

@@ -171,7 +171,7 @@ def test_the_hint_s_error_falls_below_its_floor(hinted):
     assert mean == pytest.approx(records[-1], rel=1e-6)
 
 
-def test_an_interrupted_hint_ends_with_the_same_bits(hinted):
+def test_an_interrupted_hint_ends_bitwise_identical(hinted):
     root, config, _ = hinted
     with pytest.raises(Interrupted):
         train(config, root / "parts", stop=stop_after(8))
@@ -212,7 +212,7 @@ def test_a_hint_s_network_can_be_measured_and_reported(hinted):
 @pytest.mark.parametrize(
     ("flat", "message"),
     [
-        ({}, "stage of its own, but target.gamma is 1"),
+        ({}, "excludes other losses, but target.gamma is 1"),
         ({"target.gamma": 0.0, "target.alpha": 1.0}, "target.alpha is 1"),
         ({"target.gamma": 0.0, "task": "verification"}, "target.hint needs task classification"),
         ({"target.gamma": 0.0, "target.hint_stage": 5}, "target.hint_stage"),

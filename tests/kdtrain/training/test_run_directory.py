@@ -116,7 +116,7 @@ def test_a_signal_before_the_first_step_ends_the_command_with_nothing_written(
     monkeypatch.setattr(engine, "RunData", reading)
     recipe, run = _recipe(tmp_path), tmp_path / "run"
     assert main(["train", str(recipe), "--run-dir", str(run)]) == 130
-    said = f"stopped; to continue: python -m kdtrain train {recipe} --run-dir {run}\n"
+    said = f"stopped; to resume: python -m kdtrain train {recipe} --run-dir {run}\n"
     assert capsys.readouterr().err == said
     assert not run.exists()
 
@@ -135,7 +135,7 @@ def test_a_signal_within_an_evaluation_is_heard_there_and_resume_goes_on(
 
     monkeypatch.setattr(Task, "evaluate", slow)
     assert main(["train", str(_recipe(tmp_path)), "--run-dir", str(run)]) == 130
-    said = f"stopped; to continue: python -m kdtrain train {run} --resume\n"
+    said = f"stopped; to resume: python -m kdtrain train {run} --resume\n"
     assert capsys.readouterr().err == said
     assert main(["train", str(run), "--resume"]) == 0
     assert_same_run(whole, run)
@@ -154,7 +154,7 @@ def test_every_command_hears_a_signal(command, number, monkeypatch, capsys):
 
     monkeypatch.setitem(commands.COMMANDS, command, slow)
     assert main([command, "a b", "--overwrite"]) == 130
-    said = f"stopped; to continue: python -m kdtrain {command} 'a b' --overwrite\n"
+    said = f"stopped; to resume: python -m kdtrain {command} 'a b' --overwrite\n"
     assert capsys.readouterr().err == said
 
 

@@ -376,7 +376,7 @@ def test_a_dry_run_says_what_is_missing_and_goes_on(measured, capsys, tmp_path, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--classes", "5"], "--classes goes with --dry-run"),
+        (["--classes", "5"], "--classes needs --dry-run"),
         (["--dry-run", "--classes", "5"], "--classes and --images: both or neither"),
         (["--dry-run", "--images", "1"], "--images: expected at least 2; got 1"),
     ],

@@ -131,10 +131,12 @@ def batch_triplet_loss(
     The gradient flows to all three members, in the embeddings' dtype. It is 0 for a hinge of
     exactly 0, and for a distance of 0 that is not squared. (Squares are float32: a distance loses
     digits below 1e-19 and may count as 0 below 1e-22; native measures down to 1e-30.) A second or a
-    double backward raises an error (use backend="eager" for either). An anchor that has triplets
-    and meets a NaN distance has loss NaN, and "nonzero" counts its hinges. A negative at an
-    infinite distance makes a triplet with hinge 0; its gradient is 0 from kernels, NaN from eager,
-    which multiplies 0 by inf.
+    double backward raises an error (use backend="eager" for either). Except with "none" a 16-bit
+    gradient is rounded when it is stored and again where the incoming gradient is no power of two:
+    it is within 1.5 units of the last place (docs/ops.md). An anchor that has triplets and meets a
+    NaN distance has loss NaN, and "nonzero" counts its hinges. A negative at an infinite distance
+    makes a triplet with hinge 0; its gradient is 0 from kernels, NaN from eager, which multiplies 0
+    by inf.
 
     Memory: native holds one (N, N) float32 matrix, in the backward of "none" another; triton O(N D)
     for "hard" above 2048 rows, and two matrices of at most 64 MB for the others. Never (N, N, N).

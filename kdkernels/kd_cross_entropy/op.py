@@ -142,8 +142,9 @@ def kd_cross_entropy(
 
     The gradient flows to `student` only, in its dtype. It is formed in forward; backward scales it
     in place and gives it away, so a second backward or a double backward raises an error (use
-    backend="eager" for either). Inputs are never written to. Under autocast logits are taken as
-    they are given.
+    backend="eager" for either). A 16-bit gradient is rounded when it is stored and again where the
+    incoming gradient is no power of two: it is within 1.5 units of the last place (docs/ops.md).
+    Inputs are never written to. Under autocast logits are taken as they are given.
 
     A label out of range raises on the CPU and under kdkernels.validate(True); elsewhere it makes
     the row's loss and gradient NaN, without waiting for the device.
@@ -184,8 +185,8 @@ def kd_cross_entropy(
         return (loss, terms) if return_terms else loss
 
     weight = alpha * temperature**2 if tau_squared else alpha
-    if teacher is None:  # a stored float16 gradient is scaled by the bound of the terms there are
-        weight = 0.0
+    if teacher is None:
+        weight = 0.0  # float16's power of two is chosen by the terms that are computed
     options = (temperature, weight, ignore_index, label_smoothing, reduction)
     teacher = None if teacher is None else teacher.detach()
     if wants_gradient(student):

@@ -2,7 +2,7 @@
 
 A chunk's logits are float32 in a buffer that the next chunk takes over; the fused row kernel turns
 the student's into their gradient in place, and products turn that into the gradients of features
-and weight. So no N x C tensor is kept for either network.
+and weight. So no N x C tensor is stored for either network.
 
 How many rows a chunk has is decided by its bytes, `Arithmetic.chunk_bytes`, but it has no fewer
 than `Arithmetic.least_rows` (before chunks are made equal): every chunk reads both weights again,
@@ -21,11 +21,13 @@ from kdkernels.linear_kd_cross_entropy.products import (
     Arithmetic,
     Gradients,
     Head,
+    LabelDirections,
     round_up,
     unit,
 )
 
-SMALLEST_SINE = 2.0**-10  # as in eager.py
+SMALLEST_SINE = 2.0**-20  # as in eager.py
+SMALL_SINE = 2.0**-6  # above it the products lose at most 2^-18 of a margin's gradient
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What the row kernel gets: logits of some rows, and where their results go."""
+    """Arguments of the row kernel: logits of some rows, and where their results go."""
 
     student: Tensor  # (rows, C) float32
     teacher: Tensor | None  # (rows, C)
@@ -73,7 +75,7 @@ class Chunk:
 
 
 def chunks(rows: int, classes: int, networks: int, how: Arithmetic) -> Iterator[tuple[int, int]]:
-    """Begin and end of each chunk: as many as the rule asks for, of equal size up to the block."""
+    """Begin and end of each chunk: as many as the rule gives, of equal size up to the block."""
     if rows == 0:
         return
     most = max(how.chunk_bytes // (4 * classes * networks), how.least_rows, 1)
@@ -83,23 +85,26 @@ def chunks(rows: int, classes: int, networks: int, how: Arithmetic) -> Iterator[
         yield begin, min(begin + size, rows)
 
 
-def margins(call: Call, head: Head, counts: Tensor | None) -> Tensor | None:
-    """(N, 2): what the margin adds to the label's logit, and the slope of the changed logit.
+def margins(
+    call: Call, head: Head, counts: Tensor | None
+) -> tuple[Tensor | None, LabelDirections | None]:
+    """(N, 2): what the margin adds to the label's logit, and the slope of the changed logit; and
+    for an exact slope, which is large at a small angle, the directions that it is multiplied by
+    (None where a look costs nothing and finds no small angle).
 
     cos and sin come from |x - w| and |x + w| of the unit vectors: 1 - cos^2 would leave nothing of
     the sine of a small angle in float32.
     """
     if call.m2 is None or call.m3 is None or call.target is None:
-        return None
+        return None, None
     is_class = (call.target >= 0) & (call.target < head.classes)
     label = torch.where(is_class, call.target, 0).long()
     x = call.features if counts is None else torch.where(counts[:, None], call.features, 0.0)
-    x = unit(x, head.how.may_wait)
-    w = unit(call.weight.index_select(0, label), head.how.may_wait)
-    near, far = ((x + sign * w).square().sum(dim=1).double() for sign in (-1.0, 1.0))
+    x, x_is_zero = unit(x, head.how.may_wait)
+    w, w_is_zero = unit(call.weight.index_select(0, label), head.how.may_wait)
+    near, far = ((x + sign * w).square().sum(dim=1) for sign in (-1.0, 1.0))
     cosine = (far - near) / 4.0
-    is_zero = (x == 0).all(dim=1) | (w == 0).all(dim=1)
-    squared = torch.where(is_zero, 1.0, near * far / 4.0)
+    squared = (near * far / 4.0).masked_fill(x_is_zero | w_is_zero, 1.0)
     sine = squared.sqrt()
 
     m2, m3 = call.m2.double(), call.m3.double()
@@ -113,9 +118,14 @@ def margins(call: Call, head: Head, counts: Tensor | None) -> Tensor | None:
     above = (m2 < 0) & (cosine > m2.cos())
     turned = torch.where(above, 1.0, turned)
     slope = torch.where(beyond, 1.0, torch.where(above, 0.0, slope))
+    directions = None
     if call.straight_through:
         slope = torch.ones_like(slope)
-    return torch.stack((call.scale * (turned - m3 - cosine), slope), dim=1).float()
+    elif not head.how.may_wait or bool((squared < SMALL_SINE**2).any()):
+        of_rows, of_classes = w - cosine[:, None] * x, x - cosine[:, None] * w
+        directions = LabelDirections(label, of_rows.float(), of_classes.float())
+    margin = torch.stack((call.scale * (turned - m3 - cosine), slope), dim=1).float()
+    return margin, directions
 
 
 def run(
@@ -141,8 +151,8 @@ def run(
             parts = (call.teacher_features, call.teacher_weight, call.teacher_bias)
             teacher = Head(*parts, scale, None, how)
         wanted = any(want)
-        gradients = Gradients(head, want, weights) if wanted else None
-        margin = margins(call, head, counts)
+        margin, directions = margins(call, head, counts)
+        gradients = Gradients(head, want, weights, directions) if wanted else None
 
         form = {"dtype": torch.float32, "device": device}
         number = torch.full((), rows, **form) if counts is None else counts.sum(dtype=torch.float32)

@@ -7,11 +7,11 @@ from kdkernels.kd_cross_entropy import eager as rows
 from kdkernels.kd_cross_entropy.eager import KDTerms
 
 # A sine below this is taken on the chord, so that the slope of the margin stays finite at angle 0.
-# The label's cosine is wrong by at most 2.5e-4 sin(m) there, within 1e-3 of angle 0 (or pi).
-SMALLEST_SINE = 2.0**-10
+# The label's cosine is wrong by at most 2.4e-7 sin(m) there, within 1e-6 of angle 0 (or pi).
+SMALLEST_SINE = 2.0**-20
 # Rows whose largest component is between these have norms that float32 holds with all digits.
 SMALLEST_PLAIN, LARGEST_PLAIN = 2.0**-40, 2.0**40
-# What a sparse teacher's probabilities leave of 1 is 0 below this: float32 logarithms of a whole
+# The tail that a sparse teacher leaves of 1 is 0 below this: float32 logarithms of a whole
 # distribution miss it by about 1e-7, and a student without a tail would make that infinite.
 SMALLEST_TAIL = 2.0**-20
 
@@ -36,13 +36,24 @@ def unit(x: Tensor) -> Tensor:
     return torch.where(is_zero, 0.0, x / norm.masked_fill(is_zero, 1.0))
 
 
-def with_margin(cosine: Tensor, m2: Tensor, m3: Tensor) -> Tensor:
-    """cos(theta + m2) - m3 from cos(theta), without acos.
+def cosine_and_squared_sine(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the angle between unit vectors, row by row: (N, 1) each.
+
+    From |x - w|^2 = q and |x + w|^2 = p: 1 - cos^2 would lose the sine of a small angle.
+    """
+    near = (x - w).square().sum(dim=1, keepdim=True)
+    far = (x + w).square().sum(dim=1, keepdim=True)
+    is_zero = (x == 0).all(dim=1, keepdim=True) | (w == 0).all(dim=1, keepdim=True)
+    squared = torch.where(is_zero, 1.0, near * far / 4.0)
+    return (far - near) / 4.0, squared
+
+
+def with_margin(cosine: Tensor, squared: Tensor, m2: Tensor, m3: Tensor) -> Tensor:
+    """cos(theta + m2) - m3 from cos(theta) and sin(theta)^2, without acos.
 
     Beyond theta + m2 = pi it goes on as cos(theta) - m2 sin(m2), so that it keeps falling; for a
     negative m2 it stays at 1 - m3 where theta + m2 is below 0.
     """
-    squared = (1.0 - cosine * cosine).clamp(min=0.0)
     chord = squared / SMALLEST_SINE
     sine = torch.where(
         squared > SMALLEST_SINE**2, squared.clamp(min=SMALLEST_SINE**2).sqrt(), chord
@@ -121,8 +132,9 @@ def linear_kd_cross_entropy(
     with torch.autocast("cpu" if features.is_meta else features.device.type, enabled=False):
         wide = torch.float64 in (features.dtype, weight.dtype)
         compute = torch.float64 if wide else torch.float32
-        # contiguous: the order of a sum follows the strides
-        x = features.to(compute).contiguous()
+        # contiguous: the order of a sum follows the strides. Once: two conversions would add two
+        # gradients that are rounded to 16 bits.
+        x, w = features.to(compute).contiguous(), weight.to(compute).contiguous()
         if target is not None:
             # a NaN in a row that counts for nothing must not reach the weight's gradient
             x = torch.where((target != ignore_index)[:, None], x, 0.0)
@@ -133,7 +145,7 @@ def linear_kd_cross_entropy(
             student = rows.zero_rows(x) + sum(rows.zero_rows(t).sum() for t in inputs)
             student = student[:, None]
         else:
-            student = logits_of(x, weight.to(compute).contiguous(), offset, scale, normalize)
+            student = logits_of(x, w, offset, scale, normalize)
         if isinstance(teacher, tuple):
             parts = [part.detach().to(compute).contiguous() for part in teacher]
             offset = parts[2] if len(parts) == 3 else None
@@ -157,8 +169,8 @@ def linear_kd_cross_entropy(
         hard = None
         if m2 is not None and m3 is not None and target is not None:
             label = torch.where((target >= 0) & (target < len(weight)), target, 0).long()[:, None]
-            cosine = student.gather(1, label) / scale
-            changed = with_margin(cosine, m2.to(compute)[:, None], m3.to(compute)[:, None])
+            cosine, squared = cosine_and_squared_sine(unit(x), unit(w[label[:, 0]]))
+            changed = with_margin(cosine, squared, m2.to(compute)[:, None], m3.to(compute)[:, None])
             if straight_through:
                 changed = cosine + (changed - cosine).detach()
             hard = student.scatter(1, label, scale * changed)

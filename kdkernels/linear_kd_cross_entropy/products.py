@@ -32,13 +32,12 @@ def round_up(size: int, block: int) -> int:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How a backend computes: the arguments of driver.run beside the call itself.
+    """Arithmetic of a backend: the arguments of driver.run beside the call itself.
 
     block: products have whole blocks of so many rows, classes and features. On AMD's processors MKL
-    then gives the same bits at any number of threads (docs/ops.md, "Bits"). transposes_logits:
-    forms them as (W x^T)^T. scale: multiplies a matrix in place by a factor per row and one per
-    column, each None for 1, or writes the result to another matrix.
-    """
+    then gives bitwise identical results at any number of threads (docs/ops.md, "Bits").
+    transposes_logits: forms them as (W x^T)^T. scale: multiplies a matrix in place by a factor per
+    row and one per column, each None for 1, or writes the result to another matrix."""
 
     block: int
     chunk_bytes: int
@@ -104,10 +103,13 @@ def without_extremes(x: Tensor, may_wait: bool) -> tuple[Tensor, Tensor, Tensor 
     return x, norms_of(x), powers
 
 
-def unit(x: Tensor, may_wait: bool) -> Tensor:
-    """Float32 rows over their norms; a row of zeros stays zero."""
-    x, norms, _ = without_extremes(x.float(), may_wait)
-    return x * inverse(norms)[:, None]
+def unit(x: Tensor, may_wait: bool) -> tuple[Tensor, Tensor]:
+    """Rows over their norms in float64, and which are zeros, (N,), which stay zero."""
+    x, _, _ = without_extremes(x.float(), may_wait)
+    x = x.double()
+    norms = torch.linalg.vector_norm(x, dim=1)
+    is_zero = norms == 0
+    return x / norms.masked_fill(is_zero, 1.0)[:, None], is_zero
 
 
 def class_norms(weight: Tensor) -> Tensor:
@@ -220,13 +222,35 @@ class Head:
             out[:, first : first + step].copy_(part.t())
 
 
+@dataclass(frozen=True)
+class LabelDirections:
+    """Derivatives of the labels' cosines c by the unit vectors x of rows and w of classes.
+
+    The exact slope of a margin is large at a small angle, where x - c w is small: as the difference
+    of two products it would lose its digits.
+    """
+
+    label: Tensor  # (N,)
+    of_rows: Tensor  # w - c x, (N, D)
+    of_classes: Tensor  # x - c w, (N, D)
+
+
 class Gradients:
     """The gradients of a head, summed over its chunks in float32."""
 
-    def __init__(self, head: Head, want: tuple[bool, bool, bool], weights: Tensor | None) -> None:
+    def __init__(
+        self,
+        head: Head,
+        want: tuple[bool, bool, bool],
+        weights: Tensor | None,
+        directions: LabelDirections | None,
+    ) -> None:
         """want: of features, weight and bias. weights (N,): what each row's gradient is multiplied
-        by, float32, or None."""
-        self.head, self.want, self.weights = head, want, weights
+        by, float32, or None. directions: for labels that do not go through the products."""
+        self.head, self.want, self.weights, self.directions = head, want, weights, directions
+        self.by_label = None
+        if directions is not None:
+            self.by_label = torch.empty(head.rows, dtype=torch.float32, device=head.x.device)
         empty = head.how.empty
         shapes = ((head.rows, head.features), (head.classes, head.features), (head.classes,))
         self.features, self.weight, self.bias = (
@@ -245,6 +269,10 @@ class Gradients:
         if self.weights is not None:
             rho = self.weights[begin:end] if rho is None else rho * self.weights[begin:end]
         inside = logits[:rows, : head.classes]
+        if self.directions is not None and self.by_label is not None:
+            label = self.directions.label[begin:end, None]
+            self.by_label[begin:end] = inside.gather(1, label)[:, 0]
+            inside.scatter_(1, label, 0.0)
         if self.want[2]:
             total = inside if self.weights is None else inside * self.weights[begin:end, None]
             self.bias.add_(total.sum(dim=0, dtype=torch.float32))
@@ -288,6 +316,11 @@ class Gradients:
         """Gradients of features, weight and bias; (0,) where not wanted."""
         head = self.head
         if head.inverse_norms is not None and head.column_scale is not None:
+            by_label = self.by_label
+            if by_label is not None:
+                by_label *= head.scale
+                if self.weights is not None:
+                    by_label *= self.weights
             if self.want[0]:
                 self._finish_features(head.inverse_norms[:, None])
             if self.want[1]:
@@ -295,6 +328,10 @@ class Gradients:
                     part = slice(first, first + COPIED_CLASSES)
                     unit = head.weight[part] * head.column_scale[part, None]
                     _take_out(self.weight[part], unit)
+                if self.directions is not None and by_label is not None:
+                    label = self.directions.label
+                    factor = by_label * head.column_scale[label]
+                    _add_rows(self.weight, label, self.directions.of_classes * factor[:, None])
                 if head.class_powers is not None:
                     self.weight.div_(head.class_powers)
         return self.features, self.weight, self.bias
@@ -308,8 +345,18 @@ class Gradients:
             unit = inside / head.scale
             self.features.mul_(head.scale * inverse_norms)
         _take_out(self.features, unit)
+        if self.directions is not None and self.by_label is not None:
+            self.features.addcmul_(self.directions.of_rows, self.by_label[:, None] * inverse_norms)
         if head.row_powers is not None:
             self.features.div_(head.row_powers)
+
+
+def _add_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:
+    """out[index[n]] += rows[n], in an order that is the same in every call."""
+    if out.is_cuda:
+        out.index_put_((index,), rows, accumulate=True)  # sorts the index
+    else:
+        out.index_add_(0, index, rows)  # row after row
 
 
 def _take_out(gradient: Tensor, unit: Tensor) -> None:

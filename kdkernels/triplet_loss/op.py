@@ -120,7 +120,9 @@ def triplet_loss(
     distance of 0 that is not squared. (Squares are summed in float32: a distance loses digits below
     1e-19 and may count as 0 below 1e-22; native measures down to 1e-30.) It is formed in forward
     and given away in backward, so a second or a double backward raises an error (use
-    backend="eager" for either). A NaN in a row makes its loss and gradients NaN.
+    backend="eager" for either). A 16-bit gradient is rounded when it is stored and again where the
+    incoming gradient is no power of two: it is within 1.5 units of the last place (docs/ops.md). A
+    NaN in a row makes its loss and gradients NaN.
 
     Raises ValueError where shapes, dtypes, devices or options are wrong.
     """

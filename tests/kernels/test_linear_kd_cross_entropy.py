@@ -30,7 +30,7 @@ def at_angles(angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, t
 
 
 def label_cosines(angles: torch.Tensor, margin, backend: str) -> torch.Tensor:
-    """What the margin makes of cos(angle), solved from the loss: two classes, the other logit 0."""
+    """The label's cosine with the margin, solved from the loss: two classes, the other logit 0."""
     features, weight = at_angles(angles, dtype_of(backend))
     target = torch.zeros(len(angles), dtype=torch.int64)
     loss = linear_kd_cross_entropy(
@@ -193,6 +193,52 @@ def test_lengths_of_features_and_weights_do_not_matter_to_a_cosine_head(backend)
     torch.testing.assert_close(longer, loss, rtol=1e-5, atol=0)
 
 
+def changed_cosine(angle: torch.Tensor, m2: float, m3: float) -> torch.Tensor:
+    start = float(angle.detach())
+    if m2 > 0 and start + m2 > math.pi:
+        return angle.cos() - m2 * math.sin(m2) - m3
+    if m2 < 0 and start + m2 < 0:
+        return 1.0 - m3 + 0.0 * angle
+    return (angle + m2).cos() - m3
+
+
+@each
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize(
+    ("margin", "m2", "m3"),
+    [
+        (ArcFace(0.5), 0.5, 0.0),
+        (ArcFace(-0.4), -0.4, 0.0),
+        (CosFace(0.35), 0.0, 0.35),
+        (CombinedMargin(0.3, 0.2), 0.3, 0.2),
+        (CombinedMargin(-0.3, 0.2), -0.3, 0.2),
+    ],
+)
+def test_slopes_are_right_near_angle_zero_and_pi(backend, margin, m2, m3, reduction):
+    # another class at 0.45 rad; both gradients at a right angle to their vectors
+    for distance in (1e-6, 1e-5, 1e-4, 9e-4, 1.2e-3):
+        for at_pi in (False, True):
+            sign = -1.0 if at_pi else 1.0
+            x = torch.tensor([[sign * math.cos(distance), distance]], requires_grad=True)
+            w = torch.tensor([[1.0, 0.0], [math.cos(0.45), math.sin(0.45)]], requires_grad=True)
+            options = {"normalize": True, "scale": 64.0, "margin": margin, "backend": backend}
+            loss = linear_kd_cross_entropy(x, w, torch.tensor([0]), reduction=reduction, **options)
+            by_x, by_w = torch.autograd.grad(loss.sum(), (x, w))
+            start = math.pi - distance if at_pi else distance
+            to_label, to_other = (
+                torch.tensor(start, dtype=torch.float64, requires_grad=True) for _ in range(2)
+            )
+            label = 64.0 * changed_cosine(to_label, m2, m3)
+            other = 64.0 * (0.45 - to_other).cos()
+            right = torch.logsumexp(torch.stack([label, other]), 0) - label
+            by_label, by_other = torch.autograd.grad(right, (to_label, to_other))
+            slope = sign * math.cos(distance) * by_x[0, 1] - distance * by_x[0, 0]
+            # the other class's part goes through float32 products
+            assert float(loss.detach().sum()) == pytest.approx(float(right.detach()), abs=3e-5)
+            assert float(slope) == pytest.approx(float(by_label + by_other), rel=1e-4, abs=1e-4)
+            assert float(by_w[0, 1]) == pytest.approx(-float(by_label), rel=1e-4, abs=1e-4)
+
+
 def loss_and_gradients(parts, sizes, target, **options) -> list[torch.Tensor]:
     """The loss of features and weight times their sizes, and both gradients times these again."""
     leaves = [
@@ -310,7 +356,8 @@ def test_several_chunks_are_as_accurate_as_one(dtype, backend, monkeypatch):
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="TRITON_INTERPRET=1 runs it")
 def test_bfloat16_products_of_the_triton_backend_keep_the_accuracy(monkeypatch):
-    """What a GPU does, but for who multiplies: torch has bfloat16 products into float32 on CUDA."""
+    """The arithmetic of a GPU, with products on the CPU: torch has bfloat16 products into float32
+    on CUDA."""
     kernel = importlib.import_module(f"kdkernels.{NAME}.triton_kernel")
     calls = []
 

@@ -60,7 +60,7 @@ def first_margin_for_all_rows(features, weight, target, **options):
 
 
 def label_turned_on_beyond_pi(features, weight, target, **options):
-    def without_guard(cosine, m2, m3):
+    def without_guard(cosine, _squared, m2, m3):
         return (cosine.clamp(-1 + 1e-6, 1 - 1e-6).acos() + m2.clamp(min=0.0)).cos() - m3
 
     original = specification.with_margin

@@ -80,7 +80,7 @@ class DataConfig:
         least = f"at least data.{'input_size' if self.crop_size is None else 'crop_size'} ({crop})"
         require(self.store_size >= crop, "data.store_size", least, self.store_size)
         if self.kind != "synthetic":
-            require(bool(self.root), "data.root", f"a folder, for data.kind {self.kind}", self.root)
+            require(bool(self.root), "data.root", f"a directory for {self.kind}", self.root)
 
     @property
     def crop_side(self) -> int:

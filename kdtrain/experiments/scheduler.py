@@ -32,7 +32,7 @@ Overview = Callable[[Mapping[str, str]], RenderableType]
 
 @dataclass(frozen=True)
 class Work:
-    """A stage to be trained: recipe, run folder, works it waits for, and a rough weight."""
+    """A stage to be trained: recipe, run directory, inputs, and a rough weight."""
 
     name: str
     recipe: Path
@@ -45,7 +45,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a stage ended: reused, done, diverged, failed, skipped, stopped; why; its seconds."""
+    """How a stage ended (reused, done, diverged, failed, skipped, stopped), why, its seconds."""
 
     state: str
     note: str
@@ -318,7 +318,7 @@ class _Runs:
         return Group(self._overview(states), table)
 
     def _left_s(self) -> float:
-        """Time left from the cost of what is done; 0 while nothing is known."""
+        """Time left from the cost of what is done; 0 before the first result."""
         costs = {work.name: work.cost for work in self._works}
         shares = {name: p.get("share", 0.0) for name, p in self._progress.items()}
         under_way = sum(costs[n] * share for n, share in shares.items())

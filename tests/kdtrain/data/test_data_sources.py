@@ -338,7 +338,7 @@ def test_label_noise_reaches_a_share_of_the_training_labels_only():
     [
         ({"kind": "mxnet"}, r"data\.kind: expected one of synthetic, celeba, folder"),
         ({"kind": "folder", "root": None}, r"data\.root"),
-        ({"kind": "folder", "root": ""}, r"data\.root: expected a folder, for data\.kind folder"),
+        ({"kind": "folder", "root": ""}, r"data\.root: expected a directory for folder"),
         ({"kind": "synthetic", "split": "file:a.csv:b"}, "no split file"),
     ],
 )

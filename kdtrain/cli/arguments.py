@@ -171,7 +171,7 @@ def check_dry_run(options: Mapping[str, Any]) -> None:
     sizes = {f"--{name}": options[name] for name in ("classes", "images") if name in options}
     for name, value in sizes.items():
         if not options.get("dry_run"):
-            raise UsageError(f"{name} goes with --dry-run; training counts the images itself")
+            raise UsageError(f"{name} needs --dry-run; training counts the images")
         if value < 2:
             raise UsageError(f"{name}: expected at least 2; got {value}")
     if len(sizes) == 1:

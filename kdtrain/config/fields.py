@@ -104,15 +104,11 @@ class Setting(NamedTuple):
     counted: bool = True
     """Whether it can change a trained number, so that it is part of a run's key."""
     cost: Cost = "value"
-    """Dependence of a step's time and memory: on the value, on whether it is set, or none; a
-    section passes its own on to its fields.
-    """
+    "Dependence of a step's time and memory: on the value, on whether it is set, or none."
     own: bool = False
     """Whether it distinguishes the runs of a table: a command line cannot set it for all."""
     run: str | None = None
-    """Name of the input, where the value is a run directory, @NAME or a list of them; the input's
-    key counts in its place.
-    """
+    "Name of the input whose run directory is the value; its key counts in the value's place."
     within: str | None = None
     """One of RANGES."""
     source: bool = False

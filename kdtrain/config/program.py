@@ -49,8 +49,8 @@ def printable(text: str, *, lines: bool = False) -> str:
     their bytes on disk (`name_bytes`) and shown as \\udcXX; JSON and YAML hold the escape \\udcXX,
     which is read back as the same name.
     """
-    kept = "\n" if lines else ""
-    return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in text)
+    newline = "\n" if lines else ""
+    return "".join(c if c.isprintable() or c in newline else ascii(c)[1:-1] for c in text)
 
 
 def name_bytes(text: str) -> bytes:

@@ -27,9 +27,7 @@ class DataConfig:
     """Images, their split into training and test, and their sizes."""
 
     kind: Literal["synthetic", "celeba", "folder"] = setting("synthetic", source=True)
-    """Source of the images. synthetic generates faces, celeba reads the CelebA layout below
-    data.root, folder reads one subdirectory per identity (ImageFolder).
-    """
+    "Source of the images. folder has one subdirectory per identity (ImageFolder)."
     root: str | None = setting(None, counted=False, source=True)
     "Directory of the images (celeba, folder)."
     split: str = "random"
@@ -40,9 +38,8 @@ class DataConfig:
     test_fraction: float = setting(0.2, within="0 < x < 1")
     "Share of the images held out for testing; with data.split identity, of the identities."
     validation_fraction: float = setting(0.0, within="0 <= x < 1")
-    """Share of the training images held out for validation. With a validation split, evaluations,
-    best/ and early stopping use it instead of the test split. With data.split identity, share of
-    the training identities.
+    """Share of the training images (identities, for data.split identity) held out for validation.
+    Evaluations, best/ and early stopping then use it instead of the test split.
     """
     split_seed: int = 0
     "Seed of the split, independent of seed: runs of all seeds share the test images."
@@ -51,9 +48,8 @@ class DataConfig:
     store_size: int = setting(36, cost="value", source=True)
     "Side of the stored images, in pixels. Every image is resized to this square once."
     crop_size: int | None = setting(None, cost="value")
-    """Side of the crop, in stored pixels. Training crops at a random place, evaluation at the
-    center; with augment.crop jitter, the scaled window is resampled to this size. null takes
-    data.input_size.
+    """Side of the crop, in stored pixels; null takes data.input_size. Training crops at random,
+    evaluation at the center; with augment.crop jitter, a scaled window is resampled to this size.
     """
     input_size: int = setting(32, cost="value", within="at least 8")
     "Side of the network's input, in pixels. A larger crop is averaged down to this size."
@@ -84,7 +80,7 @@ class DataConfig:
         least = f"at least data.{'input_size' if self.crop_size is None else 'crop_size'} ({crop})"
         require(self.store_size >= crop, "data.store_size", least, self.store_size)
         if self.kind != "synthetic":
-            require(bool(self.root), "data.root", f"a folder, for data.kind {self.kind}", self.root)
+            require(bool(self.root), "data.root", f"a directory for {self.kind}", self.root)
 
     @property
     def crop_side(self) -> int:
@@ -177,9 +173,7 @@ class OptimConfig:
     clip_norm: float | None = setting(None, cost="switch", within="more than 0")
     "Largest norm of the gradient. A larger gradient is scaled down; null never scales."
     ema: float | None = setting(None, cost="switch", within="0 < x < 1")
-    """Decay of the exponential moving average of the weights. With it, the average is evaluated and
-    saved; last/ also holds the trained weights. null evaluates and saves the trained weights.
-    """
+    "Decay of the moving average of the weights, which is then evaluated and saved; null: none."
 
     def __post_init__(self) -> None:
         check_settings(self, "optim.")
@@ -211,9 +205,7 @@ class TrainConfig:
     drop_last: bool = setting(True, cost="none")
     "Omit the last batch of an epoch if it is incomplete."
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of forward and backward passes. bfloat16 and float16 use torch.autocast, float16
-    with loss scaling; weights, losses and evaluations stay float32.
-    """
+    "Precision of forward and backward passes. Weights, losses and evaluations stay float32."
     channels_last: bool = True
     "Use the channels_last memory format."
     compile: bool = False
@@ -232,9 +224,7 @@ class EvalConfig:
     normalizer: Literal["interocular", "diagonal", "side"] = "interocular"
     "Length that normalises landmark errors: distance of the eyes, diagonal or side of the image."
     gallery: str | None = setting(None, run="gallery")
-    """Run directory of the network whose features are searched, such as the teacher's
-    (verification). Adds the metrics asym_...; training does not change.
-    """
+    "Run directory of a gallery network, such as the teacher (verification). Adds asym_... metrics."
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,8 +79,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def correction(word: str, known: Iterable[str]) -> str:
-    """The setting that an option of another trainer stands for; else the result of `nearest`. word,
-    known: options with their dashes, or keys.
+    """The setting for an option of another trainer; else the result of `nearest`. word, known:
+    options with their dashes, or keys.
     """
     known, tail = list(known), _tail(word).lower().replace("-", "_")
     is_key = tail in HINTS and {"seed", "--seed"}.intersection(known)

@@ -23,9 +23,7 @@ class Target:
     words: str
     """Name in a report; {fields} of TargetConfig are filled in."""
     reads: Literal["prediction", "logits", "feature", "attention", "maps"]
-    """Teacher output that the target compares: softened prediction, logits, pooled feature,
-    attention maps of the stages, or output of a stage.
-    """
+    "Teacher output that the target compares."
     published: float = 1.0
     """Weight of its authors beside a softmax loss (docs/targets.md)."""
     form: str = ""
@@ -164,10 +162,8 @@ class TeacherConfig:
     trains bitwise identically to none; float16 rounds the outputs and takes half the space.
     """
     cache_what: Literal["outputs", "features"] = "outputs"
-    """Content of the cache. outputs stores what the targets read; features stores the pooled
-    feature, from which the teacher's classifier computes the logits. If no crop is random
-    (data.store_size equals the crop), features are stored once per image and mirror image, for
-    every epoch and seed.
+    """Content of the cache. outputs are those that the targets read; features are the pooled
+    features alone, which are stored once per image and mirror image where no crop is random.
     """
     cache_dir: str | None = setting(None, counted=False)
     "Directory of the cache. null is teacher_cache beside the run directory."

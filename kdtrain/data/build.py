@@ -1,6 +1,4 @@
-"""From the data section of a config to the source that it describes: synthetic faces, or images
-in one of two layouts.
-"""
+"""Builds the source of a data section: synthetic faces, or image files in one of two layouts."""
 
 from __future__ import annotations
 
@@ -21,9 +19,7 @@ _NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 
 
 def build_source(config: DataConfig) -> FaceSource:
-    """Returns the FaceSource that a config's data section describes. Raises DataError or ValueError
-    naming what is missing or malformed.
-    """
+    """Returns the FaceSource of a data section. Raises DataError or ValueError."""
     if config.kind == "synthetic":
         return synthetic_faces(config)
     issues, root = Issues(on_error=config.on_error), Path(config.root or "")
@@ -40,12 +36,11 @@ def build_source(config: DataConfig) -> FaceSource:
 def _celeba(
     root: Path, landmark_file: str | None, issues: Issues
 ) -> tuple[dict[str, Listed], Path | None]:
-    """The images of a folder in CelebA's layout, and the file of their landmarks:
-    img_align_celeba beside identity_CelebA and list_landmarks_align_celeba; lists may be .txt
-    (CelebA's own) or .csv (the mirrors').
+    """Returns the images of a folder in CelebA's layout, and its landmark list: img_align_celeba
+    beside identity_CelebA and list_landmarks_align_celeba, .txt (CelebA's own) or .csv (mirrors).
 
-    The identity list decides which images there are; ids need not be contiguous. Without it the
-    landmark list does, and all images count as one identity, which serves task alignment alone.
+    The identity list names the images; ids need not be contiguous. Without it the landmark list
+    names them, and all images are one identity, which serves task alignment alone.
     """
     identity_file = list_file(root, "identity_CelebA")
     points = list_file(root, "list_landmarks_align_celeba")
@@ -55,11 +50,11 @@ def _celeba(
             raise DataError(f"{points}: no such landmark file (data.landmark_file)")
     if identity_file is None and points is None:
         raise DataError(
-            f"{root}: expected identity_CelebA.txt or identity_CelebA.csv in this folder (for task "
-            "alignment alone a list of landmarks will do)"
+            f"{root}: expected identity_CelebA.txt or identity_CelebA.csv in this folder (task "
+            "alignment needs a landmark list alone)"
         )
     folder = root / "img_align_celeba"
-    if (folder / "img_align_celeba").is_dir():  # one mirror's archive nests the folder in itself
+    if (folder / "img_align_celeba").is_dir():  # as one mirror's archive has it
         folder = folder / "img_align_celeba"
     if not folder.is_dir():
         raise DataError(f"{root}: expected the images in the folder img_align_celeba")
@@ -82,14 +77,13 @@ def _celeba(
 
 
 def list_file(root: Path, stem: str) -> Path | None:
-    """root/stem.txt or root/stem.csv, whichever is there first."""
+    """Returns root/stem.txt or else root/stem.csv; None where neither exists."""
     return next((p for p in (root / f"{stem}.txt", root / f"{stem}.csv") if p.exists()), None)
 
 
 def _folder(root: Path, issues: Issues) -> dict[str, Listed]:
-    """The images root/<identity>/<image>, in sorted order. A folder without an image is an issue,
-    as in torchvision's ImageFolder; everything else that is not hidden and not read is skipped by
-    name.
+    """Returns the images root/<identity>/<image>, sorted. A folder without an image is an issue, as
+    in torchvision's ImageFolder; other visible files and folders are skipped by name.
     """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder (data.root)")
@@ -111,7 +105,7 @@ def _folder(root: Path, issues: Issues) -> dict[str, Listed]:
 
 
 def _leave_out(folder: Path, taken: Mapping[str, Listed], reason: str, issues: Issues) -> None:
-    """Counts and names what `folder` holds beside `taken`, whatever data.on_error says."""
+    """Counts and names everything else in `folder`, for any data.on_error."""
     left = [path for path in _visible(folder) if path.name not in taken]
     issues.messages.extend(f"{path}: {reason}" for path in left)
 

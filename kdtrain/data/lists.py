@@ -1,8 +1,7 @@
-"""Reads the list files beside face images: identities, landmarks, partitions, index tables; .txt
-or .csv.
+"""Reads the list files beside images: identities, landmarks, partitions, index tables.
 
-.txt is CelebA's own form (runs of spaces, CRLF line ends, for landmarks a count and a header before
-the rows), .csv the mirrors' (commas, a header). Blank lines and a byte order mark are ignored.
+.txt is CelebA's form (runs of spaces, CRLF; landmarks begin with a count and a header), .csv the
+mirrors' (commas, a header). Blank lines and a byte order mark are ignored.
 """
 
 import csv
@@ -25,36 +24,33 @@ from kdtrain.data.source import (
     probe_images,
 )
 
-FLOAT32_MAX = torch.finfo(torch.float32).max  # landmarks are stored in it
+FLOAT32_MAX = torch.finfo(torch.float32).max  # landmarks are stored in float32
 POINT_COLUMNS = tuple(f"{point}_{axis}" for point in LANDMARKS for axis in "xy")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows of a list file by image name: name -> (line number, the other fields); columns names
-    those fields.
-    """
+    """A list file: image name -> (line number, the other fields), and the names of these fields."""
 
     columns: list[str]
     rows: dict[str, tuple[int, list[str]]]
 
 
 class Listed(NamedTuple):
-    """An image that a source lists."""
+    """An image of a source, and the file and line that list it."""
 
     identity: str
     path: Path
     where: str
-    """Where it is listed."""
 
 
 def read_table(path: Path, issues: Issues, *, fields: int | None = None) -> Table:
     """Returns the Table in a list file.
 
-    fields: how many fields must follow the image's name (None: as many as the header has). A
-    header is a line without any number after its first field; a first line that is a lone integer
-    is the row count, and is checked. Raises DataError naming file and line (or reports it to
-    `issues`) for a wrong field count, a repeated image, a wrong count.
+    fields: number of fields after the image's name (None: as in the header). A header is a line
+    without a number after its first field; a first line that is a lone integer is the row count.
+    Raises DataError with file and line, or reports to `issues`, a wrong number of fields, a
+    repeated image, or a wrong count.
     """
     try:
         text = regular(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
@@ -73,7 +69,7 @@ def read_table(path: Path, issues: Issues, *, fields: int | None = None) -> Tabl
     columns: list[str] = []
     if split and len(split[0][1]) > 1 and not any(_is_number(f) for f in split[0][1][1:]):
         first = split.pop(0)[1]
-        # CelebA's landmark header names the columns only, a .csv header the image's column too
+        # unlike a .csv header, CelebA's landmark header omits the image's column
         columns = first if len(first) == fields else first[1:]
     if fields is None:
         if not columns:
@@ -98,11 +94,10 @@ def read_table(path: Path, issues: Issues, *, fields: int | None = None) -> Tabl
 
 
 def read_points(path: Path, issues: Issues) -> dict[str, list[float]]:
-    """Returns five landmarks per image, name -> 10 floats in POINT_COLUMNS' order, as the file
-    states them.
+    """Returns five landmarks per image: name -> 10 floats in POINT_COLUMNS' order.
 
-    Columns are taken by name when the header has all ten names, else in that order. Raises
-    DataError as read_table, and for a field that is not a finite number.
+    Columns are found by name if the header has all ten names, else by that order. Raises DataError
+    as read_table, and for a field that is not a finite float32 number.
     """
     table = read_table(path, issues, fields=10)
     order = list(range(10))
@@ -123,14 +118,12 @@ def read_points(path: Path, issues: Issues) -> dict[str, list[float]]:
 def assemble(
     config: DataConfig, listed: dict[str, Listed], point_file: Path | None, issues: Issues
 ) -> FaceSource:
-    """Returns the FaceSource of listed images, by name, after the checks that every file source
-    shares.
+    """Returns the FaceSource of listed images, after the checks that all file sources share.
 
-    point_file: list of their landmarks. index.csv in data.root, if any, gives the groups (its
-    columns `video` within an identity) and its columns as splits, and so does the file that
-    data.split names; the first column of each is an image's name. An image without file,
-    landmarks or row in a table is an issue; with on_error "skip" every image is decoded once
-    here, so that the set that remains is sound.
+    point_file: their landmark list. index.csv in data.root and the file that data.split names give
+    their columns as splits, index.csv also the groups (column `video`, within an identity); the
+    first column of each is the image's name. An image without file, landmarks or table row is an
+    issue. With on_error "skip" every image is decoded once, so that the rest can be read.
     """
     points = None if point_file is None else read_points(point_file, issues)
     root = Path(config.root or "")
@@ -150,7 +143,7 @@ def assemble(
         full=config.on_error == "skip",
         workers=config.workers,
     )
-    kept: list[str] = []
+    names: list[str] = []
     sizes: list[tuple[int, int]] = []
     for (name, (_, _, where)), size in zip(listed.items(), probed, strict=True):
         missing = [path for path, rows in needed if name not in rows]
@@ -159,15 +152,15 @@ def assemble(
         elif missing:
             issues.report(f"{missing[0]}: no row for {name}, which is listed in {where}")
         else:
-            kept.append(name)
+            names.append(name)
             sizes.append(size)
-    if not kept:
+    if not names:
         problem = next(iter(issues.messages), f"{point_file or root} lists no image")
         raise DataError(f"{root}: no usable image; first problem: {problem}")
 
-    identities = [listed[name].identity for name in kept]
+    identities = [listed[name].identity for name in names]
     labels, class_names = number_classes(identities)
-    splits = {file: _columns(table, kept) for file, table in tables.items()}
+    splits = {file: _columns(table, names) for file, table in tables.items()}
     videos = splits.get("index.csv", {}).get("video")
     groups = None
     if videos is not None:
@@ -175,12 +168,12 @@ def assemble(
         number = {key: k for k, key in enumerate(dict.fromkeys(keys))}
         groups = torch.tensor([number[key] for key in keys], dtype=torch.int64)
     landmarks = None
-    if points is not None:  # the files hold pixel indices; see FaceSource
-        landmarks = torch.tensor([points[name] for name in kept]).reshape(-1, 5, 2) + 0.5
-    paths = [listed[name].path for name in kept]
+    if points is not None:  # the lists hold pixel indices; see FaceSource
+        landmarks = torch.tensor([points[name] for name in names]).reshape(-1, 5, 2) + 0.5
+    paths = [listed[name].path for name in names]
     return FaceSource(
         name=config.kind,
-        names=kept,
+        names=names,
         labels=labels,
         class_names=class_names,
         landmarks=landmarks,

@@ -1,6 +1,4 @@
-"""A run's images: source, split and store put together, served as device batches for training
-and evaluation.
-"""
+"""A run's images: source, split and store, served as device batches for training and evaluation."""
 
 from __future__ import annotations
 
@@ -30,43 +28,32 @@ LARGE_SHARE = 0.25  # of the test split's genuine pairs, from which one identity
 
 
 class Batch(NamedTuple):
-    """One training step's input on the device: one crop and flip of each of B images."""
+    """One crop and flip of each of B images, on the device."""
 
-    images: Tensor
-    """(B, 3, s, s) float32 in [0, 255]."""
-    labels: Tensor
-    """(B,) int64."""
-    points: Tensor | None
-    """(B, 5, 2) landmarks in pixels of the crop."""
-    flipped: Tensor
-    """(B,) bool: which are mirrored."""
+    images: Tensor  # (B, 3, s, s) float32 in [0, 255]
+    labels: Tensor  # (B,) int64
+    points: Tensor | None  # (B, 5, 2) landmarks in pixels of the crop
+    flipped: Tensor  # (B,) bool: mirrored
     teacher_images: Tensor | None
-    """(B, 3, t, t): the same crops as the teacher sees them, where it reads another size."""
-    waited_s: float = 0.0
-    """Seconds spent waiting for the images (augmentation is computing, not waiting)."""
+    """(B, 3, t, t): the same crops at the teacher's input size, where it differs."""
+    waited_s: float = 0.0  # Seconds spent waiting for the images, without augmentation
 
     @property
-    def seen(self) -> Tensor:
-        """The images that the teacher reads."""
+    def teacher_input(self) -> Tensor:
+        """The images of the teacher forward pass."""
         return self.images if self.teacher_images is None else self.teacher_images
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalBatch:
-    """Images of one split as evaluation sees them. N images, network input side s."""
+    """N images of one split for evaluation; s is the side of the network's input."""
 
-    images: Tensor
-    """(N, 3, s, s) float32 in [0, 255]: centre crops."""
-    labels: Tensor
-    """(N,) identity."""
-    indices: Tensor
-    """(N,) place in the source."""
-    sizes: Tensor
-    """(N, 2) original width and height."""
-    points_original: Tensor | None = None
-    """(N, 5, 2) landmarks in original pixels."""
-    groups: Tensor | None = None
-    """(N,) video that an image comes from."""
+    images: Tensor  # (N, 3, s, s) float32 in [0, 255]: centre crops
+    labels: Tensor  # (N,) identity
+    indices: Tensor  # (N,) index in the source
+    sizes: Tensor  # (N, 2) original width and height
+    points_original: Tensor | None = None  # (N, 5, 2) landmarks in original pixels
+    groups: Tensor | None = None  # (N,) video
     to_original: Callable[[Tensor], Tensor] | None = None
     """Maps (N, 5, 2) crop pixels to original ones: a scale and an offset per image and axis."""
 
@@ -80,9 +67,7 @@ def training_batch(
     phase: int,
     epoch: int,
 ) -> Batch:
-    """The augmented crops of stored images (B, 3, S, S) uint8, for student and teacher; see
-    data.augment and data.shrink.
-    """
+    """Returns augmented crops of stored images (B, 3, S, S) for student and teacher."""
     crops, points, frame = augment(
         stored,
         points,
@@ -101,28 +86,26 @@ def training_batch(
 
 
 def shared_source(data: DataConfig, sources: dict[DataConfig, FaceSource]) -> FaceSource:
-    """The source of a data section, from `sources` where one was read alike before: how images
-    are split, resized and kept makes no other source.
+    """Returns the source of a data section, reused from `sources` where the settings declared with
+    `source=True` and the split file are equal.
     """
-    kept = {f.name: getattr(data, f.name) for f in fields(data) if f.metadata.get("source")}
+    own = {f.name: getattr(data, f.name) for f in fields(data) if f.metadata.get("source")}
     split = data.split if data.split.startswith("file:") else "random"
-    read = DataConfig(**kept, split=split, input_size=data.store_size)
+    read = DataConfig(**own, split=split, input_size=data.store_size)
     if read not in sources:
         sources[read] = build_source(read)
     return sources[read]
 
 
 def parts(source: FaceSource, config: Config) -> tuple[Tensor, Tensor, Tensor]:
-    """Training, validation and test indices: split_indices with data.validation_fraction of the
-    first part held out.
-    """
+    """Returns training, validation and test indices: split_indices, then hold_out."""
     train, test = split_indices(source, config.data)
     train, validation = hold_out(source, train, config.data)
     return train, validation, test
 
 
 def data_key(fingerprint: str, train: Tensor, test: Tensor) -> str:
-    """Names the images and their split: the source's fingerprint and both index lists (int64)."""
+    """Returns a digest of the source's fingerprint and of both index lists (int64)."""
     digest = hashlib.sha256(fingerprint.encode())
     for part in (train, test):
         digest.update(part.numpy().tobytes())
@@ -131,9 +114,7 @@ def data_key(fingerprint: str, train: Tensor, test: Tensor) -> str:
 
 
 def identities_key(names: Iterable[str], data: DataConfig) -> str:
-    """16 hex digits over the identities, named in the order of their classes; synthetic identities
-    by their seed too, as their names are numbers.
-    """
+    """Returns 16 hex digits over the identities in class order, and synthetic ones' seed."""
     names = list(names)
     if data.kind == "synthetic":
         names.append(f"drawn from seed {data.synthetic_seed}")
@@ -141,14 +122,12 @@ def identities_key(names: Iterable[str], data: DataConfig) -> str:
 
 
 class RunData:
-    """The images of one run and how they are cut into batches.
-
-    Everything served is a pure function of the config and of (phase, epoch, step), so a resumed
-    run meets the same images.
+    """The images of one run, in batches: a pure function of the config and of (phase, epoch, step),
+    so that a resumed run reads the same ones.
     """
 
     def __init__(self, config: Config, source: FaceSource | None = None) -> None:
-        """source: taken instead of building it from config.data."""
+        """source: None builds it from config.data."""
         self.config = config
         self.source = build_source(config.data) if source is None else source
         self.train, self.validation, self.test = parts(self.source, config)
@@ -161,7 +140,7 @@ class RunData:
         self.points = self.store.landmarks_in_store()
 
     def epoch(self, number: int) -> list[Tensor]:
-        """Index lists of the batches of epoch `number`, counted from the start of the run."""
+        """Returns the index lists of the batches of an epoch, counted from the start of the run."""
         config = self.config
         if config.balanced:
             identities, images = config.triplet.identities, config.triplet.images_per_identity
@@ -173,9 +152,7 @@ class RunData:
         )
 
     def batch(self, indices: Tensor, phase: int, epoch: int, following: Tensor | None) -> Batch:
-        """The augmented images of one step; `following` are read ahead where images are not
-        kept in memory.
-        """
+        """Returns the augmented images of one step; prefetches `following` if not in memory."""
         started = time.perf_counter()
         stored = self.store.get(indices)
         waited_s = time.perf_counter() - started
@@ -187,9 +164,7 @@ class RunData:
         return batch._replace(waited_s=waited_s)
 
     def teacher_view(self, indices: Tensor, mirrored: bool) -> Tensor:
-        """What the teacher sees of the images `indices` where training has no other views of them
-        (data.fixed_views).
-        """
+        """Returns the teacher's input where training has fixed views (data.fixed_views)."""
         data = self.config.data
         stored = self.store.get(indices).to(self.device)
         crops, _, _ = center(stored, None, data.crop_side, self.config.augment, mirrored=mirrored)
@@ -197,7 +172,7 @@ class RunData:
         return crops if side == data.crop_side else area_average(crops, side)
 
     def evaluation(self, indices: Tensor) -> Iterator[EvalBatch]:
-        """Centre crops of the images `indices`, in order."""
+        """Yields centre crops of the images `indices`, in order."""
         source, data = self.source, self.config.data
         for part in indices.split(EVAL_BATCH):
             stored = self.store.get(part).to(self.device)
@@ -219,25 +194,23 @@ class RunData:
 
     @property
     def held_out(self) -> Tensor:
-        """The images that evaluations during training see: the validation part, else the test
-        split.
-        """
+        """The images of evaluations during training: the validation part, else the test split."""
         return self.validation if len(self.validation) else self.test
 
     def unseen(self) -> int:
-        """Test images of identities without a training image: none can be classified right."""
+        """Returns the number of test images of identities without a training image."""
         labels = self.source.labels
         return int((~torch.isin(labels[self.test], labels[self.train])).sum())
 
     def names(self, indices: Tensor, limit: int = 4) -> str:
-        """The first images of a batch by name, for messages."""
+        """Returns the names of a batch's first images, for messages."""
         shown = [self.source.names[int(i)] for i in indices[:limit]]
         rest = len(indices) - len(shown)
         return ", ".join(shown) + (f" and {rest} more" if rest else "")
 
     def notes(self) -> list[str]:
-        """Lines about the images that a reader of the results needs: files that were skipped,
-        proportions that were lost, a partition that is not used, an identity that dominates.
+        """Returns notes for readers of the results: skipped files, images that are not square, an
+        unused official partition, an identity with most genuine pairs.
         """
         source, data, lines = self.source, self.config.data, []
         if source.skipped:
@@ -270,7 +243,7 @@ class RunData:
         return lines
 
     def summary(self) -> dict[str, object]:
-        """What results.json says about the images."""
+        """Returns the section `data` of results.json."""
         return {
             "name": self.source.name,
             "images": self.source.num_images,

@@ -1,4 +1,4 @@
-"""Batches of image numbers for one epoch, as pure functions of (seed, epoch)."""
+"""Batches of image indices for one epoch, as pure functions of (seed, epoch)."""
 
 from collections import defaultdict, deque
 
@@ -13,10 +13,9 @@ _STREAM_RANDOM, _STREAM_IDENTITIES, _STREAM_IMAGES = 31, 32, 33
 def random_batches(
     indices: Tensor, batch_size: int, seed: int, epoch: int, drop_last: bool
 ) -> list[Tensor]:
-    """Returns the images `indices` (N,) once each, shuffled, in batches of batch_size.
+    """Returns `indices` (N,) shuffled, in batches of batch_size.
 
-    The last batch may be smaller; drop_last leaves it out then. Raises ValueError when that would
-    leave no batch.
+    A smaller last batch is left out with drop_last. Raises ValueError if no batch is left.
     """
     order = indices[counter_permutation(len(indices), seed, _STREAM_RANDOM, epoch)]
     batches = list(order.split(batch_size))
@@ -31,9 +30,7 @@ def random_batches(
 
 
 def left_out(indices: Tensor, labels: Tensor) -> Tensor:
-    """Returns the images among `indices` whose identity has no second one there: balanced_batches
-    leaves them out.
-    """
+    """Returns those of `indices` whose identity has no second one; balanced_batches omits them."""
     counts = torch.bincount(labels[indices])
     return indices[counts[labels[indices]] < 2]
 
@@ -41,16 +38,13 @@ def left_out(indices: Tensor, labels: Tensor) -> Tensor:
 def balanced_batches(
     indices: Tensor, labels: Tensor, identities: int, images: int, seed: int, epoch: int
 ) -> list[Tensor]:
-    """Returns batches of `identities` different identities x `images` images each; images of an
-    identity lie side by side.
+    """Returns batches of `identities` identities x `images` images each, identity by identity.
 
-    indices: (N,) image numbers; labels: labels of the whole source, indexed by them. Each epoch a
-    identity's images are shuffled and dealt in hands of `images`; the last hand is filled up from
-    the start of the deal, so an image is repeated within a hand only when the identity has fewer
-    than `images`. Identities with one image are left out (`left_out` gives them). Hands are dealt
-    round by round, so identities with few images come as often as they can; a rest of fewer than
-    `identities` different identities at the end of the epoch is dropped. Raises ValueError when
-    fewer than `identities` identities have two images.
+    indices: (N,); labels: of the whole source. Each epoch an identity's images are shuffled and
+    dealt in hands of `images`, the last one filled up from the first images. Identities with one
+    image are left out. Hands are dealt in rounds, so that identities with few images appear as
+    often as possible; fewer than `identities` identities at the end of the epoch are dropped.
+    Raises ValueError if fewer than `identities` identities have two images.
     """
     order = indices[counter_permutation(len(indices), seed, _STREAM_IMAGES, epoch)]
     order = order[torch.argsort(labels[order], stable=True)]  # by identity, shuffled within

@@ -1,4 +1,4 @@
-"""A set of labelled face images, whatever it is read from."""
+"""A set of labelled face images, and how image files are decoded."""
 
 import hashlib
 import io
@@ -22,20 +22,18 @@ _16_BIT = {"I;16", "I;16L", "I;16B", "I;16N", "I of PNG", "I of PPM"}
 
 
 class DataError(ValueError):
-    """Something wrong with a data file; the message names the file and, for a list, the line."""
+    """A data file that cannot be used; the message names the file and, in a list, the line."""
 
 
 @dataclass(kw_only=True)
 class Issues:
-    """What to do about a bad line or image: on_error "raise" stops at the first, "skip" collects
-    the messages.
-    """
+    """Bad lines and images: on_error "raise" stops at the first, "skip" collects the messages."""
 
     on_error: str = "raise"
     messages: list[str] = field(default_factory=list)
 
     def report(self, message: str) -> None:
-        """Raises DataError(message) or keeps the message, by on_error."""
+        """Raises DataError(message), or collects it."""
         if self.on_error == "raise":
             raise DataError(f"{message} (data.on_error: skip leaves such images out)")
         self.messages.append(message)
@@ -43,18 +41,16 @@ class Issues:
 
 @dataclass(kw_only=True)
 class FaceSource:
-    """N images of C identities. Nothing is decoded until `read`.
+    """N images of C identities, decoded by `read` only.
 
     names: one per image, for errors and the fingerprint. labels: (N,) int64, 0..C-1 without gaps;
-    class_names: C. landmarks: (N, 5, 2) float32 or None, x and y in original pixels, order lefteye,
-    righteye, nose, leftmouth, rightmouth (left is the viewer's). Coordinates are continuous, pixel
-    i spans [i, i + 1), so a mirror is x -> width - x and a resize is a plain scaling; lists that
-    hold pixel indices are read as index + 0.5. sizes: (N, 2) int64 original width and height.
-    groups: (N,) int64 or None, the video a frame comes from, unique over the whole set. skipped:
-    a message for each file that was not taken. splits: file name -> column -> one value per image.
-    read: image number -> Pillow image, RGB; DataError naming a file that
-    cannot be read. read_batch, where the source has one: int64 (B,) ->
-    uint8 (B, 3, H, W).
+    class_names: C. landmarks: (N, 5, 2) float32 or None, (x, y) in original pixels, in the order of
+    LANDMARKS (left is the viewer's). Coordinates are continuous, pixel i spans [i, i + 1): a mirror
+    is x -> width - x, a resize a scaling, and lists of pixel indices are read as index + 0.5.
+    sizes: (N, 2) int64 original width and height. groups: (N,) int64 or None, the frame's video,
+    unique over the set. skipped: a message for each file that was not read. splits: file name ->
+    column -> one value per image. read: index -> Pillow image, RGB, or DataError. read_batch, if
+    any: int64 (B,) -> uint8 (B, 3, H, W).
     """
 
     name: str
@@ -85,9 +81,7 @@ class FaceSource:
         return len(self.class_names)
 
     def fingerprint(self) -> str:
-        """Returns a hex digest of names, sizes, labels and landmarks: the same set read again gives
-        the same digest.
-        """
+        """Returns a hex digest of names, sizes, labels, landmarks and groups."""
         names = "\n".join([self.name, *self.names, *self.class_names])
         digest = hashlib.sha256(name_bytes(names))
         for array in (self.sizes, self.labels, self.landmarks, self.groups):
@@ -96,32 +90,32 @@ class FaceSource:
 
 
 def decode_image(path: Path) -> Image.Image:
-    """Returns an image file decoded as RGB, orientation tags ignored (landmarks refer to the
-    stored pixels), the first frame of several. By Pillow's mode:
+    """Returns an image file (the first frame) as RGB. Orientation tags are ignored, as landmarks
+    refer to stored pixels. By Pillow's mode:
 
         1, L, P, RGB, RGBX, CMYK, YCbCr, LAB, HSV     Pillow's conversion
         LA, PA, RGBA, RGBa, or a transparent colour   composited on black
         I;16, I;16L, I;16B, I;16N; I of PNG and PPM   16-bit grey: round(value / 257)
         F with every value in [0, 1]                  round(255 value)
-        other F, I of other formats, La, any other    refused: no range of values is defined
+        other F, I of other formats, La, any other    rejected: no range of values is defined
 
-    Pillow itself reduces 16-bit colour to the high byte. Raises DataError naming the file when it
-    is missing, not an image, cut off, or of a mode that is refused.
+    Pillow reduces 16-bit colour to the high byte. Raises DataError for a file that is missing, not
+    an image, cut off, or of a rejected mode.
     """
     try:
-        # read whole: Pillow's twenty short reads a JPEG each hand over the interpreter lock, and
-        # two decoding threads then are no faster than one (0.29 against 0.22 ms at 128 pixels)
+        # read at once: each of Pillow's twenty reads per JPEG releases the interpreter lock, and
+        # two threads are then no faster than one (0.29 against 0.22 ms at 128 pixels)
         content = io.BytesIO(regular(path).read_bytes())
         with Image.open(content) as image:
             return _as_rgb(image)
     except Image.UnidentifiedImageError:
-        raise DataError(f"{path}: cannot read this image: no format that is known") from None
+        raise DataError(f"{path}: cannot read this image: unknown format") from None
     except _DECODE_ERRORS as error:
         raise DataError(f"{path}: cannot read this image: {error}") from error
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    """The image as RGB; see decode_image. Raises ValueError for a mode that is refused."""
+    """The image as RGB; see decode_image. Raises ValueError for a rejected mode."""
     if {image.mode, f"{image.mode} of {image.format}"} & _16_BIT:
         grey = (np.asarray(image).astype(np.int32) + 128) // 257
         return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
@@ -140,10 +134,9 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def probe_images(paths: Sequence[Path], *, full: bool, workers: int) -> list[tuple[int, int] | str]:
-    """Returns (width, height) of each image file, or what is wrong with it.
+    """Returns (width, height) of each image file, or an error message.
 
-    Reads headers alone; `full` decodes everything (which is what finds a cut-off file), with
-    `workers` threads.
+    Reads headers alone; `full` decodes every image, which finds files that are cut off.
     """
 
     def probe(path: Path) -> tuple[int, int] | str:
@@ -164,9 +157,7 @@ def probe_images(paths: Sequence[Path], *, full: bool, workers: int) -> list[tup
 
 
 def number_classes(identities: Sequence[str]) -> tuple[Tensor, list[str]]:
-    """Returns labels (N,) int64 without gaps and the class names; ids that are all integers are
-    ordered as numbers.
-    """
+    """Returns labels (N,) int64 without gaps and sorted class names (as numbers if they are)."""
     distinct = set(identities)
     numeric = all(identity.isdecimal() for identity in distinct)
     ordered = sorted(distinct, key=(lambda name: (int(name), name)) if numeric else None)

@@ -1,6 +1,4 @@
-"""Which images are trained on and which are tested on, and the label noise of synthetic training
-sets.
-"""
+"""Training, validation and test parts, and the label noise of synthetic training images."""
 
 from dataclasses import replace
 
@@ -17,15 +15,14 @@ _TRAIN, _TEST, _NEITHER = {"train", "0"}, {"test", "2"}, {"val", "valid", "valid
 
 
 def split_indices(source: FaceSource, config: DataConfig) -> tuple[Tensor, Tensor]:
-    """Returns (train, test) image numbers, ascending int64, by config.split; a function of
+    """Returns (train, test) image indices, ascending int64, by config.split; a function of
     split_seed and the labels.
 
-    "random": test_fraction of the images, but every class keeps at least one for training.
-    "identity": test_fraction of the identities, so no identity is on both sides. "identity:random":
-    the random split within the training identities of identity. "file:NAME:COLUMN": the column says
-    train or test (CelebA's 0 and 2; validation images, 1, are in neither); COLUMN of a list without
-    header is `partition`. Raises DataError for a bad column or value, and when either side is
-    empty.
+    "random": test_fraction of the images, at least one image per class for training. "identity":
+    test_fraction of the identities, disjoint. "identity:random": the random split within the
+    training identities of identity. "file:NAME:COLUMN": the column holds train or test (CelebA's 0
+    and 2; validation images, 1, are in neither part); a list without header has the column
+    `partition`. Raises DataError for a bad column or value, and for an empty part.
     """
     if config.split.startswith("file:"):
         return _file_split(source, config.split)
@@ -45,9 +42,8 @@ def hold_out(source: FaceSource, train: Tensor, config: DataConfig) -> tuple[Ten
     """Returns (train, validation): `train` (N,) ascending int64 without validation_fraction of it,
     and that part; a function of split_seed, the labels and `train`.
 
-    By image, where every class of `train` keeps at least one; with split "identity" by identity, so
-    that no identity is on two sides. Fraction 0 holds nothing out. DataError when either side is
-    empty.
+    By image, at least one image per class for training; with split "identity" by identity. Fraction
+    0 holds nothing out. Raises DataError for an empty part.
     """
     fraction = config.validation_fraction
     if fraction == 0:
@@ -65,12 +61,10 @@ def hold_out(source: FaceSource, train: Tensor, config: DataConfig) -> tuple[Ten
 
 
 def training_labels(source: FaceSource, train: Tensor, config: DataConfig) -> Tensor:
-    """Returns the labels to train with, (N,) int64: source.labels, with label noise on synthetic
-    training images.
+    """Returns the labels to train with, (N,) int64.
 
-    Each image in `train` takes, with probability config.noise, the label of another identity drawn
-    uniformly; a function of (synthetic_seed, image). Images outside `train`, other sources, and
-    every evaluation keep the true label.
+    With probability config.noise a synthetic image in `train` takes the label of another identity,
+    drawn uniformly; a function of (synthetic_seed, image). All other labels stay true.
     """
     labels = source.labels.clone()
     if config.kind != "synthetic" or config.noise == 0:
@@ -95,12 +89,12 @@ def _random_split(
     order = counter_permutation(len(labels), seed, stream)
     is_test = torch.zeros(len(labels), dtype=torch.bool)
     is_test[order[: round(fraction * len(labels))]] = True
-    kept = torch.bincount(labels[~is_test], minlength=num_classes)
-    # a class whose images all fell into the test part gives its first one (in hash order) back
+    left = torch.bincount(labels[~is_test], minlength=num_classes)
+    # a class with every image in the test part returns its first one, in hash order
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order))
     first = torch.full((num_classes,), len(order)).scatter_reduce_(0, labels, places, "amin")
-    is_test[order[first[kept == 0]]] = False
+    is_test[order[first[left == 0]]] = False
     return is_test
 
 

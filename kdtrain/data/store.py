@@ -1,6 +1,4 @@
-"""Images of one source, decoded and resized to a square, from memory or decoded batch by
-batch.
-"""
+"""Images of one source, decoded and resized to a square, from memory or batch by batch."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -12,11 +10,11 @@ from torch import Tensor
 from kdtrain.data.counter import counter_permutation
 from kdtrain.data.source import FaceSource
 
-MEMORY_LIMIT_BYTES = 2 << 30  # "auto" keeps a set up to this size in memory
+MEMORY_LIMIT_BYTES = 2 << 30  # of "auto"
 _CHUNK = 512
 _READ_AHEAD = 2  # batches waiting at most
-# Images that a worker decodes at a time. A future for each image wakes the training thread and
-# takes its interpreter lock 64 times a batch; larger parts leave a worker idle at a batch's end.
+# Images per future: a future per image would take the training thread's interpreter lock 64 times
+# per batch; larger parts leave a worker idle at the end of a batch.
 _PART = 16
 _STREAM_GRID = 41
 _COLOURS = ("#40ff40", "#40c0ff", "#ffff40", "#ff8040", "#ff60ff")  # one per landmark
@@ -25,11 +23,9 @@ _COLOURS = ("#40ff40", "#40c0ff", "#ffff40", "#ff8040", "#ff60ff")  # one per la
 class ImageStore:
     """uint8 images (size x size, Pillow's antialiased bilinear resize) of a FaceSource.
 
-    cache "memory" decodes everything now, "none" decodes each batch when it is asked for (or, with
-    workers > 0, ahead, by that many threads, after `prefetch`), "auto" is memory up to 2 GiB. The
-    pixels are the same in every mode. An image that cannot be decoded raises DataError naming its
-    file: here in "memory", from get() in "none". (With data.on_error "skip" the source has already
-    left such images out.)
+    cache "memory" decodes everything now, "none" each batch in get(), or ahead in worker threads
+    after prefetch(); "auto" is memory up to 2 GiB. Pixels are equal in every mode. An image that
+    cannot be decoded raises DataError, here or from get().
     """
 
     def __init__(
@@ -48,9 +44,7 @@ class ImageStore:
             self._images = images
 
     def get(self, indices: Tensor) -> Tensor:
-        """Returns images (B, 3, size, size), uint8 on the CPU, of the source's numbers `indices`
-        (B,).
-        """
+        """Returns images (B, 3, size, size), uint8 on the CPU, of the source's `indices` (B,)."""
         if self._images is not None:
             return self._images[indices]
         waiting = self._ahead.pop(tuple(indices.tolist()), None)
@@ -59,25 +53,22 @@ class ImageStore:
         return self._decode(indices)
 
     def prefetch(self, indices: Tensor) -> None:
-        """Starts decoding a coming batch in the worker threads; without workers, or in memory,
-        nothing is to be done.
-        """
+        """Starts decoding a batch in the worker threads, if any."""
         if self._images is not None or self._pool is None:
             return
-        while len(self._ahead) >= _READ_AHEAD:  # asked for and never fetched: forget the oldest
+        while len(self._ahead) >= _READ_AHEAD:  # a batch was never fetched: drop the oldest
             for future in self._ahead.pop(next(iter(self._ahead))):
                 future.cancel()
         parts = indices.split(_PART)
         self._ahead[tuple(indices.tolist())] = [self._pool.submit(self._load, p) for p in parts]
 
     def landmarks_in_store(self) -> Tensor | None:
-        """Returns the landmarks in store pixels, (N, 5, 2) float32, where the source has any."""
+        """Returns the landmarks in store pixels, (N, 5, 2) float32, or None without landmarks."""
         if self.source.landmarks is None:
             return None
         return self.source.landmarks * (self.size / self.source.sizes.float()).unsqueeze(1)
 
     def close(self) -> None:
-        """Stops the worker threads."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
@@ -93,9 +84,7 @@ class ImageStore:
         return torch.cat(list(self._pool.map(self._load, indices.split(_PART))))
 
     def _load(self, indices: Tensor) -> Tensor:
-        """Images (n, 3, size, size). NumPy alone in the loop: each of torch's calls would hand
-        the interpreter lock over and wait for it again.
-        """
+        """Images (n, 3, size, size), by NumPy: each call of torch releases the interpreter lock."""
         loaded = np.empty((len(indices), self.size, self.size, 3), dtype=np.uint8)
         for place, index in enumerate(indices.tolist()):
             image = self.source.read(index)
@@ -106,12 +95,8 @@ class ImageStore:
 
 
 def sample_grid(store: ImageStore, identities: int = 10, images: int = 8) -> Image.Image:
-    """Returns a contact sheet: a row of `images` store images for each of
-    `identities` identities, enlarged to about 96 pixels.
-
-    Identities are drawn among all, images are each identity's first. Landmarks, where the source
-    has them, are dots (left eye green, right eye blue, nose yellow, left mouth corner orange, right
-    one pink).
+    """Returns a contact sheet: a row of each random identity's first store images, enlarged to
+    about 96 pixels, with landmarks as dots in _COLOURS.
     """
     source, size = store.source, store.size
     scale = max(1, round(96 / size))

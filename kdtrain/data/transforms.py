@@ -1,8 +1,8 @@
-"""Crops and flips of image batches with their landmarks, on any device, and the way back to the
-original pixels.
+"""Crops and flips of image batches with their landmarks, on any device, and back to original
+pixels.
 
-Augmentation is a pure function of (seed, phase, epoch, image): no generator, so batches, workers
-and a resumed run see the same crops, and a teacher's answers to them can be kept.
+Augmentation is a pure function of (seed, phase, epoch, image), without a generator: batches,
+workers and a resumed run see the same crops, and teacher outputs can be cached.
 """
 
 from dataclasses import dataclass
@@ -15,16 +15,15 @@ from kdtrain.config import AugmentConfig
 from kdtrain.data.counter import counter_uniform
 
 _STREAM_AUGMENT = 21
-_MIRROR = (1, 0, 2, 4, 3)  # where each landmark goes in a mirrored image
+_MIRROR = (1, 0, 2, 4, 3)  # landmarks of a mirrored image
 
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """How crops lie in their images: store = crop * scale + offset, after a flipped crop is
-    mirrored back.
+    """Place of crops in their images: store = crop * scale + offset, once flips are mirrored back.
 
-    scale: (B,) store pixels per crop pixel. offset: (B, 2) store coordinates (x, y) of the crop's
-    corner. flipped: (B,) bool. input_size: side of the crop in crop pixels.
+    scale: (B,) store pixels per crop pixel. offset: (B, 2) the crop's corner (x, y) in store
+    pixels. flipped: (B,) bool. input_size: side of the crop in crop pixels.
     """
 
     scale: Tensor
@@ -44,15 +43,13 @@ def augment(
     config: AugmentConfig,
     input_size: int,
 ) -> tuple[Tensor, Tensor | None, Frame]:
-    """Returns (crops float32 (B, 3, s, s) in [0, 255], landmarks (B, 5, 2) in crop pixels or None,
-    frame) for training.
+    """Returns (crops float32 (B, 3, s, s) in [0, 255], landmarks (B, 5, 2) in crop pixels, frame).
 
-    images: uint8 (B, 3, S, S). landmarks: (B, 5, 2) store pixels. indices: (B,) int64, the
-    images' numbers in their source, on any device. config (AugmentConfig): crop "random" is an s
-    x s window at a uniform whole-pixel place; "jitter" a square of side S * u, u uniform in
-    [scale_min, scale_max], at a uniform place within the image, resampled bilinearly; flip
-    mirrors half of the images and swaps left and right landmarks. Raises ValueError for shapes
-    and for an input_size larger than the store for "random".
+    images: uint8 (B, 3, S, S). landmarks: (B, 5, 2) store pixels. indices: (B,) int64 in the
+    source. config: crop "random" is an s x s window at a uniform whole-pixel place; "jitter" a
+    square of side S * u, u uniform in [scale_min, scale_max], at a uniform place, resampled
+    bilinearly; flip mirrors half of the images and swaps left and right landmarks. Raises
+    ValueError for wrong shapes, and for "random" with an input_size above S.
     """
     _check(images, landmarks, config, input_size, "augment")
     if indices.shape != (len(images),):
@@ -84,11 +81,10 @@ def center(
     *,
     mirrored: bool = False,
 ) -> tuple[Tensor, Tensor | None, Frame]:
-    """Returns what augment returns, for evaluation: the centre crop, flipped where `mirrored`.
+    """Returns the same as augment for evaluation: the centre crop, flipped if `mirrored`.
 
-    crop "random": the middle s x s window (an odd rest goes right and down); "jitter": the middle
-    square of mean side S * (scale_min + scale_max) / 2. Where fixed_views is not None, these are
-    the crops of augment. Raises ValueError as augment does.
+    crop "random": the middle s x s window (an odd remainder goes right and down); "jitter": the
+    middle square of the mean side. Where fixed_views is not None, these are the crops of augment.
     """
     _check(images, landmarks, config, input_size, "center")
     side, count = images.shape[-1], len(images)
@@ -108,14 +104,14 @@ def center(
 
 
 def fixed_views(config: AugmentConfig, store_size: int, crop_size: int) -> int | None:
-    """Returns in how many views training sees an image at all: 1, or 2 with config.flip, where the
-    crop is the whole stored image; None where it differs from epoch to epoch, keyed to (seed,
-    phase, epoch, image). Raises ValueError for crops of which neither is known.
+    """Returns the number of views of an image in training if the crop is the whole stored image: 1,
+    or 2 with config.flip; None if crops differ from epoch to epoch. Raises ValueError for a crop
+    that is not a function of (seed, phase, epoch, image).
     """
     if config.crop not in ("random", "jitter"):
         raise ValueError(
-            f"fixed_views: augment.crop {config.crop!r} is not known to be keyed to (seed, phase, "
-            "epoch, image), so no answer to it can be kept; set teacher.cache to none"
+            f"fixed_views: augment.crop {config.crop!r} is not a function of (seed, phase, epoch, "
+            "image), so teacher outputs cannot be cached; set teacher.cache to none"
         )
     whole = crop_size == store_size
     if config.crop == "jitter":
@@ -126,10 +122,8 @@ def fixed_views(config: AugmentConfig, store_size: int, crop_size: int) -> int |
 def shrink(
     crops: Tensor, landmarks: Tensor | None, frame: Frame, side: int
 ) -> tuple[Tensor, Tensor | None, Frame]:
-    """Returns what augment and center return, of the same windows and flips at `side` pixels.
-
-    Crops as area_average makes them, landmarks in the new pixels; crops of that size already come
-    back as they are. Raises ValueError for a side that is larger than the crop's.
+    """Returns the same windows and flips at `side` pixels: crops by area_average, landmarks in the
+    new pixels. Crops of that side are returned unchanged. Raises ValueError for a larger side.
     """
     if side == frame.input_size:
         return crops, landmarks, frame
@@ -141,13 +135,12 @@ def shrink(
 
 
 def area_average(images: Tensor, side: int) -> Tensor:
-    """Returns images (B, C, S, S) at side x side pixels: each the mean of the area it covers.
+    """Returns images (B, C, S, S) at side x side pixels: each pixel the mean of the area it covers.
 
-    A pixel of the result spans S / side pixels of the image, and one that it covers in part
-    counts by that part: the mean of blocks where S is a multiple of side, antialiased at every
-    ratio. Weights are whole numbers and the division comes last, so that sums of whole values up
-    to 255 are exact for S up to 256 and a mirrored image gives the mirrored result. Elementwise:
-    an image's bits do not depend on its batch. Raises ValueError for a side larger than S.
+    A pixel of the result spans S / side pixels of the image, partly covered ones by their share.
+    Weights are whole numbers and the division comes last: sums of whole values up to 255 are exact
+    for S up to 256, and a mirrored image gives the mirrored result. Elementwise, so that an image's
+    bits do not depend on its batch. Raises ValueError for a side larger than S.
     """
     size = images.shape[-1]
     if not 0 < side <= size:
@@ -161,19 +154,13 @@ def area_average(images: Tensor, side: int) -> Tensor:
 
 
 def uncrop(points: Tensor, frame: Frame) -> Tensor:
-    """Returns store-pixel coordinates (B, 5, 2) of crop-pixel points: the inverse of what augment
-    does to landmarks.
-
-    Differentiable in points; the result has the order of the unflipped face.
-    """
+    """Returns store-pixel coordinates (B, 5, 2) of crop-pixel points, unflipped. Differentiable."""
     points = _mirror(points, frame)
     return points * frame.scale.reshape(-1, 1, 1) + frame.offset.unsqueeze(1)
 
 
 def to_original(points: Tensor, frame: Frame, sizes: Tensor, store_size: int) -> Tensor:
-    """Returns original-pixel coordinates (B, 5, 2) of crop-pixel points; sizes: (B, 2) original
-    width and height.
-    """
+    """Returns original-pixel coordinates (B, 5, 2) of crop-pixel points; sizes: (B, 2)."""
     factor = sizes.to(points.device, points.dtype) / store_size
     return uncrop(points, frame) * factor.unsqueeze(1)
 
@@ -195,7 +182,7 @@ def _check(
 
 
 def _mirror(points: Tensor, frame: Frame) -> Tensor:
-    """Mirrors the points of flipped crops, left and right swapped; its own inverse."""
+    """Mirrors the points of flipped crops and swaps left and right; its own inverse."""
     mirrored = points[:, _MIRROR]
     mirrored = torch.stack([frame.input_size - mirrored[..., 0], mirrored[..., 1]], -1)
     return torch.where(frame.flipped.reshape(-1, 1, 1), mirrored, points)
@@ -223,7 +210,7 @@ def _crop(
 
 
 def _take(images: Tensor, places: Tensor, axis: int) -> Tensor:
-    """Rows (axis 2) or columns (axis 3) of each image at its own places (B, s)."""
+    """Rows (axis 2) or columns (axis 3) of each image at the image's places (B, s)."""
     shape = list(images.shape)
     shape[axis] = places.shape[1]
     view = [len(images), 1, 1, 1]
@@ -232,11 +219,8 @@ def _take(images: Tensor, places: Tensor, axis: int) -> Tensor:
 
 
 def _sample(images: Tensor, places: Tensor, axis: int) -> Tensor:
-    """Linear interpolation along one axis at continuous coordinates (B, s); pixel i's centre is i +
-    0.5, edges repeat.
-
-    Elementwise after two gathers, so an image's bits do not depend on its batch (a batched matrix
-    product's may).
+    """Linear interpolation along one axis at continuous coordinates (B, s); pixel i has its centre
+    at i + 0.5, edges repeat. Elementwise after two gathers: bits do not depend on the batch.
     """
     last = images.shape[axis] - 1
     places = (places - 0.5).clamp(0, last)
@@ -250,19 +234,19 @@ def _sample(images: Tensor, places: Tensor, axis: int) -> Tensor:
 
 
 def _sums(images: Tensor, side: int, whole: int, part: int, axis: int) -> Tensor:
-    """Weighted sums along an axis: pixel i of `side` covers [i * whole, (i + 1) * whole) on a scale
-    on which pixel j of the image covers [j * part, (j + 1) * part).
+    """Weighted sums along an axis: pixel i of the result covers [i * whole, (i + 1) * whole), pixel
+    j of the image [j * part, (j + 1) * part).
     """
     start = torch.arange(side, device=images.device) * whole
     first = start // part
     shape = [1] * images.dim()
     shape[axis] = side
     total = None
-    for step in range((whole + part - 2) // part + 1):  # the most pixels that one can touch
+    for step in range((whole + part - 2) // part + 1):  # the most pixels that one covers
         place = first + step
         low, high = place * part, (place + 1) * part
         weight = (torch.minimum(high, start + whole) - torch.maximum(low, start)).clamp(min=0)
-        # where nothing is left to cover the weight is 0, at the last pixel too
+        # 0 for pixels outside, also beyond the last one
         taken = images.index_select(axis, place.clamp(max=images.shape[axis] - 1))
         taken = taken * weight.to(images.dtype).reshape(shape)
         total = taken if total is None else total + taken

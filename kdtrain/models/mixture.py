@@ -1,4 +1,4 @@
-"""Several teachers as one: their softened predictions averaged, for the soft target."""
+"""Several teachers as one: the mean of their softened predictions, for the soft target."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from kdtrain.models.network import FaceNetwork, Outputs
 
 
 def mixed_logits(logits: Sequence[Tensor], weights: Sequence[float], temperature: float) -> Tensor:
-    """Logits whose softened prediction is the weighted mean of the teachers': float32 (N, C)
+    """Returns float32 logits (N, C) whose softened prediction is the weighted mean of the
+    teachers':
 
         l = tau log sum_i w_i softmax(l_i / tau),    softmax(l / tau) = sum_i w_i softmax(l_i / tau)
 
-    by logsumexp, so that no probability is rounded to 0. logits: (N, C) of each teacher; weights:
-    more than 0, sum 1. At another temperature l softens to another prediction.
+    By logsumexp, so that no probability is rounded to 0; for this temperature alone. logits: (N, C)
+    of each teacher. weights: positive, sum 1.
     """
     parts = [
         math.log(weight) + torch.log_softmax(own.float() / temperature, dim=1)
@@ -27,12 +28,12 @@ def mixed_logits(logits: Sequence[Tensor], weights: Sequence[float], temperature
 
 
 class TeacherMixture(FaceNetwork):
-    """Networks that tell the same identities apart, answering as one teacher: mixed_logits at one
-    temperature, and the first one's feature. weights: more than 0, sum 1.
+    """Networks of the same identities as one teacher: mixed_logits at one temperature, and the
+    first one's feature. weights: positive, sum 1.
 
-    Its other methods, backbone, classifier and width are the first network's, and no target with
-    weight reads them (Config sees to it). Weights and temperature are part of its state, as an
-    answer depends on them. Raises ValueError for networks of different identities.
+    Other methods, backbone, classifier and width are the first network's; Config rejects targets
+    that read them. Weights and temperature are in its state, as outputs depend on them. Raises
+    ValueError for networks of different identities.
     """
 
     def __init__(
@@ -42,8 +43,8 @@ class TeacherMixture(FaceNetwork):
         classes = [network.num_classes for network in networks]
         if len(set(classes)) > 1:
             raise ValueError(
-                f"teacher.more: the teachers tell {', '.join(map(str, classes))} identities apart; "
-                "train all of them on the same identities"
+                f"teacher.more: the teachers have {', '.join(map(str, classes))} identities; train "
+                "all of them on the same ones"
             )
         first = networks[0]
         self.networks = nn.ModuleList(networks)
@@ -55,9 +56,9 @@ class TeacherMixture(FaceNetwork):
         self.arrange(channels_last=True)
 
     def forward(self, images: Tensor) -> Outputs:
-        """Answer to raw images (N, 3, H, W) in [0, 255], without landmarks."""
+        """Outputs of raw images (N, 3, H, W) in [0, 255], without landmarks."""
         images = images.contiguous(memory_format=self._format)
-        answers: list[Outputs] = [network(images) for network in self.networks]
-        logits = [answer.logits for answer in answers if answer.logits is not None]
+        outputs: list[Outputs] = [network(images) for network in self.networks]
+        logits = [one.logits for one in outputs if one.logits is not None]
         mixed = mixed_logits(logits, self.weights, self.temperature)
-        return Outputs(answers[0].hidden, mixed, None)
+        return Outputs(outputs[0].hidden, mixed, None)

@@ -1,4 +1,4 @@
-"""What is optimised and measured: tasks, targets, heads, metrics."""
+"""Tasks, targets, heads and metrics."""
 
 from kdtrain.objectives.tasks import build_task
 

@@ -1,8 +1,8 @@
 """True accept rates at low false accept rates, over every pair of a split.
 
-Ten folds of pairs hold a few thousand impostors: at a false accept rate of 0.001 two or three of
-them set the threshold. All N (N - 1) / 2 pairs of a thousand images are half a million. Scores
-are formed a part at a time, and only the impostors that can set a threshold are kept.
+Ten folds of pairs have a few thousand impostor pairs, two or three of them above a false accept
+rate of 0.001; all N (N - 1) / 2 pairs of a thousand images are half a million. Scores are formed in
+parts, and only the highest impostor scores, which can set a threshold, are stored.
 """
 
 from __future__ import annotations
@@ -14,24 +14,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 FARS = (1e-2, 1e-3, 1e-4)
-"""False accept rates that are reported, where LEAST impostors stand behind them."""
+"""False accept rates that are reported, with at least LEAST impostors accepted."""
 LEAST = 10
-CURVE_FAR = 0.1
-"""Where the curve ends."""
+CURVE_FAR = 0.1  # end of the curve
 CURVE_POINTS = 120
-KEPT = 1 << 18  # impostors for the curve; where more stand behind CURVE_FAR it ends before
+MOST = 1 << 18  # impostor scores stored; if CURVE_FAR accepts more, the curve ends earlier
 _PART = 1 << 20  # scores formed at a time
 
 
 class Scores(NamedTuple):
-    """Cosines of every pair, as far as thresholds need them; float32, on the CPU."""
+    """Cosines of all pairs, as far as thresholds need them; float32, on the CPU."""
 
-    genuine: Tensor
-    """(G,) of two images of one identity, not of one video, falling."""
-    impostors: Tensor
-    """(K,) the largest of two identities, falling."""
-    num_impostors: int
-    """Pairs of two identities in all, M >= K."""
+    genuine: Tensor  # (G,) of genuine pairs, not within a video, falling
+    impostors: Tensor  # (K,) the highest of impostor pairs, falling
+    num_impostors: int  # All impostor pairs, M >= K
 
 
 def pair_scores(
@@ -42,20 +38,19 @@ def pair_scores(
     gallery: Tensor | None = None,
     part: int = _PART,
 ) -> Scores:
-    """Cosines of all pairs of N images.
+    """Returns the cosines of all pairs of N images.
 
-    queries (N, D) features, labels (N,). Without gallery every unordered pair counts once. gallery
-    (N, D): features of the same images by another network; every ordered pair (i, j), i != j,
-    of queries[i] and gallery[j] counts. groups (N,): the video that an image comes from; genuine
-    pairs of one video are left out, as frames are near-copies. Memory: `part` scores and what is
-    kept. ValueError for features that are not finite.
+    queries (N, D) features, labels (N,): every unordered pair counts once. gallery (N, D): features
+    of the same images by another network; every ordered pair (i, j), i != j, of queries[i] and
+    gallery[j] counts. groups (N,): videos; genuine pairs within a video are omitted, as frames are
+    near-copies. Memory: `part` scores and the result. Raises ValueError for features not finite.
     """
     ours = F.normalize(queries.float(), dim=1)
     theirs = ours if gallery is None else F.normalize(gallery.float(), dim=1)
     if not bool(ours.isfinite().all() and theirs.isfinite().all()):
         raise ValueError("pair_scores: features must be finite, got nan or inf in them")
     identities, sizes = torch.unique(labels, return_inverse=True, return_counts=True)[1:]
-    order = identities.argsort(stable=True)  # pairs of one identity then lie beside the diagonal
+    order = identities.argsort(stable=True)  # genuine pairs then lie near the diagonal
     ends = sizes.cumsum(0).tolist()
     begins = [0, *ends]
     identities, place = identities[order].to(ours.device), order.to(ours.device)
@@ -64,10 +59,10 @@ def pair_scores(
     videos = None if groups is None else groups.to(ours.device)[place]
     total = len(order)
     count = (total**2 - int(sizes.square().sum())) // (2 if gallery is None else 1)
-    # those behind the largest of FARS, more for the curve, and the next one
-    wanted = 1 + max(accepted(max(FARS), count), min(accepted(CURVE_FAR, count), KEPT))
+    # those accepted at the largest of FARS, more for the curve, and the next one
+    wanted = 1 + max(accepted(max(FARS), count), min(accepted(CURVE_FAR, count), MOST))
     genuine: list[Tensor] = []
-    kept: list[Tensor] = []
+    highest: list[Tensor] = []
     bound = float("-inf")
     step = max(1, part // max(1, total))
     for start in range(0, total, step):
@@ -76,7 +71,7 @@ def pair_scores(
         scores = ours[start:stop] @ theirs[first:].T  # (R, C)
         end = ends[int(identities[stop - 1])]
         low = start if gallery is None else begins[int(identities[start])]
-        band = scores[:, low - first : end - first]  # whoever is not in it is somebody else
+        band = scores[:, low - first : end - first]  # outside of it all pairs are impostors
         column = torch.arange(low, end, device=ours.device)
         row = torch.arange(start, stop, device=ours.device)[:, None]
         same = identities[row] == identities[column]
@@ -85,18 +80,18 @@ def pair_scores(
             counted &= videos[row] != videos[column]
         genuine.append(band[counted])
         band.masked_fill_(same if gallery is not None else same | (row >= column), float("-inf"))
-        kept.append(scores[scores > bound])
-        if sum(map(len, kept)) > 2 * wanted:
-            kept = [torch.cat(kept).topk(wanted).values]
-            bound = kept[0][-1].item()
-    largest = torch.cat(kept) if kept else ours.new_zeros(0)
+        highest.append(scores[scores > bound])
+        if sum(map(len, highest)) > 2 * wanted:
+            highest = [torch.cat(highest).topk(wanted).values]
+            bound = highest[0][-1].item()
+    largest = torch.cat(highest) if highest else ours.new_zeros(0)
     largest = largest.topk(min(wanted, len(largest))).values
     every = torch.cat(genuine) if genuine else ours.new_zeros(0)
     return Scores(every.sort(descending=True).values.cpu(), largest.cpu(), count)
 
 
 def accepted(far: float, count: int) -> int:
-    """Impostors of `count` that may be accepted at `far`: the largest k with k / count <= far."""
+    """Returns the largest k with k / count <= far: impostors accepted at `far`."""
     k = min(count, int(far * count) + 1)
     while k > 0 and k / count > far:
         k -= 1
@@ -104,11 +99,8 @@ def accepted(far: float, count: int) -> int:
 
 
 def tar(scores: Scores, impostors: int) -> float:
-    """Share of genuine pairs above the threshold that accepts at most `impostors` others.
-
-    The lowest threshold t with #{impostor >= t} <= `impostors`, "score >= t" accepts: every genuine
-    score above the next impostor's. No interpolation; pairs that tie with that impostor are
-    refused, as are the impostors.
+    """Returns the share of genuine pairs at the lowest threshold that accepts at most `impostors`
+    impostors: those above the next impostor's score. Ties with it are rejected; no interpolation.
     """
     if impostors >= scores.num_impostors:
         return 1.0
@@ -117,14 +109,12 @@ def tar(scores: Scores, impostors: int) -> float:
 
 
 def metrics(scores: Scores) -> dict[str, float]:
-    """tar_at_far_F_all for each F of FARS with at least LEAST impostors behind it, and both counts;
-    {} where none has.
-    """
-    behind = {far: accepted(far, scores.num_impostors) for far in FARS}
-    known = {far: k for far, k in behind.items() if k >= LEAST}
-    if not known or not len(scores.genuine):
+    """Returns tar_at_far_F_all for F of FARS that accept at least LEAST impostors, and counts."""
+    allowed = {far: accepted(far, scores.num_impostors) for far in FARS}
+    measured = {far: k for far, k in allowed.items() if k >= LEAST}
+    if not measured or not len(scores.genuine):
         return {}
-    rates = {f"tar_at_far_{far:g}_all": tar(scores, k) for far, k in known.items()}
+    rates = {f"tar_at_far_{far:g}_all": tar(scores, k) for far, k in measured.items()}
     return {
         **rates,
         "pairs_genuine_all": len(scores.genuine),
@@ -133,10 +123,8 @@ def metrics(scores: Scores) -> dict[str, float]:
 
 
 def curve(scores: Scores) -> tuple[Tensor, Tensor]:
-    """False accept rates, evenly spaced on a logarithmic axis from LEAST impostors up to CURVE_FAR,
-    and the true accept rates there; float64 (n,), n = 0 where there are too few pairs.
-
-    The rates depend on the labels alone, so curves of several networks share them.
+    """Returns false accept rates, log-spaced from LEAST impostors to CURVE_FAR and a function of
+    the labels alone, and the true accept rates; float64 (n,), n = 0 with too few pairs.
     """
     most = min(accepted(CURVE_FAR, scores.num_impostors), len(scores.impostors) - 1)
     if most < LEAST or not len(scores.genuine):
@@ -144,6 +132,6 @@ def curve(scores: Scores) -> tuple[Tensor, Tensor]:
     ends = torch.tensor([LEAST, most], dtype=torch.float64).log()
     steps = torch.linspace(ends[0].item(), ends[1].item(), CURVE_POINTS, dtype=torch.float64)
     counts = torch.unique(steps.exp().round().long().clamp(LEAST, most))
-    falling = -scores.genuine  # rising: the number above a threshold is a place in it
+    falling = -scores.genuine  # rising: the index is the number above a threshold
     above = torch.searchsorted(falling, -scores.impostors[counts])
     return counts.double() / scores.num_impostors, above.double() / len(scores.genuine)

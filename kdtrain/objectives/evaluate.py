@@ -1,8 +1,7 @@
-"""The metrics, as pure functions of tensors: classification, landmarks, nearest neighbours, pairs,
-and their floors.
+"""Metrics as pure functions of tensors: classification, landmarks, nearest neighbours, pairs,
+floors.
 
-Every figure is a fraction (0.85, not 85 %). Where protocols of the field differ, the docstring says
-which one this is.
+Metrics are fractions (0.85, not 85 %).
 """
 
 from __future__ import annotations
@@ -19,20 +18,16 @@ from kdkernels import nearest_neighbor
 
 
 def hits(logits: Tensor, labels: Tensor) -> Tensor:
-    """(N,) whether the largest of a row's scores (N, C) is its label's; of equal scores the lowest
-    class wins.
-
-    A row that holds NaN is no hit.
-    """
+    """Returns (N,) bool: the highest logit (first of ties) is the label's; False for NaN."""
     return (logits.argmax(1) == labels) & ~logits.isnan().any(1)
 
 
 def normalizer(true: Tensor, sizes: Tensor, kind: str = "interocular") -> Tensor:
-    """(N,) length in original pixels that landmark errors are divided by.
+    """Returns (N,) the lengths in original pixels that landmark errors are divided by.
 
-    true (N, 5, 2) landmarks, eyes first; sizes (N, 2) image width and height. interocular:
-    distance of the two eyes (Wu et al. 2015). diagonal: that of the landmarks' bounding box. side:
-    sqrt(width * height) of the image. ValueError for a length that is not positive.
+    true (N, 5, 2) landmarks, eyes first; sizes (N, 2) image width and height. interocular: distance
+    of the eyes (Wu et al. 2015). diagonal: of the landmarks' bounding box. side: sqrt(width *
+    height) of the image. Raises ValueError for a length that is not positive.
     """
     true = true.double()
     if kind == "interocular":
@@ -51,9 +46,7 @@ def normalizer(true: Tensor, sizes: Tensor, kind: str = "interocular") -> Tensor
 
 
 def per_point_error(predicted: Tensor, true: Tensor) -> Tensor:
-    """(N, 5) Euclidean distance of each predicted landmark to the true one, both (N, 5, 2), in
-    their pixels.
-    """
+    """Returns (N, 5) Euclidean distances of predicted and true landmarks, both (N, 5, 2)."""
     if predicted.shape != true.shape or true.dim() != 3 or true.shape[2] != 2:
         raise ValueError(
             "per_point_error: predicted and true must both be (N, points, 2), "
@@ -65,26 +58,20 @@ def per_point_error(predicted: Tensor, true: Tensor) -> Tensor:
 def nrmse_per_image(
     predicted: Tensor, true: Tensor, sizes: Tensor, kind: str = "interocular"
 ) -> Tensor:
-    """(N,) sqrt(mean_i e_i^2) / d: e_i the distances of `per_point_error`, d the image's
-    `normalizer`. The normalised root mean squared error is their mean over images.
-
-    All points in the original pixel frame, after crop and resize are undone: the aspect ratio
-    matters.
+    """Returns (N,) sqrt(mean_i e_i^2) / d: e_i of `per_point_error`, d of `normalizer`. NRMSE is
+    the mean over images. Points are in original pixels, as the aspect ratio matters.
     """
     return per_point_error(predicted, true).square().mean(1).sqrt() / normalizer(true, sizes, kind)
 
 
 def failure_rate(errors: Tensor, limit: float = 0.1) -> float:
-    """Share of images whose error (N,) is above `limit` or not a number."""
+    """Returns the share of errors (N,) above `limit` or NaN."""
     return (~(errors <= limit)).double().mean().item()
 
 
 def ced(errors: Tensor, limit: float = 0.1, steps: int = 101) -> tuple[Tensor, Tensor, float]:
-    """Cumulative error distribution: thresholds (steps,), share of errors (N,) at or below each,
-    and its area.
-
-    The area is the exact integral of the step curve over [0, limit], divided by limit: 1 when every
-    error is 0.
+    """Returns the cumulative error distribution: thresholds (steps,), the share of errors (N,) at
+    or below each, and the exact area of the step curve over [0, limit], divided by limit.
     """
     errors = errors.double().nan_to_num(nan=float("inf"))
     thresholds = torch.linspace(0, limit, steps, dtype=torch.float64)
@@ -101,14 +88,13 @@ def nn_hits(
     gallery: Tensor | None = None,
     backend: str | None = None,
 ) -> dict[str, Tensor]:
-    """Whether each query's nearest row by Euclidean distance, leave-one-out, is the query's
-    identity: "nn_top1", float32 (N,), 1 or 0, nan for a lone query, whose identity has no other
-    image. It can never be right, and stays in the gallery of the others.
+    """Returns "nn_top1", float32 (N,): 1 if a query's nearest row by Euclidean distance, leave-one-
+    out, is of the same identity, else 0; nan for a lone query, whose identity has no other image.
 
-    queries (N, D) features, labels (N,). With groups (N,), the video that an image comes from,
-    also "nn_top1_other_video": there images of the query's own video are no neighbours. gallery
-    (N, D): another network's features of the same images, among which the queries are looked up
-    in place of their own. ValueError for fewer than two rows, or shapes that differ.
+    queries (N, D) features, labels (N,). With groups (N,), the images' videos, also
+    "nn_top1_other_video", where images of the query's own video are no neighbours. gallery (N, D):
+    another network's features of the same images, which are searched in place of the queries.
+    Raises ValueError for fewer than two rows, or shapes that differ.
     """
     if gallery is None:
         gallery = queries
@@ -139,29 +125,26 @@ def nn_hits(
 
 
 def nn_shares(hits: dict[str, Tensor]) -> dict[str, float]:
-    """The means of `nn_hits` without the lone queries, which are counted apart: "nn_top1" (nan
-    without a query), "nn_queries" and "nn_lone", and the same for other videos.
+    """Returns the means of `nn_hits` without lone queries, "nn_top1" (nan without a query), and the
+    counts "nn_queries" and "nn_lone"; the same for other videos.
     """
     result: dict[str, float] = {}
     for name, hit in hits.items():
-        asked = hit[~hit.isnan()]
-        share = asked.double().mean().item() if len(asked) else float("nan")
-        suffix = name.removeprefix("nn_top1")
-        result[name] = share
-        result[f"nn_queries{suffix}"] = len(asked)
-        result[f"nn_lone{suffix}"] = len(hit) - len(asked)
+        valid, suffix = hit[~hit.isnan()], name.removeprefix("nn_top1")
+        result[name] = valid.double().mean().item() if len(valid) else float("nan")
+        result[f"nn_queries{suffix}"] = len(valid)
+        result[f"nn_lone{suffix}"] = len(hit) - len(valid)
     return result
 
 
 def _nearest_other_group(
     queries: Tensor, gallery: Tensor, groups: Tensor, backend: str | None
 ) -> Tensor:
-    """(N,) index of each query's nearest gallery row of another group, row i being of group
-    groups[i] in both, by the rule of `nearest_neighbor`; itself where there is none.
+    """(N,) index of each query's nearest gallery row of another group by the rule of
+    `nearest_neighbor`, or its own index without one; groups (N,) of both.
 
-    Groups are numbered and written with two digits of base sqrt(N). Two groups differ in a digit,
-    so the nearest row is found among those of another first digit or those of another second one:
-    2 sqrt(N) searches in place of one per group.
+    Group numbers have two digits of base sqrt(N), and two groups differ in at least one: 2 sqrt(N)
+    searches among rows of another first or another second digit find the nearest row.
     """
     number = torch.unique(groups, return_inverse=True)[1]
     base = math.isqrt(len(queries)) + 1
@@ -174,7 +157,7 @@ def _nearest_other_group(
                 least, index = nearest_neighbor(queries[mine], gallery[others], backend=backend)
                 distance[place, mine], found[place, mine] = least, others[index]
     nearest = torch.where((distance[1] < distance[0]) | (found[0] < 0), found[1], found[0])
-    # equal as float32, or NaN: `nearest_neighbor` decides, as it compares in double
+    # equal as float32, or NaN: `nearest_neighbor` compares in double
     same = ~(distance[0] < distance[1]) & ~(distance[1] < distance[0]) & (found[0] != found[1])
     for row in (same & (found >= 0).all(0)).nonzero()[:, 0].tolist():
         pair = found[:, row].sort().values
@@ -185,15 +168,14 @@ def _nearest_other_group(
 def make_pairs(
     labels: Tensor, seed: int, folds: int = 10, per_fold: int = 300
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs for verification, laid out as LFW's: per fold first the same-identity pairs, then as
-    many of two identities.
+    """Returns verification pairs in LFW's layout: per fold genuine pairs, then as many impostor
+    pairs.
 
-    labels (N,). Returns two index tensors (P,) and `same` (P,) bool, P = folds * 2 * pairs, no pair
-    twice, a pure function of the arguments. The identities of one fold are in no other fold.
-    `per_fold` of each kind, or as many as the poorest fold can give (at most 100 images of an
-    identity are looked at). ValueError where a fold has not one pair of each kind.
+    labels (N,). Two index tensors (P,) and `same` (P,) bool, P = folds * 2 * pairs, without
+    repetition; the identities of folds are disjoint. `per_fold` pairs of each kind, or as many as
+    every fold has, of at most 100 images per identity. Raises ValueError for a fold without any.
     """
-    random = np.random.RandomState(seed)  # the legacy stream: numpy promises never to change it
+    random = np.random.RandomState(seed)  # numpy never changes this legacy stream
     values = labels.cpu().numpy()
     order = random.permutation(len(values))
     order = order[np.argsort(values[order], kind="stable")]
@@ -229,9 +211,7 @@ def make_pairs(
 def _different_pairs(
     random: np.random.RandomState, pool: np.ndarray, values: np.ndarray, number: int
 ) -> np.ndarray:
-    """`number` distinct pairs of two identities among the images `pool`, in the order in which they
-    are drawn.
-    """
+    """`number` distinct random pairs of two identities among the images `pool`."""
     found: dict[tuple[int, int], None] = {}
     while len(found) < number:
         drawn = np.sort(pool[random.randint(len(pool), size=(2 * number, 2))], axis=1)
@@ -241,21 +221,20 @@ def _different_pairs(
 
 
 def cosine(features_a: Tensor, features_b: Tensor) -> Tensor:
-    """(P,) cosine similarity of corresponding rows in float64; 0 where a row is all zero."""
+    """Returns (P,) cosines of corresponding rows in float64; 0 where a row is all zero."""
     a, b = F.normalize(features_a.double(), dim=1), F.normalize(features_b.double(), dim=1)
     return (a * b).sum(1)
 
 
 def best_threshold(scores: Tensor, same: Tensor) -> float:
-    """The t for which "score >= t means same" is right most often; of equally good ones the lowest.
+    """Returns the lowest t for which "score >= t means same" is right most often.
 
-    Every cut between two distinct scores is tried, and placed in the middle of its gap; -inf and
-    +inf are cuts too.
+    Candidates: -inf, +inf, and the middle between any two neighbouring distinct scores.
     """
     scores, order = scores.double().sort()
     same = same[order]
     distinct = torch.cat([torch.ones_like(same[:1]), scores[1:] != scores[:-1]])
-    start = distinct.nonzero()[:, 0]  # a cut at i calls rows i.. the same identity
+    start = distinct.nonzero()[:, 0]  # a cut at i accepts rows i and later
     negatives = torch.cat([torch.zeros(1, dtype=torch.long), (~same).long().cumsum(0)])
     positives = torch.cat([torch.zeros(1, dtype=torch.long), same.long().cumsum(0)])
     cuts = torch.cat([start, torch.tensor([len(scores)])])
@@ -268,19 +247,17 @@ def best_threshold(scores: Tensor, same: Tensor) -> float:
     return (0.5 * (scores[cut - 1] + scores[cut])).item()
 
 
-def over_folds(told: Tensor, folds: int = 10) -> tuple[float, float]:
-    """Mean and population standard deviation over contiguous folds of the share of pairs (P,) that
-    are told right.
-    """
-    result = torch.stack([fold.double().mean() for fold in told.tensor_split(folds)])
+def over_folds(hits: Tensor, folds: int = 10) -> tuple[float, float]:
+    """Returns mean and population standard deviation over contiguous folds of the share of hits."""
+    result = torch.stack([fold.double().mean() for fold in hits.tensor_split(folds)])
     return result.mean().item(), result.std(correction=0).item()
 
 
 def pair_hits(features_a: Tensor, features_b: Tensor, same: Tensor, folds: int = 10) -> Tensor:
-    """(P,) bool on the CPU: whether each pair is told right by cosine.
+    """Returns (P,) bool on the CPU: a pair's cosine is on the right side of the threshold.
 
     features_a, features_b (P, D); same (P,) bool, in contiguous folds (the first P % folds get one
-    more). A fold is judged with the `best_threshold` of the other folds. ValueError for fewer than
+    more). Each fold takes the `best_threshold` of the other folds. Raises ValueError for fewer than
     two folds, fewer pairs than folds, or a feature that is not finite.
     """
     count = len(same)
@@ -289,20 +266,18 @@ def pair_hits(features_a: Tensor, features_b: Tensor, same: Tensor, folds: int =
     scores, same = cosine(features_a, features_b).cpu(), same.bool().cpu()
     if not bool(scores.isfinite().all()):
         raise ValueError("pair_hits: features must be finite, got nan or inf in them")
-    told = torch.empty(count, dtype=torch.bool)
+    hits = torch.empty(count, dtype=torch.bool)
     for fold in torch.arange(count).tensor_split(folds):
         others = torch.ones(count, dtype=torch.bool)
         others[fold] = False
         threshold = best_threshold(scores[others], same[others])
-        told[fold] = (scores[fold] >= threshold) == same[fold]
-    return told
+        hits[fold] = (scores[fold] >= threshold) == same[fold]
+    return hits
 
 
 def roc(scores: Tensor, same: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """False accept rate, true accept rate and threshold at every distinct score, thresholds falling
-    from +inf.
-
-    "score >= threshold" accepts. ValueError unless both same and different pairs are there.
+    """Returns false accept rate, true accept rate and threshold at every distinct score, thresholds
+    falling from +inf; "score >= threshold" accepts. Raises ValueError without pairs of both kinds.
     """
     scores, same = scores.double().cpu(), same.bool().cpu()
     genuine = int(same.sum())
@@ -319,7 +294,7 @@ def roc(scores: Tensor, same: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def raw_pixels(images: Tensor, side: int = 32) -> Tensor:
-    """(N, 3 * s * s) pixels as features; an image wider than `side` is averaged down to it."""
+    """Returns (N, 3 * s * s) pixels as features; larger images are averaged down to `side`."""
     images = images.float()
     if images.shape[-1] > side:
         images = F.interpolate(images, size=(side, side), mode="area")
@@ -333,11 +308,9 @@ def gallery_top1(
     *,
     backend: str | None = None,
 ) -> float:
-    """Share of queries (N, D) whose nearest gallery row has their label: with raw pixels,
-    classification's floor.
+    """Returns the share of queries (N, D) whose nearest gallery row has the same label.
 
-    gallery: any number of (rows (M, D), labels (M,)), looked at one after the other and not kept.
-    Ties go to the first.
+    gallery: an iterable of (rows (M, D), labels (M,)), searched part by part. Ties go to the first.
     """
     labels = labels.to(queries.device)
     best = queries.new_full((len(queries),), float("inf"), dtype=torch.float32)

@@ -1,8 +1,7 @@
-"""The classifier's part of the loss where it is more than a linear layer with kept logits: margins,
-centres that follow a teacher, and the teacher's own classifier as a second head.
+"""The classifier's part of the loss beyond a linear layer: margins, centres that follow a teacher,
+and the teacher's classifier as a second head.
 
-Cosine heads and streamed ones go through kdkernels.linear_kd_cross_entropy, which keeps no N x C
-logits of either network.
+Cosine and streamed heads use kdkernels.linear_kd_cross_entropy, which stores no N x C logits.
 """
 
 from __future__ import annotations
@@ -28,13 +27,12 @@ from kdtrain.models.network import CosineClassifier, FaceNetwork
 from kdtrain.objectives.targets import Guide, Objective
 
 Margin = ArcFace | CosFace | CombinedMargin
-NORM_MEAN, NORM_STD, NORM_RATE = 20.0, 100.0, 0.01  # AdaFace's start and rate of its averages
+NORM_MEAN, NORM_STD, NORM_RATE = 20.0, 100.0, 0.01  # initial averages of AdaFace and their rate
 
 
 class AdaFaceNorms(nn.Module):
-    """Running mean and standard deviation of the feature's norm (AdaFace, arXiv 2204.00964, section
-    3.3): average <- 0.99 average + 0.01 batch, from 20 and 100. Buffers, kept for resume and
-    dropped with the other extra modules.
+    """Moving mean and standard deviation of the feature's norm (AdaFace, arXiv 2204.00964, section
+    3.3): average <- 0.99 average + 0.01 batch, from 20 and 100. Dropped after training.
     """
 
     mean: Tensor
@@ -47,9 +45,7 @@ class AdaFaceNorms(nn.Module):
 
     @torch.no_grad()
     def update(self, features: Tensor) -> None:
-        """Take up a batch of features (N, K); one of a single row has no deviation and is left
-        out.
-        """
+        """Adds a batch of features (N, K), unless of a single row, which has no deviation."""
         if len(features) < 2:
             return
         norms = features.float().norm(dim=1).clamp(0.001, 100.0)
@@ -58,9 +54,7 @@ class AdaFaceNorms(nn.Module):
 
 
 def scores_op(network: FaceNetwork, hidden: Tensor) -> Callable[..., Any]:
-    """linear_kd_cross_entropy on the class scores that a network's classifier gives of a feature
-    (N, K).
-    """
+    """Returns linear_kd_cross_entropy of a network's classifier on a feature (N, K)."""
     head = network.classifier
     return partial(
         linear_kd_cross_entropy,
@@ -73,9 +67,7 @@ def scores_op(network: FaceNetwork, hidden: Tensor) -> Callable[..., Any]:
 
 
 def soft_source(guide: Guide, teacher: FaceNetwork) -> dict[str, Any]:
-    """A teacher as linear_kd_cross_entropy takes it: its logits where they were asked for, else its
-    feature, classifier and scale.
-    """
+    """Returns the teacher arguments of linear_kd_cross_entropy: logits, or feature and head."""
     if guide.logits is not None:
         return {"teacher": guide.logits}
     assert guide.hidden is not None
@@ -92,11 +84,11 @@ def teacher_head_objective(
     target: TargetConfig,
     backend: str | None = None,
 ) -> Objective:
-    """target.teacher_head [tau^2] H(softmax(h / tau), softmax(t / tau)), h the teacher's frozen
-    classifier on the student's feature: TH-KD (arXiv 2201.06945).
+    """Returns target.teacher_head [tau^2] H(softmax(h / tau), softmax(t / tau)), h the logits of
+    the teacher's frozen classifier on the student's feature: TH-KD (arXiv 2201.06945).
 
-    The paper's term is the KL divergence, whose gradient is the same. mapped (N, K_T): the feature
-    by targets.WidthMap. tau: target.teacher_head_temperature, else target.temperature. Term
+    The paper's KL divergence has the same gradient. mapped (N, K_T): the feature by
+    targets.WidthMap. tau: target.teacher_head_temperature, else target.temperature. Term
     "teacher_head" is the cross-entropy.
     """
     loss, record = scores_op(teacher, mapped)(
@@ -119,7 +111,7 @@ def margin_of(
     guide: Guide | None,
     norms: AdaFaceNorms | None,
 ) -> Margin | None:
-    """The margin that `head` (a HeadConfig) asks for on a batch; None without one."""
+    """Returns the margin of a batch by head.margin, or None."""
     if head.margin == "arcface":
         return ArcFace(head.size)
     if head.margin == "cosface":
@@ -143,13 +135,13 @@ def margin_of(
 def distillation_margin(
     teacher: Tensor, weight: Tensor, labels: Tensor, largest: float, smallest: float
 ) -> ArcFace:
-    """MarginDistillation's angle of each image (Svitov and Alyamkin 2020, arXiv 2003.02586):
+    """Returns MarginDistillation's angle of each image (Svitov and Alyamkin 2020, arXiv
+    2003.02586):
 
         m_n = (largest - smallest) c_n / max_n c_n + smallest,   c_n = cos(teacher_n, weight_{y_n})
 
-    so that an image that the teacher is sure of is asked for more. teacher (N, K), weight (C, K)
-    of the teacher's classifier, labels (N,). A cosine below 0 counts as 0, which the paper leaves
-    open; where none is above, every m is the smallest.
+    teacher (N, K) features, weight (C, K) of the teacher's classifier, labels (N,). Cosines below 0
+    count as 0, which the paper leaves open; without a positive one every m is the smallest.
     """
     cosines = F.cosine_similarity(teacher.float(), weight[labels].float(), dim=1).clamp(min=0)
     most = cosines.max() if len(cosines) else cosines.sum()
@@ -159,16 +151,15 @@ def distillation_margin(
 
 @torch.no_grad()
 def move_centres(weight: Tensor, student: Tensor, teacher: Tensor, labels: Tensor) -> None:
-    """AdaDistill's step of the classes' centres, in place (arXiv 2407.01332, eq. 6 and 7):
+    """Takes AdaDistill's step of the class centres, in place (arXiv 2407.01332, eq. 6 and 7):
 
         a_n  = clip(cos(student_n, teacher_n), 0, 1) clip(cos(w_y, teacher_n), 0, 1),   y = labels_n
         w_y <- mean over the batch's images n of y of  a_n u(w_y) + (1 - a_n) u(teacher_n)
 
-    u scales to unit length. Early, where the student is far from the teacher, a centre is the
-    teacher's feature of the image at hand; late it is what it was. weight (C, K); student,
-    teacher (N, K); labels (N,). The released code writes one image after the other over the same
-    row, in no order that is told, and unscaled; the mean over a batch's images is ours. A class
-    without an image keeps its centre.
+    u scales to unit length. While student and teacher features differ, a centre becomes the
+    teacher's feature of the current image; once they agree, it stays unchanged, as do centres of
+    classes without an image. weight (C, K); student, teacher (N, K); labels (N,). The mean over a
+    class's images is ours: the released code overwrites the row per image, in undefined order.
     """
     theirs = F.normalize(teacher.float(), dim=1)
     identities, place, count = torch.unique(labels, return_inverse=True, return_counts=True)

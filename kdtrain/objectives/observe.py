@@ -1,8 +1,4 @@
-"""What evaluation sees: batches of one split, what a network made of them, and the samples a report
-shows.
-
-The steps between `evaluate.py`'s pure metrics and the tasks that report them; nothing here trains.
-"""
+"""Evaluation of a network on one split: outputs, metrics, and samples for the report."""
 
 from __future__ import annotations
 
@@ -22,52 +18,36 @@ from kdtrain.objectives import all_pairs, evaluate
 PAIR_FOLDS = 10
 SAMPLES = 12  # images that a report shows
 SHOWN_SIDE = 96  # their largest side in pixels
-GALLERY = 2000  # images among which a report looks for neighbours
+GALLERY = 2000  # images that a report searches for neighbours
 
 
 class Seen(NamedTuple):
-    """What a network made of one split, on the CPU but for the features; N images."""
+    """A network's outputs on N images of a split, on the CPU except the features."""
 
-    hidden: Tensor
-    """(N, K) float32 pooled features, on the network's device."""
-    hits: Tensor
-    """(N,) bool: the largest class score is the label's."""
-    surprise: Tensor
-    """(N,) cross-entropy with the label."""
-    labels: Tensor
-    """(N,) identity."""
-    indices: Tensor
-    """(N,) place in the source."""
-    groups: Tensor | None
-    """(N,) video, where images come from videos."""
-    landmarks: Landmarks | None
-    """True and predicted points, where the network has a landmark head."""
-    shown: Tensor
-    """(n, 3, h, h) uint8: the first images, for the report."""
-    side: int
-    """Side of the network's input in pixels."""
+    hidden: Tensor  # (N, K) float32, on the network's device
+    hits: Tensor  # (N,) bool: the highest logit is the label's
+    surprise: Tensor  # (N,) cross-entropy with the label
+    labels: Tensor  # (N,) identity
+    indices: Tensor  # (N,) index in the source
+    groups: Tensor | None  # (N,) video, if any
+    landmarks: Landmarks | None  # True and predicted points, with a landmark head
+    shown: Tensor  # (n, 3, h, h) uint8: the first images, for the report
+    side: int  # Side of the network's input in pixels
 
 
 class Landmarks(NamedTuple):
     """Points of N images, (N, 5, 2) each."""
 
-    true: Tensor
-    """Original pixels."""
-    predicted: Tensor
-    """Original pixels."""
-    true_crop: Tensor
-    """Pixels of the network's input."""
-    predicted_crop: Tensor
-    """Pixels of the network's input."""
-    sizes: Tensor
-    """(N, 2) original width and height."""
+    true: Tensor  # Original pixels
+    predicted: Tensor  # Original pixels
+    true_crop: Tensor  # Pixels of the network's input
+    predicted_crop: Tensor  # Pixels of the network's input
+    sizes: Tensor  # (N, 2) original width and height
 
 
 def look(network: FaceNetwork, batches: Iterable[EvalBatch], device: torch.device) -> Seen:
-    """One pass of the network, in eval mode and without gradient; the mode it was in is restored.
-
-    Neither images nor logits are kept: of a large split they would not fit. ValueError for no
-    image, or for a landmark head on data without landmarks.
+    """Runs the network in eval mode, without storing images and logits, which may be large. Raises
+    ValueError without an image, and for a landmark head on data without landmarks.
     """
     rows: list[tuple[Tensor, ...]] = []
     groups: list[Tensor] = []
@@ -102,10 +82,7 @@ def look(network: FaceNetwork, batches: Iterable[EvalBatch], device: torch.devic
 
 
 def pixels(batches: Iterable[EvalBatch]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Raw pixels as features (N, D), on the images' device; labels and videos (N,), on the CPU.
-
-    ValueError when there is no image.
-    """
+    """Returns raw pixels as features (N, D), labels and videos (N,). Raises ValueError for none."""
     rows, labels, groups = [], [], []
     for batch in batches:
         rows.append(evaluate.raw_pixels(batch.images))
@@ -118,43 +95,42 @@ def pixels(batches: Iterable[EvalBatch]) -> tuple[Tensor, Tensor, Tensor | None]
 
 
 class Measured(NamedTuple):
-    """What one way of measuring features gave."""
+    """Results of one way to measure features."""
 
     metrics: dict[str, float]
     items: dict[str, Tensor]
-    """Right or wrong, float32: (N,) an image, or (P,) a pair in the order of make_pairs."""
-    samples: dict[str, np.ndarray]
-    """Curves for the report."""
+    """1 or 0, float32: (N,) per image, or (P,) per pair in the order of make_pairs."""
+    samples: dict[str, np.ndarray]  # Curves for the report
 
 
 def pairs(rows: Tensor, labels: Tensor, gallery: Tensor | None = None) -> Measured:
-    """Accuracy in ten folds and TAR at FAR 0.01 of features (N, D) by cosine, on pairs that are the
-    same for every run; nothing with too few identities for ten folds. gallery (N, D): features of
-    each pair's second image, by another network.
+    """Returns accuracy in ten folds and TAR at FAR 0.01 of features (N, D) by cosine, on the same
+    pairs for every run; nothing with too few identities for ten folds. gallery (N, D): another
+    network's features, of each pair's second image.
     """
     counts = torch.unique(labels, return_counts=True)[1]
     if int((counts > 1).sum()) < 2 * PAIR_FOLDS:
         return Measured({}, {}, {})
     a, b, same = evaluate.make_pairs(labels, seed=0, folds=PAIR_FOLDS)
     ours, theirs = rows[a], (rows if gallery is None else gallery)[b]
-    told = evaluate.pair_hits(ours, theirs, same, PAIR_FOLDS)
-    mean, spread = evaluate.over_folds(told, PAIR_FOLDS)
+    hits = evaluate.pair_hits(ours, theirs, same, PAIR_FOLDS)
+    mean, spread = evaluate.over_folds(hits, PAIR_FOLDS)
     far, tar, _ = evaluate.roc(evaluate.cosine(ours, theirs), same)
-    kept = evenly(len(far), 400)
+    shown = evenly(len(far), 400)
     metrics = {
         "pair_accuracy": mean,
         "pair_accuracy_std": spread,
         "tar_at_far_0.01": tar[far <= 0.01].max().item(),
         "pairs": len(same),
     }
-    samples = {"roc_far": far[kept].numpy(), "roc_tar": tar[kept].numpy()}
-    return Measured(metrics, {"pair_accuracy": told.float()}, samples)
+    samples = {"roc_far": far[shown].numpy(), "roc_tar": tar[shown].numpy()}
+    return Measured(metrics, {"pair_accuracy": hits.float()}, samples)
 
 
 def every_pair(
     rows: Tensor, labels: Tensor, groups: Tensor | None, gallery: Tensor | None = None
 ) -> Measured:
-    """TAR at low FAR of features (N, D) by cosine over all pairs, and its curve (all_pairs.py)."""
+    """Returns TAR at low FAR of features (N, D) over all pairs, and its curve (all_pairs.py)."""
     scores = all_pairs.pair_scores(rows, labels, groups, gallery=gallery)
     far, tar = all_pairs.curve(scores)
     samples = {"all_far": far.numpy(), "all_tar": tar.numpy()} if len(far) else {}
@@ -170,11 +146,10 @@ def verified(
     gallery: Tensor | None = None,
     backend: str | None = None,
 ) -> Measured:
-    """All that verification measures of features (N, D): nearest neighbours, `pairs` and
-    `every_pair`.
+    """Returns verification's metrics of features (N, D): nearest neighbours, `pairs`, `every_pair`.
 
     normalize: scale to unit length before distances. gallery (N, D): another network's features of
-    the same images, among which the queries are looked up.
+    the same images, which are searched.
     """
     queries, others = rows, gallery
     if normalize:
@@ -187,10 +162,8 @@ def verified(
 
 
 def asymmetric(found: Measured) -> Measured:
-    """What `verified` found among a gallery, under names that begin with asym_.
-
-    A query's own image is no neighbour; of a pair the first image is the query. Counts are as
-    of the network by itself, so they are left out.
+    """Returns the results of `verified` with a gallery under names asym_..., without the counts,
+    which equal those without a gallery. The first image of a pair is the query.
     """
     counts = ("nn_queries", "nn_lone", "pairs")
     return Measured(
@@ -201,10 +174,9 @@ def asymmetric(found: Measured) -> Measured:
 
 
 def neighbour_samples(rows: Tensor, seen: Seen, backend: str | None) -> dict[str, np.ndarray]:
-    """Evenly spaced test images, each with its nearest among the first GALLERY test images.
+    """Returns evenly spaced test images, each with its nearest of the first GALLERY test images.
 
-    rows (N, D): features by which neighbours are sought. Only images with another one of their
-    identity there are asked for, unless there are none.
+    rows (N, D): features to search by. Queries have another image of their identity, if any does.
     """
     count = len(seen.shown)
     if count < 2:
@@ -226,9 +198,9 @@ def neighbour_samples(rows: Tensor, seen: Seen, backend: str | None) -> dict[str
 
 
 def landmark_samples(seen: Seen, errors: Tensor) -> dict[str, np.ndarray]:
-    """Evenly spaced test images with true and predicted points in pixels of what is shown.
+    """Returns evenly spaced test images with true and predicted points in their pixels.
 
-    errors (N,): NRMSE of every image seen.
+    errors (N,): NRMSE of every image.
     """
     assert seen.landmarks is not None
     chosen = evenly(len(seen.shown), SAMPLES)
@@ -242,16 +214,15 @@ def landmark_samples(seen: Seen, errors: Tensor) -> dict[str, np.ndarray]:
 
 
 def original(batch: EvalBatch, points: Tensor) -> Tensor:
-    """Crop points (N, 5, 2) in original pixels, on the CPU."""
+    """Returns crop points (N, 5, 2) in original pixels, on the CPU."""
     assert batch.to_original is not None
     return batch.to_original(points.to(batch.images.device)).cpu()
 
 
 def true_points(batch: EvalBatch) -> tuple[Tensor, Tensor]:
-    """True landmarks (N, 5, 2) in original pixels and in pixels of the crop, on the CPU.
+    """Returns true landmarks (N, 5, 2) in original pixels and in crop pixels, on the CPU.
 
-    The second is the inverse of `to_original`, read off two corners. ValueError for data without
-    any.
+    The latter by the inverse of `to_original`, from two corners. Raises ValueError without any.
     """
     if batch.points_original is None or batch.to_original is None:
         raise ValueError("alignment: landmarks are needed, and this data has none")
@@ -262,7 +233,7 @@ def true_points(batch: EvalBatch) -> tuple[Tensor, Tensor]:
 
 
 def _landmarks(batch: EvalBatch, points: Tensor) -> Landmarks:
-    """points: (N, 10) of the landmark head."""
+    """points (N, 10): of the landmark head."""
     side = batch.images.shape[-1]
     crop = (points.float().reshape(-1, NUM_POINTS, 2) + 0.5) * side
     true, true_crop = true_points(batch)
@@ -270,14 +241,14 @@ def _landmarks(batch: EvalBatch, points: Tensor) -> Landmarks:
 
 
 def evenly(count: int, limit: int) -> Tensor:
-    """Indices of at most `limit` of `count` rows, first and last among them, evenly spaced."""
+    """Returns indices of at most `limit` of `count` rows, evenly spaced, with first and last."""
     if count <= limit:
         return torch.arange(count)
     return torch.linspace(0, count - 1, limit, dtype=torch.float64).round().long()
 
 
 def _shrunk(images: Tensor) -> Tensor:
-    """Images for a report: uint8 on the CPU, at most SHOWN_SIDE wide."""
+    """Images for the report: uint8 on the CPU, at most SHOWN_SIDE wide."""
     if images.shape[-1] > SHOWN_SIDE:
         images = F.interpolate(images, size=(SHOWN_SIDE, SHOWN_SIDE), mode="area")
     return images.round().clamp(0, 255).to(torch.uint8).cpu()

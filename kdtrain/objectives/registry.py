@@ -1,9 +1,9 @@
-"""Every target's mathematics, by the key that weighs it.
+"""The mathematics of every target, by the key of its weight.
 
 A target is a field of TargetConfig with its row (config/target.py: name, words, published weight,
-what it reads of the teacher) and an entry here. Pairs share one hidden_l2 launch, losses are added
-to it; the soft target is part of the softmax op (task.py), teacher_head a second one (heads.py),
-and a hint a stage of its own (tasks.py).
+input from the teacher) and an entry here. Pairs share one hidden_l2 launch, losses are added. The
+soft target is part of the softmax op (task.py), teacher_head a second op (heads.py), and a hint a
+stage of its own (tasks.py).
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from kdtrain.objectives.targets import Guide, Objective, Pair
 
 
 class Step(NamedTuple):
-    """What the targets of a step compare."""
+    """The inputs of a step's targets."""
 
     student: Outputs
     teacher: Guide
     mapped: dict[str, tuple[Tensor, Tensor]]
-    """Features of student and teacher that a module of MAPS made comparable, by its name."""
+    """Student and teacher features after a module of MAPS, by its name."""
     target: TargetConfig
 
 
 def compared(student: Outputs, teacher: Guide, extra: nn.ModuleDict, target: TargetConfig) -> Step:
-    """The step whose targets `target` weighs, with the features that the modules in `extra` map."""
+    """Returns the inputs of a step's targets, features mapped by the modules in `extra`."""
     step = Step(student, teacher, {}, target)
     if "hidden" in extra:
         ours, theirs = _features(step)
@@ -85,13 +85,11 @@ MAPS: Mapping[str, tuple[str, ...]] = {
     "embedding": ("embedding_l2", "embedding_cosine"),
     "teacher_head": ("teacher_head",),
 }
-"""The targets that read the student's feature by each targets.WidthMap."""
+"""The targets of each targets.WidthMap."""
 
 
 def pairs_of(step: Step | None) -> list[Pair]:
-    """The squared distances of the targets that have a weight, in the order of TARGETS; none
-    without a teacher.
-    """
+    """Returns the squared distances of the weighted targets, in the order of TARGETS."""
     if step is None:
         return []
     keys = [row.key for row in step.target.weighed if row.key in PAIRS]
@@ -99,7 +97,7 @@ def pairs_of(step: Step | None) -> list[Pair]:
 
 
 def losses_of(step: Step | None) -> Objective | None:
-    """The weighted sum of the other targets' losses; None where none has a weight."""
+    """Returns the weighted sum of the other targets' losses, or None."""
     if step is None:
         return None
     keys = [row.key for row in step.target.weighed if row.key in LOSSES]

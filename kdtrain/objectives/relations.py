@@ -1,10 +1,8 @@
-"""Targets that the papers compare with, beside the soft, hidden and logit ones of targets.py: unit
-embeddings by squared distance or cosine, relations between the images of a batch (RKD), and
-attention transfer.
+"""Further targets: unit embeddings by squared distance or cosine, relations between the images of a
+batch (RKD), and attention transfer.
 
-All of them compute in float32 or wider whatever the networks' number format, inside autocast too.
-Where a length is zero there is no direction: such a feature or map stays zero and gets no gradient,
-so equal features, empty maps and batches of one give finite losses and never NaN.
+All compute in float32 at least, inside autocast too. A feature or map of length zero stays zero
+without a gradient, so that equal features, empty maps and batches of one give finite losses.
 """
 
 from __future__ import annotations
@@ -21,44 +19,40 @@ from kdtrain.models.backbones.base import wide
 from kdtrain.objectives.targets import Pair, halved
 
 SHORTEST = 1e-12  # length below which a vector has no direction
-# Squared distance, in units of the two squared lengths, below which two features are the same: they
-# came as float32, so what is left is their rounding.
+# Squared distance relative to the squared lengths below which float32 features are equal
 SAME = 1e-12
-# Angles that are formed at a time, one vertex at least: on a CPU parts that stay in its cache.
+# Angles formed at a time, at least one vertex; on a CPU they fit its cache.
 ANGLES = {"cpu": 1 << 16, "cuda": 1 << 22}
 
 
 def embedding_sides(
     projection: nn.Module, student: Tensor, teacher: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """n(P K_S) and n(K_T), what the embedding targets compare: (N, K_T) rows of unit length, from
-    features (N, K_S) and (N, K_T). P is targets.WidthMap's, as that of the hidden target.
+    """Returns n(P K_S) and n(K_T) of the embedding targets, (N, K_T) rows of unit length, from
+    features (N, K_S) and (N, K_T); P is a targets.WidthMap.
     """
     with torch.autocast(student.device.type, enabled=False):
         return unit(projection(wide(student))), unit(wide(teacher))
 
 
 def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """1 - cos(P K_S, K_T), mean over images, of the unit rows (N, D) of embedding_sides.
-
-    Half of embedding_l2, as |a - b|^2 = 2 (1 - cos) of unit vectors. A row without direction has
-    cosine 0.
+    """Returns 1 - cos(P K_S, K_T), mean over images, of the unit rows (N, D) of embedding_sides:
+    half of embedding_l2, as |a - b|^2 = 2 (1 - cos). A zero row has cosine 0.
     """
     return (1 - (student * teacher).sum(1)).mean() if len(student) else student.sum()
 
 
 def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """How far the distances within a batch are from the teacher's, each in units of their mean.
+    """Returns the difference of distances within a batch to the teacher's, in units of their mean:
 
         psi(i, j) = |t_i - t_j| / mu,  mu the mean over the ordered pairs i != j
         huber(psi_S(i, j) - psi_T(i, j)), mean over these pairs; huber(x) = x^2 / 2 up to 1, then
         |x| - 1/2
 
     Relational knowledge distillation, Park et al. 2019 (arXiv 1904.05068), section 3.2.1. The paper
-    sums over the pairs; the authors' code divides by N^2 instead of our N (N - 1), so its loss is
-    (N - 1) / N of this one. student (N, K_S), teacher (N, K_T): pooled features, which need no
-    projection. Two images are always 1 apart, and fewer have no distance, so these teach nothing;
-    a student whose features are all equal gets no gradient. Gradient to the student only.
+    sums over the pairs; the authors' code divides by N^2 instead of our N (N - 1). student (N,
+    K_S), teacher (N, K_T): features, without a projection. No gradient with fewer than three
+    images, and none if all student features are equal. Gradient to the student only.
     """
     ours = _relative(squared_distances(student))
     theirs = _relative(squared_distances(teacher.detach()))
@@ -68,17 +62,16 @@ def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def rkd_angle(student: Tensor, teacher: Tensor) -> Tensor:
-    """How far the angles within a batch are from the teacher's.
+    """Returns the difference of angles within a batch to the teacher's:
 
         psi(i, j, k) = cos of the angle at t_j in the triangle t_i t_j t_k
         huber(psi_S - psi_T), mean over the ordered triples of three different images
 
     Relational knowledge distillation, Park et al. 2019 (arXiv 1904.05068), section 3.2.2; the
     authors' code divides by N^3 instead of our N (N - 1) (N - 2). student (N, K_S), teacher (N,
-    K_T): pooled features. An angle at or towards an image with the same feature has cosine 0 and
-    no gradient, as in the authors' code. 0 with zero gradient for fewer than three images.
-    Gradient to the student only, formed in forward some vertices at a time, so that no N^3 numbers
-    are kept; it has no gradient of its own.
+    K_T): features. An angle with two equal features has cosine 0 and no gradient, as in the
+    authors' code. 0 for fewer than three images. Gradient to the student only, formed in forward in
+    parts without N^3 memory; no double backward.
     """
     ours, theirs = (_scaled(squared_distances(f)) for f in (student, teacher.detach()))
     dtype = wide(student).dtype
@@ -88,14 +81,13 @@ def rkd_angle(student: Tensor, teacher: Tensor) -> Tensor:
 def attention_pairs(
     student: Sequence[Tensor], teacher: Sequence[Tensor], weight: float
 ) -> list[Pair]:
-    """Attention transfer: sum over the stages j of |Q_S^j / |Q_S^j| - Q_T^j / |Q_T^j||^2.
+    """Returns the pairs of attention transfer: |Q_S^j / |Q_S^j| - Q_T^j / |Q_T^j||^2 of each stage
+    j.
 
     Zagoruyko and Komodakis 2017 (arXiv 1612.03928), eq. 2, with Q = attention_map (backbones.base)
-    as one vector an image. Squared and averaged over images and places, as in the authors' code,
-    which is how their beta comes to be divided by both; eq. 2 has the length itself. The 1/2 is
-    left to the weight: beta = 1000 is weight 1000 in their code, which has no 1/2, and 500 with it.
-    Where another stem makes the maps differ in size, the larger are averaged two by two. A stage
-    whose map is all zero, in either network, has no direction there and stays zero.
+    as one vector per image. Squared and averaged over images and places, as in the authors' code;
+    eq. 2 has the length itself. The 1/2 is left to the weight: beta = 1000 is weight 1000 in their
+    code, which has no 1/2. Larger maps are averaged two by two. A map of zeros stays zero.
     """
     pairs = []
     for ours, theirs in zip(student, teacher, strict=True):
@@ -106,32 +98,30 @@ def attention_pairs(
 
 
 def squared_distances(features: Tensor) -> Tensor:
-    """|f_i - f_j|^2 of the rows of (N, K), as (N, N) float64: 0 with zero gradient where i = j or
+    """Returns |f_i - f_j|^2 of rows (N, K) as (N, N) float64: 0 with zero gradient where i = j or
     two rows agree to float32's last bits.
 
-    By the products of the rows, which keeps no N x N x K differences; in float64, where their
-    cancellation is far below what float32 features can tell apart and which autocast leaves alone.
+    By products of the rows, without N x N x K differences; their cancellation in float64 is far
+    below float32's rounding, and autocast leaves float64 alone.
     """
     rows = features.double()
     products = rows @ rows.T
     squares = products.diagonal()
     both = squares[:, None] + squares[None, :]
     distances = both - 2 * products
-    # "not more" would take NaN for equal
+    # <= is False for NaN
     return distances.masked_fill(distances <= SAME * both, 0)
 
 
 def unit(rows: Tensor) -> Tensor:
-    """Rows (N, D) scaled to length 1; those without a direction are 0 and get no gradient."""
+    """Returns rows (N, D) scaled to length 1; zero rows stay 0 without a gradient."""
     lengths = rows.norm(dim=1, keepdim=True)
     nothing = lengths <= SHORTEST
     return (rows / lengths.masked_fill(nothing, 1)).masked_fill(nothing, 0)
 
 
 def _scaled(squared: Tensor) -> Tensor:
-    """Squared distances in units of their mean, which angles do not depend on and which keeps them
-    in float32's range.
-    """
+    """Squared distances in units of their mean, for float32's range; angles do not change."""
     mean = squared.detach().sum() / max(1, len(squared) * (len(squared) - 1))
     return squared / mean.masked_fill(mean <= 0, 1)
 
@@ -145,7 +135,7 @@ def _relative(squared: Tensor) -> Tensor:
 
 
 class _Angles(torch.autograd.Function):
-    """Loss of the angles and its gradient, from two (N, N) squared distances.
+    """Loss of the angles and its gradient from two (N, N) squared distances.
 
     With a_ij the squared distances and v_ij = a_ij^(-1/2) (0 where a is 0), by the law of cosines
 
@@ -183,7 +173,7 @@ class _Angles(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Gradient with regard to the student's squared distances."""
+        """Gradient to the student's squared distances."""
         (gradient,) = ctx.saved_tensors
         return incoming * gradient, None
 

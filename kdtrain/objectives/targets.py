@@ -1,9 +1,7 @@
-"""What a student is pulled towards: labels and the teacher's soft prediction, and squared distances
-of vectors.
+"""The parts of "L = Phi(task) + alpha soft + beta hidden" (eq. 5 of arXiv 1709.02929) that tasks
+share: labels and the teacher's soft prediction, and squared distances.
 
-Every piece of "L = Phi(task) + alpha soft + beta hidden" (eq. 5 of arXiv 1709.02929) that more than
-one task uses is here. Terms are returned without their weights, as detached float32 scalars on the
-device: nothing waits for them.
+Terms are returned without weights, as detached float32 scalars on the device.
 """
 
 from __future__ import annotations
@@ -20,29 +18,23 @@ from kdtrain.config import ConfigError, TargetConfig
 
 
 class Objective(NamedTuple):
-    """A part of the loss, and what it is made of."""
+    """A part of the loss, and its terms."""
 
-    loss: Tensor
-    """Weighted scalar with gradient."""
-    terms: dict[str, Tensor]
-    """Unweighted detached scalars by name."""
+    loss: Tensor  # Weighted scalar with gradient
+    terms: dict[str, Tensor]  # Unweighted detached scalars by name
 
 
 class Guide(NamedTuple):
-    """A teacher's answer to N images, without gradient; what no target reads may be missing."""
+    """Teacher outputs of N images, without gradient; those that no target reads may be None."""
 
-    logits: Tensor | None
-    """(N, C)."""
-    hidden: Tensor | None
-    """(N, K) pooled features."""
+    logits: Tensor | None  # (N, C)
+    hidden: Tensor | None  # (N, K) pooled features
     attention: tuple[Tensor, ...] = ()
     """(N, h, w) of each residual stage; see backbones.base.attention_map."""
 
 
 class Pair(NamedTuple):
-    """Two tensors of one shape whose squared distance is a term of the loss; the gradient goes to
-    `student` only.
-    """
+    """Two tensors of one shape, whose squared distance is a term; gradient to `student` only."""
 
     name: str
     student: Tensor
@@ -55,18 +47,17 @@ class Pair(NamedTuple):
 def softmax_objective(
     op: Callable[..., Any], labels: Tensor, teacher: Any, target: TargetConfig, **options: Any
 ) -> Objective | None:
-    """gamma H(softmax(s), y) + alpha [tau^2] H(softmax(s / tau), softmax(t / tau)) by one call of a
-    cross-entropy op of kdkernels (eq. 2).
+    """Returns gamma H(softmax(s), y) + alpha [tau^2] H(softmax(s / tau), softmax(t / tau)) by one
+    cross-entropy op of kdkernels (eq. 2), or None if both weights are 0.
 
-    op: kd_cross_entropy on the student's logits (N, C), or linear_kd_cross_entropy on its feature
-    and classifier. teacher: as the op takes it; labels (N,). A part of weight 0 is not computed;
-    None when both are 0. Terms: "hard" and "top1" with labels; "soft" and "teacher_entropy" with a
-    teacher (soft - teacher_entropy is the KL).
+    op: kd_cross_entropy on logits (N, C), or linear_kd_cross_entropy on feature and classifier.
+    teacher: the op's argument; labels (N,). A part of weight 0 is not computed. Terms: "hard" and
+    "top1" with labels; "soft" and "teacher_entropy" with a teacher (their difference is the KL).
     """
     hard, soft = target.gamma > 0, target.alpha > 0 and teacher is not None
     if not (hard or soft):
         return None
-    # the op gives its hard term the weight 1, so gamma is put in front of both
+    # the op's hard term has weight 1, so gamma multiplies both
     loss, record = op(
         target=labels if hard else None,
         teacher=teacher if soft else None,
@@ -88,17 +79,14 @@ def softmax_objective(
 
 
 def squared_objective(pairs: Sequence[Pair], backend: str | None = None) -> Objective | None:
-    """sum_i weight_i r_i |S_i - T_i|^2 over all pairs in one hidden_l2 launch; r_i by each pair's
-    own reduction.
-
-    All squared distances of a step share the launch. Pairs of weight 0 are left out; None when none
-    is left. Terms: r_i |S_i - T_i|^2 under each pair's name, added where several have it.
+    """Returns sum_i weight_i r_i |S_i - T_i|^2 in one hidden_l2 launch, r_i by each pair's
+    reduction; None without a pair of positive weight. Terms: r_i |S_i - T_i|^2, summed by the
+    pairs' names.
     """
     pairs = [pair for pair in pairs if pair.weight]
     if not pairs:
         return None
-    # the op has one reduction for all, and divides by the rows; the others follow from it by a
-    # constant
+    # the op has one reduction for all, which divides by the rows; the others differ by a constant
     factors = [_per_batchmean(pair) for pair in pairs]
     loss, terms = hidden_l2(
         [pair.student for pair in pairs],
@@ -116,18 +104,18 @@ def squared_objective(pairs: Sequence[Pair], backend: str | None = None) -> Obje
 
 
 def _per_batchmean(pair: Pair) -> float:
-    """What turns the sum over rows divided by rows into the pair's own reduction."""
+    """Factor from "batchmean" to the pair's own reduction."""
     rows, elements = max(1, len(pair.student)), max(1, pair.student.numel())
     return {"batchmean": 1.0, "mean": rows / elements, "sum": float(rows)}[pair.reduction]
 
 
 class WidthMap(nn.Module):
-    """P: a linear map without bias where the widths of student and teacher differ, else the feature
-    itself. It is trained with the student and dropped afterwards.
+    """P: a linear map without bias if the widths of student and teacher differ, else an identity;
+    it is trained with the student and dropped afterwards.
 
-    name: target.{name}_proj says whether P may be learnt. keys: the weights under target that do
-    without P when they are 0. ConfigError for "none" where the widths differ. The papers leave open
-    how 256 features meet 2048 (the hidden target) or want equal widths (TH-KD, arXiv 2201.06945).
+    name: target.{name}_proj allows a learnt P. keys: the weights under target that need P. Raises
+    ConfigError for "none" and different widths. The papers leave open how 256 features meet 2048
+    (the hidden target), or need equal widths (TH-KD, arXiv 2201.06945).
     """
 
     def __init__(
@@ -150,14 +138,12 @@ class WidthMap(nn.Module):
 
 class HintTarget(nn.Module):
     """The regressor r of a FitNet hint (Romero et al. 2015, eq. 3): |r(v(x)) - u(x)|^2 at a middle
-    stage.
+    stage, v and u its maps in student and teacher.
 
-    v, u: the stage's output in student and teacher. r is a 1x1 convolution, batch normalisation
-    and ReLU, trained with the student and dropped afterwards. Rectified as u is, because the paper
-    asks for the same non-linearity on both sides; normalised, because many channels of a random
-    rectified r are 0 everywhere and never learn. Where the maps differ in size, which only another
-    stem brings about, the larger one is averaged two by two down to the smaller. The 1/2 of eq. 3
-    is left to the weight.
+    r is a 1x1 convolution, batch normalisation and ReLU, trained with the student and dropped
+    afterwards. ReLU, as the paper has the same non-linearity on both sides; normalised, as many
+    channels of a random rectified r are 0 everywhere and never learn. The larger maps are averaged
+    two by two. The 1/2 of eq. 3 is left to the weight.
     """
 
     def __init__(self, student_width: int, teacher_width: int) -> None:
@@ -169,20 +155,20 @@ class HintTarget(nn.Module):
         )
 
     def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """The two (N, teacher_width, h, w) tensors to be compared, from the maps of the stage."""
+        """The two (N, teacher_width, h, w) tensors to compare, from the maps of the stage."""
         student, teacher = halved(student, teacher), halved(teacher, student)
         return self.regressor(student), teacher
 
 
 def halved(maps: Tensor, other: Tensor) -> Tensor:
-    """Maps (N, C, H, W) averaged two by two until they are no larger than the other's."""
+    """Returns maps (N, C, H, W) averaged two by two until they are no larger than `other`."""
     while maps.shape[-1] > other.shape[-1]:
         maps = F.avg_pool2d(maps, 2, ceil_mode=True)
     return maps
 
 
 def total(parts: Sequence[Objective | None]) -> Objective:
-    """The sum of the parts that are there. ValueError when none is."""
+    """Returns the sum of the parts that are not None. Raises ValueError if all are."""
     present = [part for part in parts if part is not None]
     if not present:
         raise ValueError("total: every term of the loss has weight 0, so there is nothing to train")

@@ -1,8 +1,8 @@
-"""What the tasks share: a network, its teacher, one step's loss, and how it is measured.
+"""The base of the tasks: a network, its teacher, one step's loss, and its evaluation.
 
-One objective covers them: Phi(task) + alpha soft + beta hidden + logits + gamma softmax (eq. 5 of
-arXiv 1709.02929), and the targets of registry.py. Teachers answer in eval mode and
-without gradient: online, or their kept answers are handed in (teacher_cache.py).
+One objective covers all tasks: Phi(task) + alpha soft + beta hidden + logits + gamma softmax (eq. 5
+of arXiv 1709.02929), and the targets of registry.py. Teacher outputs come from a forward pass in
+eval mode without gradient, or from a cache (teacher_cache.py).
 """
 
 from __future__ import annotations
@@ -45,14 +45,12 @@ from kdtrain.objectives.targets import (
 class Task(ABC):
     """A network, its teacher, and the loss, metrics and floor of one task.
 
-    network: what is trained and saved. extra: modules that are trained but dropped afterwards.
-    teacher: eval mode, no gradient, in neither state nor optimiser; None where no target needs it.
-    gallery: another network's features of images (N,) by their place in the source, for
-    asymmetric evaluation (input_runs.py); None without.
+    network: trained and saved. extra: modules that are trained and dropped afterwards. teacher: in
+    eval mode, in neither state nor optimiser; None if no target needs it. gallery: another
+    network's features by index in the source, for asymmetric evaluation (input_runs.py), or None.
     """
 
-    metric: tuple[str, int]
-    """Name of the metric that judges a run, and +1 where more is better, -1 where less is."""
+    metric: tuple[str, int]  # The judging metric, and +1 where more is better, -1 where less is
     needs_landmarks = False
 
     def __init__(
@@ -61,17 +59,15 @@ class Task(ABC):
         target = config.target
         if config.needs_teacher and teacher is None:
             raise ValueError(
-                "build_task: a target of the teacher has a weight, or the head asks it: that needs "
-                "a teacher network"
+                "build_task: a target or the head of this config needs a teacher network"
             )
-        asked = any(row.by_class for row in target.weighed)
-        asked = asked or config.head.margin == "distillation"
-        if teacher is not None and asked and teacher.num_classes != num_classes:
-            known = f"tells {teacher.num_classes} identities apart"
+        by_class = any(row.by_class for row in target.weighed)
+        by_class = by_class or config.head.margin == "distillation"
+        if teacher is not None and by_class and teacher.num_classes != num_classes:
+            theirs = f"{teacher.num_classes} identities" if teacher.num_classes else "no classifier"
             raise ValueError(
-                f"build_task: the teacher {known if teacher.num_classes else 'has no classifier'} "
-                f"and the data has {num_classes} identities; train the teacher on these (or import "
-                "it with the --head that was), or set target."
+                f"build_task: the teacher has {theirs} and the data has {num_classes} identities; "
+                "train the teacher on these (or import it with their --head), or set target."
                 f"{', target.'.join(row.key for row in TARGETS.values() if row.by_class)} to 0 "
                 "and head.margin to none or one without a teacher"
             )
@@ -109,7 +105,7 @@ class Task(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """The network's device."""
         return self.network.classifier.weight.device
 
     def to(self, device: torch.device | str) -> Task:
@@ -121,24 +117,24 @@ class Task(ABC):
 
     @property
     def guide_widths(self) -> dict[str, int]:
-        """Which outputs of the teacher a Guide brings that the targets read, and their values a
-        image; empty where it is of no use, as to attention transfer, whose maps are not kept.
+        """The teacher outputs that the targets read and a cache can store, with their widths; {}
+        for attention transfer, whose maps are not cached.
         """
         if self.teacher is None or self.target.attention:
             return {}
         logits, target, needed = self._needs_teacher_logits, self.target, {}
-        if logits and not self._keeps_features:
+        if logits and not self._caches_features:
             needed["logits"] = self.teacher.num_classes
-        # of the feature the logits are formed, or the loss
-        formed = self._keeps_features if logits else target.alpha or target.teacher_head
+        # the feature forms the logits, or the loss
+        formed = self._caches_features if logits else target.alpha or target.teacher_head
         if formed or target.needs_feature or self.config.head.needs_teacher:
             needed["hidden"] = self.teacher.width
         return needed
 
     @property
     def _needs_teacher_logits(self) -> bool:
-        """Where the teacher's feature and classifier do not do: the student's logits are kept, its
-        head is of another kind, several teachers are averaged, or they are a target by themselves.
+        """True if the op needs logits in place of the teacher's feature and classifier: for stored
+        student logits, a head of another kind, several teachers, or the logits target.
         """
         assert self.teacher is not None
         kinds = {type(n.classifier) for n in (self.network, self.teacher)}
@@ -147,18 +143,16 @@ class Task(ABC):
         return bool(self.target.logits or (self.target.alpha and not streamed))
 
     @property
-    def _keeps_features(self) -> bool:
-        """Where the teacher's features alone are kept, and its logits formed from them."""
+    def _caches_features(self) -> bool:
+        """True if the cache stores features only, from which logits are formed."""
         teacher = self.config.teacher
         return teacher.cache != "none" and teacher.cache_what == "features"
 
     def guide(self, images: Tensor) -> Guide | None:
-        """The teacher's answer to a training batch (N, 3, t, t) of its own size, without gradient;
-        None without a teacher.
-        """
+        """Runs the teacher on a training batch (N, 3, t, t) without gradient; None without one."""
         if self.teacher is None:
             return None
-        scores = self._needs_teacher_logits and not self._keeps_features
+        scores = self._needs_teacher_logits and not self._caches_features
         with torch.no_grad():
             outputs = self._outputs(self.teacher, images, scores=scores)
         return Guide(outputs.logits, outputs.hidden, outputs.attention)
@@ -171,12 +165,11 @@ class Task(ABC):
         guide: Guide | None = None,
         teacher_images: Tensor | None = None,
     ) -> Objective:
-        """Loss of a training batch with its gradient graph; terms are unweighted detached float32
-        scalars on the device, the same names at every step.
+        """Returns the loss of a training batch; its terms have the same names at every step.
 
         images (N, 3, s, s) float in [0, 255]; labels (N,); points (N, 5, 2) landmarks in crop
-        pixels, for alignment. guide: the teacher's answer where it is known already; else the
-        teacher is asked, on teacher_images (N, 3, t, t) where it reads another size.
+        pixels, for alignment. guide: cached teacher outputs; None runs the teacher, on
+        teacher_images (N, 3, t, t) if its input size differs.
         """
         scores = not self.config.head.streams or bool(self.target.logits)
         outputs = self._outputs(self.network, images, scores=scores)
@@ -196,8 +189,8 @@ class Task(ABC):
         return total([metric, softmax, second, squared, losses])
 
     def _scored(self, guide: Guide | None) -> Guide | None:
-        """The teacher's answer with the logits of its feature, where they are needed and were not
-        kept. The bits are those of its own pass: both run the classifier on the same feature.
+        """The teacher outputs with logits formed from the feature, if needed and not cached.
+        Bitwise identical to the forward pass, which runs the classifier on the same feature.
         """
         needed = guide is not None and guide.logits is None and self._needs_teacher_logits
         if guide is None or guide.hidden is None or not needed:
@@ -207,10 +200,10 @@ class Task(ABC):
             return guide._replace(logits=self._run(self.teacher.classifier, guide.hidden))
 
     def _softmax(self, outputs: Outputs, labels: Tensor, guide: Guide | None) -> Objective | None:
-        """The classifier's hard and soft terms, with its margin and after its centres moved.
+        """The classifier's hard and soft terms, with its margin and after a step of its centres.
 
-        A streamed head forms its scores inside the op. head.sample: share of the classes over which
-        both softmaxes go, drawn anew from torch's random state (PartialFC, arXiv 2203.15565).
+        A streamed head forms its logits inside the op. head.sample: share of the classes in both
+        softmaxes, from torch's random state (PartialFC, arXiv 2203.15565).
         """
         head, target, teacher = self.config.head, self.target, self.teacher
         classifier = self.network.classifier
@@ -235,9 +228,8 @@ class Task(ABC):
         return softmax_objective(op, labels, options.pop("teacher", None), target, **options)
 
     def _outputs(self, network: FaceNetwork, images: Tensor, *, scores: bool) -> Outputs:
-        """A training pass: the feature in float32, as it is projected and normalised outside of
-        train.precision; the others as they come. With attention maps where they are compared, and
-        without class scores where the loss is formed from the feature.
+        """A training pass under train.precision, with the feature in float32 for projections and
+        norms outside of it. scores: with logits. Attention maps are added if they are compared.
         """
         run = network if scores else network.embed
         run = network.attend if self.target.attention else run
@@ -245,10 +237,8 @@ class Task(ABC):
         return outputs._replace(hidden=outputs.hidden.float())
 
     def evaluate(self, batches: Iterable[EvalBatch]) -> dict[str, float]:
-        """Metrics over a split, in eval mode and without gradient; fractions, all finite.
-
-        A metric that cannot be measured on this data (no landmarks, too few pairs) is absent.
-        ValueError without an image.
+        """Returns the metrics of a split, without those that cannot be measured on it (too few
+        pairs). Raises ValueError without an image.
         """
         seen = look(self.network, batches, self.device)
         metrics = self._evaluate(seen)
@@ -256,10 +246,8 @@ class Task(ABC):
         return metrics
 
     def items(self) -> dict[str, np.ndarray]:
-        """The last `evaluate` image by image, in its order.
-
-        float32 (N,) for each metric that is a mean over images, under its name (nan for an image
-        that it leaves out), and "index", int64 (N,): the image's place in the source.
+        """Returns the last `evaluate` per image: float32 (N,) for each metric that is a mean over
+        images (nan for an omitted image), and "index", int64 (N,), in the source.
         """
         return {
             name: values.cpu().to(torch.int64 if name == "index" else torch.float32).numpy()
@@ -268,22 +256,16 @@ class Task(ABC):
 
     @abstractmethod
     def floors(self, train: Iterable[EvalBatch], test: Iterable[EvalBatch]) -> dict[str, float]:
-        """The same metrics for a method that learns nothing: raw pixels, or the mean shape of the
-        training split.
-        """
+        """Returns the metrics of raw pixels, or of the training split's mean shape."""
 
     def untrained(self, test: Iterable[EvalBatch]) -> dict[str, float]:
-        """The metrics of features that a network of this shape has before its first step.
-
-        Its weights are those drawn from config.seed, whatever the run started from; running
-        statistics are at their initial values. {} where the metrics are not of features.
+        """Returns the metrics of a new network of this shape, with the weights of config.seed; {}
+        if the metrics are not of features.
         """
         return {}
 
     def artifacts(self) -> dict[str, np.ndarray]:
-        """Small arrays of the last `evaluate` for the report: images with what the network made
-        of them, and curves.
-        """
+        """Returns small arrays of the last `evaluate` for the report."""
         return dict(self._samples)
 
     def _fresh(self, num_classes: int) -> FaceNetwork:

@@ -1,6 +1,4 @@
-"""The three tasks: what one step optimises, how the network is measured, and which floor it must
-beat. What they share is in task.py.
-"""
+"""The three tasks and the hint stage: their losses, metrics and floors."""
 
 from __future__ import annotations
 
@@ -21,12 +19,12 @@ from kdtrain.objectives.targets import Guide, HintTarget, Objective, Pair, squar
 from kdtrain.objectives.task import Task
 
 FLOOR_QUERIES = 5000
-CURVE_LIMIT = 0.3  # NRMSE up to which a report draws errors
+CURVE_LIMIT = 0.3  # NRMSE at the end of a report's curve
 POINT_NAMES = ("lefteye", "righteye", "nose", "leftmouth", "rightmouth")
 
 
 class Classification(Task):
-    """Eq. 2-4: the softmax loss, with soft, hidden or logit targets where they have a weight."""
+    """Eq. 2-4: the softmax loss, with soft, hidden or logit targets by weight."""
 
     metric = ("top1", +1)
 
@@ -40,13 +38,11 @@ class Classification(Task):
         }
 
     def floors(self, train: Iterable[EvalBatch], test: Iterable[EvalBatch]) -> dict[str, float]:
-        """top1 by the nearest training image in raw pixels, of at most 5,000 test images; pairs
-        by pixels.
-        """
+        """top1 by the nearest training image of some test images, and pairs, in raw pixels."""
         pixels, labels, _ = observe.pixels(test)
-        asked = observe.evenly(len(labels), FLOOR_QUERIES)
+        some = observe.evenly(len(labels), FLOOR_QUERIES)
         gallery = ((evaluate.raw_pixels(b.images), b.labels) for b in train)
-        share = evaluate.gallery_top1(pixels[asked], labels[asked], gallery, backend=self.backend)
+        share = evaluate.gallery_top1(pixels[some], labels[some], gallery, backend=self.backend)
         return {"top1": share, **observe.pairs(pixels, labels).metrics}
 
     def untrained(self, test: Iterable[EvalBatch]) -> dict[str, float]:
@@ -57,9 +53,8 @@ class Classification(Task):
 
 class Hint(Classification):
     """Stage 1 of a FitNet (Romero et al. 2015): the layers up to target.hint_stage learn the
-    teacher's output there, by HintTarget; classification then starts from them (init_from).
-
-    Neither network runs what lies above: those layers get no gradient and keep their values.
+    teacher's maps by HintTarget; classification is then initialised from them (init_from). Later
+    layers do not run and keep their values.
     """
 
     metric = ("hint", -1)
@@ -84,17 +79,15 @@ class Hint(Classification):
         guide: Guide | None = None,
         teacher_images: Tensor | None = None,
     ) -> Objective:
-        """target.hint r |r(student's maps) - teacher's maps|^2; see Task.step. A Guide has no maps,
-        so the teacher is always asked, on the same images (Config sees to it).
+        """target.hint r |r(student's maps) - teacher's maps|^2; see Task.step. The teacher always
+        runs, on the same images, as a Guide has no maps.
         """
         ours, theirs = self._maps(images, self._run)
         pair = Pair("hint", ours, theirs, self.target.hint, self.target.hint_reduction)
         return total([squared_objective([pair], self.backend)])
 
     def evaluate(self, batches: Iterable[EvalBatch]) -> dict[str, float]:
-        """hint: the squared error, mean over an image's elements (whatever the reduction) and over
-        the images.
-        """
+        """hint: the squared error, mean over elements and images for any reduction."""
         errors, indices = [], []
         for batch, ours, theirs in self._seen(batches):
             errors.append((ours - theirs).square().flatten(1).mean(1).cpu())
@@ -105,7 +98,7 @@ class Hint(Classification):
         return {"hint": self._items["hint"].double().mean().item()}
 
     def floors(self, train: Iterable[EvalBatch], test: Iterable[EvalBatch]) -> dict[str, float]:
-        """hint of a regressor that never looks: each channel's mean over the training split."""
+        """hint of a constant regressor: each channel's mean over the training split."""
         means = torch.cat([theirs.mean((2, 3)) for _, _, theirs in self._seen(train)])
         guess = means.double().mean(0)[:, None, None]
         errors = [
@@ -115,13 +108,13 @@ class Hint(Classification):
         return {"hint": torch.cat(errors).mean().item()}
 
     def untrained(self, test: Iterable[EvalBatch]) -> dict[str, float]:
-        """{}: what the error starts from is the regressor's own."""
+        """{}, as the error depends on the regressor."""
         return {}
 
     def _maps(
         self, images: Tensor, run: Callable[..., Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """run: how the networks are called in training; None calls them as they are."""
+        """run: of a training pass; None calls the networks directly."""
         assert self.teacher is not None
         run = run or (lambda tap, *inputs: tap(*inputs))
         stage = self.target.hint_stage
@@ -130,7 +123,7 @@ class Hint(Classification):
         return self._hint(run(self.network.tap, images, stage).float(), theirs)
 
     def _seen(self, batches: Iterable[EvalBatch]) -> Iterator[tuple[EvalBatch, Tensor, Tensor]]:
-        """Each batch with the two maps that are compared, in eval mode and without gradient."""
+        """Each batch with the two maps to compare, in eval mode without gradient."""
         for batch in batches:
             with evaluating(self.network, self._hint):
                 ours, theirs = self._maps(batch.images.to(self.device))
@@ -138,11 +131,9 @@ class Hint(Classification):
 
 
 class Alignment(Task):
-    """Eq. 6-7: |R - y|^2 over the 10 coordinates, with hidden or soft targets where they have a
-    weight.
+    """Eq. 6-7: |R - y|^2 over the 10 coordinates, with hidden or soft targets by weight.
 
-    y = (x / W - 0.5, y / H - 0.5) of the crop. The classifier stays beside the landmark head: the
-    soft target is on it.
+    y = (x / W - 0.5, y / H - 0.5) of the crop. The classifier stays, for the soft target.
     """
 
     metric = ("nrmse", -1)
@@ -155,9 +146,7 @@ class Alignment(Task):
         height, width = images.shape[-2:]
         side = torch.tensor([width, height], dtype=torch.float32, device=points.device)
         truth = (points.float() / side - 0.5).flatten(1)  # (N, 10)
-        # "batchmean" is the sum over the coordinates and the mean over the images, as the paper
-        # has
-        # it; as a pair it shares one launch with the hidden and logit targets
+        # "batchmean": the paper's sum over coordinates and mean over images
         return [Pair("points", outputs.points, truth, 1.0, "batchmean")]
 
     def _evaluate(self, seen: Seen) -> dict[str, float]:
@@ -180,7 +169,7 @@ class Alignment(Task):
         }
 
     def floors(self, train: Iterable[EvalBatch], test: Iterable[EvalBatch]) -> dict[str, float]:
-        """nrmse and failure_rate of the training split's mean shape on every test crop, unseen."""
+        """nrmse and failure_rate of the training split's mean shape on every test crop."""
         points = torch.cat([observe.true_points(batch)[1] for batch in train])
         shape = points.double().mean(0)
         errors = []
@@ -194,11 +183,10 @@ class Alignment(Task):
 
 
 class Verification(Task):
-    """Eq. 8-9: the triplet loss on pooled features, with joint softmax and targets where they have
-    a weight; or the softmax loss and targets alone (triplet.weight 0).
+    """Eq. 8-9: the triplet loss on pooled features, with joint softmax and targets by weight; or
+    the softmax loss and targets alone (triplet.weight 0).
 
-    Features are scaled to unit length first, unless triplet.normalize is off; so are those whose
-    neighbours are sought.
+    Features are scaled to unit length with triplet.normalize, in training and neighbour search.
     """
 
     metric = ("nn_top1", +1)
@@ -243,7 +231,7 @@ class Verification(Task):
         return _measurable(found.metrics)
 
     def untrained(self, test: Iterable[EvalBatch]) -> dict[str, float]:
-        """All metrics of the network by itself; see Task.untrained."""
+        """All metrics without a gallery; see Task.untrained."""
         return _measurable(self._verified(self._untrained(test)).metrics)
 
     def _verified(self, seen: Seen, gallery: Tensor | None = None) -> Measured:
@@ -252,7 +240,7 @@ class Verification(Task):
 
 
 def _measurable(metrics: dict[str, float]) -> dict[str, float]:
-    """Without those that had nothing to be measured on (nan)."""
+    """Without metrics that could not be measured (nan)."""
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
@@ -264,12 +252,11 @@ TASKS: dict[str, type[Task]] = {
 
 
 def build_task(config: Config, num_classes: int, teacher: FaceNetwork | None = None) -> Task:
-    """The task that `config.task` names, its network freshly initialised from `config.seed`; its
-    hint stage where target.hint has a weight.
+    """Returns the task of `config.task`, or the hint stage if target.hint has a weight, with a new
+    network from `config.seed`.
 
-    teacher: the network that a target with weight needs (models.network_from_state of its run's
-    weights). Raises ValueError for an unknown task, a missing teacher, or one that knows other
-    classes.
+    teacher: the network of weighted targets. Raises ValueError for an unknown task, a missing
+    teacher, or a teacher of other classes.
     """
     if config.task not in TASKS:
         raise ValueError(f"build_task: task must be one of {', '.join(TASKS)}, got {config.task!r}")

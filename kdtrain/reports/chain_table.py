@@ -1,12 +1,11 @@
-"""The results of a directory of runs: a row per role of the chain, a column per task and metric,
-the floors below, and whether distillation helped.
-"""
+"""The result table of a directory of runs, and whether distillation helped."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from rich import box
 from rich.console import Group
 from rich.table import Table
@@ -18,9 +17,7 @@ from kdtrain.reports.runs import CHAIN, COLUMNS, METRICS, Stage, baseline, judge
 from kdtrain.reports.tables.verdicts import compare
 from kdtrain.reports.writing import DASH, decimal, direction, lower_is_better, percent
 
-FLOOR, UNTRAINED = "floor (learns nothing)", "untrained network"
-FOOT = {FLOOR: "floors", UNTRAINED: "untrained"}
-"""The last rows, and the section of results.json that each is read from."""
+FLOOR, UNTRAINED = "floor (no training)", "untrained network"
 QUESTION = "Did distillation help?"
 ONE_SEED = (
     "One seed: no verdict. Intervals are over the test images; another seed can differ by more."
@@ -28,8 +25,8 @@ ONE_SEED = (
 
 
 def columns(stages: Sequence[Stage]) -> list[tuple[str, str, str]]:
-    """Title, task and metric of each column: of the tasks that the runs have (all where none is
-    known), without the nearest neighbour outside the query's own video where images have none.
+    """Title, task and metric of each column, for the tasks of the runs, or for all where no task is
+    known. The nearest neighbour in other videos is left out where images have no videos.
     """
     trained = {s.task for s in stages} & set(runs.TASKS)
     videos = any("nn_top1_other_video" in s.results.get("metrics", {}) for s in stages)
@@ -42,8 +39,8 @@ def columns(stages: Sequence[Stage]) -> list[tuple[str, str, str]]:
 
 
 def rows(stages: Sequence[Stage]) -> list[tuple[str, list[Stage], list[tuple[Stage | None, str]]]]:
-    """Title, runs, and for each column its run and metric: the chain's rows, which hold a run of
-    each task, then every other run under its own name. The run is None without one of the task.
+    """Title, runs, and the run and metric of each column. First the rows of the chain, with a run
+    per task, then every other run. The run of a column is None where the row has none of its task.
     """
     grouped = [(title, [s for s in stages if CHAIN.get(s.name) == title]) for title, _ in runs.ROWS]
     grouped += [(stage.name, [stage]) for stage in stages if stage.name not in CHAIN]
@@ -62,20 +59,20 @@ def _run_of(stages: Sequence[Stage], task: str, metric: str) -> Stage | None:
 
 
 def foot(stages: Sequence[Stage]) -> list[tuple[str, list[str]]]:
-    """The rows below, of networks that learned nothing: title, and a text for each column."""
+    """The rows of networks that learned nothing: title, and a text per column."""
     places = [(task, metric) for _, task, metric in columns(stages)]
     return [
         (title, [percent(baseline(stages, section, *place)) for place in places])
-        for title, section in FOOT.items()
+        for title, section in ((FLOOR, "floors"), (UNTRAINED, "untrained"))
     ]
 
 
 def answers(stages: Sequence[Stage]) -> list[tuple[str, str, str]]:
-    """For each task of the chain with a distilled student: the task; whether distillation helped
-    (better or worse (one seed), no clear difference, or not known); and the numbers.
+    """The task, the result and the numbers, for each task of the chain with a distilled student.
 
     The student is compared with the control, or with the scratch student where no control has a
-    result, by the metric that judges the task and by verdicts.compare over the test images.
+    result, by the task's metric and verdicts.compare over the test images. The result is better or
+    worse (one seed), no clear difference, or not known.
     """
     chains = ({s.role: s for s in stages if s.task == t and s.name in CHAIN} for t in runs.TASKS)
     return [(roles["distilled"].task, *_answer(roles)) for roles in chains if "distilled" in roles]
@@ -93,15 +90,17 @@ def _answer(roles: Mapping[str, Stage]) -> tuple[str, str]:
     without = "for the student trained from scratch (no control has a result)"
     if other.role == "control":
         same = all(other.config.get(part) == ours.config.get(part) for part in ("model", "optim"))
-        without = "for the same student trained without a teacher"
-        without = without if same else "for a control of another network or schedule"
+        words = "the same student trained without a teacher"
+        without = "for " + (words if same else "a control of another network or schedule")
     lower = lower_is_better(metric)
-    found = compare([ours.items(metric)], [other.items(metric)], higher_is_better=not lower)
-    result, tail = "not known", " points, without an interval, as the runs store no test items"
+    index, others_index = (np.asarray(run.items("index")) for run in (ours, other))
+    shared = np.array_equal(index, others_index)
+    better, worse = ([run.items(metric) if shared else None] for run in (ours, other))
+    found = compare(better, worse, higher_is_better=not lower)
+    result, tail = "not known", " points, without an interval, as the runs share no test items"
     if found.low is not None and found.high is not None:
-        better = found.low > 0
-        clear = better or found.high < 0
-        result = f"{'better' if better else 'worse'} (one seed)" if clear else "no clear difference"
+        word = "better" if found.low > 0 else "worse" if found.high < 0 else ""
+        result = f"{word} (one seed)" if word else "no clear difference"
         low, high = (-found.high, -found.low) if lower else (found.low, found.high)
         tail = f" [{decimal(low, sign=True)}, {decimal(high, sign=True)}] points"
     return result, (
@@ -111,9 +110,8 @@ def _answer(roles: Mapping[str, Stage]) -> tuple[str, str]:
 
 
 def result_table(root: Path, states: Mapping[str, str]) -> Group:
-    """Teacher, scratch, control and distilled student of the chain, every other stage by its name,
-    the floor and an untrained network, by task; '-' where a stage has no result. Below: `answers`.
-    states: the outcome of each stage, by its name.
+    """The table for a terminal, '-' where a stage has no result, with `answers` below. states: the
+    outcome of each stage, by its name.
     """
     stages = [runs.read_stage(root / name) for name in states]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="test split, end of training, %")

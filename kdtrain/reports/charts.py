@@ -1,6 +1,4 @@
-"""Curves of the report as plain values that a template draws as SVG: it takes its colors from the
-page, light or dark, and is sharp at any width.
-"""
+"""Curves of the report as plain values, which a template draws as SVG in the page's colors."""
 
 from __future__ import annotations
 
@@ -13,17 +11,17 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 
 from kdtrain.reports.writing import count
 
-# between 3:1 and 5:1 against the page's white and its dark gray
+# contrast of at least 3:1 to the white and the dark page
 ROLE_COLORS = dict(teacher="#64748b", scratch="#3b82f6", control="#d97706", distilled="#059669")
 OTHER_COLORS = ("#8b5cf6", "#db2777", "#0891b2", "#65a30d", "#e11d48", "#0d9488")
 LEFT, RIGHT, TOP, BOTTOM = 42.0, 392.0, 8.0, 176.0
 """The frame of the curves, in the units of the template's viewBox."""
 MOST_POINTS = 150
 SPAN = 30.0
-"""Values that span a larger factor have a logarithmic axis, where their panel allows it."""
+"""Values that span a larger factor get a logarithmic axis in a panel with log_y."""
 
 Scale = tuple[Callable[[float], float], list[tuple[float, str]]]
-"""From a value to its place, and the place and the text of each tick."""
+"""A function from value to place, and the place and text of each tick."""
 
 
 class Curve(NamedTuple):
@@ -55,7 +53,7 @@ class Panel(NamedTuple):
 
 
 def drawn(panel: Panel) -> dict[str, Any]:
-    """The values that the template `chart` draws: the panel, its ticks, and each curve's points."""
+    """The values that the template `chart` draws: the panel, its ticks and each curve's points."""
     right = [x for curve in panel.curves for x in curve.x] + [0.0] * (not panel.log_x)
     across, x_ticks = _scale(right, (LEFT, RIGHT), panel.log_x, whole=not panel.log_x)
     heights = [y for curve in panel.curves for y in curve.y]
@@ -69,24 +67,20 @@ def drawn(panel: Panel) -> dict[str, Any]:
         points, rings = ([(round(across(x), 1), round(up(y), 1)) for x, y in both] for both in ends)
         curves.append((curve, points, rings))
     floor = None if panel.floor is None else round(up(panel.floor), 1)
-    return {
-        **panel._asdict(),
-        **{"wide": wide, "x_ticks": x_ticks, "y_ticks": y_ticks, "floor": floor, "curves": curves},
-    }
+    placed = dict(wide=wide, x_ticks=x_ticks, y_ticks=y_ticks, floor=floor, curves=curves)
+    return panel._asdict() | placed
 
 
 def thinned(values: Sequence[float]) -> list[float]:
-    """At most MOST_POINTS values: means over neighbours."""
-    parts = np.array_split(np.asarray(values, dtype=float), max(1, min(len(values), MOST_POINTS)))
+    """At most MOST_POINTS values, means over equal parts."""
+    parts = np.array_split(np.asarray(values, dtype=float), min(len(values), MOST_POINTS))
     return [float(part.mean()) for part in parts]
 
 
 def _scale(
     values: Sequence[float], ends: tuple[float, float], logarithmic: bool, *, whole: bool = False
 ) -> Scale:
-    """From the least value to the largest between two ends, with a few round ticks; a linear scale
-    that is not of whole numbers ends at ticks.
-    """
+    """The values between two ends, with a few round ticks; whole: ticks at whole numbers."""
     low, high = min(values), max(values)
     if high == low:
         high = 10 * low if logarithmic else low + 1

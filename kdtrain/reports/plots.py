@@ -1,4 +1,4 @@
-"""Faces and landmarks as small inline images, and the look of figures that matplotlib draws."""
+"""Images inside a page, and the look of matplotlib's figures."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ SMALL: dict[str, Any] = {"va": "center", "fontsize": 7.5}
 
 
 def drawable(text: str) -> str:
-    """A text as a figure can draw it: characters that its font lacks as escapes, and no $ that
-    begins mathematics.
-    """
+    """The text with escapes for $ and for characters that the figure's font lacks."""
     known = _characters()
     text = printable(text, lines=True)
     shown = (c if ord(c) in known or c == "\n" else ascii(c)[1:-1] for c in text)

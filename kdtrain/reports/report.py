@@ -1,8 +1,4 @@
-"""`report(run_root)`: one self-contained HTML page about a chain of runs, or about a single run.
-
-Read from the run directories alone (config.yaml, results.json, metrics.jsonl, samples.npz, items).
-A run without results is shown as not run or not finished, so a page can be written at any moment.
-"""
+"""The self-contained HTML page about a chain of runs, or about one run, at any time of training."""
 
 from __future__ import annotations
 
@@ -24,10 +20,8 @@ from kdtrain.reports.writing import plotted, render
 from kdtrain.training.checkpoint import write_text
 from kdtrain.training.journal.journal import duration, unit
 
-NOT_TERMS = (
-    *("kind", "step", "phase", "epoch", "lr", "skipped_steps"),
-    *("loss", "top1", "gradient_norm", "teacher_entropy"),
-)
+PLACE = ("kind", "step", "phase", "epoch", "lr", "skipped_steps")
+NOT_TERMS = (*PLACE, "loss", "top1", "gradient_norm", "teacher_entropy")
 Points = Sequence[tuple[float, float | None]]
 
 
@@ -35,14 +29,13 @@ def report(run_root: str | Path, *, command: str | None = None) -> Path:
     """Write run_root/report.html and return its path.
 
     run_root: a directory of run directories, or one run directory. command: the command that made
-    the runs; by default the present command line when that is kdtrain's own. Raises ValueError when
-    there is no run.
+    the runs, by default kdtrain's present command line. Raises ValueError without any run.
     """
     root = Path(run_root)
     stages = runs.read_stages(root)
     if not stages:
         raise ValueError(
-            f"report: no run folder (config.yaml) in {root}; train something there first"
+            f"report: no run directory (config.yaml) in {root}; train a run there first"
         )
     columns = chain_table.columns(stages)
     page = render(
@@ -71,7 +64,7 @@ def report(run_root: str | Path, *, command: str | None = None) -> Path:
 
 
 def _own_command() -> str | None:
-    """The command line, where it is one of kdtrain's that trains."""
+    """The command line of a kdtrain command that trains; None for any other."""
     program = Path(sys.argv[0])
     if program.parent.name != "kdtrain" or sys.argv[1:2] == ["report"]:
         return None
@@ -94,8 +87,8 @@ def _facts(stages: Sequence[Stage], command: str | None) -> list[tuple[str, str]
 def _doubts(
     root: Path, stages: Sequence[Stage], columns: Sequence[tuple[str, str, str]]
 ) -> list[tuple[str, str]]:
-    """The columns and students whose teacher, by their config or the chain, learned less than
-    nothing.
+    """The columns and students whose teacher does not beat the floor, and that teacher. A teacher
+    is named by a config here, or is one of the chain.
     """
     names = {(root / stage.name).resolve(): stage.name for stage in stages}
     taught: dict[str, list[str]] = {s.name: [] for s in stages if CHAIN.get(s.name) == "teacher"}
@@ -136,8 +129,8 @@ def _colors(stages: Sequence[Stage]) -> list[tuple[Stage, str]]:
 def _curves(
     stages: Sequence[Stage], points: Callable[[Stage], Points], *, by_epoch: bool = True
 ) -> list[Curve]:
-    """The points of each run that has some, with rings where the learning rate changes; the
-    control's line is dashed and above the others, as it may lie on the distilled student's.
+    """The curve of each run that has points, with rings where the learning rate changes. The
+    control's is dashed and drawn last, because it may cover the distilled student's.
     """
     found = []
     for stage, color in sorted(_colors(stages), key=lambda both: both[0].role == "control"):
@@ -171,28 +164,28 @@ def _metric_panel(task: str, stages: Sequence[Stage]) -> Panel:
 def _second_panel(task: str, stages: Sequence[Stage]) -> Panel:
     """Training accuracy of classification, cumulative errors of alignment, ROC of verification."""
 
-    def samples(across: str, up: str, scale: float) -> list[Curve]:
-        def points(stage: Stage) -> Points:
-            if across not in stage.samples or up not in stage.samples:
-                return []
-            x, y = scale * stage.samples[across], 100 * stage.samples[up]
-            positive = x > 0  # as the axis may be logarithmic
-            return list(zip(x[positive].tolist(), y[positive].tolist(), strict=True))
-
-        return _curves(stages, points, by_epoch=False)
-
     if task == "classification":
         curves = _curves(stages, lambda stage: _logged(stage, "top1", 100))
         return Panel("Top-1 on the training batches", "epoch", "%", curves)
-    if task == "alignment":
-        curves = samples("ced_threshold", "ced_share", 100)
-        return Panel("Cumulative test errors", "NRMSE at most, %", "% of images", curves)
-    curves, up = samples("roc_far", "roc_tar", 1), "true accepts, %"
-    return Panel("ROC of the test pairs", "false accepts (share)", up, curves, log_x=True)
+    roc = task == "verification"
+    across, up = ("roc_far", "roc_tar") if roc else ("ced_threshold", "ced_share")
+
+    def points(stage: Stage) -> Points:
+        if across not in stage.samples or up not in stage.samples:
+            return []
+        x, y = stage.samples[across] * (1 if roc else 100), 100 * stage.samples[up]
+        positive = x > 0  # as the axis may be logarithmic
+        return list(zip(x[positive].tolist(), y[positive].tolist(), strict=True))
+
+    curves = _curves(stages, points, by_epoch=False)
+    if roc:
+        labels = "false accepts (share)", "true accepts, %"
+        return Panel("ROC of the test pairs", *labels, curves, log_x=True)
+    return Panel("Cumulative test errors", "NRMSE at most, %", "% of images", curves)
 
 
 def _term_panels(stages: Sequence[Stage]) -> list[Panel]:
-    """A panel per loss term, with the line of every run that has it."""
+    """A panel per loss term, with the curve of every run that has it."""
     last = [lines[-1] for stage in stages if (lines := stage.lines("train"))]
     names = dict.fromkeys(name for line in last for name in line if name not in NOT_TERMS)
     panels = []
@@ -203,8 +196,8 @@ def _term_panels(stages: Sequence[Stage]) -> list[Panel]:
 
 
 def _logged(stage: Stage, name: str, scale: float = 1) -> Points:
-    """A quantity over the epochs of training, None where a line lacks it. The soft term is shown
-    without the teacher's entropy, its least value.
+    """A logged quantity over the epochs of training, None where a line lacks it. The teacher's
+    entropy is subtracted from the soft term, which leaves the KL divergence.
     """
     records = stage.lines("train")
     if not records:
@@ -221,8 +214,8 @@ def _logged(stage: Stage, name: str, scale: float = 1) -> Points:
 
 
 def _landmarks(samples: Mapping[str, np.ndarray]) -> list[dict[str, object]]:
-    """The images with (5, 2) true and predicted points, in pixels of the image, pixel centers at
-    whole numbers + 0.5: x, y, predicted x, y.
+    """Each image with its points (x, y, predicted x, predicted y) in pixels of the image, whose
+    centers are at whole numbers + 0.5, and its error.
     """
     points = np.concatenate([samples["true"], samples["predicted"]], axis=2).tolist()
     return [
@@ -232,20 +225,20 @@ def _landmarks(samples: Mapping[str, np.ndarray]) -> list[dict[str, object]]:
 
 
 def _neighbours(stages: Sequence[Stage]) -> list[dict[str, Any]]:
-    """Runs with the same queries under each other: the queries once, then each run's neighbours
-    and whether each is of the query's identity.
+    """For each set of queries: the queries, and the neighbours that each run finds, with whether
+    they have the query's identity.
     """
     groups: dict[bytes, list[Stage]] = {}
     for stage in stages:
         groups.setdefault(stage.samples["queries"].tobytes(), []).append(stage)
     found = []
     for mine in groups.values():
-        samples = mine[0].samples
         rows = []
         for stage in mine:
             right = stage.samples["query_labels"] == stage.samples["neighbour_labels"]
             faces = map(plots.face, stage.samples["neighbours"])
             rows.append((stage, list(zip(faces, right.tolist(), strict=True))))
-        queries = map(plots.face, samples["queries"])
-        found.append({"gallery": int(samples["gallery"]), "queries": queries, "rows": rows})
+        queries, gallery = (mine[0].samples[name] for name in ("queries", "gallery"))
+        faces = map(plots.face, queries)
+        found.append({"gallery": int(gallery), "queries": faces, "rows": rows})
     return found

@@ -1,4 +1,4 @@
-"""Run folders as a report reads them: how far each got, what it was, and its numbers as text."""
+"""Run directories as a report reads them: state, setting and numbers of each run, as text."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ import numpy as np
 from kdtrain.config import TARGETS, settings
 from kdtrain.config.networks import network_title
 from kdtrain.config.program import printable
-from kdtrain.reports.writing import better, brief, count
+from kdtrain.reports.writing import brief, count, lower_is_better
 from kdtrain.training.checkpoint import read_arrays, read_json
 from kdtrain.training.journal.journal import duration, read_lines
 
-# The result table: columns by task and metric, rows by the end of the chain's names.
 COLUMNS = (
     ("classification top-1", "classification", "top1"),
     ("alignment NRMSE", "alignment", "nrmse"),
@@ -25,6 +24,7 @@ COLUMNS = (
     ("NN top-1, other videos", "verification", "nn_top1_other_video"),
     ("pair accuracy", "verification", "pair_accuracy"),
 )
+"""Of the result table: title, task, metric."""
 METRICS = {"top1": "Top-1", "nrmse": "NRMSE", "nn_top1": "Nearest-neighbour top-1"}
 """The metric that judges a task, in words."""
 TASKS = tuple(dict.fromkeys(task for _, task, _ in COLUMNS))
@@ -34,33 +34,32 @@ ROWS = (
     ("control student, no teacher", ("_control",)),
     ("distilled student", ("_distilled",)),
 )
+"""Of the result table: title, and the ends of the names of its stages."""
 CHAIN = {
     f"{task}{ending}": title
     for task in ("cls", "ali", "ver")
     for title, endings in ROWS
     for ending in endings
 }
-"""The row of each stage of the chain over the three tasks; any other stage has a row of its own."""
+"""The row of each stage of the chain; every other stage has its own row."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One run folder, as far as it got."""
+    """One run directory, finished or not."""
 
     name: str
+    directory: Path
     config: Mapping[str, Any]
     results: Mapping[str, Any]
     """Empty until the run is finished."""
     records: Sequence[Mapping[str, Any]]
     """Lines of its journal."""
     samples: Mapping[str, np.ndarray]
-    diverged: bool = False
-    """It ended on a loss or weight that was not finite."""
-    folder: Path = Path()
 
     @property
     def task(self) -> str:
-        """What it trains; "" when that is not known."""
+        """The task that it trains; "" where that is not known."""
         return self.results.get("task") or self.config.get("task", "")
 
     @property
@@ -75,7 +74,7 @@ class Stage:
 
     @property
     def teachers(self) -> list[str]:
-        """The runs that its config names as teachers, as written there."""
+        """The teacher runs of its config, as written there."""
         section = self.config.get("teacher", {})
         named = [section.get("run"), *(section.get("more") or [])]
         return [printable(run) for run in named] if section.get("run") else []
@@ -85,7 +84,7 @@ class Stage:
         """finished, diverged, not finished or not run."""
         if self.results:
             return "finished"
-        if self.diverged:
+        if (self.directory / "diverged.json").is_file():
             return "diverged"
         return "not finished" if self.records else "not run"
 
@@ -100,18 +99,18 @@ class Stage:
     def items(self, metric: str) -> np.ndarray | None:
         """The metric of every test item at the end of training; None where it is not stored."""
         last = len(phase_ends(self)) - 1
-        return read_arrays(self.folder / "items" / f"phase{last}.npz").get(metric)
+        return read_arrays(self.directory / "items" / f"phase{last}.npz").get(metric)
 
     def beats_floor(self, metric: str) -> bool | None:
         """Whether a metric at the end is better than the run's floor; None without either."""
         value, floor = self.metric(metric), self.results.get("floors", {}).get(metric)
-        return None if value is None or floor is None else better(metric, value, floor)
+        if value is None or floor is None:
+            return None
+        return value < floor if lower_is_better(metric) else value > floor
 
 
 def read_stages(root: Path) -> list[Stage]:
-    """Every run below root, by task and role; runs that a pipeline plans there but has not begun
-    too.
-    """
+    """Every run below root, planned ones included, by task and role."""
     if (root / "config.yaml").is_file():
         return [read_stage(root)]
     planned = [path.stem for path in root.glob("recipes/*.yaml")]
@@ -126,43 +125,43 @@ def read_stages(root: Path) -> list[Stage]:
     return sorted(found, key=place)
 
 
-def read_stage(folder: Path) -> Stage:
-    """A run from its folder, or from the recipe beside it that plans it."""
-    recipes = folder / "config.yaml", folder.parent / "recipes" / f"{folder.name}.yaml"
+def read_stage(directory: Path) -> Stage:
+    """A run from its directory, or from the recipe beside it that plans it."""
+    recipes = directory / "config.yaml", directory.parent / "recipes" / f"{directory.name}.yaml"
     recipe = next((path for path in recipes if path.is_file()), None)
-    config = {} if recipe is None else settings.nested(settings.read_recipe(recipe))
-    samples = read_arrays(folder / "samples.npz")
-    results = read_json(folder / "results.json") or {}
-    records = read_lines(folder / "metrics.jsonl")
-    diverged = (folder / "diverged.json").is_file()
-    return Stage(printable(folder.name), config, results, records, samples, diverged, folder)
+    return Stage(
+        printable(directory.name),
+        directory,
+        {} if recipe is None else settings.nested(settings.read_recipe(recipe)),
+        read_json(directory / "results.json") or {},
+        read_lines(directory / "metrics.jsonl"),
+        read_arrays(directory / "samples.npz"),
+    )
 
 
 def images_text(stage: Stage) -> str:
-    """Which images a run was trained and tested on."""
+    """The images of training and testing: counts, split and size."""
     data, source = stage.config.get("data", {}), stage.results.get("data", {})
-    text = f"{source.get('name') or data.get('kind', 'unknown')}"
+    parts = [f"{source.get('name') or data.get('kind', 'unknown')}"]
     if source:
-        text += (
-            f", {source['images']:,} images of {source['classes']:,} identities, "
-            f"{source['train']:,} to train and {source['test']:,} to test"
-        )
-        if source.get("validation"):
-            text += f", {source['validation']:,} for validation"
-        if source.get("skipped"):
-            text += f", {source['skipped']} skipped"
-    text += f"; split {data.get('split')}; {data.get('input_size')} pixels"
-    crop = data.get("crop_size")
-    return text + (f" of crops of {crop}" if crop else "")
+        parts += [
+            f"{source['images']:,} images of {source['classes']:,} identities",
+            f"{source['train']:,} for training and {source['test']:,} for testing",
+        ]
+        parts += [f"{source['validation']:,} for validation"] if source.get("validation") else []
+        parts += [f"{source['skipped']} skipped"] if source.get("skipped") else []
+    crops = f" of crops of {data['crop_size']}" if data.get("crop_size") else ""
+    size = f"{data.get('input_size')} pixels{crops}"
+    return f"{', '.join(parts)}; split {data.get('split')}; {size}"
 
 
 def machine_text(stage: Stage) -> str:
-    """Where a run was computed, and by which versions."""
+    """The device, threads and versions of a run."""
     known = dict(stage.results.get("environment", {}))
     device, threads = known.pop("device", "unknown"), known.pop("threads", "?")
     known.pop("workers", None)
     versions = ", ".join(f"{name} {version}" for name, version in known.items())
-    return f"{device}, {threads} thread{'s' * (threads != 1)} a run; {versions}"
+    return f"{device}, {threads} thread{'s' * (threads != 1)} per run; {versions}"
 
 
 def network_text(stages: Sequence[Stage]) -> str:
@@ -179,8 +178,8 @@ def network_text(stages: Sequence[Stage]) -> str:
 
 
 def protocol_text(stages: Sequence[Stage]) -> str:
-    """How the numbers were measured, where protocols of the field differ."""
-    parts = ["centre crops"]
+    """The choices of measurement in which protocols of the field differ."""
+    parts = ["center crops"]
     for normalizer in {s.config["eval"]["normalizer"] for s in stages if s.task == "alignment"}:
         parts.append(f"NRMSE by {normalizer}, in original pixels")
     verified = [stage for stage in stages if stage.task == "verification"]
@@ -195,15 +194,14 @@ def protocol_text(stages: Sequence[Stage]) -> str:
 
 
 def loss_text(stage: Stage) -> str:
-    """'points + 1 hidden (mean)' with the weights and forms that the run was given."""
+    """'points + 0.5 hidden (mean)': the terms with their weights and forms."""
     target, parts = stage.config.get("target", {}), []
     if stage.task == "alignment":
         parts.append("points")
     if stage.task == "verification":
         triplet = stage.config.get("triplet", {})
-        weight = triplet.get("weight", 1)
-        named = f"triplet ({triplet.get('mining')}, margin {triplet.get('margin')})"
-        if weight:
+        if weight := triplet.get("weight", 1):
+            named = f"triplet ({triplet.get('mining')}, margin {triplet.get('margin')})"
             parts.append(named if weight == 1 else f"{weight:g} {named}")
 
     def tau(form: str) -> str:
@@ -211,23 +209,17 @@ def loss_text(stage: Stage) -> str:
         squared = ", tau\N{SUPERSCRIPT TWO}" if target.get("tau_squared") else ""
         return (f"tau {value:g}" if value else "") + squared
 
-    words = [("gamma", "softmax", "")]
-    words += [
-        (row.key, row.words.format_map(target), row.form)
-        for row in TARGETS.values()
-        if target.get(row.key)
-    ]
-    for key, name, form in words:
-        weight = target.get(key)
-        if weight:
+    terms = [(row.key, row.words, row.form) for row in TARGETS.values()]
+    for key, words, form in [("gamma", "softmax", ""), *terms]:
+        if weight := target.get(key):
             prefix = "" if weight == 1 else f"{weight:g} "
             note = tau(form) if form.endswith("temperature") else target.get(form)
-            parts.append(f"{prefix}{name}" + (f" ({note})" if note else ""))
+            parts.append(prefix + words.format_map(target) + (f" ({note})" if note else ""))
     return "; ".join([" + ".join(parts), *_teacher_text(stage)])
 
 
 def _teacher_text(stage: Stage) -> list[str]:
-    """'teachers a, b (weights 2, 1) on 32 pixels' in a list, which is empty without a teacher."""
+    """['teachers a, b (weights 2, 1) on 32 pixels'], or [] without a teacher."""
     if not stage.teachers:
         return []
     teacher, several = stage.config["teacher"], len(stage.teachers) > 1
@@ -253,17 +245,15 @@ def after_phases_text(stage: Stage) -> str:
 
 def best_text(stage: Stage) -> str:
     """The best evaluation by the judging metric, and its epoch."""
-    best = stage.results.get("best")
+    best, name = stage.results.get("best"), judge(stage)
     if not best:
         return ""
-    name = judge(stage)
-    value = brief(name, best["metrics"].get(name))
     split = f", {best['split']}" if "split" in best else ""
-    return f"{value} (epoch {epochs_done(stage, best)}{split})"
+    return f"{brief(name, best['metrics'].get(name))} (epoch {epochs_done(stage, best)}{split})"
 
 
 def time_text(stage: Stage) -> str:
-    """The time that training took, or how far the run got."""
+    """The training time, or the state of an unfinished run."""
     seconds = stage.results.get("seconds")
     return duration(seconds) if seconds else stage.state
 
@@ -275,21 +265,21 @@ def phase_ends(stage: Stage) -> list[int]:
 
 
 def epochs_done(stage: Stage, record: Mapping[str, Any]) -> int:
-    """Epochs done, over all phases, when a line was written."""
+    """Epochs done over all phases at a line of the journal."""
     return [0, *phase_ends(stage)][record["phase"]] + record["epoch"] + 1
 
 
 def judge(stage: Stage) -> str:
-    """The metric that the run is judged by: its task's, or the hint's error."""
+    """The metric that judges the run: its task's, or the hint's error."""
     if stage.config.get("target", {}).get("hint"):
         return "hint"
     return next((metric for _, task, metric in COLUMNS if task == stage.task), "")
 
 
 def baseline(stages: Sequence[Stage], section: str, task: str, metric: str) -> float | None:
-    """A metric of a network that learned nothing, from the first finished run of a task; None where
-    there is none. section: floors, or untrained (the run's network before its first step: of a
-    student where there is one).
+    """A metric of a network that learned nothing, from the first finished run of a task (a student
+    where there is one, if section is untrained); None where no run has it. section: floors, or
+    untrained: the run's own network before its first step.
     """
     last = "teacher" if section == "untrained" else "-"
     ordered = sorted(stages, key=lambda stage: stage.name.endswith(last))

@@ -1,9 +1,8 @@
-"""How a report writes: numbers as text, names that cannot mislead, and pages from templates."""
+"""Numbers as text, and pages from templates, with every value printable and escaped."""
 
 from __future__ import annotations
 
 import functools
-import html
 import re
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -55,7 +54,7 @@ def count(number: float) -> str:
 
 
 def direction(lower: bool) -> str:
-    """'lower is better', or higher."""
+    """'lower is better' or 'higher is better'."""
     return f"{'lower' if lower else 'higher'} is better"
 
 
@@ -64,13 +63,8 @@ def lower_is_better(metric: str) -> bool:
     return metric.startswith(LOWER_IS_BETTER)
 
 
-def better(metric: str, value: float, floor: float) -> bool:
-    """Whether a value beats the floor."""
-    return value < floor if lower_is_better(metric) else value > floor
-
-
 def render(template: str, **values: Any) -> str:
-    """The page that a template of templates/ makes of the values, each printable and escaped."""
+    """The page of a template in templates/."""
     return _templates().get_template(template).render(values)
 
 
@@ -84,10 +78,8 @@ def _templates() -> Environment:
         # an indented line of a template continues the line before it
         return re.sub(r"\n+ +", "", text) if name.endswith(".j2") else text
 
-    def shown(value: object) -> Markup:
-        if isinstance(value, Markup):
-            return value
-        return Markup(html.escape(printable(str(value), lines=True)))
+    def shown(value: object) -> str:
+        return value if isinstance(value, Markup) else printable(str(value), lines=True)
 
     return Environment(
         loader=FunctionLoader(load),

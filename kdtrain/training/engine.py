@@ -1,10 +1,10 @@
-"""One training loop for every task, with exact resume: `train` makes or continues a run folder,
+"""One training loop for every task, with exact resume: `train` creates or resumes a run directory,
 `evaluate` measures one.
 
-A run is a function of its config: batches and crops follow from (seed, phase, epoch, step), so
-weights, optimiser state, random state and position are all that a checkpoint holds. On one
-machine, thread count and torch version an interrupted and resumed run ends with the same bits in
-last/, metrics.jsonl and the metrics of results.json as an uninterrupted one.
+A run is a function of its config: batches and crops follow from (seed, phase, epoch, step), so a
+checkpoint holds weights, optimiser state, random state and position only. On one machine, thread
+count and torch version a resumed run ends bitwise identical to an uninterrupted one in last/,
+metrics.jsonl and the metrics of results.json.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ CLASSIFIER_METRICS = ("top1", "cross_entropy")
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop; its checkpoint is saved."""
+    """The run was stopped; its checkpoint is saved."""
 
 
 class Position(NamedTuple):
-    """Epoch counted over all phases, the next batch in it, and the optimiser's steps so far."""
+    """Epoch counted over all phases, its next batch, and the optimiser's steps so far."""
 
     epoch: int = 0
     batch: int = 0
@@ -83,13 +83,13 @@ def train(
     stop: Callable[[], bool] = program.told_to_stop,
     screen: Screen | None = None,
 ) -> dict[str, Any]:
-    """Train in `run_dir`, or continue there, and return what results.json says; its "status" is
-    "reused" where the run had finished before.
+    """Trains in `run_dir`, or resumes there; returns the content of results.json, with "status"
+    "reused" for a run that had finished before.
 
-    resume, overwrite: continue an unfinished run there; remove it. stop: asked after every step;
-    true saves a checkpoint and raises Interrupted. screen: where progress is shown. Raises
-    TrainingError (bad data; a loss or weight that is not finite, which diverged.json then records),
-    CheckpointError (run folders), ValueError (config, or a folder that holds something else).
+    resume: continue an unfinished run. overwrite: remove it. stop: called after every step; True
+    saves a checkpoint and raises Interrupted. screen: shows progress. Raises TrainingError (bad
+    data; a loss or weight that is not finite, recorded in diverged.json), CheckpointError (run
+    directories), ValueError (config, or a folder with other content).
     """
     screen = screen or Screen(run_dir.name)
     with opened(config, run_dir, resume=resume, overwrite=overwrite) as finished, computing(config):
@@ -109,12 +109,11 @@ def train(
 
 
 def evaluate(config: Config, run: Path) -> dict[str, Any]:
-    """Metrics, floors and an untrained network's metrics beside a run folder's network, on the
-    test split of `config`.
+    """Returns metrics of a run's network on the test split of `config`, with floors and the metrics
+    of an untrained network.
 
-    run: a run folder (its last weights) or one of its checkpoints (RUN/best). On images of another
-    number of identities the classifier's own metrics are left out; features and landmarks are
-    measured all the same.
+    run: a run directory (its last weights) or a checkpoint (RUN/best). On another number of
+    identities the classifier's own metrics are omitted.
     """
     check_device(config)
     with computing(config):
@@ -148,7 +147,7 @@ def evaluate(config: Config, run: Path) -> dict[str, Any]:
 
 
 class Run:
-    """A run under way: network, optimiser, position and journal. `loop` is the training."""
+    """A run in progress: network, optimiser, position and journal."""
 
     def __init__(
         self,
@@ -173,26 +172,26 @@ class Run:
         self.terms = Terms()
         self.history = History(*task.metric, config.train.early_stop)
         self.journal: Journal  # opened by begin or resume
-        self.answers = prepare_cache(config, data, task, folder, screen)
+        self.cache = prepare_cache(config, data, task, folder, screen)
         self._batches = data.epoch(0)
         self._start_clock({})
         self._shown = 0.0
 
     def begin(self) -> None:
-        """Make the run folder's first files."""
+        """Writes the run directory's first files."""
         environs = environment(self.config)
         checkpoint.write_text(self.folder / CONFIG, settings.to_yaml(self.config))
         checkpoint.write_json(self.folder / RUN, {"key": self.key, "environment": environs})
         self.journal = Journal(self.folder, {}, self.config.train.tensorboard)
 
     def loop(self) -> None:
-        """Every epoch from the present position: steps, then save and evaluate at its end."""
+        """Trains every epoch from the present position; saves and evaluates at its end."""
         config, task = self.config, self.task
         for count in range(self.at.epoch, len(self.schedule)):
             phase, epoch = self.schedule[count]
             self._batches = self.data.epoch(count)
-            if self.answers:
-                self.answers.open(phase, epoch, self._batches)
+            if self.cache:
+                self.cache.open(phase, epoch, self._batches)
             task.network.train()
             task.extra.train()
             with program.polled():
@@ -206,7 +205,7 @@ class Run:
                         raise Interrupted
                     if self.at.steps % config.train.save_every == 0 and not epoch_ends:
                         self.save()
-                self.save()  # before the evaluation, so that a kill during it repeats only it
+                self.save()  # a kill during the evaluation then repeats only the evaluation
             ends = epoch + 1 == config.optim.phases[phase].epochs
             if ends or (epoch + 1) % config.train.eval_every == 0:
                 self._evaluate(phase, epoch, ends)
@@ -215,7 +214,7 @@ class Run:
             self.at = Position(count + 1, 0, self.at.steps)
 
     def _step(self, count: int) -> float:
-        """One step of the optimiser from `at` by its batches' mean gradient; its learning rate."""
+        """Takes one optimiser step with its batches' mean gradient; returns the learning rate."""
         (phase, epoch), first = self.schedule[count], self.at.batch
         end = min(first + self.config.optim.accumulate, len(self._batches))
         done, here = first / len(self._batches), (end - first) / len(self._batches)
@@ -227,11 +226,12 @@ class Run:
         for place in range(first, end):
             following = self._batches[place + 1] if place + 1 < len(self._batches) else None
             batch = self.data.batch(self._batches[place], phase, epoch, following)
-            guide, seen = None, batch.teacher_images
-            if self.answers is not None:
-                ask = partial(self.task.guide, batch.seen)
-                guide = self.answers.guide(place, ask, batch.flipped)
-            result = self.task.step(batch.images, batch.labels, batch.points, guide, seen)
+            guide = None
+            if self.cache is not None:
+                compute = partial(self.task.guide, batch.teacher_input)
+                guide = self.cache.guide(place, compute, batch.flipped)
+            inputs = batch.images, batch.labels, batch.points
+            result = self.task.step(*inputs, guide, batch.teacher_images)
             found = {"loss": result.loss, **result.terms}
             if end - first > 1:
                 share = len(batch.labels) / images
@@ -250,7 +250,7 @@ class Run:
         return rate
 
     def save(self) -> None:
-        """Write last/ once every loss since the last line and every weight is finite."""
+        """Writes last/, if every loss since the last line and every weight is finite."""
         self._check_terms()
         network, extra = self.task.network.state_dict(), self.task.extra.state_dict()
         name = outcome.not_finite({**network, **extra, **self.optimisation.momenta()})
@@ -271,7 +271,7 @@ class Run:
         checkpoint.save(self.folder / LAST, self.optimisation.weights(), state)
 
     def resume(self) -> bool:
-        """Take up the run at its last checkpoint; false if it has none yet."""
+        """Restores the last checkpoint; False if there is none."""
         checkpoint.recover(self.folder / BEST)
         checkpoint.recover(self.folder / LAST)
         if not (self.folder / LAST).exists():
@@ -280,7 +280,7 @@ class Run:
         if state["key"] != self.key:
             self.screen.say(
                 "warning: the sources, the images or an input run changed since this run began; "
-                "it continues, but not as it would have ended"
+                "the results will differ from those of an uninterrupted run"
             )
         for name, value in environment(self.config).items():
             was = state["environment"].get(name)
@@ -302,13 +302,13 @@ class Run:
         return True
 
     def finish(self) -> dict[str, Any]:
-        """Write samples.npz and results.json, which mark the run as finished."""
+        """Writes samples.npz and results.json, which mark the run as finished."""
         config, task, data = self.config, self.task, self.data
         name, sign = task.metric
         last = self.history.records[-1]
         metrics = last["metrics"]
         if len(data.validation):
-            # a run that stopped early in a phase has not met the test split there yet
+            # a run that stopped early in a phase was not tested there yet
             metrics = last["test"] if "test" in last else self._test(last["phase"])
         ended = self.history.ended(self._epoch(), len(self.schedule))
         floors = task.floors(data.evaluation(data.train), data.evaluation(data.test))
@@ -339,8 +339,8 @@ class Run:
         }
         checkpoint.write_arrays(self.folder / SAMPLES, task.artifacts())
         checkpoint.write_json(self.folder / RESULTS, plain(results))
-        if self.answers is not None:
-            self.screen.say(self.answers.summary())
+        if self.cache is not None:
+            self.screen.say(self.cache.summary())
         self.show(1.0)
         self.screen.say(
             f"{ended['why']}; {duration(results['seconds'])}, "
@@ -350,12 +350,12 @@ class Run:
         return plain(results)
 
     def show(self, share: float) -> None:
-        """Tell identities and a watching pipeline how far the run is."""
+        """Shows the progress on the screen and in progress.json, for a pipeline."""
         name, left_s = self.history.metric, self.clock.left_s()
         latest = self.history.latest.get(name)
         epochs = {"epoch": self._epoch(), "epochs": len(self.schedule)}
         progress = {"share": share, **epochs, "metric": name, "value": latest, "left_s": left_s}
-        # only a watcher reads it: whole at every moment, but not forced to disk
+        # not forced to disk, as only a running pipeline reads it
         content = json.dumps(plain(progress)).encode()
         checkpoint.write_bytes(self.folder / PROGRESS, content, sync=False)
         note = f"epoch {epochs['epoch']}/{epochs['epochs']}, {duration(left_s)} left"
@@ -364,9 +364,9 @@ class Run:
         self.screen.update(share, note)
 
     def close(self) -> None:
-        """Close the journal and the teacher's kept answers."""
-        if self.answers is not None:
-            self.answers.close()
+        """Closes the journal and the teacher cache."""
+        if self.cache is not None:
+            self.cache.close()
         self.journal.close()
 
     def _start_clock(self, spent: Mapping[str, float]) -> None:
@@ -399,7 +399,7 @@ class Run:
             f"epoch {self.at.epoch + 1}/{len(self.schedule)}  "
             f"{name} {number(name, metrics.get(name))}  {duration(self.clock.left_s())} left"
         )
-        # before a checkpoint tells of this evaluation
+        # before a checkpoint records this evaluation
         if validates and (ends or self.history.is_stale()):
             self._write_items(f"validation_phase{phase}")
         if ends and validates:
@@ -408,7 +408,7 @@ class Run:
             self._write_items(f"phase{phase}")
 
     def _test(self, phase: int) -> dict[str, Any]:
-        """Metrics on the test split beside a validation part's; nothing is chosen by them."""
+        """Metrics on the test split, which choose nothing."""
         name = self.history.metric
         metrics = self._measure(self.data.test)
         self._write_items(f"phase{phase}")
@@ -417,15 +417,15 @@ class Run:
         return metrics
 
     def _write_items(self, name: str) -> None:
-        """What each image gave at the end of a phase, or where training stopped in it."""
+        """Writes the results per image at the end of a phase, or where training stopped."""
         checkpoint.write_arrays(self.folder / ITEMS / f"{name}.npz", self.task.items())
 
     def _epoch(self) -> int:
-        """The epoch under way or just ended, counted from 1."""
+        """The present epoch, counted from 1."""
         return min(self.at.epoch + 1, len(self.schedule))
 
     def _measure(self, indices: Tensor) -> dict[str, Any]:
-        """Metrics on the images `indices` of the weights that are kept."""
+        """Metrics of the saved weights on the images `indices`."""
         started = time.perf_counter()
         with self.optimisation.measured():
             metrics = self.task.evaluate(self.data.evaluation(indices))
@@ -439,7 +439,7 @@ class Run:
             raise self._diverged(found.step, outcome.by_term(found, names))
 
     def _names(self, back: int) -> str:
-        """The images of the step that lies `back` steps before the last one of this epoch."""
+        """Names of the images `back` steps before this epoch's last step."""
         size = self.config.optim.accumulate
         first = (-(-self.at.batch // size) - 1 - back) * size
         return self.data.names(torch.cat(self._batches[first : first + size]))

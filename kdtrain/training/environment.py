@@ -1,4 +1,4 @@
-"""torch's settings, random state, and a record of everything that a run's last bits depend on."""
+"""torch's settings and random state, and the environment that a run's last bits depend on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kdtrain.config import Config, ConfigError
 
 
 def environment(config: Config) -> dict[str, Any]:
-    """What bit-identity depends on beside the config."""
+    """Returns the conditions of bitwise identical results, beside the config."""
     on_cuda = config.train.device.startswith("cuda")
     return {
         "python": platform.python_version(),
@@ -35,7 +35,7 @@ def environment(config: Config) -> dict[str, Any]:
 
 
 def check_device(config: Config) -> None:
-    """Raises ConfigError when train.device cannot be used here, and says what can."""
+    """Raises ConfigError when train.device cannot be used here."""
     try:
         torch.empty(0, device=config.train.device)
         if torch.device(config.train.device).type == "meta":
@@ -50,17 +50,17 @@ def check_device(config: Config) -> None:
 
 @contextlib.contextmanager
 def computing(config: Config) -> Iterator[None]:
-    """Threads, denormals and determinism as the config says; torch's own come back afterwards."""
-    flushing = sys.float_info.min / 2 == 0  # torch does not say
+    """Sets threads, denormals and determinism by the config, and restores them afterwards."""
+    flushing = sys.float_info.min / 2 == 0  # torch has no getter
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
-    # whose filling of new tensors with NaN is a sweep over each that nothing needs
+    # which would fill every new tensor with NaN
     mode: Any = torch.utils.deterministic
     filling = mode.fill_uninitialized_memory
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # worker threads inherit the flag from the thread that starts them, so it is set first
+    # first, as worker threads inherit the flag from the thread that starts them
     torch.set_flush_denormal(True)
-    # imports much: where a signal cuts that short, it cannot be called again to restore
+    # outside of try: a signal during its imports would make a second call fail too
     torch.use_deterministic_algorithms(config.train.deterministic)
     try:
         if config.train.threads:
@@ -75,7 +75,7 @@ def computing(config: Config) -> Iterator[None]:
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """torch's random state, of the processor and of the run's device."""
+    """Returns torch's random state of the CPU and of the run's device."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -83,7 +83,7 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def restore_random(state: Mapping[str, Tensor], device: torch.device) -> None:
-    """Put back what random_state returned."""
+    """Restores the result of random_state."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,7 +1,7 @@
-"""The runs that a run reads: their networks, and what these were trained on.
+"""Input runs (teacher, init_from, head.run, eval.gallery): their networks and training images.
 
-Where classes are compared or taken over, a run that is read must know the same identities in the
-same order, and it should know none of this run's test images.
+Where classes are compared or inherited, an input run must have the same identities in the same
+order; it should not have been trained on this run's test images.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from kdtrain.training import checkpoint
 from kdtrain.training.journal.journal import Screen
 
 VIEW = ("store_size", "crop_size", "input_size")
-"""Settings of data that say how a network sees an image; the images are the querying run's."""
+"""Settings of data that are the network's own; the images are those of the querying run."""
 
 
 def run_config(run: Path) -> Config:
-    """The config of a run folder, or of a checkpoint's run. Raises CheckpointError without one."""
+    """Returns the config of a run directory or checkpoint. Raises CheckpointError without one."""
     recipe = checkpoint.run_of(run) / "config.yaml"
     if not recipe.is_file():
         raise checkpoint.CheckpointError(
-            f"{run}: no config.yaml beside its weights; name a run folder"
+            f"{run}: no config.yaml beside its weights; name a run directory"
         )
     return settings.build(settings.read_recipe(recipe))
 
 
 def network_shapes(run: Path) -> FaceNetwork:
-    """The network of a run folder as its config has it, for one identity."""
+    """Returns the network that a run's config describes, for one identity."""
     config = run_config(run)
     return FaceNetwork(config.model, 1, head=config.head, input_size=config.data.input_size)
 
 
 def load_network(run: Path) -> FaceNetwork:
-    """The network of a run folder, with its last weights (RUN/best: its best)."""
+    """Returns the network of a run directory with its last weights (RUN/best: its best)."""
     weights, config = checkpoint.run_weights(run), run_config(run)
     return network_from_state(
         config.model,
@@ -65,44 +65,40 @@ def check_gallery(run: Path, width: int) -> None:
 
 
 class Gallery:
-    """Pooled features of images by another run's frozen network, at its own input size and crop,
-    for asymmetric evaluation.
-
-    A store of faces that the large network enrolled is then searched by the small one (arXiv
-    2011.00265): only a student whose features lie in the teacher's space finds anyone there.
+    """Features of images by another run's frozen network, at its own input size and crop, for
+    asymmetric evaluation: a small network searches a gallery that the large one enrolled (arXiv
+    2011.00265), which requires features in the same space.
     """
 
     def __init__(self, run: Path, data: RunData) -> None:
-        """data: the images, as the querying run has them. See check_gallery."""
+        """data: of the querying run. See check_gallery."""
         self.network = load_network(run).eval().requires_grad_(False).to(data.device)
         theirs = run_config(run)
         view = {name: getattr(theirs.data, name) for name in VIEW}
-        config = Config(  # of neither run: their targets and teachers do not matter here
+        config = Config(  # without the targets and teachers of either run
             task=data.config.task,
             data=replace(data.config.data, **view),
             augment=theirs.augment,
             train=data.config.train,
         )
-        # synthetic faces are drawn at the stored size; files are only resized to another one
+        # synthetic faces are rendered at the stored size; files are resized to it
         alike = config.data.store_size == data.config.data.store_size
         shared = alike or config.data.kind != "synthetic"
         self._data = RunData(config, data.source if shared else None)
-        self._kept: tuple[Tensor, Tensor] | None = None
+        self._last: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, indices: Tensor) -> Tensor:
-        """Features (N, D) float32 of the source's images `indices` (N,); the last are kept."""
-        if self._kept is None or not torch.equal(self._kept[0], indices):
+        """Returns features (N, D) float32 of the source's `indices` (N,); caches the last ones."""
+        if self._last is None or not torch.equal(self._last[0], indices):
             batches = self._data.evaluation(indices)
             with torch.no_grad():
                 rows = [self.network(batch.images).hidden.float() for batch in batches]
-            self._kept = indices.clone(), torch.cat(rows)
-        return self._kept[1]
+            self._last = indices.clone(), torch.cat(rows)
+        return self._last[1]
 
 
 def check_lineage(folders: Mapping[str, Path], data: RunData, screen: Screen) -> None:
-    """Raises ConfigError where classes are compared with those of a run on other identities; tells
-    identities of runs that were trained on test images of this one.
-    """
+    """Raises ConfigError where classes of other identities are compared; see seen_in_training."""
     by_class = any(row.by_class for row in data.config.target.weighed)
     by_class |= data.config.head.margin == "distillation"
     for name, run in folders.items():
@@ -114,7 +110,7 @@ def check_lineage(folders: Mapping[str, Path], data: RunData, screen: Screen) ->
 
 
 def _check_identities(name: str, run: Path, data: RunData) -> None:
-    """Runs that do not say which identities they know (imported ones) pass."""
+    """Imported runs, whose identities are unknown, pass."""
     theirs = _trained_on(run).get("identities_key")
     ours = identities_key(data.source.class_names, data.config.data)
     if theirs is not None and theirs != ours:
@@ -126,8 +122,8 @@ def _check_identities(name: str, run: Path, data: RunData) -> None:
 
 
 def seen_in_training(run: Path, data: RunData) -> str | None:
-    """A warning where `run` was trained on test images of `data` (with data.split identity, on
-    their identities); None where it was not, or on another set, or does not say on which.
+    """Returns a warning if `run` was trained on test images of `data` (with data.split identity: on
+    their identities); None if not, or if its training images are unknown or another set.
     """
     if "identities_key" not in _trained_on(run):
         return None
@@ -136,7 +132,7 @@ def seen_in_training(run: Path, data: RunData) -> str | None:
         return None
     try:
         train, _, _ = parts(data.source, theirs)
-    except ValueError:  # a split file that was not read here
+    except ValueError:  # its split file was not read for `data`
         return None
     labels, what = data.source.labels, "images"
     seen = torch.isin(data.test, train)
@@ -151,7 +147,7 @@ def seen_in_training(run: Path, data: RunData) -> str | None:
 
 
 def same_set(one: DataConfig, other: DataConfig) -> bool:
-    """Whether two data sections read the same images, however they split them."""
+    """True if two data sections read the same images, split in any way."""
     if one.kind != other.kind:
         return False
     if one.kind == "synthetic":
@@ -161,6 +157,6 @@ def same_set(one: DataConfig, other: DataConfig) -> bool:
 
 
 def _trained_on(run: Path) -> Mapping[str, Any]:
-    """The images that a run folder, or the run of a checkpoint, says it was trained on."""
+    """The section `data` of the results of a run directory or checkpoint; {} if unknown."""
     results = checkpoint.read_json(checkpoint.run_of(run) / "results.json") or {}
     return results.get("data") or {}

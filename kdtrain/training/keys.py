@@ -1,4 +1,4 @@
-"""The key of a run: what it was computed from. A finished run is reused while its key stands."""
+"""The key of a run: a digest of all that its numbers depend on, for reuse."""
 
 from __future__ import annotations
 
@@ -16,16 +16,14 @@ from kdtrain.data import fixed_views
 from kdtrain.training.checkpoint import WEIGHTS, CheckpointError, read_json, run_weights
 
 HASHED_ROOMS = ("config", "data", "models", "objectives", "training")
-"""Packages of kdtrain whose sources can change a trained number."""
+"""Packages of kdtrain that can change a trained number."""
 NOT_HASHED = ("models/published", "training/journal", "training/published")
-"""Packages in them that cannot; each says so in its __init__."""
+"""Sub-packages that cannot, as each of their __init__ states."""
 
 
 def run_key(config: Config, inputs: Mapping[str, str], data: str) -> str:
-    """16 hex digits over the settings that count, the input runs' keys, the data's key, versions
-    and sources.
-
-    inputs: key of each run that the config names, by the name of the input (config.RUN_SETTINGS).
+    """Returns 16 hex digits over the counted settings, the input runs' keys by input
+    (config.RUN_SETTINGS), the data's key, versions and sources.
     """
     settings = _counted(config)
     record = {"settings": settings, "inputs": dict(inputs), "data": data, "sources": source_hash()}
@@ -33,14 +31,14 @@ def run_key(config: Config, inputs: Mapping[str, str], data: str) -> str:
 
 
 def input_folders(config: Config, run_dir: Path) -> dict[str, Path]:
-    """The run folders that a run reads, by the setting that names them."""
+    """Returns the run directories of a run's inputs, by input."""
     return {name: run_folder(run, run_dir) for name, run in config.runs().items()}
 
 
 def input_key(folder: Path) -> str:
-    """The key of a finished run folder; of a lone checkpoint, a hash of its weights.
+    """Returns the key of a finished run; of a checkpoint alone, a hash of its weights.
 
-    Raises CheckpointError when there are no weights, or the run is not finished.
+    Raises CheckpointError without weights, and for a run that is not finished.
     """
     weights = run_weights(folder)
     if weights == folder:
@@ -49,7 +47,7 @@ def input_key(folder: Path) -> str:
     if results is None:
         if read_json(folder / "diverged.json") is not None:
             raise CheckpointError(
-                f"{folder}: that run diverged; train it anew with --overwrite and other settings"
+                f"{folder}: that run diverged; train it again with --overwrite and other settings"
             )
         raise CheckpointError(
             f"{folder}: that run is not finished; finish it with --resume, "
@@ -59,7 +57,7 @@ def input_key(folder: Path) -> str:
 
 
 def differences(ours: Config, theirs: Config) -> list[str]:
-    """'optim.batch_size: 64 here, 32 there' for every setting of the key that differs."""
+    """Returns 'optim.batch_size: 64 here, 32 there' for every counted setting that differs."""
     there = _counted(theirs)
     return [
         f"{key}: {value} here, {there[key]} there"
@@ -69,10 +67,10 @@ def differences(ours: Config, theirs: Config) -> list[str]:
 
 
 def _counted(config: Config) -> dict[str, Any]:
-    """The settings that count. Answers kept in float32 are the teacher's own, bit for bit, so they
-    count as none kept (of features: those of whole batches, with a classifier that is not compiled
-    by itself); so does any cache of a run without a teacher. Sizes that are left to another
-    setting count as it does, and the teacher's not at all without one; equal weights count as none.
+    """Returns the counted settings. A float32 cache counts as none, as its outputs are bitwise
+    identical to the teacher forward pass (features: in whole batches, without train.compile), and
+    so does any cache without a teacher. Sizes that default to another setting count as its value;
+    equal teacher weights count as none.
     """
     uncounted = [setting.key for setting in SETTINGS if not setting.counted]
     counted = {key: value for key, value in to_flat(config).items() if key not in uncounted}
@@ -93,7 +91,7 @@ def _counted(config: Config) -> dict[str, Any]:
 
 @cache
 def source_hash() -> str:
-    """Hash of the sources of HASHED_ROOMS and kdkernels, compiled ones too, and torch's version."""
+    """Returns a hash of torch's version and all sources of HASHED_ROOMS and kdkernels."""
     import torch
 
     digest = hashlib.sha256(torch.__version__.encode())

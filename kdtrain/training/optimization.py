@@ -1,6 +1,4 @@
-"""One optimiser step and what belongs to it: parameter groups, learning rate, loss scaling,
-clipping, and the running average of the weights.
-"""
+"""An optimiser step: groups, learning rate, loss scale, clipping, and a moving average."""
 
 from __future__ import annotations
 
@@ -17,16 +15,13 @@ from kdtrain.config import OptimConfig
 
 
 def learning_rate(optim: OptimConfig, phase: int, epoch: int, done: float, step: float) -> float:
-    """Learning rate of the step that leads from `done` to `done + step` epochs of this epoch.
-
-    phase, epoch: the phase, and the epoch within it. With t the share of the phase that is done
-    when the step begins, and w the epochs of the run that are done when it ends:
+    """Returns the learning rate of the step from `done` to `done + step` of an epoch of a phase.
 
         lr(phase) * [f + (1 - f) (1 + cos(pi t)) / 2, for schedule "cosine"]
                   * min(1, w / warmup_epochs)
 
-    f: final_lr_fraction. A function of the place alone, so that a resumed run meets the same rates,
-    and in epochs, as the batches of an epoch need not be equally many (identities x images).
+    t: share of the phase done before the step; w: epochs of the run done after it; f:
+    final_lr_fraction. In epochs, as the number of batches may differ between epochs.
     """
     now = optim.phases[phase]
     rate = now.lr
@@ -41,11 +36,9 @@ def learning_rate(optim: OptimConfig, phase: int, epoch: int, done: float, step:
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> list[Any]:
-    """The optimiser's groups: those with weight decay and, where no_decay asks for it, those
-    without.
+    """Returns the optimiser's groups: parameters with weight decay and, by no_decay, those without.
 
-    Parameters of one dimension are the weights and biases of normalisations, the biases of layers
-    and the slopes of PReLUs; all others have two dimensions and more.
+    Weights of normalisations, biases and slopes of PReLUs have one dimension, all others more.
     """
     parameters = list(parameters)
     if optim.no_decay == "none":
@@ -58,12 +51,13 @@ def parameter_groups(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> 
 
 
 class Average:
-    """Running average of a network's parameters, in float32; buffers are the network's own.
+    """Moving average of a network's parameters, in float32; buffers are the network's own.
 
         average <- d average + (1 - d) weights,   d = min(decay, (1 + k) / (10 + k)) at step k
 
-    The smaller d of the first steps lets go of the initial weights, which a short run would
-    otherwise keep.
+    d is smaller in the first steps, so that a short run does not keep its initial weights.
+    torch.optim.swa_utils.AveragedModel copies the weights at its first update and counts its own
+    updates, not optimiser steps, so its averages are others.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
@@ -71,27 +65,27 @@ class Average:
         self._values = {n: p.detach().float().clone() for n, p in network.named_parameters()}
 
     def update(self, step: int) -> None:
-        """Take up the weights after optimiser step `step`, counted from 1."""
+        """Adds the weights after optimiser step `step`, counted from 1."""
         decay = min(self._decay, (1 + step) / (10 + step))
         ours = list(self._values.values())
         theirs = [p.detach().float() for p in self._network.parameters()]
         torch._foreach_lerp_(ours, theirs, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     def weights(self) -> dict[str, Tensor]:
-        """The network's state dict with the average in place of its parameters."""
+        """Returns the network's state dict with the average in place of its parameters."""
         state = self._network.state_dict()
         return {
             n: self._values[n].to(t.dtype) if n in self._values else t for n, t in state.items()
         }
 
     def restore(self, weights: Mapping[str, Tensor]) -> None:
-        """Continue from what `weights` returned."""
+        """Restores the result of `weights`."""
         for name, value in self._values.items():
             value.copy_(weights[name])
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the network has the averaged parameters; its own come back bit by bit."""
+        """Gives the network the averaged parameters, and its own back afterwards."""
         own = {n: p.detach().clone() for n, p in self._network.named_parameters()}
         self._network.load_state_dict(self._values, strict=False)
         try:
@@ -112,15 +106,14 @@ class Optimisation:
         device: str = "cpu",
         scaled: bool = False,
     ) -> None:
-        """extra: modules that are trained beside the network, and neither averaged nor kept.
-        device: type of theirs. scaled: scale the loss so that float16 gradients neither vanish nor
-        overflow (torch.amp.GradScaler); a step that overflows all the same is skipped.
+        """extra: modules that are trained beside the network, not averaged, and dropped later.
+        scaled: scale the loss for float16 (torch.amp.GradScaler) and skip steps that overflow.
         """
         self.skipped, self.skipped_in_a_row = 0, 0
         self._clip_norm = optim.clip_norm
         self._network = network
         every = (*network.parameters(), *extra.parameters())
-        self._parameters = [p for p in every if p.requires_grad]  # a frozen head is left alone
+        self._parameters = [p for p in every if p.requires_grad]  # without a frozen head
         self._optimizer = torch.optim.SGD(
             parameter_groups(self._parameters, optim),
             lr=optim.phases[0].lr,
@@ -129,24 +122,23 @@ class Optimisation:
             nesterov=True,
         )
         self._scaler = torch.amp.GradScaler(device, enabled=scaled)
-        # the scaler does not tell whether it let the step happen
+        # GradScaler.step does not return whether the step was taken
         self._optimizer.register_step_post_hook(self._mark)
         self._average = None if optim.ema is None else Average(network, optim.ema)
 
     def begin(self, rate: float) -> None:
-        """Start a step at this learning rate."""
+        """Begins a step at this learning rate."""
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.zero_grad(set_to_none=True)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a batch's share of the loss."""
+        """Adds the gradient of a batch's share of the loss."""
         self._scaler.scale(loss).backward()
 
     def step(self, number: int) -> dict[str, Tensor] | None:
-        """Clip and take step `number`, counted from 1; terms for the journal, as device scalars.
-
-        None where the scaled gradient overflowed, so that nothing but the scale was changed.
+        """Clips and takes step `number`, counted from 1; returns terms for the journal as device
+        scalars, or None if the scaled gradient overflowed and only the scale changed.
         """
         terms = {}
         if self._clip_norm is not None:
@@ -167,21 +159,21 @@ class Optimisation:
         self._taken = True
 
     def measured(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, the network has the weights that are evaluated and kept."""
+        """Gives the network the weights that are evaluated and saved."""
         return contextlib.nullcontext() if self._average is None else self._average.applied()
 
     def weights(self) -> dict[str, Tensor]:
-        """The state dict that is kept: the network's, or its running average."""
+        """Returns the state dict to save: the network's, or its moving average."""
         return self._network.state_dict() if self._average is None else self._average.weights()
 
     def momenta(self) -> dict[str, Tensor]:
-        """Every momentum by a name for messages."""
+        """Returns every momentum by a name for messages."""
         states = self._optimizer.state_dict()["state"].items()
         found = {f"momentum of parameter {i}": s.get("momentum_buffer") for i, s in states}
         return {name: values for name, values in found.items() if values is not None}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs beside `weights`."""
+        """Returns the state of a checkpoint beside `weights`."""
         state: dict[str, Any] = {
             "optimizer": self._optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
@@ -192,7 +184,7 @@ class Optimisation:
         return state
 
     def restore(self, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint: what `weights` and `state` returned."""
+        """Restores the results of `weights` and `state`."""
         self._network.load_state_dict(dict(state.get("trained", weights)))
         self._optimizer.load_state_dict(dict(state["optimizer"]))
         if self._scaler.is_enabled():

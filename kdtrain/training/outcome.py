@@ -1,4 +1,4 @@
-"""How a run ends: its best evaluation, early stopping, and numbers that are no longer finite."""
+"""The end of a run: its best evaluation, early stopping, and numbers that are not finite."""
 
 from __future__ import annotations
 
@@ -13,44 +13,40 @@ from kdtrain.training import checkpoint
 from kdtrain.training.journal.journal import NonFinite
 from kdtrain.training.preparation import TrainingError
 
-# 30 halvings make the scaler's first 65536 into 6e-5: a gradient that overflows then is lost
-MAX_SKIPPED = 30
+MAX_SKIPPED = 30  # halvings: from the scaler's initial 65536 to 6e-5
 DIVERGED = checkpoint.run_file("diverged.json")
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor that holds NaN or infinity, by one transfer from the device."""
+    """Returns the name of the first tensor with NaN or infinity, by one device transfer."""
     finite = torch.stack([t.isfinite().all() for t in tensors.values()]).tolist()
     return next((name for name, good in zip(tensors, finite, strict=True) if not good), None)
 
 
 def by_term(found: NonFinite, images: str) -> tuple[str, str]:
-    """Cause and advice for a loss term that is not finite; images: names of the step's."""
+    """Returns cause and advice for a loss term that is not finite. images: names of the batch."""
     cause = f"loss term '{found.term}' is {found.value}; the batch was {images}"
     return cause, "Lower optim.phases' lr, set optim.clip_norm, or give that term less weight."
 
 
 def by_weight(name: str, images: str) -> tuple[str, str]:
-    """Cause and advice for a weight, statistic or momentum that is not finite."""
+    """Returns cause and advice for a weight, statistic or momentum that is not finite."""
     cause = f"{name} is no longer finite though the loss was; the batch was {images}"
     return cause, "Lower optim.phases' lr, or set optim.clip_norm."
 
 
 def by_overflow() -> tuple[str, str]:
-    """Cause and advice where the loss scaler skipped MAX_SKIPPED steps in a row."""
-    cause = (
-        f"the gradient of {MAX_SKIPPED} steps in a row overflowed float16 at every scale of the "
-        "loss"
-    )
+    """Returns cause and advice after MAX_SKIPPED skipped steps in a row."""
+    cause = f"the gradients of {MAX_SKIPPED} steps in a row overflowed float16 at every loss scale"
     return cause, "Set train.precision to bfloat16 or float32, or lower optim.phases' lr."
 
 
 def diverged(
     folder: Path, step: int, why: tuple[str, str], record: Mapping[str, Any]
 ) -> TrainingError:
-    """Writes diverged.json, which marks the run as ended, as the same run would diverge again.
+    """Writes diverged.json, which ends the run for good; returns the error to raise.
 
-    why: cause and advice. record: what else the file says. Returns the error to raise.
+    why: cause and advice. record: further entries of the file.
     """
     cause, advice = why
     standing = "No checkpoint had been saved yet."
@@ -62,40 +58,37 @@ def diverged(
 
 
 class History:
-    """Evaluation records in their order, from which all follows, so that a resumed run agrees."""
+    """The evaluation records in their order, and everything derived from them."""
 
     def __init__(self, metric: str, sign: int, patience: int | None) -> None:
-        """metric: name of the one that judges; sign: +1 where more is better, -1 where less is.
-        patience: evaluations without a better one after which `is_stale`; None for never.
+        """metric: name of the judging metric; sign: +1 where more is better, -1 where less is.
+        patience: evaluations without improvement until `is_stale`; None: never.
         """
         self.metric, self._sign, self._patience = metric, sign, patience
         self.records: list[dict[str, Any]] = []
 
     def add(self, record: dict[str, Any]) -> bool:
-        """Keep a record with `step`, `metrics` and `phase_ends`; whether it is the best so far."""
+        """Adds a record with `step`, `metrics` and `phase_ends`; True if it is the best so far."""
         earlier = self.best()
         self.records.append(record)
         return self.best() is not earlier
 
     @property
     def latest(self) -> dict[str, Any]:
-        """The metrics of the last evaluation; empty before the first."""
+        """The metrics of the last evaluation; {} before the first."""
         return self.records[-1]["metrics"] if self.records else {}
 
     def best(self) -> dict[str, Any] | None:
-        """The record with the best metric so far, the earliest of equals; None if none has it."""
+        """Returns the first record with the best metric; None if none has the metric."""
         rated = [r for r in self.records if r["metrics"].get(self.metric) is not None]
         return max(rated, key=lambda r: self._sign * r["metrics"][self.metric], default=None)
 
     def phases(self) -> list[dict[str, Any]]:
-        """The records at the ends of phases."""
+        """Returns the records at the ends of phases."""
         return [record for record in self.records if record["phase_ends"]]
 
     def is_stale(self) -> bool:
-        """Whether the last `patience` evaluations brought no better metric.
-
-        ValueError where the metric could not be measured at all.
-        """
+        """True after `patience` evaluations without a better metric. Raises ValueError."""
         if self._patience is None or not self.records:
             return False
         best = self.best()
@@ -107,7 +100,7 @@ class History:
         return sum(r["step"] > best["step"] for r in self.records) >= self._patience
 
     def ended(self, epoch: int, epochs: int) -> dict[str, Any]:
-        """Why training ended in epoch `epoch` of `epochs`, counted from 1."""
+        """Returns why training ended in epoch `epoch` of `epochs`, counted from 1."""
         if epoch == epochs or not self.is_stale():
             return {"by": "schedule", "epoch": epoch, "why": f"all {epochs} epochs trained"}
         why = (

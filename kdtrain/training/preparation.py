@@ -1,4 +1,4 @@
-"""Before the first step: the task with its teacher and inherited weights, and data for it."""
+"""Before the first step: checks of the inputs, and the task with its teacher and weights."""
 
 from __future__ import annotations
 
@@ -27,27 +27,25 @@ from kdtrain.training.input_runs import (
     run_config,
 )
 from kdtrain.training.journal.journal import Screen
-from kdtrain.training.teacher_cache import OwnedFiles, TeacherCache, identity
+from kdtrain.training.teacher_cache import OwnedFiles, TeacherCache, owner_of
 from kdtrain.training.view_cache import ViewCache, view_owner
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on; the message says where it stopped and what to do."""
+    """A run that cannot continue; the message states the place and the remedy."""
 
 
 def check_inputs(config: Config, run_dir: Path) -> dict[str, str]:
-    """The keys of the runs that `config` names, by input. Checks before any image is read that
-    these runs are finished and that their networks fit this one, as far as configs tell.
-
-    Raises CheckpointError, ConfigError or ValueError. Classes and weights are compared in
-    `prepare_task`, which knows the data.
+    """Returns the keys of the input runs of `config`. Checks before any image is read that these
+    runs are finished and, by their configs, that their networks fit; `prepare_task` compares
+    classes and weights. Raises CheckpointError, ConfigError or ValueError.
     """
     folders = keys.input_folders(config, run_dir)
     found = {name: keys.input_key(folder) for name, folder in folders.items()}
     if not folders:
         return found
     with torch.device("meta"):  # shapes without memory
-        # init_from may be a lone checkpoint, which has no config
+        # init_from may be a checkpoint without a config
         theirs = {
             name: network_shapes(folder)
             for name, folder in folders.items()
@@ -64,7 +62,7 @@ def check_inputs(config: Config, run_dir: Path) -> dict[str, str]:
 
 
 def prepare_task(config: Config, data: RunData, run_dir: Path, screen: Screen) -> Task:
-    """The task on its device. Raises TrainingError where the data do not serve it."""
+    """Returns the task on its device. Raises TrainingError for data that do not fit it."""
     folders = keys.input_folders(config, run_dir)
     teacher = load_teacher(config, folders, screen)
     task = build_task(config, data.source.num_classes, teacher)
@@ -75,7 +73,7 @@ def prepare_task(config: Config, data: RunData, run_dir: Path, screen: Screen) -
     if "init_from" in folders:
         weights = checkpoint.load_weights(checkpoint.run_weights(folders["init_from"]))
         for line in inherit(task.network, weights):
-            screen.say(f"not taken from {folders['init_from']}: {line}")
+            screen.say(f"not inherited from {folders['init_from']}: {line}")
     if "head" in folders:
         inherit_head(task.network, load_network(folders["head"]), folders["head"])
     if config.train.channels_last and not task.network.channels_last:
@@ -92,8 +90,8 @@ def prepare_task(config: Config, data: RunData, run_dir: Path, screen: Screen) -
 
 
 def check_batches(task: Task, data: RunData) -> None:
-    """Raises ConfigError where the last batch of an epoch is one sample and no step can be taken on
-    it: a batch normalisation, of the network or of a target, then sees one value per channel.
+    """Raises ConfigError where the last batch is one sample and batch normalisation, of the network
+    or of a target, cannot train on it.
     """
     last = data.epoch(0)[-1]
     if len(last) > 1:
@@ -115,15 +113,15 @@ def check_batches(task: Task, data: RunData) -> None:
 def prepare_cache(
     config: Config, data: RunData, task: Task, run_dir: Path, screen: Screen
 ) -> TeacherCache | ViewCache | None:
-    """Where the teacher's answers are kept, with room for them, or None. Raises CacheError."""
+    """Returns the cache of teacher outputs, if any. Raises CacheError without room on the disk."""
     teacher = config.teacher
     if task.teacher is None or teacher.cache == "none":
         return None
     if not task.guide_widths:
-        screen.say("teacher.cache: what this target reads is not kept, the teacher answers online")
+        screen.say("teacher.cache: this target's outputs are not cached; the teacher runs per step")
         return None
     folder = run_dir.parent / "teacher_cache" if teacher.cache_dir is None else teacher.cache_dir
-    owner = identity(config, data, task.teacher)
+    owner = owner_of(config, data, task.teacher)
     views = None
     if teacher.cache_what == "features":
         views = fixed_views(config.augment, config.data.store_size, config.data.crop_side)
@@ -131,9 +129,9 @@ def prepare_cache(
         owner = view_owner(owner, config, views)
     files = OwnedFiles(Path(folder), owner, teacher.cache, data.device, screen.say)
     if views is not None:
-        kept = ViewCache(files, data, task, views)
-        kept.reserve()
-        return kept
+        features = ViewCache(files, data, task, views)
+        features.reserve()
+        return features
     cache = TeacherCache(files, task.guide_widths)
     images = sum(map(len, data.epoch(0)))
     cache.reserve(images, [phase.epochs for phase in config.optim.phases])
@@ -141,30 +139,27 @@ def prepare_cache(
 
 
 def load_teacher(config: Config, folders: Mapping[str, Path], screen: Screen) -> FaceNetwork | None:
-    """The network that targets come from: one for several where teacher.more names them."""
+    """Returns the teacher, if any; a mixture where teacher.more names further ones. Logs a teacher
+    whose own input size differs, where no setting names a size.
+    """
     runs = [r for n, r in folders.items() if n == "teacher" or n.startswith("teacher_more_")]
     for run in runs:
-        say_other_size(config, run, screen)
+        own, side = run_config(run).data.input_size, config.teacher_side
+        if config.teacher.input_size is None and own != side:
+            screen.say(
+                f"teacher {run.name} was trained on images of {own} pixels and runs on the "
+                f"student's {side}; teacher.input_size {own} (data.crop_size and data.store_size "
+                "at least that) gives it the same crops at its own size"
+            )
     networks = [load_network(run) for run in runs]
     if len(networks) < 2:
         return networks[0] if networks else None
     return TeacherMixture(networks, config.teacher.shares, config.target.temperature)
 
 
-def say_other_size(config: Config, run: Path, screen: Screen) -> None:
-    """Tell identities of a teacher that is asked on another size, where no setting wants that."""
-    own, side = run_config(run).data.input_size, config.teacher_side
-    if config.teacher.input_size is None and own != side:
-        screen.say(
-            f"teacher {run.name} was trained on images of {own} pixels and is asked on the "
-            f"student's {side}; teacher.input_size {own} (data.crop_size and data.store_size at "
-            "least that) shows it the same crops at its own size"
-        )
-
-
 def without_teacher(config: Config) -> Config:
-    """The config with every teacher target off, for measuring a network by itself."""
-    # gamma, which measuring does not ask for, as classification has no loss without it
+    """Returns the config with every teacher target off, for measuring a network by itself."""
+    # gamma, as classification needs a loss
     off = dict.fromkeys(TEACHER_WEIGHTS, 0.0)
     target = dataclasses.replace(config.target, **off, gamma=1.0)
     head = dataclasses.replace(config.head, run=None, update="gradient", margin="none")
@@ -174,7 +169,7 @@ def without_teacher(config: Config) -> Config:
 
 
 def check_data(task: Task, data: RunData) -> None:
-    """Raises TrainingError where images cannot serve the task, ValueError for no batch."""
+    """Raises TrainingError for images that do not fit the task, ValueError for no batch."""
     source = data.source
     if task.needs_landmarks and source.landmarks is None:
         raise TrainingError(

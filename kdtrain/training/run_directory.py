@@ -1,7 +1,6 @@
-"""How a run takes its directory: anew, to continue it, or to reuse what finished there.
+"""A run's directory: opened to train, to resume, or to reuse a finished run.
 
-Every decision is made under the directory's lock, so that of two processes that begin there at the
-same moment the second one finds what the first one made.
+Every decision is made under the directory's lock, for processes that start at once.
 """
 
 from __future__ import annotations
@@ -26,12 +25,11 @@ CONFIG = checkpoint.run_file("config.yaml")
 def opened(
     config: Config, folder: Path, *, resume: bool, overwrite: bool
 ) -> Iterator[dict[str, Any] | None]:
-    """Hold a run directory for training; yields the results of a run of this config that finished
-    there, and None where it is to be trained.
+    """Locks a run directory; yields the results of a finished run of this config, or None to train.
 
-    resume: an unfinished run there is continued. overwrite: what a run wrote there is removed.
-    Raises ConfigError where the directory holds something else than these say, or the config cannot
-    be trained here, TrainingError for a run that diverged, CheckpointError for a directory in use.
+    resume: continue an unfinished run. overwrite: remove the files of a run. Raises ConfigError for
+    any other content and for a config that cannot be trained here, TrainingError for a run that
+    diverged, CheckpointError for a directory in use.
     """
     _check_owner(folder, resume, overwrite)  # before a lock file is written there
     with checkpoint.lock(folder):
@@ -49,7 +47,7 @@ def opened(
 
 
 def has_files(folder: Path) -> bool:
-    """Anything but the lock and what a cut-short write left behind."""
+    """True if anything but hidden files, such as the lock, is in the folder."""
     return folder.exists() and any(not f.name.startswith(".") for f in folder.iterdir())
 
 
@@ -57,41 +55,41 @@ def _check_owner(folder: Path, resume: bool, overwrite: bool) -> None:
     if (folder / CONFIG).exists():
         return
     if resume:
-        raise ConfigError(f"{folder}: no run to resume there; leave --resume out to begin one")
+        raise ConfigError(f"{folder}: no run to resume there; leave --resume out to start one")
     if has_files(folder):
         raise ConfigError(
-            f"{folder}: not a run folder, so --overwrite removes nothing there"
+            f"{folder}: not a run directory, so --overwrite removes nothing there"
             if overwrite
-            else f"{folder}: not empty and not a run folder; choose another --run-dir"
+            else f"{folder}: not empty and not a run directory; choose another --run-dir"
         )
 
 
 def _found(config: Config, folder: Path, resume: bool) -> dict[str, Any] | None:
-    """The results of the run in a directory; None where it is unfinished and to be resumed."""
+    """The results of the run in a directory; None for an unfinished one to resume."""
     lines = differences(config, settings.build(settings.read_recipe(folder / CONFIG)))
     if lines:
         raise ConfigError(
             f"{folder}: holds a run of another config ({'; '.join(lines[:3])}"
             f"{'; ...' if len(lines) > 3 else ''}); choose another --run-dir, "
-            "or pass --overwrite to throw it away"
+            "or pass --overwrite to remove it"
         )
     if finished := checkpoint.read_json(folder / "results.json"):
         return finished
     if diverged := checkpoint.read_json(folder / "diverged.json"):
         raise TrainingError(
-            f"{folder}: ended before: {diverged['message']} It would do so again; "
-            "--overwrite trains it anew, with other settings if you pass them"
+            f"{folder}: ended before: {diverged['message']} It would do so again; --overwrite "
+            "trains it again, with other settings if given"
         )
     if not resume:
         raise ConfigError(
             f"{folder}: holds an unfinished run; pass --resume to continue it "
-            "or --overwrite to throw it away"
+            "or --overwrite to remove it"
         )
     return None
 
 
 def clear(folder: Path) -> None:
-    """Remove only what a run wrote: first what says that it ended, last that it is a run."""
+    """Removes only the files of a run: first those of its end, last its config."""
     ends = ("results.json", "diverged.json")
     names = [name for name in checkpoint.RUN_FILES if name not in (*ends, CONFIG)]
     for path in [folder / name for name in (*ends, *names, CONFIG)]:

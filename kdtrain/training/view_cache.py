@@ -1,17 +1,13 @@
-"""A teacher's pooled features, stored once for each image and view where images have few.
+"""Teacher features cached once per image and view, for crops that are the whole stored image.
 
-Where a crop is the whole stored image, training sees an image in one view, or in two with
-augment.flip, whatever the seed, the epoch and the batch. The features of all of them are then
-computed once, before the first step, by any run that needs them, and read by image and view from
-a memory-mapped file; logits are formed from them by the teacher's classifier (Task.step).
+Training then has one view per image, or two with augment.flip, for every seed, epoch and batch. The
+first run that needs the features computes them before its first step; they are read by image and
+view from a memory-mapped file, and the teacher's classifier forms logits from them (Task.step).
 
-The last bits of a feature may depend on how many images are computed together, so that one kept
-by itself cannot be what the teacher would say online in every batch that has it. Features are
-therefore of fixed groups: GROUP images of one view, in the order of the training part. So they
-are the same bits whoever computed them and however often that was interrupted, and differ from an
-online teacher's by rounding: such runs have keys of their own (keys.py).
-
-A file is one of teacher_cache.py's, with a group where that has a batch.
+The last bits of a feature may depend on the number of images computed together. Features are
+therefore computed in fixed groups, GROUP images of one view: bitwise identical for every run, and
+equal to a forward pass on the batch up to rounding, so that such runs have other keys (keys.py). A
+file has the format of teacher_cache.py, with a group in place of a batch.
 """
 
 from __future__ import annotations
@@ -28,17 +24,15 @@ from kdtrain.config import Config
 from kdtrain.data.run_data import RunData
 from kdtrain.objectives.targets import Guide
 from kdtrain.objectives.task import Task
-from kdtrain.training.teacher_cache import STORED, KeptFile, OwnedFiles, using
+from kdtrain.training.teacher_cache import STORED, CacheFile, OwnedFiles, using
 
-GROUP = 256
-"Images that are computed together."
+GROUP = 256  # Images computed together
 VIEWS, NAME = ("as stored", "mirrored"), "views.hidden"
 
 
 def view_owner(owner: Mapping[str, Any], config: Config, count: int) -> dict[str, Any]:
-    """What a feature depends on: `owner`, as teacher_cache.identity gives it, in `count` views.
-
-    Seed and epochs are in no view; what else the augmentation says is in their number.
+    """Returns the owner of `count` views, from that of teacher_cache.owner_of: without the seed and
+    the augmentation, which do not change a view.
     """
     views = {"views": VIEWS[:count], "crop": config.augment.crop, "group": GROUP}
     return {k: v for k, v in owner.items() if k not in ("seed", "augment")} | views
@@ -48,7 +42,7 @@ class ViewCache:
     """The features of one teacher for the training images of one data set."""
 
     def __init__(self, files: OwnedFiles, data: RunData, task: Task, count: int) -> None:
-        """files: of `view_owner`. task: has the teacher. count: views of an image."""
+        """files: of `view_owner`. task: with the teacher. count: views per image."""
         self.files, self.read, self.computed = files, 0, 0
         self.data, self.task, self.width = data, task, task.guide_widths["hidden"]
         self.train = data.train.sort().values
@@ -58,46 +52,43 @@ class ViewCache:
         self._batches: Sequence[Tensor] = ()
 
     def reserve(self) -> None:
-        """Say once how much room the features take. Raises CacheError where the disk has it not."""
+        """Logs and checks the room for the features; see OwnedFiles.check_room."""
         self.files.check_room({NAME: sum(len(part) for part, _ in self.groups) * self.width})
 
     def open(self, phase: int, epoch: int, batches: Sequence[Tensor]) -> None:
-        """Turn to an epoch of index lists (B,) int64; at the first, features are computed."""
+        """Takes an epoch's index lists (B,) int64; computes all features at the first one."""
         self._batches = batches
         if self._rows is None:
             self._fill()
 
-    def guide(self, batch: int, ask: Callable[[], Guide | None], flipped: Tensor) -> Guide:
-        """The features of batch number `batch` of the epoch, whose images are mirrored where
-        `flipped` (B,) says so. `ask` is not called.
-        """
+    def guide(self, batch: int, compute: Callable[[], Guide | None], flipped: Tensor) -> Guide:
+        """Returns the features of batch number `batch`, mirrored where `flipped` (B,) is set."""
         assert self._rows is not None, "open comes first"
         indices = self._batches[batch]
         places = torch.searchsorted(self.train, indices) + len(self.train) * flipped.cpu().long()
-        # a tensor of torch's own, so that it lies in memory the same way in every run
-        kept = torch.empty(len(indices), self.width, dtype=STORED[self.files.dtype])
-        kept.copy_(torch.from_numpy(self._rows[places.numpy()]))
-        return Guide(logits=None, hidden=kept.to(self.files.device, torch.float32))
+        # allocated by torch, so that its alignment is the same in every run
+        hidden = torch.empty(len(indices), self.width, dtype=STORED[self.files.dtype])
+        hidden.copy_(torch.from_numpy(self._rows[places.numpy()]))
+        return Guide(logits=None, hidden=hidden.to(self.files.device, torch.float32))
 
     def summary(self) -> str:
-        """How often the teacher was asked."""
-        return f"teacher's features: {self.read} groups read, {self.computed} computed"
+        """Returns a line with the numbers of cached and computed groups."""
+        return f"teacher features: {self.read} groups read, {self.computed} computed"
 
     def close(self) -> None:
-        """Let go of the file."""
         self._rows = None
 
     def _fill(self) -> None:
         sizes = [len(part) for part, _ in self.groups]
         belongs = {"images": len(self.train), "part": "views"}
-        with contextlib.closing(KeptFile(self.files, NAME, belongs, sizes, self.width)) as file:
+        with contextlib.closing(CacheFile(self.files, NAME, belongs, sizes, self.width)) as file:
             for number, (part, mirrored) in enumerate(self.groups):
-                if file.get(number) is not None:  # its checksum stands
+                if file.get(number) is not None:  # with a matching checksum
                     self.read += 1
                     continue
                 if not self.computed:
                     left = f"{len(self.groups) - number} groups of {GROUP}"
-                    self.files.say(f"teacher's features: at most {left} are missing")
+                    self.files.say(f"teacher features: at most {left} are missing")
                 guide = self.task.guide(self.data.teacher_view(part, mirrored))
                 assert guide is not None
                 assert guide.hidden is not None

@@ -33,8 +33,8 @@ from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Cases are written in the old spelling. A tree whose `train --help` lists the new name gets the new
-# one. Names that are not listed here are the same in both trees.
+# Cases are written in the old spelling. A tree whose `train --help-all` lists the new name gets the
+# new one. Names that are not listed here are the same in both trees.
 KEYS: dict[str, str] = {
     "data.people": "data.identities",
     "data.pictures": "data.images_per_identity",
@@ -207,7 +207,7 @@ class Tree:
     place: Path
     runs: Path
     help: str = ""
-    """Text of `train --help`, without line breaks."""
+    """Text of `train --help-all`, or --help in older trees, without line breaks."""
 
     def key(self, old: str) -> str:
         """The tree's spelling of a recipe key."""
@@ -217,8 +217,9 @@ class Tree:
     def value(self, key: str, old: Any) -> Any:
         """The tree's spelling of a value."""
         new = VALUES.get(key, {}).get(old) if isinstance(old, str) else None
-        choices = re.search(rf"--{re.escape(self.key(key))} \{{([^}}]*)\}}", self.help)
-        known = re.split(r"[,\s]+", choices[1]) if choices else []
+        # --key a|b, in older trees --key {a,b}
+        choices = re.search(rf"--{re.escape(self.key(key))} \{{?(\w+(?:[|,]\w+)+)", self.help)
+        known = re.split("[|,]", choices[1]) if choices else []
         return old if new is None or (known and new not in known) else new
 
     def knows(self, option: str) -> bool:
@@ -308,10 +309,11 @@ def add_extension(place: Path, commit: str) -> None:
 
 def known(one: Tree) -> Tree:
     """The tree with the options of its `train`."""
-    log = one.runs / "help.log"
-    if one.start("train", "--help", log=log).wait(RUN_LIMIT_S):
-        raise GuardError(f"{one.name}: train --help fails: {last_line(log)}")
-    return dataclasses.replace(one, help=" ".join(log.read_text().split()))
+    for option in ("--help-all", "--help"):
+        log = one.runs / f"{option}.log"
+        if one.start("train", option, log=log).wait(RUN_LIMIT_S) == 0:
+            return dataclasses.replace(one, help=" ".join(log.read_text().split()))
+    raise GuardError(f"{one.name}: train --help fails: {last_line(log)}")
 
 
 def write_faces(root: Path) -> Path:

@@ -9,8 +9,8 @@ file continues where the last one ended.
 
 The tolerance of an output is the bound of fuzz_rows.py or fuzz_distances.py (a forward error bound
 of its arithmetic: unit roundoff times the sum of the sizes of the terms), plus the rounding to its
-dtype: half a unit in the last place (two such roundings where a 16-bit gradient is stored before
-the incoming gradient is known), half the spacing of the dtype's smallest numbers, and for a stored
+dtype: half a unit in the last place (twice where a 16-bit gradient is stored before the incoming
+gradient is known), half the spacing of the dtype's smallest numbers, and for a stored
 float16 gradient KEPT_HALF of its largest. NaN and infinities have to be in the same places; a
 number within its tolerance of the dtype's end may be infinite.
 """
@@ -144,7 +144,7 @@ def _tolerance(claim: Claim, dtype: torch.dtype) -> np.ndarray:
         return np.zeros_like(value)
     finite = np.where(np.isfinite(value), np.abs(value), 0.0)
     is_gradient = claim.name.startswith("d ")
-    roundings = 2 if is_gradient and dtype not in UNIT else 1
+    roundings = claim.roundings if is_gradient and dtype not in UNIT else 1
     bound = claim.bound + roundings * ROUNDING[dtype] * (finite + claim.bound) + SMALLEST[dtype]
     if dtype == torch.float16 and is_gradient and finite.size:
         bound += KEPT_HALF * (finite.max() if claim.largest is None else claim.largest)

@@ -194,13 +194,11 @@ def _row_options(draw: Draw) -> dict[str, object]:
 
 
 def _labels(
-    draw: Draw, rows: int, classes: Sequence[int], tensors: dict, options: dict, ignored_value: int
+    draw: Draw, labels: np.ndarray, tensors: dict, options: dict, ignored_value: int
 ) -> None:
-    """target and ignore_index: labels among the classes, some rows ignored."""
-    places = draw.rng.integers(0, len(classes), rows)
-    labels = np.asarray(classes, dtype=np.int64)[places]
+    """target and ignore_index: the labels, some rows ignored."""
     share = draw.among((0.6, 0.0), (0.3, 0.3), (0.1, 1.0))
-    labels[draw.rng.random(rows) < share] = ignored_value
+    labels[draw.rng.random(len(labels)) < share] = ignored_value
     options["ignore_index"] = ignored_value
     tensors["target"] = draw.integers(labels)
 
@@ -224,15 +222,15 @@ def _kd_cross_entropy(draw: Draw) -> tuple:
         tensors["teacher"] = draw.tensor(values)
     if use != "teacher":
         ignored = draw.among((0.7, -100), (0.15, -1), (0.15, lambda: draw.whole(0, classes - 1)))
-        _labels(draw, rows, range(classes), tensors, options, ignored)
+        _labels(draw, draw.rng.integers(0, classes, rows), tensors, options, ignored)
     return tensors, options, draw.wanted("student"), draw.incoming(_loss_shape(options, rows))
 
 
 def _head(
-    draw: Draw, rows: int, classes: int, is_normalized: bool
+    draw: Draw, rows: int, classes: int, is_normalized: bool, near: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Features and weight. Without normalization logits of ordinary size; with it rows of any norm,
-    some zero, some a multiple of a weight."""
+    some zero, some at a small angle to the weight of class `near`, (N,), or to its opposite."""
     depth = draw.among(
         (0.08, 1), (0.7, lambda: draw.whole(2, 20)), (0.22, lambda: draw.whole(21, 80))
     )
@@ -241,15 +239,15 @@ def _head(
     if not is_normalized:
         return x * size, w / math.sqrt(depth)
     if draw.chance(0.2):
-        size = draw.log_between(1e-12, 1e12)
+        size = draw.log_between(1e-30, 1e25)
     if draw.chance(0.1) and rows:
         x[draw.whole(0, rows - 1)] = 0.0
     if draw.chance(0.06):
         w[draw.whole(0, classes - 1)] = 0.0
-    if draw.chance(0.08) and rows:
-        x[draw.whole(0, rows - 1)] = w[draw.whole(0, classes - 1)] * draw.among(
-            (0.5, 2.0), (0.5, -1.0)
-        )
+    if near is not None and draw.chance(0.25):
+        noise = draw.among((0.3, 0.0), (0.7, lambda: draw.log_between(1e-6, 0.1)))
+        some = draw.rng.random(rows) < 0.5
+        x[some] = (w[near] * draw.among((0.7, 2.0), (0.3, -1.0)) + noise * x)[some]
     return x * size, w * draw.among((0.7, 1.0), (0.3, lambda: draw.log_between(1e-3, 1e3)))
 
 
@@ -289,7 +287,12 @@ def _linear_kd_cross_entropy(draw: Draw) -> tuple:
     )
     options = _row_options(draw)
     is_normalized = options["normalize"] = draw.chance(0.5)
-    features, weight = _head(draw, rows, classes, is_normalized)
+    chosen: Sequence[int] = range(classes)
+    kind = draw.among((0.2, None), (0.2, "logits"), (0.35, "head"), (0.25, "sparse"))
+    if kind != "sparse" and draw.chance(0.2):
+        chosen = sorted(int(c) for c in draw.rng.permutation(classes)[: draw.whole(1, classes)])
+    labels = np.asarray(chosen, dtype=np.int64)[draw.rng.integers(0, len(chosen), rows)]
+    features, weight = _head(draw, rows, classes, is_normalized, labels)
     if rows and draw.chance(0.01):
         features[draw.whole(0, rows - 1), 0] = NAN
     tensors = {"features": draw.tensor(features), "weight": draw.tensor(weight)}
@@ -297,7 +300,6 @@ def _linear_kd_cross_entropy(draw: Draw) -> tuple:
         options["scale"] = draw.among((0.6, lambda: draw.between(1, 64)), (0.4, 1.0))
     elif draw.chance(0.5):
         tensors["bias"] = draw.tensor(draw.rng.standard_normal(classes))
-    kind = draw.among((0.2, None), (0.2, "logits"), (0.35, "head"), (0.25, "sparse"))
     has_target = kind is None or draw.chance(0.85)
     if kind == "logits":
         tensors["teacher"] = draw.tensor(
@@ -313,15 +315,12 @@ def _linear_kd_cross_entropy(draw: Draw) -> tuple:
             options["teacher_scale"] = draw.between(1, 64)
     elif kind == "sparse":
         _sparse_teacher(draw, rows, classes, tensors)
-    chosen: Sequence[int] = range(classes)
-    if kind != "sparse" and draw.chance(0.2):
-        count = draw.whole(1, classes)
-        chosen = sorted(int(c) for c in draw.rng.permutation(classes)[:count])
+    if len(chosen) < classes:
         found = draw.integers(np.asarray(chosen, dtype=np.int64))
         # an expanded layout would repeat a class
         tensors["classes"] = found if 0 not in found.stride() else torch.tensor(chosen)
     if has_target:
-        _labels(draw, rows, chosen, tensors, options, draw.among((0.8, -100), (0.2, classes - 1)))
+        _labels(draw, labels, tensors, options, draw.among((0.8, -100), (0.2, classes - 1)))
         if is_normalized and draw.chance(0.6):
             _margin(draw, rows, tensors, options)
     wanted = draw.wanted("features", "weight", *(("bias",) if "bias" in tensors else ()))
@@ -336,7 +335,7 @@ def _points(draw: Draw, rows: int, depth: int, is_exact: bool) -> np.ndarray:
     found = draw.rng.standard_normal((rows, depth))
     if draw.chance(0.5):
         found /= np.sqrt((found * found).sum(axis=1, keepdims=True)) + 1e-9
-    found *= draw.among((0.75, 1.0), (0.15, lambda: draw.log_between(1e-6, 1e6)), (0.1, 30.0))
+    found *= draw.among((0.75, 1.0), (0.15, lambda: draw.log_between(1e-35, 1e15)), (0.1, 30.0))
     if draw.chance(0.12):
         found += draw.rng.standard_normal(depth) * draw.among((0.5, 10.0), (0.5, 1000.0))
     if rows > 1 and draw.chance(0.3):  # rows that are the same
@@ -407,7 +406,7 @@ def _hidden_l2(draw: Draw) -> tuple:
         )
         if draw.chance(0.03):
             shape = (2, draw.whole(2000, 2100))
-        size = draw.among((0.75, 1.0), (0.15, lambda: draw.log_between(1e-4, 1e4)), (0.1, 0.05))
+        size = draw.among((0.75, 1.0), (0.15, lambda: draw.log_between(1e-25, 1e12)), (0.1, 0.05))
         student = draw.rng.standard_normal(shape) * size
         near = draw.chance(0.2)
         teacher = student + draw.rng.standard_normal(shape) * size * (0.01 if near else 1.0)

@@ -28,7 +28,8 @@ class Claim:
     decided_at: the unit roundoff of a selection above which the value depends on rounding; an
     element is judged where the backend selects in a finer arithmetic. is_judged: False where the
     right value is not defined. largest: the bound of the gradient from which the power of
-    two of a stored float16 gradient is chosen; None is the largest value.
+    two of a stored float16 gradient is chosen; None is the largest value. roundings: of a 16-bit
+    gradient; 2 where it is stored before the incoming gradient is known (docs/ops.md).
     """
 
     name: str
@@ -36,7 +37,8 @@ class Claim:
     bound: Array | float
     decided_at: Array | float = np.inf
     is_judged: Array | bool = True
-    largest: Array | None = None
+    largest: Array | float | None = None
+    roundings: int = 2
     tolerances: dict[torch.dtype, Array] = field(default_factory=dict)  # computed once per dtype
 
 

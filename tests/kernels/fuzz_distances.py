@@ -3,12 +3,16 @@ docs/ops.md's formulas, gradients in closed form, and error bounds as fuzz_claim
 Shares no code with kdkernels.
 
 The relative error of a squared distance in difference form is (D + 3) u: 3 u for a difference and
-its square, D u for the sum. Squares that underflow subtract at most D TINY.
+its square, D u for the sum. Squares that underflow subtract at most D DENORMAL.
 """
 
 import numpy as np
-from fuzz_claim import TINY, Array, Claim, per_row, total
+from fuzz_claim import Array, Claim, per_row, total
 
+DENORMAL = 2.0**-149  # these ops keep float32 numbers below 2^-126 (docs/ops.md)
+# Beyond its rounding a stored float16 gradient is off by 2^-25 of its largest component
+# (docs/ops.md), which is 2^9 times fuzz.KEPT_HALF.
+OF_LARGEST = 2.0**9
 CLOSE = 8.0  # native measures pairs again whose distance is below 1/8 of their norms' sum
 
 
@@ -19,6 +23,12 @@ def _root(squared: Array, bound: Array, u: float) -> tuple[Array, Array]:
     return root, np.where(
         root == 0, np.sqrt(bound), np.minimum(bound / safe, np.sqrt(bound))
     ) + u * root
+
+
+def _largest(gradient: Array) -> float:
+    """The bound from which the power of two of a stored float16 gradient is chosen."""
+    finite = np.where(np.isfinite(gradient), np.abs(gradient), 0.0)
+    return OF_LARGEST * float(finite.max(initial=0.0))
 
 
 def _decided(difference: Array, bound_per_unit: Array, is_certain: Array | bool) -> Array:
@@ -43,7 +53,7 @@ def triplet_op(
     to = {}
     for name, other in (("p", p), ("n", n)):
         d = ((a - other) ** 2).sum(axis=1)
-        bound = np.zeros_like(d) if is_exact else (depth + 3) * u * d + depth * TINY
+        bound = np.zeros_like(d) if is_exact else (depth + 3) * u * d + depth * DENORMAL
         to[name] = (d, bound) if squared else _root(d, bound, u)
     hinge = to["p"][0] - to["n"][0] + margin
     size = np.abs(to["p"][0]) + np.abs(to["n"][0]) + abs(margin)
@@ -79,7 +89,7 @@ def triplet_op(
             difference
         )
         # a gradient may be formed from a - p and a - n: both are in its bound
-        parts[name] = value, of_value + np.abs(weight)[:, None] * TINY
+        parts[name] = value, of_value + np.abs(weight)[:, None] * DENORMAL
     p_value, p_bound = parts["p"]
     n_value, n_bound = parts["n"]
     for name, value, of_value in (
@@ -87,7 +97,8 @@ def triplet_op(
         ("positive", -p_value, p_bound),
         ("negative", n_value, n_bound),
     ):
-        claims.append(Claim(f"d {name}", value, of_value, decided[:, None]))
+        largest = _largest(value)
+        claims.append(Claim(f"d {name}", value, of_value, decided[:, None], largest=largest))
     return claims
 
 
@@ -112,11 +123,12 @@ def batch_op(
     positive, negative = same & ~np.eye(rows, dtype=bool), ~same
     centered = x - x.mean(axis=0)
     norms = (centered * centered).sum(axis=1)
-    per_unit = (depth + 3) * d2  # of a distance in difference form
+    # of a distance in difference form, its denormal squares included
+    per_unit = (depth + 3) * d2 + depth * DENORMAL / u
     d2_bound = per_unit * u
     if mining == "all":
         d2_bound = (depth + 40) * u * np.minimum(norms[:, None] + norms[None], CLOSE * d2)
-    d2_bound = d2_bound + depth * TINY
+    d2_bound = d2_bound + depth * DENORMAL
     d, d_bound = (d2, d2_bound) if squared else _root(d2, d2_bound, u)
     _, d_unit = (d2, per_unit) if squared else _root(d2, per_unit * u, u)
     d_unit = d_unit if squared else d_unit / u
@@ -192,8 +204,10 @@ def batch_op(
     sums = sizes.sum(axis=1)[:, None] * reach + sizes @ reach
     difference = np.abs(x[:, None] - x[None])
     by_slope = np.einsum("ij,ijk->ik", sizes * relative, difference)
-    bound = 2 * ((4 * rows + 20) * u * sums + by_slope) + TINY * (1 + np.abs(weight).max())
-    claims.append(Claim("d embeddings", gradient, bound, min(decided, signs)))
+    bound = 2 * ((4 * rows + 20) * u * sums + by_slope) + DENORMAL * (1 + np.abs(weight).max())
+    largest = _largest(gradient)
+    at = min(decided, signs)
+    claims.append(Claim("d embeddings", gradient, bound, at, largest=largest))
     return claims
 
 
@@ -215,11 +229,12 @@ def hidden_op(values: dict[str, Array], options: dict, incoming: Array, u: float
         difference = student - teacher
         term = scale * (difference * difference).sum()
         terms.append(term)
-        bounds.append((elements + 6) * u * term + scale * elements * TINY)
+        bounds.append((elements + 6) * u * term + scale * elements * DENORMAL)
         coefficient = 2 * weights[i] * scale * incoming
         gradient = coefficient * difference
-        bound = 6 * u * np.abs(gradient) + TINY * (np.abs(coefficient) + np.abs(incoming))
-        claims.append(Claim(f"d student{i}", gradient, bound))
+        bound = 6 * u * np.abs(gradient) + DENORMAL * (np.abs(coefficient) + np.abs(incoming))
+        largest = _largest(gradient)
+        claims.append(Claim(f"d student{i}", gradient, bound, largest=largest))
     value, bound = total(weights * np.asarray(terms), np.abs(weights) * np.asarray(bounds), u)
     claims.append(Claim("loss", value, bound + 2 * u * np.abs(weights * np.asarray(terms)).sum()))
     claims.append(Claim("terms", np.asarray(terms), np.asarray(bounds)))
@@ -242,7 +257,7 @@ def nearest_op(values: dict[str, Array], u: float, is_exact: bool) -> list[Claim
     same = (gallery[index][:, None] == gallery[None]).all(axis=2) | is_exact
     is_own = np.eye(rows, dtype=bool) if alone else np.zeros_like(d2, dtype=bool)
     gap = np.where(is_own, 0.0, d2) - distance[:, None]
-    unit = (depth + 3) * (np.where(is_own, 0.0, d2) + distance[:, None])
+    unit = (depth + 3) * (np.where(is_own, 0.0, d2) + distance[:, None]) + depth * DENORMAL / u
     decided = _decided(gap, unit, same | is_own).min(axis=1)
-    bound = (depth + 3) * u * distance + depth * TINY
+    bound = (depth + 3) * u * distance + depth * DENORMAL
     return [Claim("distance", distance, bound), Claim("index", index.astype(float), 0.0, decided)]

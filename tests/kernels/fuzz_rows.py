@@ -8,7 +8,7 @@ from fuzz_claim import TINY, Array, Claim, per_row, total
 
 BLOCK = 2048  # native may move a row's reference after each block of classes
 SMALLEST_TAIL = 2.0**-20
-SMALLEST_SINE = 2.0**-10
+SMALLEST_SINE = 2.0**-20
 UNDERFLOW = 2.0**-100  # a probability below may be 0 in float32
 
 
@@ -374,22 +374,32 @@ def _through_norm(by_unit: Array, size: Array, bound: Array, unit: Array, norm: 
     return value * inverse, bound * inverse
 
 
-def _margin(cosine: Array, d_cosine: Array, m2: Array, m3: Array, u: float) -> tuple[Array, ...]:
-    """cos(theta + m2) - m3, its derivative by the cosine, bounds, and the rows that are defined."""
-    sine_squared = (1.0 - cosine * cosine).clip(0.0)
-    sine = np.sqrt(sine_squared)
+def _margin(
+    x: Array, w: Array, d_cosine: Array, m2: Array, m3: Array, u: float
+) -> tuple[Array, ...]:
+    """cos(theta + m2) - m3 of unit rows, its derivative by the cosine, bounds, and the rows whose
+    value and whose derivative are defined.
+
+    The sine is |x - w| |x + w| / 2. A norm is off by (D / 2 + 4) u, so the error of each length is
+    at most (D + 10) u.
+    """
+    near, far = (np.sqrt(((x + sign * w) ** 2).sum(axis=1)) for sign in (-1.0, 1.0))
+    is_zero = (x == 0).all(axis=1) | (w == 0).all(axis=1)
+    cosine = (x * w).sum(axis=1)
+    sine = np.where(is_zero, 1.0, near * far / 2)
     on_chord = sine <= SMALLEST_SINE
-    d_squared = 2 * np.abs(cosine) * d_cosine + 2 * u
+    d_sine = (x.shape[1] + 10) * u * (near + far) / 2 + u * sine
     safe = np.maximum(sine, SMALLEST_SINE)
-    d_sine = np.minimum(d_squared / (2 * safe), np.sqrt(d_squared)) + u * safe
     turned = np.cos(m2), np.sin(m2)
     value = cosine * turned[0] - sine * turned[1]
-    bound = np.abs(turned[0]) * d_cosine + np.abs(turned[1]) * d_sine
+    bound = np.abs(turned[0]) * d_cosine
+    bound += np.abs(turned[1]) * (d_sine + np.where(on_chord, SMALLEST_SINE, 0.0))
     bound += 8 * u * (np.abs(cosine * turned[0]) + np.abs(sine * turned[1]) + np.abs(m2))
     slope = turned[0] + cosine * turned[1] / safe
     d_slope = np.abs(turned[1]) * (d_cosine / safe + np.abs(cosine) * d_sine / (safe * safe))
     d_slope += 8 * u * (np.abs(turned[0]) + np.abs(cosine * turned[1] / safe) + np.abs(m2))
-    is_judged = ~(on_chord & (turned[1] != 0))
+    is_smooth = ~(on_chord & (turned[1] != 0))
+    is_judged = np.ones_like(is_smooth)
     room = 4 * d_cosine + 8 * u
     for is_beyond, edge, continued, its_slope in (
         ((m2 > 0) & (cosine < -turned[0]), -turned[0], cosine - m2 * turned[1], 1.0),
@@ -398,9 +408,10 @@ def _margin(cosine: Array, d_cosine: Array, m2: Array, m3: Array, u: float) -> t
         value = np.where(is_beyond, continued, value)
         bound = np.where(is_beyond, d_cosine + 8 * u * (1 + np.abs(m2)), bound)
         slope, d_slope = np.where(is_beyond, its_slope, slope), np.where(is_beyond, 2 * u, d_slope)
-        is_judged = np.where(is_beyond, True, is_judged)
+        is_smooth = is_smooth | is_beyond
         is_judged = is_judged & ~((m2 != 0) & (np.abs(cosine - edge) <= room))
-    return value - m3, bound + 2 * u * (np.abs(value) + np.abs(m3)), slope, d_slope, is_judged
+    bound = bound + 2 * u * (np.abs(value) + np.abs(m3))
+    return value - m3, bound, slope, d_slope, is_judged, is_smooth
 
 
 def linear_op(values: dict[str, Array], options: dict, incoming: Array, u: float) -> list[Claim]:
@@ -441,16 +452,19 @@ def linear_op(values: dict[str, Array], options: dict, incoming: Array, u: float
         known["indices"] = values["indices"]
         known["log_probs"] = np.where(mask, values["log_probs"], 0.0)
     hard = None
-    margin_judged = np.ones(rows, dtype=bool)
+    margin_judged = is_smooth = np.ones(rows, dtype=bool)
     m2 = values.get("m2", options.get("m2"))
     m3 = values.get("m3", options.get("m3"))
     if "target" in known and not (m2 is None and m3 is None):
         m2, m3 = (np.broadcast_to(0.0 if m is None else m, (rows,)) for m in (m2, m3))
         place = np.arange(rows), known["target"]
-        *hard, margin_judged = _margin(s[place] / scale, ds[place] / scale, m2, m3, u)
+        *hard, margin_judged, is_smooth = _margin(
+            head.x, head.w[known["target"]], ds[place] / scale, m2, m3, u
+        )
         hard[0], hard[1] = scale * hard[0], scale * hard[1] + 2 * u * np.abs(scale * hard[0])
         if options["margin_grad"] == "straight_through":
             hard[2], hard[3] = np.ones(rows), np.zeros(rows)
+            is_smooth = np.ones(rows, dtype=bool)
         hard = tuple(hard)
     row = rows_of(s, ds, known, options, u, teacher=teacher, hard=hard)
     row.is_judged = row.is_judged & margin_judged
@@ -464,7 +478,8 @@ def linear_op(values: dict[str, Array], options: dict, incoming: Array, u: float
     dg = dg + 5 * u * np.abs(g)
     factor = scale if is_normalized else 1.0
     g, dg, size = factor * g, factor * dg, np.abs(factor * g)
-    is_judged = row.is_judged.all()
+    row_judged = row.is_judged & (is_smooth | ~counts)
+    is_judged = row_judged.all()
     classes = len(chosen)
 
     for name, mine, other, norm, forward in (
@@ -476,17 +491,17 @@ def linear_op(values: dict[str, Array], options: dict, incoming: Array, u: float
         bound = dg_ @ np.abs(other) + (g_.shape[1] + head.x.shape[1] + 12) * u * sizes
         if is_normalized:
             value, bound = _through_norm(value, sizes, bound, mine, norm, u)
-        judged = row.is_judged[:, None] if name == "features" else is_judged
+        judged = row_judged[:, None] if name == "features" else is_judged
         if np.isnan(value).any():  # a row of zeros has gradient 0 or, with a NaN around, NaN
             judged = judged & np.broadcast_to(norm != 0, value.shape)
         if name == "weight" and classes != every:
             value, bound = _scattered(value, bound, chosen, every)
             judged = np.ones_like(value, dtype=bool) & is_judged
-        claims.append(Claim(f"d {name}", value, bound, is_judged=judged))
+        claims.append(Claim(f"d {name}", value, bound, is_judged=judged, roundings=1))
     value, bound = g.sum(axis=0), dg.sum(axis=0) + (rows + 4) * u * size.sum(axis=0)
     if classes != every:
         value, bound = _scattered(value, bound, chosen, every)
-    claims.append(Claim("d bias", value, bound, is_judged=is_judged))
+    claims.append(Claim("d bias", value, bound, is_judged=is_judged, roundings=1))
     return claims
 
 

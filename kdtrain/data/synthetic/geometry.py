@@ -1,5 +1,4 @@
-"""Where the parts of a synthetic face lie: head ellipsoid, pose, projection, and its inverse for
-every pixel.
+"""Geometry of a synthetic face: head ellipsoid, pose, projection, and its inverse per pixel.
 
 The head is an ellipsoid with half axes (head_width, 1, head_depth), seen orthographically. Object
 axes: X to the viewer's right, Y down, Z to the viewer. object -> screen: rotate by yaw and pitch,
@@ -22,10 +21,10 @@ def plane(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Surface:
-    """What each pixel of (N, H, H) sees.
+    """The surface at each pixel of (N, H, H).
 
     x, y: head-plane coordinates (roll, zoom, shift and jaw undone). inside: the discriminant,
-    positive within the head's outline, falling there by about 2 / half width per unit of length.
+    positive within the head's outline, where it falls by about 2 / half width per unit of length.
     X, Y, Z: the surface point in object coordinates, meaningless outside.
     """
 
@@ -49,15 +48,13 @@ def rotation(face: dict[str, Tensor]) -> Tensor:
 def turn_vectors(vectors: Tensor, turn: Tensor) -> Tensor:
     """Returns R v, (N, V, 3), of vectors v (N, V, 3) and rotations R (N, 3, 3).
 
-    Written out, not as a matrix product, whose last bit may depend on the batch.
+    Not as a matrix product, whose last bit may depend on the batch.
     """
     return (turn.unsqueeze(1) * vectors.unsqueeze(2)).sum(-1)
 
 
 def jaw_width(y: Tensor, taper: Tensor, jaw: Tensor) -> Tensor:
-    """Returns the factor on the head's width at height y: 1 above the eyes, narrower to the chin;
-    `jaw` squares it.
-    """
+    """Returns the factor on the head's width at height y; `jaw` makes it square."""
     low = y.clamp(0, 1.1)
     square = low * low
     return 1 - taper * square + jaw * square * (1.1 - low)
@@ -70,16 +67,12 @@ def surface_points(face: dict[str, Tensor], X: Tensor, Y: Tensor) -> Tensor:
 
 
 def project_to_head_plane(points: Tensor, turn: Tensor) -> Tensor:
-    """Returns (N, 2) head-plane coordinates of object points (N, 3): the rotation alone,
-    before jaw and roll.
-    """
+    """Returns (N, 2) head-plane coordinates of object points (N, 3): the rotation alone."""
     return turn_vectors(points.unsqueeze(1), turn)[:, 0, :2]
 
 
 def project_to_image(points: Tensor, face: dict[str, Tensor], size: int) -> Tensor:
-    """Returns (N, 2) pixel coordinates (pixel i spans [i, i + 1)) of head-plane points (N, 2) in a
-    size x size image.
-    """
+    """Returns (N, 2) pixel coordinates (pixel i spans [i, i + 1)) of head-plane points (N, 2)."""
     x, y = points.unbind(-1)
     x = x * jaw_width(y, face["taper"], face["jaw"])
     s, c = torch.sin(face["roll_rad"]), torch.cos(face["roll_rad"])
@@ -89,17 +82,13 @@ def project_to_image(points: Tensor, face: dict[str, Tensor], size: int) -> Tens
 
 
 def mouth_corner(face: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Returns (half width, height of the corners) of the mouth with its expression, object
-    coordinates.
-    """
+    """Returns (half width, height of the corners) of the mouth in object coordinates."""
     width = face["mouth_width"] * (1 + 0.13 * face["smile"] - 0.06 * face["open"].clamp(min=0))
     return width, face["mouth_y"] - 0.035 * face["smile"]
 
 
 def nose_points(face: dict[str, Tensor], turn: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns head-plane (N, 2) positions of the root (between the eyes) and of the tip, which
-    stands off the head.
-    """
+    """Returns head-plane (N, 2) positions of the nose's root and of its tip."""
     zero = torch.zeros_like(face["nose_y"])
     lift = torch.stack([zero, zero, face["nose_length"]], -1)
     root = surface_points(face, zero, face["eye_y"] - 0.02) + 0.25 * lift
@@ -108,11 +97,7 @@ def nose_points(face: dict[str, Tensor], turn: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def landmarks(face: dict[str, Tensor], size: int) -> Tensor:
-    """Returns the five points (N, 5, 2), float64 pixel coordinates in a size x size image, in
-    FaceSource's order.
-
-    Left is the viewer's left, as in CelebA's lists.
-    """
+    """Returns the five points (N, 5, 2), float64 pixel coordinates, in FaceSource's order."""
     turn = rotation(face)
     width, corner_y = mouth_corner(face)
     on_surface = [
@@ -127,12 +112,12 @@ def landmarks(face: dict[str, Tensor], size: int) -> Tensor:
 
 
 def trace(face: dict[str, Tensor], turn: Tensor, side: int) -> Surface:
-    """Returns the Surface seen by each pixel of a side x side grid, float32.
+    """Returns the Surface at each pixel of a side x side grid, float32.
 
     With P = R^T (x, y, t) on the ellipsoid P^T D^-2 P = 1 and M = R D^-2 R^T:
         M33 t^2 + 2 (M13 x + M23 y) t + (M11 x^2 + 2 M12 x y + M22 y^2 - 1) = 0,
     the larger root is the visible one.
-    Only elementwise arithmetic and square roots: the same bits in any batch.
+    Elementwise arithmetic and square roots only: bitwise identical in any batch.
     """
     axes = torch.stack(
         [face["head_width"], torch.ones_like(face["head_width"]), face["head_depth"]], -1

@@ -1,8 +1,8 @@
-"""What a synthetic identity is and what one image of that identity shows, drawn from counters.
+"""Cues of synthetic identities and images, from counter-based random numbers.
 
-An identity is many weak continuous cues (geometry, colours, hair, marks); identities come in
-clusters of look-alikes. An image draws pose, expression, light, background and so on for itself
-alone. Lengths are in head units: 1 is half a head's height.
+An identity has many weak continuous cues (geometry, colours, hair, marks), in clusters of similar
+identities. An image has its own pose, expression, light and background. Lengths are in head units:
+1 is half a head's height.
 """
 
 import math
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdtrain.data.counter import counter_normal, counter_uniform
 
-CLUSTER = 5  # identities per cluster of look-alikes
+CLUSTER = 5  # similar identities per cluster
 LIKENESS = 0.65  # share of a cue's variance that is the cluster's
 _STREAM_CLUSTER, _STREAM_IDENTITY, _STREAM_IMAGE, _STREAM_IMAGE_UNIFORM = 1, 2, 3, 4
 
@@ -122,10 +122,11 @@ IMAGE_UNIFORM = (
 
 
 def identity_parameters(seed: int, identities: Tensor) -> dict[str, Tensor]:
-    """Returns the cues of identities: name -> (N,) float64, a function of (seed, identity) only.
+    """Returns the cues of identities (N,) int64: name -> (N,) float64, a function of (seed,
+    identity).
 
     cue = mean + deviation * (sqrt(LIKENESS) * cluster's normal + sqrt(1 - LIKENESS) * own normal),
-    clamped at 2.3 deviations; identity p belongs to cluster p // CLUSTER. identities: (N,) int64.
+    clamped at 2.3 deviations; identity p belongs to cluster p // CLUSTER.
     """
     shared = counter_normal(seed, _STREAM_CLUSTER, identities // CLUSTER, draws=len(IDENTITY))
     own = counter_normal(seed, _STREAM_IDENTITY, identities, draws=len(IDENTITY))
@@ -138,12 +139,7 @@ def identity_parameters(seed: int, identities: Tensor) -> dict[str, Tensor]:
 
 
 def image_parameters(seed: int, identities: Tensor, images: Tensor) -> dict[str, Tensor]:
-    """Returns what each image draws for itself: name -> (N,) float64, a function of (seed,
-    identity, image) only.
-
-    identities, images: (N,) int64; image i of identity p is the same whatever else is drawn with
-    it.
-    """
+    """Returns the cues of single images: name -> (N,) float64. identities, images: (N,) int64."""
     normal = counter_normal(seed, _STREAM_IMAGE, identities, images, draws=len(IMAGE_NORMAL))
     found = {
         name: mean + deviation * normal[:, k].clamp(-limit, limit)
@@ -157,9 +153,7 @@ def image_parameters(seed: int, identities: Tensor, images: Tensor) -> dict[str,
 
 
 def colour_parameters(face: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the colours of faces: name -> (N, 3) float64, reflectance in [0, 1], from merged
-    identity and image cues.
-    """
+    """Returns the colours of faces, name -> (N, 3) float64 reflectance in [0, 1], from all cues."""
 
     def ramp(position: Tensor, *stops: tuple[float, float, float]) -> Tensor:
         table = torch.tensor(stops, dtype=torch.float64)
@@ -171,7 +165,7 @@ def colour_parameters(face: dict[str, Tensor]) -> dict[str, Tensor]:
     def squash(normal: Tensor) -> Tensor:  # keeps the ends of a ramp from filling up
         return 0.5 + 0.5 * torch.tanh(0.9 * normal)
 
-    def muted(colour: Tensor) -> Tensor:  # to grey, no black or white: rooms and clothes, not toys
+    def muted(colour: Tensor) -> Tensor:  # towards grey, without black and white
         return 0.25 + 0.2 * colour + 0.2 * colour.mean(1, keepdim=True)
 
     skin = ramp(

@@ -1,8 +1,8 @@
-"""Paints synthetic faces: batched images from the cues of parameters.py, painter's algorithm,
-twice the size, box-halved.
+"""Renders synthetic faces from the cues of parameters.py by the painter's algorithm, at twice the
+size and then halved.
 
-Every mask is elementwise arithmetic on (N, H, H) planes (no exp, no sin, no reduction), so a
-image's bits do not depend on which images are rendered with it.
+Masks are elementwise arithmetic on (N, H, H) planes (no exp, no sin, no reduction), so that an
+image's bits do not depend on its batch.
 """
 
 from dataclasses import dataclass
@@ -31,9 +31,7 @@ _RED = torch.tensor([1.0, 0.62, 0.60]).reshape(1, 3, 1, 1)
 
 @dataclass(kw_only=True)
 class _Scene:
-    """One chunk while it is painted: cues as (N, 1, 1) float32, colours (N, 3, 1, 1), rotation,
-    traced surface, pixel.
-    """
+    """A chunk under way: cues (N, 1, 1) float32, colours (N, 3, 1, 1), rotation, surface, pixel."""
 
     cue: dict[str, Tensor]
     raw: dict[str, Tensor]
@@ -46,10 +44,9 @@ class _Scene:
 def render_faces(
     face: dict[str, Tensor], seed: int, identities: Tensor, images: Tensor, size: int
 ) -> Tensor:
-    """Returns uint8 images (N, 3, size, size), RGB, of the merged identity and image cues `face`
-    (name -> (N,) float64).
+    """Returns uint8 images (N, 3, size, size), RGB, of all cues `face`, name -> (N,) float64.
 
-    seed, identities, images key the sensor noise.
+    seed, identities, images: keys of the sensor noise.
     """
     side = 2 * size
     turn, colours = rotation(face), colour_parameters(face)
@@ -73,14 +70,12 @@ def render_faces(
 
 
 def _edge(distance: Tensor, softness: Tensor | float) -> Tensor:
-    """Returns coverage in [0, 1] from a signed distance (positive inside) and the width of the soft
-    edge.
-    """
+    """Returns coverage in [0, 1] of a signed distance, positive inside, and a soft edge's width."""
     return distance.div(softness).add_(0.5).clamp_(0, 1)
 
 
 def _blend(image: Tensor, mask: Tensor, colour: Tensor) -> None:
-    # in place: a temporary of the image's size costs more than the arithmetic (fresh pages)
+    # in place: a temporary of the image's size costs more than the arithmetic
     mask = mask.unsqueeze(1)
     image.mul_(1 - mask).addcmul_(mask, colour)
 
@@ -108,7 +103,7 @@ def _hair_length(cue: dict[str, Tensor]) -> Tensor:
 
 
 def _paint_behind(scene: _Scene, image: Tensor) -> None:
-    """Hair behind the head, neck, clothes, the far ears: what the head covers."""
+    """Hair behind the head, neck, clothes, the far ears, all below the head."""
     cue, colour, surface = scene.cue, scene.colour, scene.surface
     x, y = surface.x, surface.y
     sin, cos = torch.sin(scene.raw["yaw_rad"]), torch.cos(scene.raw["yaw_rad"])
@@ -137,9 +132,7 @@ def _paint_behind(scene: _Scene, image: Tensor) -> None:
 
 
 def _painted_face(scene: _Scene) -> Tensor:
-    """Returns the lit colour of the head's surface at every pixel, (N, 3, H, H); meaningless
-    outside the outline.
-    """
+    """Returns the lit colour of the head's surface, (N, 3, H, H)."""
     cue, colour, surface = scene.cue, scene.colour, scene.surface
     X, Y, Z, pixel = surface.X, surface.Y, surface.Z, scene.pixel
     across = X.abs()
@@ -178,7 +171,7 @@ def _painted_face(scene: _Scene) -> Tensor:
     shade = cue["ambient"] + (1.12 - cue["ambient"]) * facing
     socket = ((across - cue["eye_x"] + 0.04) / 0.26) ** 2 + ((Y - cue["eye_y"] + 0.05) / 0.17) ** 2
     shade *= 1 - cue["socket"].clamp(min=0) * (1 - socket).clamp_(min=0)
-    # hair stands off the head: its rim does not darken like skin's
+    # the rim of hair does not darken as skin does
     shade += 0.6 * hair * (0.85 - shade)
     return skin.mul_(shade.unsqueeze(1))
 
@@ -243,9 +236,7 @@ def _paint_eyes(scene: _Scene, skin: Tensor, across: Tensor) -> None:
 
 
 def _paint_hair(scene: _Scene, skin: Tensor, across: Tensor) -> Tensor:
-    """Hair on the head's surface, above the hairline and down the sides, sometimes a hat over it;
-    returns its mask.
-    """
+    """Hair above the hairline and down the sides, sometimes a hat over it; returns its mask."""
     cue, colour, surface = scene.cue, scene.colour, scene.surface
     line = cue["hairline"] + 0.04 * cue["hair_now"] - surface.Y
     line += (cue["hair_curve"] * across + cue["hair_part"] + 2 * cue["hair_lie"]) * surface.X.mul(
@@ -263,9 +254,7 @@ def _paint_hair(scene: _Scene, skin: Tensor, across: Tensor) -> Tensor:
 
 
 def _paint_nose(scene: _Scene, image: Tensor, outline: Tensor) -> None:
-    """The nose stands off the head, so it is drawn in the head plane between its projected root and
-    tip.
-    """
+    """The nose, in the head plane between its projected root and tip, as it rises from the head."""
     cue, surface, pixel = scene.cue, scene.surface, scene.pixel
     root, tip = (point.float().reshape(-1, 2, 1, 1) for point in nose_points(scene.raw, scene.turn))
     along_x, along_y = tip[:, 0] - root[:, 0], tip[:, 1] - root[:, 1]
@@ -296,7 +285,7 @@ def _paint_nose(scene: _Scene, image: Tensor, outline: Tensor) -> None:
 
 
 def _paint_in_front(scene: _Scene, image: Tensor, side: int) -> None:
-    """Glasses, sunglasses and things in front of the face."""
+    """Glasses, sunglasses and objects in front of the face."""
     cue, surface, pixel = scene.cue, scene.surface, scene.pixel
     across = surface.X.abs()
     wide, high = 0.215 + 0.02 * cue["glasses_shape"], 0.155 + 0.025 * cue["glasses_shape"]
@@ -313,7 +302,7 @@ def _paint_in_front(scene: _Scene, image: Tensor, side: int) -> None:
 
     ticks = ((torch.arange(side, dtype=torch.float32) + 0.5) / side - 0.5) * VIEW
     x, y = ticks.reshape(1, 1, side), ticks.reshape(1, side, 1)
-    # a diamond of directions: no sine needed
+    # a diamond of directions, without a sine
     towards_x = ((2 * cue["cover_angle"] - 1) * 1.9).clamp(-1, 1)
     towards_y = 1.05 - towards_x.abs()
     towards_y = torch.where(cue["collar"] < 0.3, -towards_y, towards_y)
@@ -323,9 +312,7 @@ def _paint_in_front(scene: _Scene, image: Tensor, side: int) -> None:
 
 
 def _expose(scene: _Scene, image: Tensor, seed: int, identities: Tensor, images: Tensor) -> Tensor:
-    """Exposure and white balance, halving, blur, sensor noise, rounding: uint8 (N, 3, size,
-    size).
-    """
+    """Exposure, white balance, halving, blur, sensor noise, rounding: uint8 (N, 3, size, size)."""
     raw = scene.raw
     gain = torch.exp2(raw["exposure"]).unsqueeze(1)
     balance = torch.stack([1 + raw["warmth"], 1 + raw["tint"], 1 - raw["warmth"]], 1)

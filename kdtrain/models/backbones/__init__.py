@@ -1,4 +1,4 @@
-"""Backbones by name, with the stages and features that targets compare."""
+"""Backbones by name, with the features and stage maps that targets compare."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ from kdtrain.models.backbones.timm_network import TimmNetwork
 
 
 def build_backbone(model: ModelConfig, input_size: int) -> Backbone:
-    """The network of `model` with weights drawn from torch's random state.
-
-    input_size: side of its images; resnet takes any others too. Raises ValueError for a network
-    that cannot be built.
+    """Returns the network of `model` with random weights. input_size: side of its images (resnet
+    takes any). Raises ValueError for a network that cannot be built.
     """
     width = model.embedding_width
     common: dict[str, Any] = {"embedding": width, "color": model.color}

@@ -1,10 +1,9 @@
 """Improved residual networks of face recognition (ArcFace, arXiv 1801.07698, section 3.1): blocks
 of normalisation, 3x3, normalisation, PReLU, 3x3 with the stride, normalisation.
 
-Two families share the blocks and differ at both ends of a stage, so their weights do not fit each
-other: arcface_torch's IResNets (`iresnet50`), and the IRs of TFace, AdaFace and CVLface (`ir50`).
-Both read the last maps whole by one linear layer, so each is built for one input size: 7 x 7
-places of 112 pixels in published weights.
+Two families with the same blocks and different weights: arcface_torch's IResNets (`iresnet50`),
+and the IRs of TFace, AdaFace and CVLface (`ir50`). A linear layer on the flattened last maps fixes
+the input size: 7 x 7 places of 112 pixels in published weights.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ BLOCKS = {
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions beside a shortcut; the stride sits on the second."""
+    """Two 3x3 convolutions beside a shortcut; the second has the stride."""
 
     def __init__(self, channels: int, outer: int, stride: int, shortcut: nn.Module) -> None:
         super().__init__()
@@ -42,10 +41,9 @@ class IResNet(SizedBackbone):
     """Stages end at 1/2, 1/4, 1/8 and 1/16 of the image; feature: the embedding.
 
     iresnet: every stage begins with a convolution as its shortcut, and the weight of the last
-    normalisation stays at 1 (`requires_grad` False). ir: where the channels stay, that shortcut
-    takes every second place without a weight, and the last normalisation has neither weight nor
-    bias. The IRs' dropout of 0.4 before the embedding is left out.
-    divide: every layer but the embedding has 1 / divide of the channels.
+    normalisation stays 1 (`requires_grad` False). ir: with equal channels that shortcut takes every
+    second place without a weight, and the last normalisation has neither weight nor bias; dropout
+    is omitted. divide: every layer but the embedding has 1 / divide of the channels.
     """
 
     def __init__(
@@ -73,7 +71,7 @@ class IResNet(SizedBackbone):
         self.embedding = nn.Linear(channels * self.side**2, embedding)
         self.embedding_norm = nn.BatchNorm1d(embedding, affine=not plain)
         if not plain:
-            # the published practice: one scale for every value of the embedding
+            # as published: one scale for every value of the embedding
             self.embedding_norm.weight.requires_grad_(False)
         self.width = embedding
         for module in self.modules():
@@ -87,7 +85,7 @@ class IResNet(SizedBackbone):
         return self.stem(self._scaled(images))
 
     def _feature(self, maps: Tensor) -> Tensor:
-        # flatten names places channel by channel, whatever the layout in memory
+        # flatten is channel by channel in any memory layout
         flat = self.last_norm(self._checked(maps)).flatten(1)
         return self.embedding_norm(self.embedding(flat))
 

@@ -1,8 +1,5 @@
-"""MobileFaceNets (Chen et al. 2018, arXiv 1804.07573): the original, and the two wider networks
-that arcface_torch trains under the same name.
-
-They end in a global depthwise convolution (GDC): a weight for every channel and place of the last
-maps. So each is built for one input size: 7 x 7 places of 112 pixels in published weights.
+"""MobileFaceNets (Chen et al. 2018, arXiv 1804.07573): the original, and arcface_torch's two wider
+ones. A global depthwise convolution on the last maps fixes the input size.
 """
 
 from __future__ import annotations
@@ -16,10 +13,9 @@ from kdtrain.models.backbones.base import SizedBackbone, chain, embedding_layer
 
 @dataclass(frozen=True)
 class Shape:
-    """What tells the three networks apart."""
+    """The differences of the three networks."""
 
-    scale: int
-    """Channels of the first layers over 64."""
+    scale: int  # Channels of the first layers over 64
     blocks: tuple[int, int, int, int]
     """Residual blocks of each stage; 1 in the first is a grouped convolution alone."""
 
@@ -33,9 +29,7 @@ LAST = 512  # channels of the last maps, in every one of them
 
 
 class Inverted(nn.Module):
-    """1x1 to `inner` channels, 3x3 depthwise with the stride, 1x1 to `outer` without activation;
-    beside an identity where `residual`.
-    """
+    """1x1 to `inner`, 3x3 depthwise with stride, 1x1 to `outer`; an identity if `residual`."""
 
     def __init__(
         self, channels: int, inner: int, outer: int, stride: int, *, residual: bool
@@ -64,7 +58,7 @@ class MobileFaceNet(SizedBackbone):
         super().__init__(color, input_size)
         shape = SHAPES[name]
         narrow, wide, last = 64 * shape.scale // divide, 128 * shape.scale // divide, LAST // divide
-        inner = [width // divide for width in (128, 256, 512)]  # whatever the scale
+        inner = [width // divide for width in (128, 256, 512)]  # for any scale
         self.stem = _unit(3, narrow, 3, 2)
         if shape.blocks[0] == 1:
             first: nn.Module = _unit(narrow, narrow, 3, groups=64 // divide)
@@ -117,7 +111,7 @@ def _residuals(channels: int, inner: int, count: int) -> nn.Sequential:
 
 
 def _stage(channels: int, down: int, outer: int, inner: int, count: int) -> nn.Sequential:
-    """Half the side through `down` channels, then residual blocks of `inner`."""
+    """A block of stride 2 with `down` channels, then residual blocks of `inner`."""
     return nn.Sequential(
         Inverted(channels, down, outer, 2, residual=False), *_residuals(outer, inner, count)
     )

@@ -1,6 +1,5 @@
-"""The paper's network: a bottleneck ResNet of any width, for any input size.
-
-Batch normalisation sits directly on the raw image, so no mean is subtracted anywhere.
+"""The paper's network: a bottleneck ResNet of any width and input size, with batch normalisation on
+the raw image in place of a mean.
 """
 
 from __future__ import annotations
@@ -11,13 +10,11 @@ from torch import Tensor, nn
 from kdtrain.models.backbones.base import StagedBackbone, embedding_layer
 
 BLOCKS = {50: (3, 4, 6, 3), 14: (1, 1, 1, 1)}
-EXPANSION = 4  # a bottleneck block puts out four times its inner width
+EXPANSION = 4  # outer over inner width of a bottleneck block
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions beside a shortcut; the stride sits on the 3x3 (as in the 4.1 GMAC
-    ResNet-50).
-    """
+    """1x1, 3x3, 1x1 convolutions beside a shortcut; the 3x3 has the stride (4.1 GMAC ResNet-50)."""
 
     def __init__(self, channels: int, inner: int, stride: int) -> None:
         super().__init__()
@@ -42,11 +39,10 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(StagedBackbone):
-    """Feature: the mean of the last maps, K = 32 * kernels; with `embedding`, an embedding layer of
-    that width on it.
+    """Feature: the mean of the last maps, K = 32 * kernels; `embedding` adds a layer of that width.
 
-    stem "imagenet": 7x7 stride 2, then a 3x3 stride 2 maximum (for 224 pixels). "small": 3x3 stride
-    2 alone (for 32).
+    stem "imagenet": 7x7 stride 2, then a 3x3 stride 2 maximum (for 224 pixels); "small": 3x3 stride
+    2 (for 32).
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Any network of timm by its name (extra `timm`): its pooled features, its stages' maps."""
+"""Any network of timm by its name (extra `timm`): pooled features and stage maps."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ from torch import Tensor
 from kdtrain.models.backbones.base import Backbone, attention_map, embedding_layer
 
 NEEDS_TIMM = 'model.name timm:... needs the timm extra: pip install ".[timm]"'
-STAGES = 4  # maps are taken of the last four stages, as the other networks have
+STAGES = 4  # the last ones, as many as the other networks have
 
 
 class TimmNetwork(Backbone):
-    """timm.create_model(name, num_classes=0), weights drawn anew; with `embedding`, an embedding
-    layer of that width on its pooled feature.
+    """timm.create_model(name, num_classes=0), untrained; `embedding` adds a layer of that width.
 
-    Images are scaled by the mean and deviation of the model's own configuration. A network of a
-    fixed input size (ViTs) is built for input_size. Raises ValueError when timm is missing or knows
-    no such model.
+    Images are scaled by the mean and deviation of the model's configuration; a network of a fixed
+    input size (ViTs) is built for input_size. Raises ValueError without timm or such a model.
     """
 
     def __init__(self, name: str, *, embedding: int | None, input_size: int, color: str) -> None:
@@ -48,17 +46,13 @@ class TimmNetwork(Backbone):
         self.widths = [stage["num_chs"] for stage in stages][-STAGES:]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features (N, width)."""
         return self.embedding(self.network(self._scaled(images)))
 
     def maps(self, images: Tensor, stage: int) -> Tensor:
-        """Output of one of its last four stages; the layers above run too. Raises ValueError where
-        the model shows none.
-        """
+        """Maps of one of the last four stages; later layers run too. Raises ValueError without."""
         return self._stages(images)[1][stage - 1]
 
     def attend(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Features, and the attention_map of each of its last four stages."""
         last, maps = self._stages(images)
         return self.embedding(self.network.forward_head(last)), tuple(map(attention_map, maps))
 
@@ -66,8 +60,8 @@ class TimmNetwork(Backbone):
         """The last layer's output, and the stages' maps."""
         if not self.widths or not hasattr(self.network, "forward_intermediates"):
             raise ValueError(
-                f"FaceNetwork: timm's {self.name} does not show the maps of its stages, which "
-                "target.hint and target.attention compare; set these to 0, or take another model"
+                f"FaceNetwork: timm's {self.name} has no stage maps, which target.hint and "
+                "target.attention compare; set these to 0, or take another model"
             )
         return self.network.forward_intermediates(
             self._scaled(images), indices=len(self.widths), output_fmt="NCHW"

@@ -1,8 +1,8 @@
-"""Weights as three projects publish them, under the names of our networks.
+"""Weights of three projects under the names of our networks.
 
-arcface_torch (insightface): a bare state dict of an IResNet or MobileFaceNet. AdaFace: a Lightning
+arcface_torch (insightface): a state dict of an IResNet or MobileFaceNet. AdaFace: a Lightning
 checkpoint, the IR network under `model.`, its classifier as `head.kernel`. CVLface: a state dict of
-the IR network (or arcface_torch's) under `net.`, or `model.net.` in its wrapper.
+the IR network (or arcface_torch's) under `net.` or `model.net.`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ from kdtrain.models.backbones.mobilefacenet import SHAPES
 PREFIXES = {
     "arcface_torch": dict.fromkeys(("module.", ""), (IRESNETS, MOBILE)),
     "adaface": dict.fromkeys(("model.", ""), (IRS,)),
-    # its copy of arcface_torch's networks: without a prefix they are that project's own, in its
-    # colours
+    # without a prefix arcface_torch's networks are that project's own, in its channel order
     "cvlface": {**dict.fromkeys(("model.net.", "net."), (IRS, IRESNETS, MOBILE)), "": (IRS,)},
 }
-"""What the names of each layout's networks begin with, and the networks under each beginning."""
+"""Prefixes of each layout, and the networks under each."""
 HEAD = "head."
 NETWORKS = {
     "arcface_torch": "iresnet* and the MobileFaceNets",
@@ -42,7 +41,7 @@ FIRST = {
     "layers.0.layers.0.weight": MOBILE,
     "conv1.weight": IRESNETS,
 }
-"""The networks that a first layer of this name tells."""
+"""The networks with a first layer of this name."""
 LAST_CHANNELS = 512  # of the last maps of every network here
 COUNTER = "num_batches_tracked"
 
@@ -51,21 +50,17 @@ _PARTS = {"0": "expand", "1": "depthwise", "2": "project"}
 
 
 class Published(NamedTuple):
-    """A backbone's weights under our names, and what they are of."""
+    """A backbone's weights under our names, and its shape."""
 
-    name: str
-    """model.name."""
+    name: str  # model.name
     embedding: int
-    side: int
-    """Side of the last maps: input sizes 16 side - 15 to 16 side."""
-    weights: dict[str, Tensor]
-    """Names as in a FaceNetwork, backbone. and all."""
-    notes: list[str]
-    """What identities should know of the file."""
+    side: int  # Side of the last maps: input sizes 16 side - 15 to 16 side
+    weights: dict[str, Tensor]  # By the names of a FaceNetwork
+    notes: list[str]  # Lines about the file for the user
 
 
 def inner(file: object, *keys: str) -> object:
-    """What a loaded file holds below those of `keys`, one in the other, that it has."""
+    """Returns the content of a loaded file below those of the nested `keys` that it has."""
     for key in keys:
         if isinstance(file, Mapping) and isinstance(file.get(key), Mapping):
             file = file[key]
@@ -73,10 +68,8 @@ def inner(file: object, *keys: str) -> object:
 
 
 def split_state(file: object, layout: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights of the network and of the head in a loaded file, each without its prefix.
-
-    Raises ValueError where there is no state dict, something in it is neither, or the network is of
-    another layout.
+    """Returns the weights of network and head in a loaded file, without prefixes. Raises ValueError
+    without a state dict, for other entries in it, and for a network of another layout.
     """
     state = inner(file, "state_dict", "state_dict_backbone")
     if not isinstance(state, Mapping) or not state:
@@ -86,7 +79,7 @@ def split_state(file: object, layout: str) -> tuple[dict[str, Tensor], dict[str,
     network, head = {}, {}
     for key, value in state.items():
         if not isinstance(value, Tensor):
-            raise ValueError(f"{key}: holds no tensor, so it is no state dict of a network alone")
+            raise ValueError(f"{key}: not a tensor, so this is not the state dict of a network")
         part = network if str(key).startswith(prefix) else head
         if part is head and not key.startswith(HEAD):
             raise ValueError(f"{key}: neither of the network ({prefix}) nor of a head ({HEAD})")
@@ -103,7 +96,7 @@ def split_state(file: object, layout: str) -> tuple[dict[str, Tensor], dict[str,
 
 
 def _layouts(state: Mapping[str, Tensor]) -> list[str]:
-    """Layouts that have a network of this family under such names."""
+    """Layouts with a network of these names."""
     return [
         layout
         for layout, prefixes in PREFIXES.items()
@@ -114,10 +107,8 @@ def _layouts(state: Mapping[str, Tensor]) -> list[str]:
 
 
 def published(weights: Mapping[str, Tensor], name: str | None) -> Published:
-    """The weights under our names, of the network that every name and shape of them fits.
-
-    weights: as split_state gives them. name: the network they should be; None takes the one they
-    fit. Raises ValueError where a name or shape has no counterpart, on either side.
+    """Returns the weights of split_state under our names, as the network that all names and shapes
+    fit. name: the expected network, or None. Raises ValueError for any other name or shape.
     """
     unfit = {}
     for candidate in _candidates(weights):
@@ -138,7 +129,7 @@ def published(weights: Mapping[str, Tensor], name: str | None) -> Published:
         if name not in (None, candidate):
             raise ValueError(f"its weights are those of {candidate}, not {name}")
         _require_finite(weights)
-        notes = [f"{len(counters)} counters of batches are missing and begin at 0"]
+        notes = [f"{len(counters)} counters of batches are missing and start at 0"]
         return Published(candidate, width, side, renamed, notes if counters else [])
     nearest = name if name in unfit else min(unfit, key=lambda candidate: len(unfit[candidate]))
     lines = unfit[nearest]
@@ -149,9 +140,8 @@ def published(weights: Mapping[str, Tensor], name: str | None) -> Published:
 
 
 def _require_finite(weights: Mapping[str, Tensor]) -> None:
-    """Raises ValueError that names the first weight with NaN or infinity in it."""
+    """Raises ValueError for the first weight with NaN or infinity, as float32."""
     for name, tensor in weights.items():
-        # as float32, which a larger float64 would leave
         if bad := int((~tensor.float().isfinite()).sum()):
             raise ValueError(
                 f"{name}: {bad:,} of its {tensor.numel():,} values are NaN or infinite, so the "
@@ -160,13 +150,13 @@ def _require_finite(weights: Mapping[str, Tensor]) -> None:
 
 
 def _candidates(weights: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Networks of the family that the first layer's name tells. Raises ValueError."""
+    """Networks whose first layer has this name. Raises ValueError."""
     for first, names in FIRST.items():
         if first in weights:
             return names
     raise ValueError(
-        "its names are of no layout that is known (an IResNet or MobileFaceNet of arcface_torch, "
-        f"an IR of AdaFace or CVLface); the first are {list(weights)[:3]}"
+        "its names are of no known layout (an IResNet or MobileFaceNet of arcface_torch, an IR of "
+        f"AdaFace or CVLface); the first are {list(weights)[:3]}"
     )
 
 
@@ -183,16 +173,15 @@ def _renamed(weights: Mapping[str, Tensor], name: str) -> tuple[dict[str, Tensor
     for theirs, tensor in weights.items():
         ours = rename(theirs)
         if ours is None:
-            unknown.append(f"{theirs}: has no place in {name}")
-        else:
-            # whatever it was stored as; counters stay whole numbers
-            kept = tensor.float() if tensor.is_floating_point() else tensor
-            renamed[f"backbone.{ours}"] = kept.contiguous()
+            unknown.append(f"{theirs}: not in {name}")
+        else:  # counters stay whole numbers
+            value = tensor.float() if tensor.is_floating_point() else tensor
+            renamed[f"backbone.{ours}"] = value.contiguous()
     return renamed, unknown
 
 
 def _iresnet(theirs: str) -> str | None:
-    """Our name of a weight of arcface_torch's IResNet; None where it has none."""
+    """Our name of a weight of arcface_torch's IResNet, or None."""
     ends = {"conv1": "stem.conv", "bn1": "stem.norm", "prelu": "stem.slope"}
     ends |= {"bn2": "last_norm", "fc": "embedding", "features": "embedding_norm"}
     head, _, tail = theirs.partition(".")
@@ -208,7 +197,7 @@ def _iresnet(theirs: str) -> str | None:
 
 
 def _ir(theirs: str, places: list[tuple[int, int]]) -> str | None:
-    """Our name of a weight of AdaFace's and CVLface's IR, whose blocks are numbered through."""
+    """Our name of a weight of AdaFace's and CVLface's IR, with blocks numbered over all stages."""
     match = re.fullmatch(r"(input_layer|output_layer)\.(\d)\.(\w+)", theirs)
     if match is not None:
         last = {"0": "last_norm", "3": "embedding", "4": "embedding_norm"}
@@ -227,7 +216,7 @@ def _ir(theirs: str, places: list[tuple[int, int]]) -> str | None:
 
 
 def _mobile(theirs: str, plain_first: bool) -> str | None:
-    """Our name of a weight of MobileFaceNet. plain_first: its second layer is a convolution."""
+    """Our name of a weight of MobileFaceNet. plain_first: the second layer is a convolution."""
     place, _, tail = theirs.rpartition(".")
     place = place.replace("layers.", "")  # 3.0.1.2 of layers.3.layers.0.layers.1.layers.2
     ends = {"features.2": "embedding.linear", "features.3": "embedding.norm"}
@@ -252,7 +241,7 @@ def _mobile(theirs: str, plain_first: bool) -> str | None:
 
 
 def _sizes(renamed: Mapping[str, Tensor], name: str) -> tuple[int, int]:
-    """Width of the embedding, and side of the last maps; 0 where the weights do not tell."""
+    """Width of the embedding, and side of the last maps; 0 if unknown."""
     if name in MOBILE:
         embedding = renamed.get("backbone.embedding.linear.weight")
         depthwise = renamed.get("backbone.depthwise.conv.weight")
@@ -267,7 +256,7 @@ def _sizes(renamed: Mapping[str, Tensor], name: str) -> tuple[int, int]:
 
 
 def _differences(renamed: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> list[str]:
-    lines = [f"{name}: has no place in it" for name in renamed if name not in shapes]
+    lines = [f"{name}: not in the network" for name in renamed if name not in shapes]
     for name, shape in shapes.items():
         if name not in renamed:
             lines.append(f"{name}: not in the file")

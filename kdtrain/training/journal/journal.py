@@ -1,8 +1,6 @@
-"""What a run writes while it trains: metrics.jsonl, timing.jsonl, progress.json, and lines or a
-live view.
+"""Output of a run while it trains: metrics.jsonl, timing.jsonl, TensorBoard, and the screen.
 
-metrics.jsonl holds nothing that depends on the clock, so an interrupted and resumed run ends with
-the same bytes.
+metrics.jsonl does not depend on the clock, so that a resumed run ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -41,7 +39,7 @@ class NonFinite(NamedTuple):
 
 
 class Terms:
-    """Loss terms of the steps since the last line, on the device until `read`."""
+    """Loss terms of the steps since the last line; on the device until `read`."""
 
     def __init__(self) -> None:
         self._names: list[str] = []
@@ -49,12 +47,12 @@ class Terms:
         self._values: list[list[float]] = []
 
     def add(self, step: int, terms: Mapping[str, Tensor]) -> None:
-        """Keep the 0-d tensors of one step; no synchronisation."""
+        """Adds the 0-d tensors of one step without synchronisation."""
         self._names = list(terms)
         self._waiting.append((step, torch.stack([t.detach().float() for t in terms.values()])))
 
     def read(self) -> NonFinite | None:
-        """Transfer what waits in one copy; the first value that is not finite, if any."""
+        """Transfers new values in one copy; returns the first that is not finite, if any."""
         if not self._waiting:
             return None
         rows = torch.stack([row for _, row in self._waiting]).tolist()
@@ -63,45 +61,45 @@ class Terms:
             self._values.append(row)
             bad = {n: v for n, v in zip(self._names, row, strict=True) if not math.isfinite(v)}
             if bad and found is None:
-                # `loss` is the sum and so never the first cause
+                # `loss` is the sum of the others
                 term = next((name for name in bad if name != "loss"), "loss")
                 found = NonFinite(step, term, bad[term])
         self._waiting.clear()
         return found
 
     def take(self) -> dict[str, float]:
-        """Means over the steps that were read since the last call, by term; {} without a step."""
+        """Returns each term's mean over the steps read since the last call; {} without a step."""
         values, self._values = self._values, []
         columns = zip(*values, strict=True)
         return {n: math.fsum(c) / len(values) for n, c in zip(self._names, columns, strict=False)}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs to continue the present window (call `read` first)."""
+        """Returns the state of the present window for a checkpoint (call `read` first)."""
         return {"names": self._names, "values": self._values}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue the window of a checkpoint."""
+        """Restores the result of `state`."""
         self._names, self._values = state["names"], state["values"]
 
 
 class Lines:
-    """An append-only file of JSON lines, cut back to the length that a checkpoint remembers."""
+    """An append-only file of JSON lines, truncated to the length that a checkpoint records."""
 
     def __init__(self, path: Path, length: int | None = None) -> None:
-        """length: bytes to keep, or None for all. Raises CheckpointError for a shorter file."""
+        """length: bytes to keep; None: all. Raises CheckpointError for a shorter file."""
         if length and (not path.exists() or path.stat().st_size < length):
             raise CheckpointError(
-                f"{path}: shorter than its checkpoint says; start again with --overwrite"
+                f"{path}: shorter than its checkpoint records; start again with --overwrite"
             )
         self._path = path
-        # unbuffered: what a full disk refuses must not be written again when the file is closed
+        # unbuffered: a write that a full disk rejects must not be repeated at close
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the run
         if length is not None:
             self._file.truncate(length)
             self._file.seek(length)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one line; a number that is not finite becomes null."""
+        """Appends one line; a number that is not finite becomes null."""
         text = json.dumps({key: plain(value) for key, value in record.items()}, allow_nan=False)
         content = text.encode() + b"\n"
         with writing(self._path, len(content)):
@@ -109,18 +107,17 @@ class Lines:
                 content = content[self._file.write(content) :]
 
     def sync(self) -> int:
-        """Force the lines to disk; the file's length in bytes."""
+        """Forces the lines to disk; returns the file's length in bytes."""
         with writing(self._path, 0):
             os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
 
 def check_board(config: Config) -> None:
-    """Raises ConfigError when train.tensorboard is asked for and its package is missing."""
+    """Raises ConfigError if train.tensorboard is set and its package is missing."""
     if not config.train.tensorboard:
         return
     try:
@@ -133,10 +130,10 @@ def check_board(config: Config) -> None:
 
 
 class Board:
-    """Event files below `folder`: every number of a journal's record under KIND/NAME at its step.
+    """TensorBoard events: every number of a journal's record under KIND/NAME at its step.
 
-    Events of before are removed, to be written again from the journal: an event file cannot be cut
-    back to the checkpoint that a run continues from.
+    Earlier events are removed and written again from the journal: SummaryWriter's purge_step would
+    show an evaluation at the checkpoint's step twice, or drop a line there.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -146,7 +143,7 @@ class Board:
         self._writer, self._folder = SummaryWriter(str(folder)), folder
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Add a record; it has `step`, and `kind` unless it is one of timing."""
+        """Adds a record with `step` and, unless of timing, `kind`."""
         kind = record.get("kind", "timing")
         for name, value in record.items():
             if name not in PLACE and isinstance(value, (int, float)):
@@ -154,15 +151,14 @@ class Board:
                     self._writer.add_scalar(f"{kind}/{name}", value, record["step"])
 
     def close(self) -> None:
-        """Write what waits and close the files."""
         self._writer.close()
 
 
 class Journal:
-    """metrics.jsonl and timing.jsonl of a run folder and, if asked for, tensorboard/."""
+    """metrics.jsonl and timing.jsonl of a run directory and, by train.tensorboard, tensorboard/."""
 
     def __init__(self, folder: Path, lengths: Mapping[str, int], board: bool) -> None:
-        """lengths: what `sync` returned for the checkpoint to continue from; empty begins anew."""
+        """lengths: of `sync` at the checkpoint to resume from; empty for a new run."""
         paths = {name: folder / file for name, file in LINES.items()}
         self._lines = {name: Lines(path, lengths.get(name, 0)) for name, path in paths.items()}
         self._board = Board(folder / TENSORBOARD) if board else None
@@ -172,17 +168,16 @@ class Journal:
                     self._board.write(record)
 
     def write(self, name: str, record: Mapping[str, Any]) -> None:
-        """Append a record to metrics or timing."""
+        """Appends a record to metrics or timing."""
         self._lines[name].write(record)
         if self._board is not None:
             self._board.write(record)
 
     def sync(self) -> dict[str, int]:
-        """Force the lines to disk; the length of each file in bytes."""
+        """Forces the lines to disk; returns the length of each file in bytes."""
         return {name: lines.sync() for name, lines in self._lines.items()}
 
     def close(self) -> None:
-        """Close the files."""
         for lines in self._lines.values():
             lines.close()
         if self._board is not None:
@@ -190,7 +185,7 @@ class Journal:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file; a last line cut short by a kill is left out."""
+    """Returns the records of a JSON-lines file, without an incomplete last line."""
     records = []
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     with contextlib.suppress(ValueError):
@@ -200,7 +195,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def plain(value: Any) -> Any:
-    """value, with numbers that JSON cannot hold (NaN, infinity) as None, at any depth."""
+    """Returns a value with NaN and infinity as None at any depth."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
@@ -211,14 +206,14 @@ def plain(value: Any) -> Any:
 
 
 def unit(metric: str) -> str:
-    """fraction (0.85 is 85 %), count, nats or squared error."""
+    """Returns a metric's unit: fraction (0.85 is 85 %), count, nats or squared error."""
     if metric.startswith(("pairs", "nn_queries", "nn_lone")):
         return "count"
     return {"cross_entropy": "nats", "hint": "squared error"}.get(metric, "fraction")
 
 
 def number(metric: str, value: float | None, digits: int = 2) -> str:
-    """'85.31 %', '1.2034 nats', '300', or '-' for none; digits: of a percentage."""
+    """Returns '85.31 %', '1.2034 nats', '300', or '-' for None. digits: of a percentage."""
     if value is None:
         return "-"
     if unit(metric) == "fraction":
@@ -227,17 +222,17 @@ def number(metric: str, value: float | None, digits: int = 2) -> str:
 
 
 def duration(seconds: float) -> str:
-    """75 -> '1:15', 4000 -> '1:06:40'."""
+    """Returns '1:15' for 75, '1:06:40' for 4000."""
     minutes, rest = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 class Clock:
-    """Images per second, share of time spent waiting for data, time left; without evaluations."""
+    """Images per second, share of time spent on data, time left; without evaluations."""
 
     def __init__(self, steps_total: int, steps_done: int, spent: Mapping[str, float]) -> None:
-        """spent: what `spent` returned when the run was last saved; empty at its begin."""
+        """spent: of `spent` at the checkpoint to resume from; empty for a new run."""
         self.started = time.perf_counter()
         self.total, self.first, self.done = steps_total, steps_done, steps_done
         self.data_s, self._apart_s, self._samples = 0.0, 0.0, 0
@@ -245,25 +240,24 @@ class Clock:
         self._before = spent
 
     def step(self, images: int, data_s: float) -> None:
-        """Count one training step."""
         self.done += 1
         self._samples += images
         self.data_s += data_s
 
     def apart(self, seconds: float) -> None:
-        """Seconds since the last call that were no training."""
+        """Subtracts seconds that were not training."""
         self._apart_s += seconds
         then, data_s, images = self._window
         self._window = (then + seconds, data_s, images)
 
     def pace(self) -> dict[str, float]:
-        """Images per second and the share spent on data since the last call."""
+        """Returns images per second and the share spent on data since the last call."""
         now, (then, data_s, images) = time.perf_counter(), self._window
         self._window = (now, self.data_s, self._samples)
         return _rates(now - then, self._samples - images, self.data_s - data_s)
 
     def spent(self) -> dict[str, float]:
-        """Totals over every interruption: seconds, of these apart or waiting, and samples."""
+        """Returns totals over all interruptions: seconds, those apart or on data, and samples."""
         here = {
             "seconds": self.elapsed_s(),
             "apart_s": self._apart_s,
@@ -273,18 +267,18 @@ class Clock:
         return {name: value + self._before.get(name, 0) for name, value in here.items()}
 
     def summary(self) -> dict[str, float]:
-        """The run's seconds, and pace of its training."""
+        """Returns the run's seconds and the rates of its training."""
         spent = self.spent()
         rates = _rates(spent["seconds"] - spent["apart_s"], spent["samples"], spent["data_s"])
         return {"seconds": round(spent["seconds"], 2), **rates}
 
     def left_s(self) -> float:
-        """Seconds to the last step at the pace so far (0 before the first step)."""
+        """Returns the seconds to the last step at the rate so far; 0 before the first step."""
         taken = self.done - self.first
         return (self.total - self.done) * self.elapsed_s() / taken if taken else 0.0
 
     def elapsed_s(self) -> float:
-        """Seconds since this process began to train."""
+        """Returns the seconds since this process began to train."""
         return time.perf_counter() - self.started
 
 
@@ -297,10 +291,7 @@ def _rates(span_s: float, samples: float, data_s: float) -> dict[str, float]:
 
 
 def console(file_width: int | None = None, stream: Any = None) -> Console:
-    """A console on standard output (or `stream`), in lines that nothing breaks.
-
-    file_width: of tables, where it is no terminal and so has no width of its own.
-    """
+    """Returns a console without line breaks. file_width: of tables outside a terminal."""
     result = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
     if file_width is not None and not result.is_terminal:
         result.width = file_width
@@ -308,7 +299,7 @@ def console(file_width: int | None = None, stream: Any = None) -> Console:
 
 
 class Screen:
-    """Progress: one live line in a terminal, else a plain line per epoch."""
+    """Progress: a live line in a terminal, and a plain line per epoch."""
 
     def __init__(self, title: str, stream: Any = None) -> None:
         self._console = console(stream=stream)
@@ -316,7 +307,7 @@ class Screen:
         self._bar: Progress | None = None
         if self._console.is_terminal:
             self._bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
                 TextColumn("{task.percentage:>3.0f}%"),
                 TextColumn("{task.fields[note]}"),
@@ -327,16 +318,15 @@ class Screen:
             self._bar.start()
 
     def update(self, share: float, note: str) -> None:
-        """Move the bar (terminals only)."""
+        """Moves the bar of a terminal."""
         if self._bar is not None:
             self._bar.update(self._task, completed=share, note=note)
 
     def say(self, text: str) -> None:
-        """Print one line."""
         self._console.print(f"{self._title}: {printable(text)}", markup=False)
 
     def close(self) -> None:
-        """Take the live view down."""
+        """Removes the live line."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -1,4 +1,4 @@
-"""Published weights as a run folder, to be a teacher or a start."""
+"""Published weights as a run directory, to be a teacher or an initialisation."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from kdtrain.training.run_directory import clear, has_files
 
 COLORS = {"arcface_torch": "rgb", "adaface": "bgr"}
 SCALE = 64.0  # of the cosines, in the recipes of all three projects
-# rank of a shard in the names that the projects write
+# rank of a shard in the projects' file names
 RANK = re.compile(r"(checkpoint_gpu_|softmax_fc_gpu_|rank_|_rank)(\d+)")
-# what the shards' entries are called
+# entries of the shards
 HEAD_NAMES = ("weight", "partial_fc.weight", "classifier.weight", "kernel")
 # running statistics of AdaFace's margin, beside the weight
 HEAD_STATISTICS = ("t", "batch_mean", "batch_std")
 
 
 class PublishedError(ValueError):
-    """A file of weights that cannot be read as what it is said to be."""
+    """A weights file that cannot be read as the given layout."""
 
 
 class _Inert:
-    """Stands for an object that a checkpoint holds beside tensors and plain values."""
+    """Replaces objects in a checkpoint other than tensors and plain values."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -54,15 +54,13 @@ def write_run(
     scale: float = SCALE,
     color: str | None = None,
 ) -> list[str]:
-    """Write the weights of a published file as run folder `out`; returns the lines to print.
+    """Writes a published weights file as run directory `out`; returns the lines to print.
 
-    layout: one of networks.published.PREFIXES. name: the network they are said to be of, or None.
-    head, classes: see read_head; without a head the run's classifier knows 0 identities. scale: of
-    its cosines. color: order of the channels that the weights want, None for what the project
-    publishes.
+    layout: one of layouts.PREFIXES. name: the expected network, or None. head, classes: see
+    read_head; without a head the imported run has no classes. scale: of the cosines. color: the
+    channel order of the weights, None for the project's own.
 
-    Raises PublishedError where the files are not what they are said to be, ConfigError for a folder
-    that is not empty.
+    Raises PublishedError for files of another layout or network, ConfigError for a used folder.
     """
     _check_empty(out)  # before a large file is read
     file = read_file(weights)
@@ -78,7 +76,7 @@ def write_run(
         lines.append(f"head: {len(classifier):,} identities, of {', '.join(map(str, files))}")
         dropped = sorted(set(own_head) & set(HEAD_STATISTICS)) if head is None else []
         if dropped:
-            lines.append(f"left out, as only its own training reads them: {', '.join(dropped)}")
+            lines.append(f"omitted statistics of the head's own training: {', '.join(dropped)}")
     else:
         classifier, files = torch.zeros(0, found.embedding), []
         lines.append("no head: features and relations can be targets, soft targets cannot")
@@ -86,7 +84,7 @@ def write_run(
     lines.append(f"colours: {order}")
     config = settings.build(
         {
-            # eval measures it on any images, whatever batches they could fill
+            # so that eval runs on any images
             "task": "verification",
             "triplet.weight": 0.0,
             "optim.batch_size": 2,
@@ -139,10 +137,10 @@ def _check_empty(out: Path) -> None:
 
 
 def read_file(path: Path) -> Any:
-    """What a file of weights holds, without running anything it names. Raises PublishedError.
+    """Returns the content of a weights file without running its code. Raises PublishedError.
 
-    safetensors, or torch.load(weights_only=True), in which stand-ins that do nothing take the place
-    of classes that the file names beside tensors: Lightning's checkpoints hold some.
+    By safetensors, or torch.load(weights_only=True) with inert stand-ins for further classes, as
+    Lightning's checkpoints have them.
     """
     if not path.is_file():
         raise PublishedError(f"{path}: no such file")
@@ -156,7 +154,7 @@ def read_file(path: Path) -> Any:
             named = [(_Inert, name) for name in get_unsafe_globals_in_checkpoint(path)]
         elif not begin.startswith(b"\x80"):  # nor a pickle, as it wrote before
             raise PublishedError(
-                f"{path}: no file of weights: torch.save writes other first bytes than "
+                f"{path}: not a weights file: torch.save writes other first bytes than "
                 f"{begin!r}, and a safetensors file must be named .safetensors"
             )
         with safe_globals(named):
@@ -164,14 +162,14 @@ def read_file(path: Path) -> Any:
     except PublishedError:
         raise
     except checkpoint.UNREADABLE as error:
-        # torch's reason stands before its last line, which points to its documentation
-        said = [line for line in str(error).splitlines() if line and "documentation" not in line]
-        message = said[-1] if said else type(error).__name__
+        # torch's last line points to its documentation
+        lines = [line for line in str(error).splitlines() if line and "documentation" not in line]
+        message = lines[-1] if lines else type(error).__name__
         raise PublishedError(f"{path}: cannot be read as weights ({message})") from None
     if isinstance(held, _Inert):
         raise PublishedError(
-            f"{path}: a whole pickled model, which only its own code can open, and none is run "
-            "here; open it in its project and save model.state_dict()"
+            f"{path}: a whole pickled model, which needs its own code; open it in its project and "
+            "save model.state_dict()"
         )
     return held
 
@@ -183,13 +181,11 @@ def read_head(
     width: int,
     classes: int | None,
 ) -> tuple[Tensor, list[Path]]:
-    """The classifier (identities, width) of a file, or of all shards of which it is one, in the
-    order of their ranks; and the files that it came from.
+    """Returns the classifier (identities, width) of a file and its shards by rank, and the files.
 
-    own: the head in the file of weights itself, taken where path is None. width: features that it
-    must read. classes: identities, where the last shard ends in rows that stand for nobody (CVLface
-    pads to equal shards); None takes every row. Raises PublishedError for a shard that is missing
-    or does not fit, or holds NaN or infinity.
+    own: the head in the weights file, used if path is None. width: of the features. classes:
+    identities without padding rows (CVLface pads to equal shards); None: every row. Raises
+    PublishedError for a shard that is missing, does not fit, or holds NaN or infinity.
     """
     if path is None:
         parts, files = [_head_weight(own, weights)], [weights]
@@ -202,7 +198,7 @@ def read_head(
                 f"{file}: a classifier of {tuple(part.shape)}, and the network has {width} values: "
                 f"(identities, {width}) is needed"
             )
-    # identities are dealt out evenly, the first shards having one more
+    # identities are split evenly, one more in the first shards
     sizes = [len(part) for part in parts]
     if sizes != sorted(sizes, reverse=True) or sizes[0] - sizes[-1] > 1:
         raise PublishedError(f"{files[0]}: shards of {sizes} identities are not of one head")
@@ -210,8 +206,8 @@ def read_head(
     if classes is not None:
         if not len(weight) - len(files) < classes <= len(weight):
             raise PublishedError(
-                f"--classes {classes}: {len(files)} files hold {len(weight)} rows, and less than "
-                "one a file can be padding"
+                f"--classes {classes}: {len(files)} files hold {len(weight)} rows, and at most one "
+                "per file but the first is padding"
             )
         weight = weight[:classes].clone()
     finite = weight.isfinite().all(1)
@@ -224,9 +220,7 @@ def read_head(
 
 
 def shards(path: Path) -> list[Path]:
-    """The files of a head of which this is one, by rank: its neighbours whose names differ in the
-    rank alone. Raises PublishedError where a rank is missing.
-    """
+    """Returns the files of a head by rank. Raises PublishedError for a missing one."""
     match = RANK.search(path.name)
     if match is None:
         return [path]
@@ -248,17 +242,17 @@ def _head_weight(file: object, path: Path) -> Tensor:
     if isinstance(file, Tensor):
         return file
     state = inner(file, "state_dict_softmax_fc", "state_dict")
-    known = state if isinstance(state, Mapping) else {}
+    entries = state if isinstance(state, Mapping) else {}
     for name in HEAD_NAMES:
         for key in (name, f"head.{name}"):
-            if isinstance(weight := known.get(key), Tensor):
-                # AdaFace's kernel has a column for each identity
+            if isinstance(weight := entries.get(key), Tensor):
+                # AdaFace's kernel has a column per identity
                 return weight.T if name == "kernel" else weight
     raise PublishedError(f"{path}: no classifier in it (one of {', '.join(HEAD_NAMES)})")
 
 
 def _color_beside(weights: Path) -> str:
-    """The colour order that CVLface writes beside its weights: color_space in model.yaml."""
+    """The channel order beside CVLface's weights: color_space in model.yaml."""
     files = [weights.with_suffix(".yaml"), weights.with_name("config.json")]
     for file in filter(Path.is_file, files):
         tree = settings.read_yaml(file)
@@ -267,6 +261,6 @@ def _color_beside(weights: Path) -> str:
         if str(space).lower() in ("rgb", "bgr"):
             return str(space).lower()
     raise PublishedError(
-        f"{weights}: the order of its colours is in no file beside it ({files[0].name} or "
-        f"{files[1].name}: color_space); give --color rgb or --color bgr"
+        f"{weights}: no file beside it states the channel order ({files[0].name} or "
+        f"{files[1].name}: color_space); pass --color rgb or --color bgr"
     )

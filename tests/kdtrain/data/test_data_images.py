@@ -115,7 +115,7 @@ def test_every_suffix_that_pillow_decodes_is_read(tmp_path):
     assert read_folder(tmp_path).names == ["p/a.jfif", "p/b.pgm", "p/c.gif", "p/d.JPE"]
 
 
-def test_whatever_a_folder_holds_beside_images_is_counted_and_named(tmp_path):
+def test_everything_beside_images_in_a_folder_is_counted_and_named(tmp_path):
     grey = Image.fromarray(GREY)
     for name in ("p/a.jpg", "p/video/b.jpg", "q/a.jpg", "c.jpg", "q/.hidden.jpg"):
         saved(tmp_path / name, grey)
@@ -159,7 +159,7 @@ def keys(root, **more):
     return {**TINY, "data.kind": "celeba", "data.root": str(root), **dotted}
 
 
-def test_alignment_trains_on_celebas_layout_without_identities_and_says_what_was_done(celeba):
+def test_alignment_trains_on_celebas_layout_without_identities_and_notes_its_images(celeba):
     phases = [{"epochs": 1, "lr": 0.01}]
     more = {"target__gamma": 0.0, "augment__crop": "jitter", "optim__phases": phases}
     results = train(build(keys(celeba, task="alignment", **more)), celeba / "run")
@@ -193,7 +193,7 @@ def test_an_identity_with_most_genuine_pairs_is_named(tmp_path):
     assert line.startswith("identity a has 80 % of the test images and 96 % of their genuine pairs")
 
 
-def test_eval_names_its_pairs_and_warns_of_identities_known_from_training(tmp_path, capsys):
+def test_eval_names_its_pairs_and_warns_of_identities_seen_in_training(tmp_path, capsys):
     config = tiny_config(
         "verification",
         data__identities=50,

@@ -131,7 +131,7 @@ def test_a_malformed_line_is_named_with_file_and_line(celeba, file, line, text, 
 
 
 @pytest.mark.parametrize(("file", "line", "text", "reason"), MALFORMED)
-def test_skip_leaves_the_malformed_image_out_and_says_so(celeba, file, line, text, reason):
+def test_skip_leaves_the_malformed_image_out_and_reports_it(celeba, file, line, text, reason):
     edit_line(celeba / file, line, text)
     source = read_celeba(celeba, on_error="skip")
     assert source.names == [f"{k + 1:06d}.jpg" for k in (0, 2, 3, 4, 5)]
@@ -301,7 +301,7 @@ def test_random_split_of_200_000_identities_with_one_image_each():
     assert not found.any()  # each class keeps its only image for training
 
 
-def test_identity_split_puts_nobody_on_both_sides():
+def test_identity_split_has_disjoint_identities():
     source = fake_source([k for k in range(50) for _ in range(4)])
     train, test = split_indices(source, settings(split="identity"))
     assert set(source.labels[train].tolist()).isdisjoint(source.labels[test].tolist())
@@ -338,7 +338,7 @@ def test_label_noise_reaches_a_share_of_the_training_labels_only():
     [
         ({"kind": "mxnet"}, r"data\.kind: expected one of synthetic, celeba, folder"),
         ({"kind": "folder", "root": None}, r"data\.root"),
-        ({"kind": "folder", "root": ""}, r"data\.root: expected a folder, for data\.kind folder"),
+        ({"kind": "folder", "root": ""}, r"data\.root: expected a directory for folder"),
         ({"kind": "synthetic", "split": "file:a.csv:b"}, "no split file"),
     ],
 )

@@ -81,9 +81,9 @@ def test_a_timed_step_gives_positive_times_and_holds_its_weights(task):
     assert cost.memory_bytes > 4 * (3 * cost.size.parameters + teacher)
 
 
-@pytest.mark.parametrize("kept", ["none", "float32"])
-def test_a_head_that_asks_a_teacher_is_timed_with_one(kept):
-    head = {"head__kind": "cosine", "head__margin": "distillation", "teacher__cache": kept}
+@pytest.mark.parametrize("cache", ["none", "float32"])
+def test_a_head_that_needs_a_teacher_is_timed_with_one(cache):
+    head = {"head__kind": "cosine", "head__margin": "distillation", "teacher__cache": cache}
     config = tiny_config(**head, teacher__run="@t")
     cost = _estimate(config, teacher=TEACHER)
     assert cost.memory_bytes > 4 * network_size(config, TEACHER, 8).parameters
@@ -212,7 +212,7 @@ def test_a_teacher_whose_answers_are_kept_is_not_asked(monkeypatch):
         target__alpha=1.0, target__beta=1.0, teacher="@t", teacher__cache="float32"
     )
     monkeypatch.setattr(Task, "guide", lambda *_: calls.append("asked"))
-    _estimate(config, teacher=TEACHER, answers_kept=True)
+    _estimate(config, teacher=TEACHER, outputs_cached=True)
     assert calls == []
     _estimate(config, teacher=TEACHER)
     assert calls
@@ -376,7 +376,7 @@ def test_a_dry_run_says_what_is_missing_and_goes_on(measured, capsys, tmp_path, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--classes", "5"], "--classes goes with --dry-run"),
+        (["--classes", "5"], "--classes needs --dry-run"),
         (["--dry-run", "--classes", "5"], "--classes and --images: both or neither"),
         (["--dry-run", "--images", "1"], "--images: expected at least 2; got 1"),
     ],

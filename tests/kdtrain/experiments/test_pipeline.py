@@ -22,9 +22,11 @@ from rich.console import Console
 from rich.table import Table
 from tiny_runs import TASK_KEYS, TINY, environment, tiny_config
 
+from kdtrain import __main__
 from kdtrain.cli import main
 from kdtrain.config import ConfigError, program, settings
 from kdtrain.experiments import campaign, pipeline, scheduler, timing
+from kdtrain.experiments.study import Run
 from kdtrain.reports import chain_table
 from kdtrain.training import checkpoint, keys
 
@@ -115,7 +117,7 @@ def test_identity_split_keeps_classification_among_the_training_identities():
         ({"a": {"optim__batch_size": 0}}, "stage a: optim.batch_size"),
     ],
 )
-def test_a_preset_that_cannot_be_run_is_refused(stages, message, tmp_path):
+def test_a_preset_that_cannot_be_run_is_rejected(stages, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         pipeline.plan(str(_preset(tmp_path / "p", **stages)), {}, {})
 
@@ -299,7 +301,7 @@ def test_train_refuses_to_destroy_what_is_in_the_run_folder(chain, capsys):
     assert "seed: 5 here, 0 there" in told
     assert "--overwrite" in told
     assert main([*words, str(root), "--overwrite"]) == 2
-    assert "not a run folder" in capsys.readouterr().err
+    assert "not a run directory" in capsys.readouterr().err
     assert (folder / "last" / checkpoint.WEIGHTS).read_bytes() == before
 
 
@@ -365,7 +367,36 @@ def test_ctrl_c_stops_the_children_cleanly_and_the_same_command_continues(tmp_pa
     assert "resumed in epoch" in (tmp_path / "root" / "logs" / "cls_teacher.txt").read_text()
 
 
-def test_a_failure_is_told_from_this_sessions_lines_of_the_log(tmp_path, monkeypatch):
+def test_overwrite_is_printed_again_until_a_stage_has_begun(tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    preset = _preset(tmp_path / "preset", cls_teacher={}, cls_student={})
+    words = ["pipeline", "--preset", str(preset), "--run-dir", str(tmp_path / "root")]
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "stage_keys", interrupted)
+        assert main([*words, "--overwrite"]) == 130
+    assert capsys.readouterr().err.endswith(" --overwrite\n")
+    monkeypatch.setattr(scheduler, "_start", interrupted)  # the second Ctrl-C
+    assert main([*words, "--overwrite"]) == 130
+    told = capsys.readouterr().err
+    assert "stopped; to continue: python -m kdtrain pipeline" in told
+    assert "--overwrite" not in told
+
+
+def test_a_signal_after_the_command_does_not_change_its_status(monkeypatch):
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr("kdtrain.cli.main", lambda: 0)
+    try:
+        assert __main__.main() == 0
+        for number in before:
+            os.kill(os.getpid(), number)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_failure_is_named_from_this_sessions_lines_of_the_log(tmp_path, monkeypatch):
     (tmp_path / "logs").mkdir()
     log = tmp_path / "logs" / "a.txt"
     work = scheduler.Work("a", Path("a.yaml"), tmp_path / "a", (), True, 1, 1.0)
@@ -455,13 +486,12 @@ def test_stages_that_need_landmarks_are_left_out_and_named(
     assert f"every stage is omitted, as {pipeline.NO_LANDMARKS}" in capsys.readouterr().err
 
 
-def test_runs_of_tables_and_methods_that_need_landmarks_are_refused(photographs, tmp_path):
+def test_runs_of_tables_and_methods_that_need_landmarks_are_rejected(photographs, tmp_path):
     config = tiny_config("alignment", data__kind="folder", data__root=str(photographs))
-    group = campaign.Group("table3", ("a",))
+    run = Run("ali", 1)
+    group, stages = campaign.Group("table3", (run,)), {run: pipeline.Stage("ali_s1", config)}
     with pytest.raises(ConfigError, match="ali_s1: the images have no landmarks"):
-        campaign.make_campaign(
-            [group], {"a": pipeline.Stage("ali_s1", config)}, campaign.Order(tmp_path, 1), print
-        )  # fmt: skip
+        campaign.make_campaign([group], stages, campaign.Order(tmp_path, 1))
 
 
 def test_a_dry_run_ends_as_the_run_would(photographs, tmp_path, monkeypatch, capsys):

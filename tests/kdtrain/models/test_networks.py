@@ -93,7 +93,7 @@ def test_a_pass_gives_every_output_and_its_gradient_reaches_every_parameter(name
 
 
 @pytest.mark.parametrize("name", [*SMALL, "resnet"])
-def test_stages_have_the_widths_and_sides_that_the_network_says(name):
+def test_stages_have_the_widths_and_sides_of_the_network(name):
     made = network(name, depth=14, stem="small").eval()
     for stage, width in enumerate(made.backbone.widths):
         side = 16 >> stage
@@ -112,7 +112,7 @@ def test_a_image_is_judged_by_itself_in_evaluation_and_by_its_batch_in_training(
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_a_face_network_is_built_for_its_input_size_and_says_so(name):
+def test_a_face_network_is_built_for_its_input_size_and_reports_it(name):
     made = network(name, size=40).eval()  # maps of 3 x 3
     with torch.no_grad():
         for size in (33, 48):
@@ -299,7 +299,7 @@ def test_a_network_of_timm_by_its_name():
 def test_a_network_of_timm_without_maps_says_so(monkeypatch):
     monkeypatch.delattr(Toy, "forward_intermediates")
     made = FaceNetwork(ModelConfig(name="timm:toy"), 4, input_size=16)
-    with pytest.raises(ValueError, match="timm's toy does not show the maps of its stages"):
+    with pytest.raises(ValueError, match="timm's toy has no stage maps"):
         made.tap(images(2, 16), 1)
 
 

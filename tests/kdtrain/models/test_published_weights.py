@@ -94,7 +94,7 @@ def test_adaface_s_weights_give_its_outputs_and_logits(prefix, networks, tmp_pat
     assert network.num_classes == (5 if prefix else 0)
     if prefix:
         assert f"head: 5 identities, of {file}" in said
-        assert any("only its own training reads them: batch_mean, t" in line for line in said)
+        assert any("statistics of the head's own training: batch_mean, t" in line for line in said)
         with torch.no_grad():
             out = network(torch.rand(2, 3, 16, 16) * 255)
             cosines = unit(out.hidden) @ torch.nn.functional.normalize(kernel, dim=0)
@@ -102,9 +102,7 @@ def test_adaface_s_weights_give_its_outputs_and_logits(prefix, networks, tmp_pat
 
 
 @pytest.mark.parametrize(("prefix", "name"), [("net.", "ir18"), ("model.net.", "mobilefacenet")])
-def test_cvlface_s_weights_give_its_outputs_in_the_colours_it_says(
-    prefix, name, networks, tmp_path
-):
+def test_cvlface_s_weights_give_its_outputs_in_its_channel_order(prefix, name, networks, tmp_path):
     state = under(prefix, networks[name].state_dict())
     file = tmp_path / "model.safetensors"
     save_file(state, file)
@@ -135,10 +133,10 @@ def test_a_layer_under_another_s_name_would_be_seen(networks, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layer5.0.bn1.weight": 1}, r"1 differences from iresnet18.*layer5.0.bn1.weight: has no"),
+        ({"layer5.0.bn1.weight": 1}, r"1 differences from iresnet18.*layer5.0.bn1.weight: not in"),
         ({"layer1.0.bn1.weight": None}, r"stages.0.0.norm1.weight: not in the file"),
         ({"layer1.0.prelu.weight": 3}, r"stages.0.0.slope.weight: \(3,\) where \(64,\) is needed"),
-        ({"layer1.0.se.weight": 3}, r"layer1.0.se.weight: has no place"),
+        ({"layer1.0.se.weight": 3}, r"layer1.0.se.weight: not in"),
         ({"fc.weight": 4}, r"the last layers' sizes do not fit"),
     ],
 )
@@ -160,7 +158,7 @@ def test_files_that_are_something_else_are_refused(networks, tmp_path):
     mixed = write(tmp_path, under("model.", state) | {"other.weight": torch.ones(1)}, "mixed.ckpt")
     with pytest.raises(PublishedError, match=r"other.weight: neither of the network \(model.\)"):
         write_run(mixed, "adaface", tmp_path / "run")
-    with pytest.raises(PublishedError, match=r"of no layout that is known.*\['weight'\]"):
+    with pytest.raises(PublishedError, match=r"of no known layout.*\['weight'\]"):
         write_run(write(tmp_path, {"weight": torch.ones(1)}, "x.pt"), "cvlface", tmp_path / "run")
     with pytest.raises(PublishedError, match="it holds no state dict, but list"):
         write_run(write(tmp_path, [1], "y.pt"), "adaface", tmp_path / "run")
@@ -219,23 +217,23 @@ def test_weights_that_are_no_numbers_are_refused(value, networks, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_files_that_are_no_state_dict_are_told_in_plain_words(tmp_path):
+def test_files_that_are_no_state_dict_are_rejected_in_plain_words(tmp_path):
     (tmp_path / "text.pth").write_text("epoch 1, loss 2\n")
-    with pytest.raises(PublishedError, match=r"no file of weights.*b'epoch 1, loss 2.*safetensors"):
+    with pytest.raises(PublishedError, match=r"not a weights file.*b'epoch 1, loss 2.*safetensors"):
         read_file(tmp_path / "text.pth")
     whole = write(tmp_path, torch.nn.Sequential(torch.nn.Linear(1, 1)), "whole.pt")
     with pytest.raises(PublishedError, match=r"whole pickled model.*save model.state_dict\(\)"):
         read_file(whole)
     inside = write(tmp_path, {"epoch": 1, "state_dict": torch.nn.Linear(1, 1)}, "inside.pt")
-    with pytest.raises(PublishedError, match="epoch: holds no tensor"):
+    with pytest.raises(PublishedError, match="epoch: not a tensor"):
         write_run(inside, "adaface", tmp_path / "run")
 
 
-def test_missing_counters_begin_at_zero_and_are_told(networks):
+def test_missing_counters_start_at_zero_and_are_logged(networks):
     state = networks["mbf"].state_dict()
     found = published({n: t for n, t in state.items() if "num_batches" not in n}, None)
     counters = [n for n in found.weights if n.endswith("num_batches_tracked")]
-    assert found.notes == [f"{len(counters)} counters of batches are missing and begin at 0"]
+    assert found.notes == [f"{len(counters)} counters of batches are missing and start at 0"]
     assert len(found.weights) == len(state)
 
 
@@ -336,7 +334,7 @@ def test_an_import_is_a_teacher_by_its_features_and_with_its_head_by_its_logits(
     assert main(["eval", bare, "--data.identities", "6", "--data.test_fraction", "0.5"]) == 0
     shown = capsys.readouterr().out
     assert "nn_top1" in shown
-    assert "it has 0 identities" in shown
+    assert "the classifier, which has 0 identities" in shown
 
 
 def test_an_import_starts_a_run_of_the_same_network(networks, tmp_path):

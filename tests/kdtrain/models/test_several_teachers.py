@@ -130,12 +130,12 @@ def test_the_mixture_is_as_large_as_its_networks_together():
 
 
 def test_teachers_of_other_identities_are_refused():
-    message = "teacher.more: the teachers tell 6, 7 identities apart"
+    message = "teacher.more: the teachers have 6, 7 identities"
     with pytest.raises(ValueError, match=message):
         TeacherMixture([*teachers(1), *teachers(1, classes=7)], [0.5, 0.5], TAU)
 
 
-def test_a_run_with_two_teachers_resumes_with_the_same_bits_online_and_from_kept_answers(
+def test_a_run_with_two_teachers_resumes_bitwise_identical_online_and_from_cached_outputs(
     root, tmp_path
 ):
     kept = {"teacher__cache": "float32", "teacher__cache_dir": str(tmp_path)}
@@ -169,7 +169,7 @@ def test_weights_change_what_is_learnt_and_the_run_s_key_and_equal_ones_do_not(r
     assert any(not torch.equal(weights[1][name], tensor) for name, tensor in weights[0].items())
 
 
-def test_kept_answers_belong_to_every_teacher_its_weight_and_the_temperature(root, tmp_path):
+def test_cached_outputs_belong_to_every_teacher_its_weight_and_the_temperature(root, tmp_path):
     folders = []
     changes = ({}, {"teacher__weights": [2.0, 1.0]}, {"target__temperature": 2.0})
     for change in (*changes, {"teacher__more": ["@first"]}, {"teacher__more": []}):

@@ -60,7 +60,7 @@ def test_rates_are_those_of_scikit_learns_roc_over_all_pairs(videos, crossed):
     assert told["pairs_genuine_all"] == int(same.sum())
 
 
-def test_a_rate_without_ten_impostors_behind_it_is_not_told():
+def test_a_rate_without_ten_impostors_is_not_reported():
     rows, labels, _ = a_set(1)
     found = all_pairs.pair_scores(rows, labels)
     assert 1000 <= found.num_impostors < 10_000
@@ -77,7 +77,7 @@ def test_a_rate_without_ten_impostors_behind_it_is_not_told():
 def test_parts_and_pruning_change_nothing(monkeypatch):
     rows, labels, groups = a_set(2, images=150)
     whole = all_pairs.pair_scores(rows.double().float(), labels, groups)
-    monkeypatch.setattr(all_pairs, "KEPT", 50)
+    monkeypatch.setattr(all_pairs, "MOST", 50)
     short = all_pairs.pair_scores(rows, labels, groups, part=151)  # a row at a time
     assert len(short.impostors) < len(whole.impostors)
     assert torch.allclose(short.impostors, whole.impostors[: len(short.impostors)], atol=1e-6)
@@ -101,7 +101,7 @@ def test_ties_with_the_next_impostor_are_refused(pairs):
         assert all_pairs.tar(found, all_pairs.accepted(far, found.num_impostors)) == expected
 
 
-def test_as_many_are_accepted_as_the_rate_allows_whatever_floats_make_of_it():
+def test_as_many_are_accepted_as_the_rate_allows_in_exact_arithmetic():
     for count in (1, 7, 29, 700, 2900, 30_000):
         for far in (1e-4, 1e-3, 1e-2, 0.29, 1.0):
             k = all_pairs.accepted(far, count)

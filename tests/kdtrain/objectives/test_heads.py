@@ -258,7 +258,7 @@ def test_a_classifier_is_inherited_from_the_same_identities_width_and_kind_only(
     with pytest.raises(ValueError, match=r"reads 256 features.*128.*model\.embedding"):
         inherit_head(narrow, teacher, "RUN")
     few = build_task(config, 3).network
-    with pytest.raises(ValueError, match="knows 6 identities and the data has 3"):
+    with pytest.raises(ValueError, match="has 6 identities and the data 3"):
         inherit_head(few, teacher, "RUN")
     again = network_from_state(
         config.model, teacher.state_dict(), head=HeadConfig(kind="cosine", scale=20)
@@ -289,7 +289,7 @@ def test_heads_that_do_not_fit_together_are_refused(options, message):
         HeadConfig(**options)
 
 
-def test_a_sample_of_the_identities_is_drawn_anew_and_holds_those_of_the_batch(monkeypatch):
+def test_a_sample_of_the_identities_is_random_and_holds_those_of_the_batch(monkeypatch):
     config = head_config(kind="cosine", scale=16.0, sample=0.5, t_alpha=1.0)
     drawn = []
     sample = task_module.sample_classes
@@ -314,7 +314,7 @@ def test_a_sample_of_the_identities_is_drawn_anew_and_holds_those_of_the_batch(m
         HeadConfig(sample=0.5)
 
 
-def test_a_head_that_asks_a_teacher_or_freezes_chance_is_refused_without_a_run():
+def test_a_head_that_needs_a_teacher_or_freezes_random_weights_is_refused_without_a_run():
     with pytest.raises(ConfigError, match="need a teacher: set teacher.run"):
         Config(head=HeadConfig(kind="cosine", margin="distillation"))
     with pytest.raises(ConfigError, match="freezes a random classifier"):

@@ -171,7 +171,7 @@ def test_the_hint_s_error_falls_below_its_floor(hinted):
     assert mean == pytest.approx(records[-1], rel=1e-6)
 
 
-def test_an_interrupted_hint_ends_with_the_same_bits(hinted):
+def test_an_interrupted_hint_ends_bitwise_identical(hinted):
     root, config, _ = hinted
     with pytest.raises(Interrupted):
         train(config, root / "parts", stop=stop_after(8))

@@ -177,7 +177,7 @@ def test_an_overflow_is_skipped_counted_and_no_divergence(tmp_path, monkeypatch)
 def test_a_gradient_that_overflows_at_every_scale_is_a_divergence(tmp_path, monkeypatch):
     monkeypatch.setattr(outcome, "MAX_SKIPPED", 4)
     _overflowing(monkeypatch, set(range(8, 100)))
-    message = "step 11: the gradient of 4 steps in a row.*train.precision to bfloat16"
+    message = "step 11: the gradients of 4 steps in a row.*train.precision to bfloat16"
     with pytest.raises(TrainingError, match=message):
         train(tiny_config(train__precision="float16"), tmp_path)
     record = checkpoint.read_json(tmp_path / "diverged.json")
@@ -186,7 +186,7 @@ def test_a_gradient_that_overflows_at_every_scale_is_a_divergence(tmp_path, monk
 
 
 @pytest.mark.parametrize("last", [True, False])
-def test_the_memory_layout_is_the_one_asked_for(last):
+def test_the_memory_layout_is_the_configured_one(last):
     torch.set_num_threads(1)
     config = tiny_config("alignment", train__channels_last=last)
     task = build_task(config, 4)

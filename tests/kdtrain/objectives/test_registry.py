@@ -41,7 +41,7 @@ def test_a_target_with_a_weight_is_a_term_of_the_step_under_its_name(key):
     assert torch.isfinite(result.loss)
 
 
-def test_select_targets_knows_every_target_that_stands_beside_others():
+def test_select_targets_has_every_target_that_stands_beside_others():
     assert {row.key for row in CANDIDATES.values()} == set(TARGETS) - {"hint"}
 
 

@@ -103,7 +103,7 @@ def test_raw_pixels_are_the_floor_of_the_identity_tasks():
     assert floor["nn_queries"] == 24
 
 
-def test_neighbours_outside_the_video_are_measured_where_videos_are_known():
+def test_neighbours_outside_the_video_are_measured_with_videos():
     task = make_task("verification")
     assert "nn_top1_other_video" not in task.evaluate(eval_batches())
     metrics = task.evaluate(eval_batches(groups=True))
@@ -124,7 +124,7 @@ def test_a_lone_query_is_no_number_among_the_images_results():
     assert np.nanmean(found, dtype=np.float64) == metrics["nn_top1"]
 
 
-def test_the_untrained_network_is_the_one_before_its_first_step_whatever_came_since():
+def test_the_untrained_network_is_the_one_before_its_first_step_for_any_later_training():
     task = make_task("verification")
     before = task.evaluate(eval_batches(groups=True))
     with torch.no_grad():
@@ -192,7 +192,7 @@ def test_large_images_are_shrunk_for_the_report_and_their_points_with_them():
     np.testing.assert_allclose(samples["true"][:, :, 0], expected, atol=1e-4)
 
 
-def test_landmarks_are_asked_for_where_needed_and_every_task_has_its_metric():
+def test_landmarks_are_required_where_needed_and_every_task_has_its_metric():
     assert [name for name in NAMES if make_task(name).needs_landmarks] == ["alignment"]
     assert {make_task(name).metric for name in NAMES} == {
         ("top1", 1),

@@ -124,7 +124,7 @@ def test_a_projection_is_learnt_where_widths_differ_and_dropped_afterwards():
     assert not len(make_task("classification", rkd_angle=50.0).extra)
 
 
-def test_the_kept_answer_teaches_as_the_teacher_does():
+def test_a_cached_output_teaches_as_the_teacher_does():
     targets = {name: weight for name, weight in WEIGHTS.items() if name != "attention"}
     for name, weight in targets.items():
         task = make_task("verification", **{name: weight})
@@ -139,17 +139,17 @@ def test_the_kept_answer_teaches_as_the_teacher_does():
         assert torch.equal(task.step(images, labels, guide=kept).loss, online)
 
 
-def test_attention_is_not_kept_and_says_that_the_teacher_answers_online(tmp_path, monkeypatch):
+def test_attention_is_not_cached_and_logs_that_the_teacher_runs_per_step(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(preparation, "load_network", lambda _: make_teacher(8))
-    monkeypatch.setattr(preparation, "say_other_size", lambda *_: None)
+    monkeypatch.setattr(preparation, "run_config", lambda _: config)
     options = {"target__attention": 1000.0, "target__beta": 1.0, "teacher__cache": "float32"}
     config = tiny_config(teacher="@teacher", **options)
     data, screen = RunData(config), quiet()
     task = prepare_task(config, data, tmp_path / "run", screen)
     monkeypatch.setattr(screen, "say", said.append)
     assert prepare_cache(config, data, task, tmp_path / "run", screen) is None
-    assert "is not kept, the teacher answers online" in said[0]
+    assert "are not cached; the teacher runs per step" in said[0]
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_settings_that_cannot_work_are_refused_by_name(flat, message):
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_a_weight_makes_another_run_and_is_told(name):
+def test_a_weight_makes_another_run_and_is_named(name):
     config = build({"teacher": "runs/x", f"target.{name}": 7.0})
     other = build({"teacher": "runs/x", f"target.{name}": 8.0})
     ours, theirs = (keys.run_key(c, {"teacher": "x"}, "data") for c in (config, other))
@@ -216,7 +216,7 @@ def place(tmp_path_factory):
     return root
 
 
-def test_an_interrupted_run_with_every_target_ends_with_the_same_bits(place):
+def test_an_interrupted_run_with_every_target_ends_bitwise_identical(place):
     weights = {f"target__{name}": 0.01 * weight for name, weight in WEIGHTS.items()}
     config = tiny_config(**SHORT, **weights)
     results = train(config, place / "whole")
@@ -231,7 +231,7 @@ def test_an_interrupted_run_with_every_target_ends_with_the_same_bits(place):
     assert "RKD angle" in report(place / "whole").read_text()
 
 
-def test_kept_embeddings_train_to_the_bits_of_the_teacher_online(place):
+def test_cached_embeddings_train_bitwise_identical_to_a_forward_pass(place):
     weights = {f"target__{n}": 0.01 * w for n, w in WEIGHTS.items() if n != "attention"}
     config = tiny_config(**SHORT, **weights)
     train(config, place / "online")
@@ -253,7 +253,7 @@ def test_an_estimate_times_each_target_once(name, monkeypatch):
         options = {f"target__{name}": weight, "teacher__cache": "float32"}
         config = tiny_config(teacher="@t", optim__batch_size=8, **options)
         counts = Counts(8, 24, 16)
-        cost = estimate(config, counts, [teacher], threads=1, answers_kept=True)
+        cost = estimate(config, counts, [teacher], threads=1, outputs_cached=True)
         assert cost.training_s > 0
     soft = tiny_config(teacher="@t", optim__batch_size=8, target__alpha=1.0)
     estimate(soft, counts, [teacher], threads=1)

@@ -151,11 +151,12 @@ def test_a_real_kill_while_saving_loses_nothing(tmp_path):
             process.stdin.write("go\n")
             process.stdin.flush()
             child = int(process.stdout.readline())
+            while not attempt and not folder.exists():  # the first save, on a machine of any load
+                time.sleep(0.01)
             time.sleep(0.03 + 0.007 * attempt)
             os.kill(child, signal.SIGKILL)
             assert process.stdout.readline() == "dead\n"
-            if folder.exists() or attempt > 3:
-                assert _load(folder) >= 1.0
+            assert _load(folder) >= 1.0
         process.stdin.close()
     assert _load(folder) >= 1.0
 
@@ -169,7 +170,7 @@ def test_reading_repairs_nothing_as_the_owner_may_be_saving(tmp_path):
     assert half.exists()
 
 
-def test_a_missing_checkpoint_says_what_to_do(tmp_path):
+def test_a_missing_checkpoint_names_the_remedy(tmp_path):
     with pytest.raises(CheckpointError, match="train that run first"):
         checkpoint.load_weights(tmp_path / "last")
     with pytest.raises(CheckpointError, match="nothing to resume"):
@@ -199,7 +200,7 @@ def test_run_weights_takes_last_of_a_run_and_a_named_checkpoint_itself(tmp_path)
     assert checkpoint.run_weights(tmp_path / "best") == tmp_path / "best"
 
 
-def test_weights_keep_type_and_value_whatever_their_strides(tmp_path):
+def test_weights_keep_type_and_value_with_any_strides(tmp_path):
     maps = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     weights = {"maps": maps, "half": torch.randn(4, 6).half().T, "count": torch.tensor(7)}
     checkpoint.save(tmp_path / "last", weights)
@@ -258,7 +259,7 @@ def test_a_folder_is_held_by_one_and_let_go_by_a_kill(tmp_path):
         assert (tmp_path / ".owner").read_text() == str(os.getpid())
 
 
-def test_a_folder_without_content_is_taken_away_and_whoever_waits_for_it_gets_a_new_one(tmp_path):
+def test_a_folder_without_content_is_removed_and_a_waiting_process_gets_a_new_one(tmp_path):
     folder = tmp_path / "run"
 
     def write() -> None:

@@ -116,7 +116,7 @@ def test_a_kill_between_evaluation_and_next_checkpoint_repeats_the_evaluation_on
     assert_same_run(wholes["classification"], tmp_path / "parts")
 
 
-def test_init_from_takes_the_last_weights_and_says_what_it_left(tmp_path, wholes):
+def test_init_from_takes_the_last_weights_and_lists_the_others(tmp_path, wholes):
     shown = io.StringIO()
     config = tiny_config(
         "alignment",
@@ -141,7 +141,7 @@ def test_learning_rate_follows_the_phases(wholes):
     assert [r["step"] for r in lines] == [4, 6, 8, 12, 16, 18]
 
 
-def test_every_phase_end_is_evaluated_and_kept_in_the_results(tmp_path):
+def test_every_phase_end_is_evaluated_and_in_the_results(tmp_path):
     results = train(tiny_config(train__eval_every=100), tmp_path)
     assert [(e["phase"], e["epoch"]) for e in results["phases"]] == [(0, 1), (1, 0)]
     assert results["metrics"] == results["phases"][-1]["metrics"]
@@ -304,7 +304,7 @@ def test_evaluate_repeats_the_run_s_own_measurement(wholes):
     assert set(again["untrained"]) == set(again["metrics"])
 
 
-def test_evaluation_on_other_identities_leaves_out_what_the_classifier_says(wholes):
+def test_evaluation_on_other_identities_omits_the_classifier_s_metrics(wholes):
     other = tiny_config(data__identities=60)
     metrics = engine.evaluate(other, wholes["classification"])["metrics"]
     assert "top1" not in metrics

@@ -45,7 +45,7 @@ def naming(kind, name, **more):
 @pytest.mark.parametrize(
     ("name", "message"), [("absent", "no trained weights there"), ("unfinished", "not finished")]
 )
-def test_a_run_that_is_missing_or_unfinished_is_told_before_images_are_read(
+def test_a_run_that_is_missing_or_unfinished_is_reported_before_images_are_read(
     runs, no_image, kind, name, message
 ):
     with pytest.raises(checkpoint.CheckpointError, match=f"{name}: .*{message}"):
@@ -67,7 +67,7 @@ def test_a_run_that_is_missing_or_unfinished_is_told_before_images_are_read(
         ("teacher", {"model__divide": 2, "head__update": "adaptive"}, "head.update adaptive"),
     ],
 )
-def test_a_network_that_does_not_fit_is_told_before_images_are_read(
+def test_a_network_that_does_not_fit_is_reported_before_images_are_read(
     runs, no_image, kind, more, message
 ):
     with pytest.raises(ValueError, match=message):
@@ -90,7 +90,7 @@ def test_evaluate_looks_at_weights_and_gallery_first(runs, no_image, tmp_path, c
     assert "no trained weights there" in capsys.readouterr().err
 
 
-def test_a_broken_data_root_is_told_after_a_missing_teacher(runs, tmp_path):
+def test_a_broken_data_root_is_reported_after_a_missing_teacher(runs, tmp_path):
     data = {"data__kind": "folder", "data__root": str(tmp_path / "nowhere")}
     with pytest.raises(checkpoint.CheckpointError, match="absent"):
         engine.train(naming("teacher", "absent", **data), runs / "new", screen=quiet())

@@ -103,7 +103,7 @@ def test_lines_are_cut_back_to_the_checkpoint(tmp_path):
     assert [r["step"] for r in read_lines(path)] == [1, 3]
 
 
-def test_lines_shorter_than_the_checkpoint_says_are_an_error(tmp_path):
+def test_lines_shorter_than_the_checkpoint_records_are_an_error(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl: shorter.*--overwrite"):
         Lines(tmp_path / "metrics.jsonl", 100)

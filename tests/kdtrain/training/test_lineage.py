@@ -68,7 +68,7 @@ def test_features_of_other_identities_are_compared_all_the_same(teacher, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["teacher__run", "init_from", "head__run"])
-def test_test_images_that_an_input_was_trained_on_are_told(name, teacher, tmp_path):
+def test_test_images_that_an_input_was_trained_on_are_warned_of(name, teacher, tmp_path):
     options = {name: str(teacher / "teacher")}
     if name == "teacher__run":
         options["target__embedding_l2"] = 1.0
@@ -84,7 +84,7 @@ def test_test_images_that_an_input_was_trained_on_are_told(name, teacher, tmp_pa
     assert f"warning: {name.replace('__', '.')} teacher was trained on" in said[3]
 
 
-def test_a_copy_of_a_run_elsewhere_says_the_same(teacher, tmp_path):
+def test_a_copy_of_a_run_elsewhere_gives_the_same_error(teacher, tmp_path):
     shutil.copytree(teacher / "teacher", tmp_path / "copy")
     other = images(tmp_path / "theirs", "bxyz")
     named = {"teacher__run": str(tmp_path / "copy" / "best"), "target__alpha": 1.0}

@@ -75,7 +75,7 @@ def window(stored: torch.Tensor, draw, crop: int, side: int, change: str = "") -
 
 @example_settings(deadline=None, max_examples=20)
 @given(size=st.integers(1, 40), side=st.integers(1, 40), seed=st.integers(0, 99))
-def test_the_average_is_exact_at_every_ratio_whatever_the_batch_and_the_mirror(size, side, seed):
+def test_the_average_is_exact_at_every_ratio_in_any_batch_and_mirrored(size, side, seed):
     size, side = max(size, side), min(size, side)
     images = whole_images(3, size, seed).float()
     small = area_average(images, side)
@@ -161,7 +161,7 @@ def test_batches_and_evaluations_of_a_run_have_the_student_s_resolution():
     torch.testing.assert_close(other.to_original(corners), one.to_original(2 * corners))
 
 
-def test_a_run_stopped_between_two_resolutions_resumes_with_the_same_bits(root, monkeypatch):
+def test_a_run_stopped_between_two_resolutions_resumes_bitwise_identical(root, monkeypatch):
     sides, guide = set(), Task.guide
     monkeypatch.setattr(
         Task, "guide", lambda self, seen: sides.add(seen.shape[-1]) or guide(self, seen)
@@ -179,7 +179,7 @@ def test_a_run_stopped_between_two_resolutions_resumes_with_the_same_bits(root, 
     assert 2 < share < 4
 
 
-def test_kept_answers_serve_students_of_every_resolution(root, tmp_path):
+def test_cached_outputs_serve_students_of_every_resolution(root, tmp_path):
     kept = {"teacher__cache": "float32", "teacher__cache_dir": str(tmp_path)}
     said = {}
     for name, own in {"filling": {}, "same": {}, "other": {"data__input_size": 12}}.items():
@@ -204,13 +204,13 @@ def test_weights_are_inherited_at_another_resolution(root):
     train(config, root / "kt")
 
 
-def test_a_teacher_that_is_asked_at_another_size_than_its_own_is_told_once(root):
+def test_a_teacher_at_another_size_than_its_own_is_logged_once(root):
     for own, expected in (({}, 0), ({"teacher__input_size": None}, 1)):
         screen = Screen("run", io.StringIO())
         config = student(**own)
         prepare_task(config, RunData(config), root / "told", screen)
         said = " ".join(screen._console.file.getvalue().split())
-        assert said.count("was trained on images of 16 pixels and is asked on the student's 8") == (
+        assert said.count("was trained on images of 16 pixels and runs on the student's 8") == (
             expected
         )
 

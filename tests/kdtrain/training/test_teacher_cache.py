@@ -1,4 +1,4 @@
-"""Kept teacher answers: the same bits as online, whoever filled them and whatever was killed."""
+"""Cached teacher outputs: bitwise identical to a forward pass, by any writer, after any kill."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from kdtrain.training import checkpoint, keys, teacher_cache
 from kdtrain.training.engine import Interrupted
 from kdtrain.training.journal.journal import Screen
 from kdtrain.training.preparation import prepare_cache, prepare_task
-from kdtrain.training.teacher_cache import CacheError, OwnedFiles, TeacherCache, identity
+from kdtrain.training.teacher_cache import CacheError, OwnedFiles, TeacherCache, owner_of
 
 BATCHES = [torch.tensor([4, 1, 7]), torch.tensor([2, 2])]
 # Imports once and forks a process for each run folder, before torch has computed.
@@ -87,7 +87,7 @@ def test_filling_and_reading_runs_end_with_the_bits_of_the_online_run(
     assert_same_run(root / task, root / f"{task}_reading")
 
 
-def test_other_students_and_schedules_of_the_seed_read_what_the_first_one_asked(root, tmp_path):
+def test_other_students_and_schedules_of_the_seed_read_what_the_first_one_cached(root, tmp_path):
     kept = {"teacher__cache": "float32", "teacher__cache_dir": str(tmp_path / "kept")}
     phases = [{"epochs": 2, "lr": 0.05}]
     first = student(**kept, optim__phases=phases, target__beta=0.0)
@@ -96,7 +96,7 @@ def test_other_students_and_schedules_of_the_seed_read_what_the_first_one_asked(
     phases = [{"epochs": 1, "lr": 0.01}, {"epochs": 1, "lr": 0.001}]
     said = shown(student(**kept, **other, optim__phases=phases), root / "other")
     assert "5 batches read, 5 computed" in said  # phase 1 has other crops
-    assert "it there already" in said
+    assert "it cached already" in said
     steps = {"optim__phases": phases[:1], "optim__accumulate": 2, **other}
     assert "5 batches read, 0 computed" in shown(student(**kept, **steps), root / "accumulated")
     train(student(**steps), root / "accumulated_online")
@@ -107,7 +107,9 @@ def test_other_students_and_schedules_of_the_seed_read_what_the_first_one_asked(
     assert "5 batches read, 0 computed" in shown(whole, root / "features_again")
 
 
-def test_a_run_stopped_within_an_epoch_resumes_from_kept_answers_with_the_same_bits(root, tmp_path):
+def test_a_run_stopped_within_an_epoch_resumes_from_cached_outputs_bitwise_identical(
+    root, tmp_path
+):
     kept = {"teacher__cache": "float32", "teacher__cache_dir": str(tmp_path / "kept")}
     with pytest.raises(Interrupted):
         train(student(**kept), root / "parts", stop=stop_after(3))
@@ -117,7 +119,7 @@ def test_a_run_stopped_within_an_epoch_resumes_from_kept_answers_with_the_same_b
     assert_same_run(root / "classification", root / "parts")
 
 
-def test_training_in_bfloat16_keeps_its_own_answers_with_its_own_bits(root, tmp_path):
+def test_training_in_bfloat16_caches_its_own_outputs(root, tmp_path):
     half = {"train__precision": "bfloat16", "optim__phases": ONE_EPOCH}
     kept = {"teacher__cache": "float32", "teacher__cache_dir": str(tmp_path / "kept")}
     train(student(**kept, optim__phases=ONE_EPOCH), root / "whole_precision")
@@ -127,7 +129,7 @@ def test_training_in_bfloat16_keeps_its_own_answers_with_its_own_bits(root, tmp_
         assert_same_run(root / "bfloat16", root / f"bfloat16_{name}")
 
 
-def test_float16_rounds_the_answers_and_then_it_does_not_matter_who_asked(root, tmp_path):
+def test_float16_rounds_cached_and_computed_outputs_alike(root, tmp_path):
     kept = {"teacher__cache": "float16", "teacher__cache_dir": str(tmp_path / "kept")}
     for name in ("half", "half_again"):
         train(student(**kept), root / name)
@@ -136,7 +138,7 @@ def test_float16_rounds_the_answers_and_then_it_does_not_matter_who_asked(root, 
     assert any(not torch.equal(weights[1][name], tensor) for name, tensor in weights[0].items())
 
 
-def test_losses_with_float16_answers_move_by_no_more_than_rounding_explains(root, tmp_path):
+def test_losses_with_float16_outputs_move_by_no_more_than_rounding_explains(root, tmp_path):
     config = student(teacher__cache="float16", teacher__cache_dir=str(tmp_path / "kept"))
     data = RunData(config)
     task = prepare_task(config, data, root / "run", quiet())
@@ -197,7 +199,7 @@ def test_two_processes_fill_one_cache_and_both_end_with_the_online_bits(root, tm
         {"train__channels_last": False},
     ],
 )
-def test_whatever_changes_an_answer_has_a_folder_of_its_own(keys, root, tmp_path):
+def test_every_change_of_an_output_has_a_folder_of_its_own(keys, root, tmp_path):
     folders = set()
     for own in ({}, keys):
         config = student(teacher__cache="float32", **own)
@@ -215,9 +217,9 @@ def test_another_teacher_is_another_owner():
     config = student()
     data = RunData(config)
     one, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
-    assert identity(config, data, one) == identity(config, data, one)
-    assert identity(config, data, one) != identity(config, data, other)
-    assert identity(config, data, one) == identity(student(model__width=16), data, one)
+    assert owner_of(config, data, one) == owner_of(config, data, one)
+    assert owner_of(config, data, one) != owner_of(config, data, other)
+    assert owner_of(config, data, one) == owner_of(student(model__width=16), data, one)
 
 
 def opened(folder: Path, said: list[str], dtype: str = "float32", **change) -> TeacherCache:
@@ -240,7 +242,7 @@ def kept(cache: TeacherCache, batch: int) -> torch.Tensor:
     return logits
 
 
-def test_an_answer_is_kept_for_its_own_batch_of_its_own_epoch(tmp_path):
+def test_an_output_is_cached_for_its_own_batch_of_its_own_epoch(tmp_path):
     said: list[str] = []
     cache = opened(tmp_path, said)
     cache.guide(1, lambda: answer(1))
@@ -256,12 +258,12 @@ def test_an_answer_is_kept_for_its_own_batch_of_its_own_epoch(tmp_path):
         with pytest.raises(AssertionError, match="was asked"):
             kept(other, batch)
     assert said == []
-    assert cache.summary() == "teacher's answers: 1 batches read, 2 computed"
+    assert cache.summary() == "teacher cache: 1 batches read, 2 computed"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("store", ["float32", "float16"])
-def test_an_answer_comes_back_in_its_own_dtype_as_it_was_first_given(dtype, store, tmp_path):
+def test_an_output_is_read_in_the_dtype_of_the_teacher(dtype, store, tmp_path):
     cache = opened(tmp_path, [], store)
     fresh = cache.guide(0, lambda: answer(0, dtype)).logits
     again = kept(cache, 0)
@@ -276,7 +278,7 @@ def test_an_answer_comes_back_in_its_own_dtype_as_it_was_first_given(dtype, stor
         torch.testing.assert_close(again, want, rtol=2**-11, atol=1e-7)
 
 
-def test_an_answer_whose_writer_was_killed_before_the_entry_is_not_there(tmp_path, monkeypatch):
+def test_an_output_whose_writer_was_killed_before_the_entry_is_missing(tmp_path, monkeypatch):
     cache = opened(tmp_path, [])
     write, writes = teacher_cache._write, []
 
@@ -299,7 +301,7 @@ def test_an_answer_whose_writer_was_killed_before_the_entry_is_not_there(tmp_pat
 
 
 @pytest.mark.parametrize("place", ["block", "checksum", "code", "dtype"])
-def test_a_damaged_answer_is_told_and_computed_again(place, tmp_path):
+def test_a_damaged_output_is_logged_and_computed_again(place, tmp_path):
     cache = opened(tmp_path, [])
     for batch in (0, 1):
         cache.guide(batch, lambda batch=batch: answer(batch))
@@ -315,12 +317,12 @@ def test_a_damaged_answer_is_told_and_computed_again(place, tmp_path):
     assert said == []
     cache.guide(1, lambda: answer(1))
     assert len(said) == 1
-    assert "the answer to batch 1 is damaged and is computed again" in said[0]
+    assert "the output of batch 1 is damaged and computed again" in said[0]
     assert torch.equal(kept(cache, 1), answer(1).logits)
 
 
 @pytest.mark.parametrize("damage", ["header", "short", "empty"])
-def test_a_file_that_does_not_belong_is_told_and_made_anew(damage, tmp_path):
+def test_a_file_that_does_not_belong_is_logged_and_replaced(damage, tmp_path):
     opened(tmp_path, []).guide(0, lambda: answer(0))
     (path,) = (f for f in tmp_path.rglob("*") if f.is_file())
     content = path.read_bytes()
@@ -328,7 +330,7 @@ def test_a_file_that_does_not_belong_is_told_and_made_anew(damage, tmp_path):
     path.write_bytes(other[damage])
     said: list[str] = []
     cache = opened(tmp_path, said)
-    assert [f"{path} is not what belongs there and is made anew" in line for line in said] == [True]
+    assert [f"{path} has another header or size and is replaced" in line for line in said] == [True]
     with pytest.raises(AssertionError, match="was asked"):
         kept(cache, 0)
     cache.guide(0, lambda: answer(0))
@@ -358,7 +360,7 @@ def test_a_disk_without_room_is_refused_before_the_run_and_named_within_it(
 
 def test_float16_refuses_what_it_cannot_hold(tmp_path):
     cache = opened(tmp_path, [], "float16")
-    with pytest.raises(CacheError, match=r"an answer of 1\.71e\+05 .* float32"):
+    with pytest.raises(CacheError, match=r"an output of 1\.71e\+05 .* float32"):
         cache.guide(0, lambda: answer(0, factor=150_000.0))
     infinite = Guide(torch.full((3, 3), float("inf")), None)
     assert cache.guide(0, lambda: infinite).logits is not None  # the loss says what is wrong
@@ -377,7 +379,7 @@ def test_only_a_cache_that_changes_numbers_makes_another_run():
     assert keys.differences(half, exact) == ["teacher.cache: float16 here, none there"]
 
 
-def test_a_task_without_a_teacher_keeps_nothing(tmp_path):
+def test_a_task_without_a_teacher_caches_nothing(tmp_path):
     config = tiny_config(teacher__cache="float32")
     data = RunData(config)
     task = prepare_task(config, data, tmp_path / "run", quiet())
@@ -386,15 +388,15 @@ def test_a_task_without_a_teacher_keeps_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_hint_is_not_kept_and_leaves_the_teacher_online(root):
+def test_a_hint_is_not_cached_and_the_teacher_runs_per_step(root):
     targets = {"target__gamma": 0.0, "target__hint": 1.0, "optim__phases": ONE_EPOCH}
     config = tiny_config(teacher="@teacher", teacher__cache="float32", **targets)
     said = shown(config, root / "hint")
-    assert "what this target reads is not kept, the teacher answers online" in said
+    assert "this target's outputs are not cached; the teacher runs per step" in said
     assert not (root / "teacher_cache").exists()
 
 
-def test_only_the_outputs_that_targets_read_are_kept(root):
+def test_only_the_outputs_that_targets_read_are_cached(root):
     for target, parts in (("alpha", {"logits"}), ("logits", {"logits"}), ("beta", {"hidden"})):
         off = dict.fromkeys(("target__alpha", "target__beta", "target__logits"), 0.0)
         config = student(**{**off, f"target__{target}": 1.0})

@@ -207,7 +207,7 @@ def test_a_damaged_image_ends_with_status_1_and_names_its_file(tmp_path, capsys)
     assert results["data"]["images"] == 7
 
 
-def test_an_unfinished_run_asks_for_resume_or_overwrite(tmp_path, capsys):
+def test_an_unfinished_run_needs_resume_or_overwrite(tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(settings.to_yaml(tiny_config()))
     run = tmp_path / "run"
@@ -260,7 +260,7 @@ def _signalled_twice(number: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_signal_is_heard_at_once_and_by_a_loop_that_asks_after_its_step(monkeypatch):
+def test_a_signal_is_heard_at_once_and_by_a_loop_that_polls_after_its_step(monkeypatch):
     handler = signal.getsignal(signal.SIGTERM)
     monkeypatch.setenv(PARENT, str(os.getppid()))
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -106,7 +106,7 @@ def test_a_run_with_every_option_that_was_interrupted_everywhere_ends_the_same(t
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_the_averaged_weights_are_what_is_measured_kept_and_inherited(tmp_path):
+def test_the_averaged_weights_are_measured_saved_and_inherited(tmp_path):
     config = tiny_config(optim__ema=0.9)
     results = train(config, tmp_path / "run")
     kept = checkpoint.load_weights(tmp_path / "run" / "last")

@@ -102,7 +102,7 @@ def test_evaluations_see_the_validation_part_and_ends_of_phases_the_test_split_t
     assert results["ended"] == {"by": "schedule", "epoch": 3, "why": "all 3 epochs trained"}
 
 
-def test_the_results_are_those_of_the_kept_weights_on_the_test_split(held_out_run):
+def test_the_results_are_those_of_the_saved_weights_on_the_test_split(held_out_run):
     config, folder, _, results = held_out_run
     assert engine.evaluate(config, folder)["metrics"] == results["metrics"]
     data = RunData(config)
@@ -117,7 +117,7 @@ def test_the_results_are_those_of_the_kept_weights_on_the_test_split(held_out_ru
     assert results["phases"][-1]["test"] == results["metrics"]
 
 
-def test_a_pipeline_knows_the_run_s_key_beforehand(held_out_run):
+def test_a_pipeline_has_the_run_s_key_before_training(held_out_run):
     config, folder, _, results = held_out_run
     stage = pipeline.Stage(folder.name, config)
     assert pipeline.stage_keys([stage], folder.parent) == {folder.name: results["key"]}
@@ -144,7 +144,7 @@ STOPPING = {
     ("task", "scores"),
     [("classification", (0.2, 0.4, 0.4, 0.3)), ("alignment", (0.4, 0.2, 0.2, 0.3))],
 )
-def test_a_run_stops_when_nothing_got_better_and_says_why(task, scores, tmp_path, monkeypatch):
+def test_a_run_stops_without_improvement_and_reports_it(task, scores, tmp_path, monkeypatch):
     _scored(monkeypatch, [*scores, 0.9])  # the last is the test split's
     shown = io.StringIO()
     results = train(tiny_config(task, **STOPPING), tmp_path, screen=Screen("run", shown))

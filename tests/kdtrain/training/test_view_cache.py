@@ -20,7 +20,7 @@ from kdtrain.training import keys, view_cache
 from kdtrain.training.engine import Interrupted
 from kdtrain.training.journal.journal import Screen, read_lines
 from kdtrain.training.preparation import prepare_cache, prepare_task
-from kdtrain.training.teacher_cache import CacheError, KeptFile
+from kdtrain.training.teacher_cache import CacheError, CacheFile
 from kdtrain.training.view_cache import ViewCache
 
 SHORT = {"optim__phases": [{"epochs": 2, "lr": 0.01}]}
@@ -111,7 +111,7 @@ def stopped_at(call: int, function: Any) -> Any:
     return stopped
 
 
-def test_features_by_view_are_the_same_bits_whoever_computed_them_when(root, tmp_path, monkeypatch):
+def test_features_by_view_are_bitwise_identical_for_any_run(root, tmp_path, monkeypatch):
     kept = {**WHOLE, **KEPT, "teacher__cache_dir": str(tmp_path / "one")}
     assert "0 groups read, 4 computed" in shown(student(**kept), root / "filling")
     assert "4 groups read, 0 computed" in shown(student(**kept), root / "reading")
@@ -119,7 +119,7 @@ def test_features_by_view_are_the_same_bits_whoever_computed_them_when(root, tmp
     # stopped between two groups, then within an epoch
     other = {**kept, "teacher__cache_dir": str(tmp_path / "other")}
     with monkeypatch.context() as patch:
-        patch.setattr(KeptFile, "put", stopped_at(2, KeptFile.put))
+        patch.setattr(CacheFile, "put", stopped_at(2, CacheFile.put))
         with pytest.raises(KeyboardInterrupt):
             train(student(**other), root / "parts")
     with pytest.raises(Interrupted):
@@ -166,7 +166,7 @@ def test_a_image_s_feature_is_found_by_its_number_and_its_flip(mistake, root, tm
         cache._rows = np.roll(cache._rows, 1, axis=0)
     for number, indices in enumerate(batches):
         batch = data.batch(indices, 0, 0, None)
-        online = task.guide(batch.seen)
+        online = task.guide(batch.teacher_input)
         found = cache.guide(number, no_teacher, batch.flipped)
         close = (found.hidden - online.hidden).abs().max() <= 1e-5 * online.hidden.abs().max()
         assert bool(close) == (not mistake), number
@@ -186,14 +186,14 @@ def test_features_are_those_of_fixed_groups_bit_for_bit(root, tmp_path):
         assert torch.equal(found, wanted)
     batch = data.batch(data.train, 0, 0, None)
     assert torch.equal(
-        batch.seen[~batch.flipped], data.teacher_view(data.train, False)[~batch.flipped]
+        batch.teacher_input[~batch.flipped], data.teacher_view(data.train, False)[~batch.flipped]
     )
     assert torch.equal(
-        batch.seen[batch.flipped], data.teacher_view(data.train, True)[batch.flipped]
+        batch.teacher_input[batch.flipped], data.teacher_view(data.train, True)[batch.flipped]
     )
 
 
-def test_a_damaged_group_is_told_and_computed_again(root, tmp_path):
+def test_a_damaged_group_is_logged_and_computed_again(root, tmp_path):
     data, _, cache = prepared(root, tmp_path)
     cache.open(0, 0, [data.train])
     right = cache._rows.copy()
@@ -236,12 +236,12 @@ def test_keys_tell_exact_features_from_rounded_ones():
     assert all(found.index(one) == place for place, one in enumerate(found))
 
 
-def test_what_cannot_be_kept_is_refused_by_name(root, tmp_path):
+def test_what_cannot_be_cached_is_refused_by_name(root, tmp_path):
     with pytest.raises(ConfigError, match="features needs teacher.cache float32 or float16"):
         student(teacher__cache_what="features")
     with pytest.raises(ConfigError, match="teacher.more names others"):
         student(**KEPT, teacher__more=["@other"], target__beta=0.0)
-    with pytest.raises(ValueError, match="not known to be keyed"):
+    with pytest.raises(ValueError, match="is not a function of"):
         fixed_views(SimpleNamespace(crop="elastic", flip=True), 16, 16)
     _, _, cache = prepared(root, tmp_path / "kept")
     (tmp_path / "kept").joinpath("file").write_text("")

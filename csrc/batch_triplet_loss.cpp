@@ -62,8 +62,8 @@ AnchorTotals batch_triplet_mine(MineArgs args, const Labels& labels, float* loss
   args.totals = totals.data();
   if (args.rows * args.rows < kSmall) threads = 1;
   const auto rows = KDK_AT_LEVEL(mine_rows);
-  parallel_rows(pad_up(args.rows), threads, mine_scratch(args.rows),
-                kKeepDenormals, [&](int64_t begin, int64_t end, float* scratch) { rows(args, begin, end, scratch); });
+  parallel_rows(pad_up(args.rows), threads, mine_scratch(args.rows), kKeepDenormals,
+                [&](int64_t begin, int64_t end, float* scratch) { rows(args, begin, end, scratch); });
   AnchorTotals all{0.0, 0, 0};
   for (int64_t row = 0; row < args.rows; ++row) {
     loss[row] = static_cast<float>(totals[row].loss);
@@ -82,12 +82,13 @@ bool batch_triplet_spread(SpreadArgs args, bool finite, int threads) {
   std::vector<int64_t> nonzeros(tasks);
   args.nonzeros = nonzeros.data();
   const auto tiles = KDK_AT_LEVEL(spread_tiles);
-  parallel_rows(tasks, threads, 0, kKeepDenormals, [&](int64_t begin, int64_t end, float*) { tiles(args, begin, end); });
+  parallel_rows(tasks, threads, 0, kKeepDenormals,
+                [&](int64_t begin, int64_t end, float*) { tiles(args, begin, end); });
   const int64_t pairs = std::accumulate(nonzeros.begin(), nonzeros.end(), int64_t{0});
   // A pair by its difference costs about 4 of the GEMM's pairs.
   args.by_pairs = !finite || pairs <= args.rows * args.rows / 4;
   const auto rows = KDK_AT_LEVEL(spread_rows);
-  parallel_rows(pad_up(args.rows), threads, spread_scratch(args.rows),
-                kKeepDenormals, [&](int64_t begin, int64_t end, float* scratch) { rows(args, begin, end, scratch); });
+  parallel_rows(pad_up(args.rows), threads, spread_scratch(args.rows), kKeepDenormals,
+                [&](int64_t begin, int64_t end, float* scratch) { rows(args, begin, end, scratch); });
   return !args.by_pairs;
 }

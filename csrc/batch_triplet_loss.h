@@ -7,8 +7,8 @@
 
 #include "types.h"
 
-// Square matrices and centered rows are padded to whole blocks: BLAS then gives the same bits at any number of threads,
-// and no row kernel has a tail.
+// Square matrices and centered rows are padded to whole blocks: BLAS then gives identical bits at any number of
+// threads, and no row kernel has a tail.
 constexpr int64_t kPad = 16;
 static inline constexpr int64_t pad_up(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 

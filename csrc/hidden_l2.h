@@ -28,7 +28,7 @@ struct HiddenL2Pair {
   float coefficient;  // gradient = coefficient * (s - t)
 };
 
-// What one chunk of a pair adds up to.
+// Sums of one chunk of a pair.
 struct HiddenL2Partial {
   double sum;     // sum (s - t)^2
   float largest;  // largest finite |s - t|, for float16 gradients only

@@ -9,8 +9,8 @@
 // The row kernel alone: labels are checked, and losses added up, by a caller that goes chunk by chunk.
 void kd_cross_entropy_chunk(const KdCrossEntropyArgs& args, int threads) {
   const auto rows = KDK_AT_LEVEL(kd_cross_entropy_rows);
-  parallel_rows(args.rows, threads, kd_cross_entropy_scratch(args.classes),
-                kFlushDenormals, [&](int64_t begin, int64_t end, float* scratch) { rows(args, begin, end, scratch); });
+  parallel_rows(args.rows, threads, kd_cross_entropy_scratch(args.classes), kFlushDenormals,
+                [&](int64_t begin, int64_t end, float* scratch) { rows(args, begin, end, scratch); });
 }
 
 // The op: label check, count of the rows that matter, row kernel in parallel, reduction in row order.

@@ -8,7 +8,7 @@ struct RowTerms {
   float hard, soft, entropy, hit;
 };
 
-// What a margin makes of a row's label in the hard term: the logit s_y becomes s_y + added, and the gradient of that is
+// A margin at a row's label in the hard term: the logit s_y becomes s_y + added, and the gradient of that is
 // multiplied by `slope` on its way to s_y.
 struct RowMargin {
   float added, slope;
@@ -21,7 +21,7 @@ struct KdCrossEntropyArgs {
   bool target_is_int64;
   int64_t target_stride;
   int64_t rows, classes;
-  float temperature, alpha;  // alpha already holds tau^2 where that is asked
+  float temperature, alpha;  // alpha already holds tau^2 where that is set
   float label_smoothing;
   int64_t ignore_index;
   float gradient_scale;     // 1/n of a mean, or the power of two that float16 is stored with

@@ -76,7 +76,7 @@ class Arguments {
   size_t read_ = 0;
 };
 
-// What both calls of the fused rows have in common.
+// Shared by both calls of the fused rows.
 KdCrossEntropyArgs kd_cross_entropy_args(Arguments& given) {
   KdCrossEntropyArgs args{};
   args.student = given.matrix("student");

@@ -22,20 +22,20 @@ int threads_for(int64_t elements, int threads) { return elements < kSmall ? 1 : 
 void nearest_center(const RowRange& gallery, float* center, int threads) {
   const int64_t step = (gallery.rows + kSampleRows - 1) / kSampleRows;
   const auto kernel = KDK_AT_LEVEL(nearest_center_columns);
-  parallel_rows(gallery.columns, threads_for(gallery.columns * kSampleRows, threads), 0,
-                kKeepDenormals, [&](int64_t begin, int64_t end, float*) { kernel(gallery, step, center, begin, end); });
+  parallel_rows(gallery.columns, threads_for(gallery.columns * kSampleRows, threads), 0, kKeepDenormals,
+                [&](int64_t begin, int64_t end, float*) { kernel(gallery, step, center, begin, end); });
 }
 
 void nearest_norms(const RowRange& range, const float* center, float* norms, int threads) {
   const auto kernel = KDK_AT_LEVEL(nearest_norm_rows);
-  parallel_rows(range.rows, threads_for(range.rows * range.columns, threads), 0,
-                kKeepDenormals, [&](int64_t begin, int64_t end, float*) { kernel(range, center, norms, begin, end); });
+  parallel_rows(range.rows, threads_for(range.rows * range.columns, threads), 0, kKeepDenormals,
+                [&](int64_t begin, int64_t end, float*) { kernel(range, center, norms, begin, end); });
 }
 
 void nearest_stage(const StageArgs& args, int threads) {
   const auto kernel = KDK_AT_LEVEL(nearest_stage_rows);
-  parallel_rows(args.range.rows, threads_for(args.range.rows * args.width, threads), 0,
-                kKeepDenormals, [&](int64_t begin, int64_t end, float*) { kernel(args, begin, end); });
+  parallel_rows(args.range.rows, threads_for(args.range.rows * args.width, threads), 0, kKeepDenormals,
+                [&](int64_t begin, int64_t end, float*) { kernel(args, begin, end); });
 }
 
 // Brings `nearest` up to date with one tile. gallery_norms: ||x'||^2 of its gallery rows.
@@ -53,8 +53,8 @@ void nearest_scan(ScanArgs args, const float* gallery_norms, int threads) {
   args.unsafe = unsafe.data();
   args.unsafe_count = static_cast<int64_t>(unsafe.size());
   const auto kernel = KDK_AT_LEVEL(nearest_scan_rows);
-  parallel_rows(args.queries.rows, threads_for(args.queries.rows * args.gallery.rows, threads), 0,
-                kKeepDenormals, [&](int64_t begin, int64_t end, float*) { kernel(args, begin, end); });
+  parallel_rows(args.queries.rows, threads_for(args.queries.rows * args.gallery.rows, threads), 0, kKeepDenormals,
+                [&](int64_t begin, int64_t end, float*) { kernel(args, begin, end); });
 }
 
 // Distances and indices as they are returned; NaN and the lowest index that is not the query's own where none was

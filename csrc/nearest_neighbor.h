@@ -29,7 +29,7 @@ struct StageArgs {
   float* out;
 };
 
-// What is known of a query so far.
+// The nearest row of a query so far.
 struct Nearest {
   double distance;  // +inf before anything was found
   int64_t index;    // -1 before anything was found

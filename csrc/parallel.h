@@ -14,7 +14,7 @@
 
 namespace {
 
-// What becomes of numbers below 2^-126 in a loop; the values are MXCSR's bits. Logits spread over +-64 put most of a
+// Handling of numbers below 2^-126 in a loop; the values are MXCSR's bits. Logits spread over +-64 put most of a
 // row's exponentials there, which costs 8x, so loops over exponentials flush them. Distances keep them: only the
 // caller's own numbers can be so small.
 enum Denormals : unsigned { kKeepDenormals = 0x0000u, kFlushResults = 0x8000u, kFlushDenormals = 0x8040u };

@@ -1,4 +1,4 @@
-// What every row kernel shares: vectors of the level's width, exp, 16-bit conversions, staged blocks.
+// Shared by all row kernels: vectors of the level's width, exp, 16-bit conversions, staged blocks.
 //
 // A file <op>.inc is compiled once per level (x86-64-v4, v3, baseline; plain elsewhere), so everything here has
 // internal linkage: an inline function with external linkage would be merged by the linker across levels, and a

@@ -19,15 +19,15 @@ double power_for_half(double largest) {
 }  // namespace
 
 // The op: row kernel in parallel, reduction in row order.
-// reduced: the mean (0 of no rows) or sum of the losses. post_scale: 3 factors, of the gradients of anchor, positive and
-// negative, that backward multiplies by besides the incoming gradient.
+// reduced: the mean (0 of no rows) or sum of the losses. post_scale: 3 factors, of the gradients of anchor, positive
+// and negative, that backward multiplies by besides the incoming gradient.
 void triplet_loss(TripletArgs args, bool mean, float* reduced, float* post_scale, int threads) {
   const double divisor = mean && args.rows > 0 ? static_cast<double>(args.rows) : 1.0;
   if (args.rows * args.features < 16384) threads = 1;
   const auto rows = KDK_AT_LEVEL(triplet_rows);
   const auto run = [&](const TripletArgs& these) {
-    parallel_rows(these.rows, threads, triplet_scratch(these.features),
-                  kKeepDenormals, [&](int64_t begin, int64_t end, float* scratch) { rows(these, begin, end, scratch); });
+    parallel_rows(these.rows, threads, triplet_scratch(these.features), kKeepDenormals,
+                  [&](int64_t begin, int64_t end, float* scratch) { rows(these, begin, end, scratch); });
   };
   args.largest = nullptr;
   args.gradient_scale = static_cast<float>(1.0 / divisor);

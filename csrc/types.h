@@ -28,7 +28,7 @@ struct Matrix {
   __VA_ARGS__                   \
   }
 
-// What is compiled only where the level is: KDK_HAVE_* come from setup.py.
+// Compiled only where the level is: KDK_HAVE_* come from setup.py.
 #if defined(KDK_HAVE_V4)
 #define KDK_IF_V4(x) x
 #else

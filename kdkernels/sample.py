@@ -18,7 +18,7 @@ class Sample:
     differentiable: tuple[str, ...] = ()
 
     def to(self, dtype: torch.dtype) -> "Sample":
-        """The same call with every floating-point tensor in `dtype`, strides kept."""
+        """The same call with every floating-point tensor in `dtype`, with its strides."""
 
         def convert(value: Argument) -> Argument:
             if isinstance(value, list):

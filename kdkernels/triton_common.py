@@ -1,4 +1,4 @@
-"""What the Triton kernels of all ops share: launching, and device code for rows."""
+"""Shared by the Triton kernels of all ops: launching, and device code for rows."""
 
 import contextlib
 import functools
@@ -39,8 +39,8 @@ OLDEST = (8, 0)  # compute capability: every kernel is compiled for it in the te
 
 @functools.cache
 def missing_on(device: torch.device) -> str:
-    """Why Triton's kernels do not run on that GPU; empty where they do. AMD's GPUs are not asked:
-    their numbers mean something else."""
+    """Why Triton's kernels do not run on that GPU; empty where they do. AMD's GPUs have
+    other numbers and are not checked."""
     if torch.version.hip:
         return ""
     has = torch.cuda.get_device_capability(device)
@@ -55,8 +55,8 @@ def missing_on(device: torch.device) -> str:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many programs run side by side at least; a small number in the interpreter, so that small
-    tests take the paths of large problems."""
+    """Least number of programs that run side by side; a small number in the interpreter, so that
+    small tests take the paths of large problems."""
     if device.type == "cpu":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -105,7 +105,7 @@ def _give_rows(
     columns,
     BLOCK: tl.constexpr,
 ):
-    # gradient[row] *= incoming[row] * post_scale, a row by the programs (row, 0), (row, 1), ...
+    # gradient[row] *= incoming[row] * post_scale, each row by the programs (row, 0), (row, 1), ...
     row = tl.program_id(0).to(tl.int64)
     arrives = tl.load(incoming_ptr + row * incoming_stride).to(tl.float32)
     factor = tl.load(post_scale_ptr) * arrives
@@ -133,11 +133,13 @@ def _give_rows(
             tl.store(first + column, value.to(kind), mask=on_edge)
 
 
-GIVEN_BLOCK = 4096  # elements of a program of 8 warps at a time: 16 a thread. Counted, not measured
+GIVEN_BLOCK = (
+    4096  # elements of a program of 8 warps at a time: 16 per thread. Counted, not measured
+)
 
 
 def give_gradient_(gradient: Tensor, incoming: Tensor, post_scale: Tensor) -> None:
-    """`gradient` times the incoming one (0-d, or one a row) and `post_scale`, in place.
+    """`gradient` times the incoming one (0-d, or one per row) and `post_scale`, in place.
 
     Its rows may lie apart, but not their elements; where all share a number the gaps are scaled
     with them.

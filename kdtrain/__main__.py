@@ -10,7 +10,11 @@ def main() -> int:
     try:
         from kdtrain.cli import main as command
 
-        return command()
+        status = command()
+        # the command is done: a signal while the interpreter ends must not change its status
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        return status
     except KeyboardInterrupt:  # before the command handles signals
         return 130
     except ModuleNotFoundError as error:

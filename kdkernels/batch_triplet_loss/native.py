@@ -2,7 +2,7 @@
 
 Forward: center the embeddings, Gram matrix G, mine. Mining turns row a of G into W_a, the
 derivative of anchor a's loss by its squared distances (times what makes it act on x_a - x_j). The
-gradient of row i is then, with S = W + W^T, sum_j S_ij (x_i - x_j). For reduction "none" W is kept
+gradient of row i is then, with S = W + W^T, sum_j S_ij (x_i - x_j). For reduction "none" W is saved
 until backward.
 """
 
@@ -16,9 +16,8 @@ from kdkernels.native import extension, matrix
 
 
 def _pad(size: int) -> int:
-    """csrc's pad_up: whole blocks of 16, for the same bits at any number of threads where MKL gives
-    them (docs/ops.md, "Bits").
-    """
+    """csrc's pad_up: whole blocks of 16, for bitwise identical results at any number of threads
+    where MKL gives them (docs/ops.md, "Bits")."""
     return (size + 15) // 16 * 16
 
 

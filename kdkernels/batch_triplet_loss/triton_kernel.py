@@ -3,7 +3,7 @@
 Sort by identity and center, then mine. "hard" mines by a Gram matrix up to TILED_ROWS rows and by
 tiles above; "semihard" and "all" mine lines of the Gram matrix, CHUNK_ELEMENTS at a time, so
 nothing is ever N x N where N is large. What the gradient needs of "hard" are two partners and two
-slopes an anchor; of the others a chunk's coefficients W, which backward computes again for
+slopes per anchor; of the others a chunk's coefficients W, which backward computes again for
 reduction "none".
 """
 

@@ -65,7 +65,7 @@ def take(candidates, rank, at, done, BATCH: tl.constexpr):
 
 @triton.jit
 def near_key(distance):
-    """What a squared distance is compared by where the nearest is wanted: NaN comes first."""
+    """The key of a squared distance when the nearest is searched: NaN comes first."""
     return tl.where(distance != distance, -1.0, tl.minimum(distance, INFINITE))
 
 
@@ -120,8 +120,8 @@ def root(squared_distance, SQUARED: tl.constexpr):
 
 @triton.jit
 def slope(distance, SQUARED: tl.constexpr):
-    """What a triplet puts into W for a pair: the derivative without x_i - x_j. 0 at distance 0, as
-    which one below 2^-100 counts: its inverse would overflow."""
+    """The part of W that a triplet adds for a pair: the derivative without x_i - x_j. 0 at distance
+    0, as which one below 2^-100 counts: its inverse would overflow."""
     if SQUARED:
         return tl.zeros_like(distance).to(tl.float32) + 2.0
     else:

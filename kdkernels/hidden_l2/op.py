@@ -126,7 +126,7 @@ def hidden_l2(
     place and gives it away, so a second backward or a double backward raises an error (use
     backend="eager" for either). A 16-bit gradient is rounded when it is stored and again where the
     incoming gradient is no power of two: it is within 1.5 units of the last place (docs/ops.md).
-    float16 gradients are kept times a power of two until then, so that neither a mean over many
+    float16 gradients are stored times a power of two until then, so that neither a mean over many
     elements nor a loss scale loses them. Inputs are never written to. Under autocast tensors are
     taken as they are given.
 
@@ -202,7 +202,7 @@ def _check_weights(
             f"got {type(weights).__name__}",
         )
     if len(weights) != pairs:
-        raise reject(NAME, f"weights must have {pairs} numbers, one a pair, got {len(weights)}")
+        raise reject(NAME, f"weights must have {pairs} numbers, one per pair, got {len(weights)}")
     return [check_number(NAME, f"weights[{i}]", w) for i, w in enumerate(weights)], None
 
 

@@ -1,7 +1,7 @@
 """hidden_l2 in Triton.
 
-All pairs are cut into chunks of 16,384 elements, a program each; a program looks its pair up in the
-table of triton_table.py. Sums are kept a chunk and added in the order of the chunks by a second
+All pairs are cut into chunks of 16,384 elements, one program each; a program finds its pair in the
+table of triton_table.py. Sums are stored per chunk and added in the order of the chunks by a second
 launch, so neither the place of a pair in the list nor the GPU changes the bits of its term.
 """
 
@@ -38,7 +38,7 @@ _VARYING = ["rows_of_table", "begin", "pairs", "first_chunk", "chunks", "weight_
 def _sweep(
     table_ptr,
     weight_ptr,
-    partial_ptr,  # a sum a chunk, then a largest difference a chunk where HALF
+    partial_ptr,  # a sum per chunk, then a largest difference per chunk where HALF
     weight_stride,
     rows_of_table,
     begin,
@@ -257,7 +257,7 @@ def _give(
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 WARPS = 8
-TILE = 4096  # 16 elements a thread, all loaded before the first is used: counted, not measured
+TILE = 4096  # 16 elements per thread, all loaded before the first is used: counted, not measured
 
 
 def _form(student: Tensor, teacher: Tensor, gradient: Tensor, wanted: bool) -> tables.Form:

@@ -1,9 +1,9 @@
-"""How the Triton kernels of hidden_l2 learn what to sweep: pairs ordered into launches, and a table
+"""The work list of the Triton kernels of hidden_l2: pairs ordered into launches, and a table
 of their sizes, addresses and strides in device memory.
 
-The table is written by a tiny kernel whose integer arguments are its contents, 448 a launch: no
+The table is written by a tiny kernel whose integer arguments are its contents, 448 per launch: no
 copy from the host, so a CUDA graph can hold it, and no wait. It is filled anew in every call. A
-table kept from an earlier call would lie in the memory pool that was current then, and CUDA graph
+table cached from an earlier call would lie in the memory pool that was current then, and CUDA graph
 trees rewind theirs; filling takes one launch for 55 pairs.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from kdkernels import triton_common as common
 
 CHUNK = 16384  # elements of one program, and of the fixed summation order
-# Columns of the table, each with a number a pair. Then, if some pair is strided, sizes, the
+# Columns of the table, each with a number per pair. Then, if some pair is strided, sizes, the
 # student's and the teacher's strides, innermost first; then a zero that programs count with.
 FIRST, ELEMENTS, PLACE, SCALE, WEIGHT, STUDENT, TEACHER, GRADIENT, STRIDED = range(9)
 # Numbers of one launch. 448 are 3.5 KB of arguments, of 4 KB that exist; an AMD GPU keeps arguments
@@ -62,7 +62,7 @@ def fill(values: Sequence[int], like: Tensor) -> Tensor:
 
 
 class Form(NamedTuple):
-    """What the order of the launches depends on: all of a pair but its addresses."""
+    """Everything of a pair but its addresses: the order of the launches depends on it."""
 
     student: torch.dtype
     teacher: torch.dtype
@@ -89,7 +89,7 @@ class Sweep:
 
     @property
     def half(self) -> bool:
-        """Whether its gradients are kept times a power of two."""
+        """Whether its gradients are stored times a power of two."""
         return self.gradient and self.student == torch.float16
 
 
@@ -106,7 +106,7 @@ class Plan:
 
     @property
     def half(self) -> bool:
-        """Whether some gradient is kept times a power of two."""
+        """Whether some gradient is stored times a power of two."""
         return any(sweep.half for sweep in self.sweeps)
 
     @property

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class KDTerms(NamedTuple):
-    """What the same sweep yields beside the loss: detached 0-d tensors on the logits' device.
+    """Values of the same sweep beside the loss: detached 0-d tensors on the logits' device.
 
     hard, soft, entropy are means over the counted rows (0 where none counts): H(softmax(s), y) with
     label smoothing, H(softmax(s/tau), softmax(t/tau)) without alpha and tau^2, and the entropy of

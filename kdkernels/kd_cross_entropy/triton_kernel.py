@@ -208,7 +208,7 @@ def make_plan(
     parts: int,
     margin: bool = False,
 ) -> Plan:
-    """The variant for tensors with unit column stride; parts 0 asks for a row in registers."""
+    """The variant for tensors with unit column stride; parts 0 means a row in registers."""
     pivot = student
     if teacher is not None and teacher.element_size() < student.element_size():
         pivot = teacher
@@ -218,7 +218,8 @@ def make_plan(
     if parts == 0:
         # Registers that hold the row's exponentials, one array of them for each kind. 96 leave
         # enough of the 128 that two programs of 8 warps, or one of 16, may have (counted); with a
-        # teacher of fewer bytes a class, whose vectors are twice the student's, sm_100 spills two.
+        # teacher of fewer bytes per class, whose vectors are twice the student's, sm_100 spills
+        # two.
         arrays = 1 if teacher is None else 2 if exponent else 3
         most = 96 if pivot is student else 72
         warps = next(
@@ -230,7 +231,7 @@ def make_plan(
         tiles = triton.cdiv(student.shape[1], lanes * vec)
         full = max(0, student.shape[1] - 2 * (vec - 1)) // (lanes * vec)
     else:
-        # 16 classes a thread and network are 32 KB in flight a program: two hide the latency.
+        # 16 classes per thread and network are 32 KB in flight per program: two hide the latency.
         lanes, tiles, full = common.warp_size() * 8, 16 // vec, 0
     return Plan(
         vec=vec,

@@ -29,7 +29,7 @@ def power(x, EXPONENT: tl.constexpr):
 
 @triton.jit
 def references(s_max, t_max):
-    """What exponentials are relative to: the maxima, finite where nothing is."""
+    """References of the exponentials: the maxima, finite where no logit is."""
     return tl.maximum(s_max, LOWEST), tl.maximum(t_max, LOWEST)
 
 
@@ -243,7 +243,7 @@ def top_logit(s_max, s_label, PLAN: tl.constexpr):
 def merge_label(
     refs, is_hit, sums, s_label, t_label, margin, valid, classes, numbers, PLAN: tl.constexpr
 ):
-    """What losses() gives; and the derivative of the loss by the label's logit, with a margin.
+    """The results of losses(), and the derivative of the loss by the label's logit, with a margin.
 
     There the label is a part of its own, with one logit in the hard term and another in the soft
     one: left out of the sums it never has to be taken out of them, which would cancel where its
@@ -333,7 +333,7 @@ def store_label(
 
 @triton.jit
 def count_labels(labels, BLOCK: tl.constexpr):
-    """How many labels are not ignore_index, as BLOCK numbers to be added up."""
+    """The number of labels that are not ignore_index, as BLOCK numbers to be added up."""
     target_ptr, stride_target, row_count, ignore_index = labels
     found = tl.full((BLOCK,), 0.0, tl.float32)
     for begin in range(0, row_count, BLOCK):
@@ -354,7 +354,7 @@ def count_share(labels, PLAN: tl.constexpr):
 
 @triton.jit
 def weight_of(count, count_ptr, gradient_scale, PLAN: tl.constexpr):
-    """What gradients are multiplied by: gradient_scale, over the rows that count for a mean."""
+    """The factor of the gradients: gradient_scale, over the rows that count for a mean."""
     if PLAN.divisor == "one":
         return gradient_scale
     elif PLAN.divisor == "counted here":

@@ -51,7 +51,7 @@ def _sweep_statistics(
     PLAN: tl.constexpr,
 ):  # fmt: skip
     """Statistics of the classes from position `begin` to `end` behind the head and of the edges
-    that are asked for; and the sum of `more`. Lanes keep to themselves until the end: no
+    that are wanted; and the sum of `more`. Lanes keep to themselves until the end: no
     exchange within the sweep."""
     VEC: tl.constexpr = PLAN.vec
     GROUP: tl.constexpr = PLAN.tiles * PLAN.lanes * VEC

@@ -1,4 +1,4 @@
-"""Where the classes of a row pair lie, and how they are read and written.
+"""Positions of the classes of a row pair, and their loads and stores.
 
 A row is cut into an edge (what lies before the first and after the last 16-byte boundary: fewer
 than 2 VEC classes, one a lane) and vectors of VEC classes; a tile is a vector a lane. So every
@@ -26,7 +26,8 @@ VARYING = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What a kernel is compiled for; neither N nor C, so that they may vary without compiling."""
+    """Compile-time parameters of a kernel; neither N nor C, so that they may vary without
+    compiling."""
 
     vec: int  # classes in a vector: 16 bytes of the narrower dtype
     lanes: int  # vectors in a tile: the threads of a program
@@ -108,7 +109,7 @@ def without_label(s_tiles, t_tiles, at, label_at, TILES: tl.constexpr, PLAN: tl.
 
 @triton.jit
 def load_margin(margin_ptr, row, PLAN: tl.constexpr):
-    """What is added to the label's logit in the hard term, and the slope of that."""
+    """The amount added to the label's logit in the hard term, and its slope."""
     if PLAN.margin:
         return tl.load(margin_ptr + row * 2), tl.load(margin_ptr + row * 2 + 1)
     else:

@@ -19,7 +19,7 @@ LARGEST_SUM = 1.01  # of a row's top probabilities: bfloat16 log-probabilities m
 class SparseTeacher(NamedTuple):
     """The teacher's k likeliest classes of every row; all other classes are one bin.
 
-    indices: (N, k) int32 or int64, each class once a row, in any order. log_probs: (N, k), their
+    indices: (N, k) int32 or int64, each class once per row, in any order. log_probs: (N, k), their
     natural logarithms of softmax(t / tau), already at the temperature of the call:
 
         log_probs, indices = torch.log_softmax(t / tau, dim=1).topk(k)

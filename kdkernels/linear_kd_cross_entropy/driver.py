@@ -2,7 +2,7 @@
 
 A chunk's logits are float32 in a buffer that the next chunk takes over; the fused row kernel turns
 the student's into their gradient in place, and products turn that into the gradients of features
-and weight. So no N x C tensor is kept for either network.
+and weight. So no N x C tensor is stored for either network.
 
 How many rows a chunk has is decided by its bytes, `Arithmetic.chunk_bytes`, but it has no fewer
 than `Arithmetic.least_rows` (before chunks are made equal): every chunk reads both weights again,
@@ -59,7 +59,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What the row kernel gets: logits of some rows, and where their results go."""
+    """Arguments of the row kernel: logits of some rows, and where their results go."""
 
     student: Tensor  # (rows, C) float32
     teacher: Tensor | None  # (rows, C)
@@ -75,7 +75,7 @@ class Chunk:
 
 
 def chunks(rows: int, classes: int, networks: int, how: Arithmetic) -> Iterator[tuple[int, int]]:
-    """Begin and end of each chunk: as many as the rule asks for, of equal size up to the block."""
+    """Begin and end of each chunk: as many as the rule gives, of equal size up to the block."""
     if rows == 0:
         return
     most = max(how.chunk_bytes // (4 * classes * networks), how.least_rows, 1)

@@ -11,7 +11,7 @@ from kdkernels.kd_cross_entropy.eager import KDTerms
 SMALLEST_SINE = 2.0**-20
 # Rows whose largest component is between these have norms that float32 holds with all digits.
 SMALLEST_PLAIN, LARGEST_PLAIN = 2.0**-40, 2.0**40
-# What a sparse teacher's probabilities leave of 1 is 0 below this: float32 logarithms of a whole
+# The tail that a sparse teacher leaves of 1 is 0 below this: float32 logarithms of a whole
 # distribution miss it by about 1e-7, and a student without a tail would make that infinite.
 SMALLEST_TAIL = 2.0**-20
 

@@ -5,9 +5,8 @@ Each changes the label's cosine c = cos(theta) to
     phi(c) = cos(theta + m2) - m3
 
 and the kernels need its value and derivative at the label alone. m2 (radians) and m3 are floats,
-|m2| at most pi and |m3| at most 10^6, or (N,) tensors without gradient, one number a row, which are
-taken as they are.
-"""
+|m2| at most pi and |m3| at most 10^6, or (N,) tensors without gradient, one number per row, which
+are taken as they are."""
 
 from dataclasses import dataclass
 from typing import NoReturn

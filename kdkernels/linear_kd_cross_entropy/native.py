@@ -10,8 +10,8 @@ from kdkernels.native import extension, matrix, new_gradient
 
 CHUNK_BYTES = 32 << 20  # of both networks' logits: about the last-level cache of a processor
 # Every chunk moves the weight, its gradient and what BLAS copies of them, so chunks of 128 rows are
-# faster than those of 64. Chunks of a quarter of all rows hold a twelfth of what kept logits take:
-# three matrices of all rows, seven with a teacher's head, here a quarter of one or two.
+# faster than those of 64. Chunks of a quarter of all rows hold a twelfth of what stored logits
+# take: three matrices of all rows, seven with a teacher's head, here a quarter of one or two.
 LEAST_ROWS, MOST_LEAST_ROWS = 64, 128
 
 
@@ -87,7 +87,7 @@ def _scale(x: Tensor, row: Tensor | None, column: Tensor | None, out: Tensor) ->
 
 
 def arithmetic(rows: int) -> Arithmetic:
-    """How the native backend computes calls of so many rows."""
+    """Arithmetic of the native backend for calls of so many rows."""
     return Arithmetic(
         block=16,
         chunk_bytes=CHUNK_BYTES,
@@ -110,7 +110,7 @@ def forward(*arguments) -> tuple[Tensor, ...]:
 
 
 def backward(*arguments) -> tuple[Tensor, ...]:
-    """The raw op that forms gradients for a weight a row: its schema is in op.py."""
+    """The raw op that forms gradients for a weight per row: its schema is in op.py."""
     *call, want_features, want_weight, want_bias, weights = arguments
     call, want = Call(*call), (want_features, want_weight, want_bias)
     how = arithmetic(len(call.features))

@@ -80,7 +80,7 @@ class _LinearKDCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, want, want_terms, *call):
         is_none = call[-1] == "none"
-        # with a weight a row still to come, no gradient can be formed yet
+        # with a weight per row still to come, no gradient can be formed yet
         wanted = (False,) * 3 if is_none else want
         loss, terms, *gradients = raw(NAME, backend)(*call, *wanted, want_terms)
         ctx.backend, ctx.want, ctx.is_none = backend, want, is_none
@@ -203,7 +203,7 @@ def linear_kd_cross_entropy(
     return_terms: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, KDTerms]:
-    """kd_cross_entropy on the logits of a classifier, without keeping them.
+    """kd_cross_entropy on the logits of a classifier, without storing them.
 
         s = features weight^T (+ bias),     or  s_nc = scale cos(features_n, weight_c) if normalize
         loss_n = H(softmax(s'_n), y_n) + alpha * H(softmax(s_n / tau), softmax(t_n / tau))
@@ -219,7 +219,7 @@ def linear_kd_cross_entropy(
     (N, E), (C, E) and (C,), normalized where the student is and scaled by teacher_scale (None: by
     scale); or (N, C) logits, taken as they are; or a SparseTeacher; or None.
 
-    SparseTeacher(indices, log_probs), or the plain pair (integers tell it from a head), both
+    SparseTeacher(indices, log_probs), or the plain pair (integers distinguish it from a head), both
     (N, k): the k classes of each row that the teacher finds likeliest and the natural logarithms of
     their softmax(t / tau), at this call's temperature. All other classes are one bin, so that what
     the teacher left out keeps its probability, and no (N, C) teacher is made:

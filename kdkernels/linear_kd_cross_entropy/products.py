@@ -32,13 +32,12 @@ def round_up(size: int, block: int) -> int:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How a backend computes: the arguments of driver.run beside the call itself.
+    """Arithmetic of a backend: the arguments of driver.run beside the call itself.
 
     block: products have whole blocks of so many rows, classes and features. On AMD's processors MKL
-    then gives the same bits at any number of threads (docs/ops.md, "Bits"). transposes_logits:
-    forms them as (W x^T)^T. scale: multiplies a matrix in place by a factor per row and one per
-    column, each None for 1, or writes the result to another matrix.
-    """
+    then gives bitwise identical results at any number of threads (docs/ops.md, "Bits").
+    transposes_logits: forms them as (W x^T)^T. scale: multiplies a matrix in place by a factor per
+    row and one per column, each None for 1, or writes the result to another matrix."""
 
     block: int
     chunk_bytes: int

@@ -1,7 +1,7 @@
 """The rows of a chunk whose teacher is sparse: the top k classes, and one bin for all others.
 
 The k classes and the label are taken out of the chunk's logits (they become -inf). A sweep sums up
-what is left, a row at a time; the parts are merged here in float64, k + 1 numbers a row; a second
+the others, row by row; the parts are merged here in float64, k + 1 numbers per row; a second
 sweep writes the gradient of what is left, and the k + 1 classes get theirs. Nothing is taken out of
 a sum, which would cancel where the top k have nearly all probability. Derivation: docs/ops.md.
 """

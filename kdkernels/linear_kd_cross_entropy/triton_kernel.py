@@ -2,7 +2,7 @@
 what scales rows and columns of a chunk.
 
 Products are torch's. bfloat16 features and weight stay bfloat16 and their products are summed and
-kept in float32; other mixtures of 16-bit tensors are multiplied as float32 copies, tile by tile.
+stored in float32; other mixtures of 16-bit tensors are multiplied as float32 copies, tile by tile.
 """
 
 import torch
@@ -23,7 +23,7 @@ from kdkernels.linear_kd_cross_entropy.triton_sparse_teacher import statistics a
 # measured.
 CHUNK_BYTES = 3 << 29
 LEAST_ROWS = 256
-BLOCK = 2048  # elements of a program of 4 warps: 16 a thread
+BLOCK = 2048  # elements of a program of 4 warps: 16 per thread
 
 
 @triton.jit(do_not_specialize=["pitch", "pitch_out", "columns"])
@@ -54,7 +54,7 @@ def _scale(
 def scale_rows_and_columns(
     x: Tensor, row: Tensor | None, column: Tensor | None, out: Tensor
 ) -> None:
-    """out = x times a factor a row and a factor a column, None for 1; out may be x."""
+    """out = x times a factor per row and a factor per column, None for 1; out may be x."""
     if x.numel() == 0:
         return
     n, columns = x.shape
@@ -137,7 +137,7 @@ def forward(features: Tensor, *arguments) -> tuple[Tensor, ...]:
 
 
 def backward(features: Tensor, *arguments) -> tuple[Tensor, ...]:
-    """The raw op that forms gradients for a weight a row: its schema is in op.py."""
+    """The raw op that forms gradients for a weight per row: its schema is in op.py."""
     *call, want_features, want_weight, want_bias, incoming = arguments
     want = (want_features, want_weight, want_bias)
     weights = incoming.to(torch.float32).contiguous()

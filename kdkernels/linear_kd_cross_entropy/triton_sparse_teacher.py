@@ -16,7 +16,7 @@ from kdkernels import triton_common as common
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite, for -inf - -inf is NaN
-BLOCK = 4096  # classes of a program of 8 warps: 16 a thread
+BLOCK = 4096  # classes of a program of 8 warps: 16 per thread
 
 
 @triton.jit(do_not_specialize=["pitch", "classes", "parts"])
@@ -66,7 +66,7 @@ def _tail_gradient(
 
 
 def statistics(x: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """What sparse_teacher.Statistics promises."""
+    """See sparse_teacher.Statistics."""
     n, classes = x.shape
     parts = triton.cdiv(classes, BLOCK)
     found = torch.empty((n, parts, 3), dtype=torch.float32, device=x.device)
@@ -91,7 +91,7 @@ def statistics(x: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def gradient(x: Tensor, factors: Tensor, temperature: float, out: Tensor) -> None:
-    """What sparse_teacher.Gradient promises; out may be x."""
+    """See sparse_teacher.Gradient; out may be x."""
     n, classes = x.shape
     parts = triton.cdiv(classes, BLOCK)
     common.launch(

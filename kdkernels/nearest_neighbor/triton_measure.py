@@ -54,7 +54,7 @@ def _consider(
 
 @triton.jit
 def _limit(best, norm, keep, absolute):
-    # -2 score of the nearest row is not above this. For a query that is not safe, whose scores say
+    # -2 score of the nearest row is not above this. For a query that is not safe, whose scores mean
     # nothing, it is inf, which nothing is above.
     limit = tl.minimum(best - keep * norm + absolute, LARGEST)
     return tl.where(norm <= SAFE_NORM, limit, float("inf"))

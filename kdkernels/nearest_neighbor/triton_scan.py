@@ -6,7 +6,7 @@ With q' and x' the rows less a center (less nothing for 16-bit operands), and ke
 
 where e and f bound what the products are off (triton_kernel.error_of_scores). Per query and split
 of the gallery `scan` keeps the two best candidates and the score of the third. A candidate is a
-class, every CLASSES-th row of a tile of the gallery: what one thread holds of a row of the tile.
+class, every CLASSES-th row of a tile of the gallery, held by one thread.
 """
 
 import triton

@@ -240,7 +240,9 @@ def _give(
                 _scale(grad_negative_ptr, at, inside, arriving * negative)
 
 
-ELEMENTS = 2048  # of a member in a program of four warps: 16 a thread, 32 registers of differences
+ELEMENTS = (
+    2048  # of a member in a program of four warps: 16 per thread, 32 registers of differences
+)
 WIDEST_TILE = 8192  # features that stay in registers (16 warps); more are read a second time
 
 

@@ -100,8 +100,8 @@ def _command(argv: list[str]) -> int:
         # an import that a signal interrupts may raise another error
         if not (told_to_stop() or isinstance(error, KeyboardInterrupt)):
             raise
-        words = [word for word in argv if word != "--overwrite"]
-        return ended(INTERRUPTED, shlex.join([*PROGRAM.split(), *words]))
+        # before any run was begun: --overwrite is still to be carried out
+        return ended(INTERRUPTED, shlex.join([*PROGRAM.split(), *argv]))
 
 
 def train(argv: Sequence[str]) -> int:

@@ -179,6 +179,6 @@ def select_targets(argv: Sequence[str]) -> int:
     from kdtrain.experiments import select_targets as selecting
 
     targets, seeds = options.get("targets"), options.get("seeds", 3)
-    asked = selecting.plan(path, overrides, root, targets=targets, seeds=seeds)
+    selection = selecting.plan(path, overrides, root, targets=targets, seeds=seeds)
     keep = bool(options.get("keep_inconclusive"))
-    return ended(selecting.run(asked, out, order, keep_inconclusive=keep), command)
+    return ended(selecting.run(selection, out, order, keep_inconclusive=keep), command)

@@ -32,14 +32,14 @@ ENDED = ("reused", "diverged")
 
 @dataclass(frozen=True)
 class Order:
-    """Where and how the runs of a command are trained."""
+    """Directory, jobs, budget and output of a command."""
 
     root: Path
     jobs: int
     budget_min: float | None = None
-    """Minutes on the clock; None: all that it takes."""
+    """Minutes on the clock; None: no limit."""
     command: str = ""
-    """As it was given."""
+    """The command line."""
     dry_run: bool = False
     """Print the runs of the first seed, their cost and the plan; write nothing."""
     overwrite: bool = False
@@ -48,7 +48,7 @@ class Order:
 
 
 class BudgetError(RuntimeError):
-    """A budget in which nothing can be done; the message says how much is needed."""
+    """A budget that no group fits; the message states the minutes of the smallest."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def stages_of(studies: Sequence[Study], runs: Iterable[Run]) -> dict[Run, pipeli
 
 @dataclass(frozen=True)
 class Campaign:
-    """What is to be done: groups of runs with their states and seconds, and which are taken."""
+    """Groups of runs with their states and seconds, and the groups that are trained."""
 
     order: Order
     groups: tuple[Group, ...]
@@ -102,18 +102,18 @@ class Campaign:
     """Of every run that is shown."""
     keys: Mapping[str, str]
     states: Mapping[Run, str]
-    """reused, resume, diverged, changed or new, as pipeline.stage_state says."""
+    """reused, resume, diverged, changed or new (pipeline.stage_state)."""
     seconds: Mapping[str, float]
     """Estimated, of the runs that are not finished, while `jobs` run side by side."""
     taken: tuple[Group, ...]
     clock_s: float
-    """Estimated time of what is taken."""
+    """Estimated time of the groups that are taken."""
     least: tuple[str, float] | None = None
-    """Of the groups that the budget leaves the one that needs least: label, seconds on the clock
-    with what is taken."""
+    """The group over the budget that needs least: label, and seconds on the clock together with the
+    groups that are taken."""
 
     def finished(self, group: Group) -> int:
-        """How many of a group's runs have ended before."""
+        """Number of runs of a group that ended before."""
         return sum(self.states[run] in ENDED for run in group.runs)
 
 
@@ -168,8 +168,8 @@ def make_campaign(
 
 
 def controls(stages: Iterable[pipeline.Stage]) -> set[str]:
-    """The stages that learn from no teacher, nor any of their inputs, and are nobody's teacher;
-    they are trained first, as the others are compared with them. stages: inputs first.
+    """The stages without a teacher whose inputs have none either, and that are no teacher. They are
+    trained first, as the other arms are compared with them. stages: inputs first.
     """
     stages, found = list(stages), set()
     taught = ("teacher", "gallery")
@@ -198,7 +198,7 @@ def seconds_of(
         planned = dryrun.planned(stages[run].name, config, Path(), configs)
         read = (config.teacher.run or "", config.seed)
         cost = estimate(
-            config, count(config), planned.teachers, threads=threads, answers_kept=read in cached
+            config, count(config), planned.teachers, threads=threads, outputs_cached=read in cached
         )
         cached.add(read)
         found[planned.name] = START_S + cost.total_s
@@ -238,8 +238,8 @@ def budget_problem(campaign: Campaign) -> BudgetError | None:
 def carry_out(
     campaign: Campaign, overview: Overview | None = None
 ) -> tuple[int, dict[str, Outcome]]:
-    """Train what was taken: status as pipeline.run has it, and how each run ended. What was
-    finished before and is only shown counts among them.
+    """Train the groups that are taken; the status of pipeline.run, and how each run ended. Runs
+    that were finished before are among them.
     """
     runs = {run for group in campaign.taken for run in group.runs}
     wanted = {

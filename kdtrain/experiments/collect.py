@@ -25,7 +25,7 @@ from kdtrain.training.journal.journal import duration
 
 State = Literal["done", "not run", "unfinished", "diverged", "failed"]
 STATES: Mapping[str, State] = {"reused": "done", "diverged": "diverged", "resume": "unfinished"}
-"""Of what pipeline.stage_state says of a run directory after the training."""
+"""By the value of pipeline.stage_state after the training."""
 NOT_THERE = Cell(state="none")
 METRICS = {
     "top1": "top-1",
@@ -83,7 +83,7 @@ class Result:
         return found.get("test", found["metrics"]).get(name)
 
     def items(self, name: str, phase: int = -1, split: str = "test") -> np.ndarray | None:
-        """The same for every image."""
+        """The same metric per image, or None where it was not measured."""
         if self.state != "done":
             return None
         stem = "phase" if split == "test" else "validation_phase"
@@ -112,7 +112,7 @@ def about(found: Iterable[Result], jobs: int) -> list[tuple[str, str]]:
     """Images, machine and training time of the finished runs, as lines below a table."""
     lines = []
     done = [result for result in found if result.state == "done"]
-    for data in {tuple(r.results["data"].items()): r.results["data"] for r in done}.values():
+    for data in {str(r.results["data"]): r.results["data"] for r in done}.values():
         text = f"{data['name']}: {data['images']:,} images of {data['classes']:,} identities"
         lines.append(("data", f"{text}, {data['train']:,} to train and {data['test']:,} to test"))
     if done:
@@ -125,7 +125,7 @@ def about(found: Iterable[Result], jobs: int) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Collection:
-    """Everything that the table of a study and its figure are made of."""
+    """The results and costs from which the table and figure of a study are made."""
 
     study: Study
     results: Mapping[Run, Result]
@@ -161,7 +161,7 @@ class Collection:
             state = worse if worse in states else state
         note = next((r.note for r in found if r.note), "")
         if states <= {"done"}:
-            state, note = "not measured", "these images have not what it needs"
+            state, note = "not measured", "these images lack what the metric needs"
         return Cell(paper=at.paper, state=state, note=note, per_seed=tuple(percent))
 
     def metrics(self, second: bool) -> list[str]:
@@ -185,8 +185,8 @@ class Collection:
         return 100 * float(np.mean(known)) if known else None
 
     def trend(self, claim: Claim, metric: str, side: int | None = None) -> Trend:
-        """The claim's fate over the seeds that both arms have, of the pairs that are there; side:
-        the resolution of the arms.
+        """The verdict on a claim, over the seeds that both arms have and the trained pairs.
+        side: the resolution of the arms.
         """
         pairs = [
             (replace(a, side=side), replace(b, side=side))
@@ -231,7 +231,7 @@ class Collection:
 
 
 def table(collection: Collection, setting: Sequence[tuple[str, str]]) -> Table:
-    """The table of a study with the numbers that are there."""
+    """The table of a study; cells without a number state why."""
     study = collection.study
     blocks: list[Block] = []
     trends: list[Trend] = []
@@ -242,7 +242,7 @@ def table(collection: Collection, setting: Sequence[tuple[str, str]]) -> Table:
         trends.append(collection.trend(claim, claim.metric or study.blocks[0].metric))
     for second in () if study.blocks else study.sources:
         metrics = collection.metrics(second)
-        sides = study.resolutions or (None,)
+        sides = list(study.resolutions) or [None]
         if len(sides) > 1:
             known = [metric for metric in metrics if metric in HEADLINE]
             cells = [(side, metric) for side in sides for metric in known]
@@ -358,7 +358,7 @@ def _uninformative(block: Block) -> list[str]:
 
 
 def _cost(collection: Collection, side: int | None, second: bool) -> Block:
-    """What each arm costs: its network, its speed and its training."""
+    """The cost of each arm: network, speed, training."""
     study = collection.study
 
     def speeds_of(arm: str) -> Speeds:
@@ -410,7 +410,7 @@ def _head(found: Sequence[Result], size: Size) -> int | None:
 
 
 def _shown(value: float | None, form: Callable[[float], str] = str) -> Cell:
-    """A number that is no percentage."""
+    """A cell with a number that is no percentage."""
     return NOT_THERE if value is None else Cell(float(value), state="done", shown=form(value))
 
 

@@ -1,7 +1,7 @@
-"""What an arm costs: its training in epochs and images, its network in parameters,
-multiply-adds and images per second.
+"""The cost of an arm: training in epochs and images, parameters, multiply-adds and images per
+second of its network.
 
-The classifier is dropped for verification, so it is counted apart and not timed.
+Verification drops the classifier, so its parameters are counted apart and it is not timed.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ BATCHES = (1, 64)
 ROUNDS = 15
 LEAST_ROUNDS = 5
 CALL_S = 0.02
-"""One network is timed at least so long before the next one has its turn, seconds."""
+"""Least time of one network before the next one is timed, seconds."""
 ALL_S = 120.0
-"""After so long no further round is begun, seconds."""
+"""Time after which no further round begins, seconds."""
 FILE = "speed.json"
 
 
 class Length(NamedTuple):
-    """How long an arm was trained."""
+    """Length of the training of an arm."""
 
     epochs: int
     images: int
     """Seen in training, with repetition."""
     start_epochs: int
-    """Epochs of the run whose weights it starts from, and of that one's start."""
+    """Epochs of the run that it is initialised from, and of that run's own initialisation."""
     needs: tuple[str, ...]
     """Every other run that it needs, inputs first."""
 
 
 class Size(NamedTuple):
-    """What a network is made of."""
+    """Size of a network."""
 
     name: str
     side: int
@@ -75,7 +75,7 @@ Speeds = Mapping[int, Quartiles]
 
 
 def lengths(study: Study, stages: Mapping[Run, Stage]) -> dict[Run, Length]:
-    """How long each run of the first seed is trained."""
+    """Length of the training of each run of the first seed."""
     count = dryrun.counter({})
     found: dict[Run, Length] = {}
     for run, stage in stages.items():
@@ -126,7 +126,7 @@ def speeds(
 ) -> tuple[dict[str, Speeds], str]:
     """Images per second of each network, by its key, and how they were measured.
 
-    runs: a finished run folder of each network, with its config. Measured again, all together,
+    runs: a finished run directory of each network, with its config. Measured again, all together,
     when one of them is not in root/speed.json, or another machine or thread count wrote it.
     """
     if not runs:

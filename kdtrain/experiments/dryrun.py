@@ -1,4 +1,4 @@
-"""What `--dry-run` says below the resolved config: each stage's network, steps, memory and time.
+"""The output of `--dry-run` below the resolved config: network, steps, memory and time per stage.
 
 Nothing is trained and nothing is written. The images are counted where they are; where they are
 not, --classes and --images say how many there would be, or the published size of a data set does.
@@ -54,7 +54,7 @@ PUBLISHED = {
 
 @dataclass
 class Planned:
-    """A run, and what is known of it before it is trained."""
+    """A run and its estimated cost."""
 
     name: str
     config: Config
@@ -63,13 +63,13 @@ class Planned:
     """Networks of the runs that it learns from."""
     notes: list[str]
     cost: Estimate | None = None
-    """None where something is missing, which notes then say."""
+    """None where something is missing; the notes name it."""
     fails: bool = False
-    """The run would end in the error that notes say."""
+    """The run would end in the error of its notes."""
 
 
 def show_run(config: Config, run_dir: Path, recipes: Path, options: Mapping[str, Any]) -> int:
-    """What `train --dry-run` prints: the config as YAML, its cost as comments below. Returns the
+    """Print the config as YAML and its cost as comments below (`train --dry-run`). Returns the
     exit status: 1 where the run would fail.
 
     recipes: folder of the recipe. options: of the command line (classes, images).
@@ -80,7 +80,7 @@ def show_run(config: Config, run_dir: Path, recipes: Path, options: Mapping[str,
 
 
 def show_stages(stages: Sequence[Stage], root: Path, jobs: int, options: Mapping[str, Any]) -> int:
-    """What `pipeline --dry-run` prints: a YAML document a stage, their costs as comments below.
+    """Print a YAML document per stage and their costs as comments below (`pipeline --dry-run`).
     Returns the exit status: 1 where a stage would fail.
     """
     configs = {stage.name: stage.config for stage in stages}
@@ -134,7 +134,7 @@ def network_of(
     """The network of a run that the config names, and a note where it had to be guessed.
 
     It is looked for among `recipes` where these are the configs of a chain's stages; else in the
-    run folder, then in the folder `recipes` under @NAME.
+    run directory, then in the folder `recipes` under @NAME.
     """
     name = named.removeprefix("@").removesuffix("/best")
     chained = named.startswith("@")
@@ -155,7 +155,7 @@ def network_of(
 def count(
     config: Config, given: Published | None, sources: dict[DataConfig, FaceSource]
 ) -> Counts | str:
-    """Classes and images that the run would see, or what is missing to know them.
+    """Classes and images of the run, or a sentence about what is missing.
 
     given: counts that the user states. sources: those read before, by their data section. Raises
     DataError or ValueError where the images are there and cannot serve.
@@ -246,8 +246,8 @@ def _estimate(
         return
     if config.teacher.cache != "none":
         run.notes.append(
-            "counted as if the teacher were asked at every step; a run that finds its answers "
-            "in teacher.cache takes less"
+            "counted with a teacher forward pass in every step; a run that reads teacher.cache "
+            "takes less"
         )
     if cost.scaled:
         run.notes.append(

@@ -1,4 +1,4 @@
-"""Studies carried out: plan, budget, training, and the tables of the run directories."""
+"""Runs studies: plan, budget, training, and the tables from the run directories."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def run(
     beside: Sequence[Study] = (),
     write: Callable[..., None] | None = None,
 ) -> int:
-    """Plan, print it, train what the budget takes and write the tables; exit status 0, 1 (a run
-    failed) or 130 (interrupted). A run that diverged is a result.
+    """Print the plan, train the runs that fit the budget and write the tables. Returns the exit
+    status: 0, 1 (a run failed) or 130 (interrupted). A run that diverged is a result.
 
     beside: other studies of the run directory, whose tables are written again where they have been
     written before. write: called in the place of `write_tables`. Raises BudgetError where the
@@ -98,8 +98,8 @@ def run(
 
 
 def make_plan(studies: Sequence[Study], order: Order, beside: Sequence[Study] = ()) -> Campaign:
-    """The plan, after the lengths of training, which are printed where a study shows costs. Runs
-    whose directories are there are shown, whatever the command trains.
+    """The plan; where a study shows costs, the lengths of training are printed first. Existing run
+    directories of the studies are part of it, even where the command does not train them.
     """
     groups = groups_of(studies)
     everything = [replace(study, widths=_widths(study)) for study in (*studies, *beside)]
@@ -108,7 +108,7 @@ def make_plan(studies: Sequence[Study], order: Order, beside: Sequence[Study] = 
     shown = {run.name for group in groups for run in group.runs}
     shown |= {run.name for run in ordered if (order.root / run.name).is_dir()}
     stages: dict[Run, pipeline.Stage] = {}
-    for run in reversed(ordered):  # what reads a run stands behind it
+    for run in reversed(ordered):  # a run comes before the runs that read it
         if run.name in shown:
             stages |= stages_of(everything, [run])
             shown |= set(stages[run].inputs)
@@ -128,7 +128,7 @@ def _widths(study: Study) -> tuple[int, ...]:
 
 
 def lengths_grid(study: Study, lengths: Mapping[Run, cost.Length], second: bool) -> RenderableType:
-    """How long each arm is trained, and what it needs."""
+    """The length of training of each arm, and the runs that it needs."""
     title = f"training of each run{where(second)}"
     grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
     for name in ("method", "epochs", "images", "epochs of its start", "needs"):
@@ -148,8 +148,8 @@ def lengths_grid(study: Study, lengths: Mapping[Run, cost.Length], second: bool)
 def collected(
     study: Study, plan: Campaign, outcomes: Mapping[str, Outcome], *, timed: bool
 ) -> tuple[Collection, list[tuple[str, str]]]:
-    """Everything that the study's table is made of, and the lines below it. timed: also measure
-    the networks' speed, where it is not known and the study shows costs.
+    """The results and costs of a study, and the lines below its table. timed: where the study shows
+    costs, also measure the speed of networks without a measurement.
     """
     order, found = plan.order, Collection(study, read_all(plan, outcomes), plan.stages)
     seeds = ", ".join(map(str, study.seeds))

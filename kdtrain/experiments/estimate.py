@@ -1,9 +1,9 @@
-"""What a run will cost, before it: parameters, multiply-adds, memory, and time from timed steps.
+"""The cost of a run before it: parameters, multiply-adds, memory, and time from timed steps.
 
 Parameters and multiply-adds come from shapes alone. Memory and time come from a few real training
 steps on random images (augmentation, forward, loss, backward, optimiser), which are the same for
 all runs of one shape and so are measured once in a process. A batch too large or too slow to be
-tried here is timed on fewer images and scaled; `Estimate.scaled` says so.
+tried here is timed on fewer images and scaled; `Estimate.scaled` is then true.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from kdtrain.training.environment import check_device
 
 
 class Counts(NamedTuple):
-    """How many images a run would see."""
+    """Numbers of identities and images of a run."""
 
     classes: int
-    """Identities that the classifier tells apart."""
+    """Identities of the classifier."""
     train: int
     test: int
     validation: int = 0
@@ -29,7 +29,7 @@ class Counts(NamedTuple):
     """Batches of an epoch where they are known (else train // batch; identity-balanced batches are
     a few more)."""
     note: str = ""
-    """Where the counts come from, if not from the images themselves."""
+    """The origin of the counts, if not the images themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +40,9 @@ class Estimate:
     """Of the trained network, heads included."""
     memory_bytes: int
     """Of a training step: weights, gradients, optimiser state, the teacher's weights, and what the
-    batch needs. On CUDA the peak of torch's allocations; on a CPU the tensors kept for backward
+    batch needs. On CUDA the peak of torch's allocations; on a CPU the tensors saved for backward
     (saved_tensors_hooks), the logits of both networks, and two of the largest map for what is
-    under way. Not counted: images kept in memory (data.cache), libraries' own workspaces, the
+    under way. Not counted: images cached in memory (data.cache), libraries' own workspaces, the
     interpreter with its libraries (some 0.3 GB; on CUDA also the context).
     """
     batch: int
@@ -79,15 +79,15 @@ def estimate(
     teachers: Sequence[ModelConfig] = (),
     *,
     threads: int,
-    answers_kept: bool = False,
+    outputs_cached: bool = False,
 ) -> Estimate:
     """Size, memory and time of the run that `config` describes, on this machine.
 
     teachers: networks of the runs that teacher.run and teacher.more name, in this order, each with
-    a classifier for counts.classes. answers_kept: an earlier run with teacher.cache met the same
-    batches, so the teacher is not asked (reading is not counted). threads: processor threads of a
-    run that does not set its own (0: as torch has now). Several steps and evaluations are timed and
-    the usual one counts, so that a single one that other work delays does not (timing.usual).
+    a classifier for counts.classes. outputs_cached: an earlier run with teacher.cache met the same
+    batches, so there is no teacher forward pass (reading is not counted). threads: processor
+    threads of a run that does not set its own (0: torch's current number). Several steps and
+    evaluations are timed and the usual one counts (timing.usual): other work delays single ones.
 
     What is timed once is not timed again in this process (timing.py). Threads, random state and
     torch's settings are afterwards as before; on CUDA torch's peak memory counter is reset. Raises
@@ -109,7 +109,7 @@ def estimate(
         )
     epochs = sum(phase.epochs for phase in config.optim.phases)
     count = epochs * -(-per_epoch // config.optim.accumulate)
-    kept = answers_kept and config.teacher.cache != "none"
+    kept = outputs_cached and config.teacher.cache != "none"
     timed = timing(config, counts.classes, teachers, kept, config.train.threads or threads)
     share = batch / timed.images
     phases = config.optim.phases

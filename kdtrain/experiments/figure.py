@@ -1,5 +1,5 @@
-"""A comparison as one figure: TAR over FAR, accuracy against parameters and against speed, and the
-claims as intervals.
+"""A study with a row per arm as one figure: TAR over FAR, accuracy against parameters and against
+speed, and the claims as intervals.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ COLOURS = (
     *("#92400e", "#4338ca", "#0d9488", "#be123c"),
 )
 ACCURACY = ("tar_at_far_0.001_all", "tar_at_far_0.01_all", "nn_top1_other_video", "nn_top1")
-"""What stands for accuracy against cost: the first of them that was measured."""
+"""The accuracy that is drawn against cost: the first of these that was measured."""
 CURVES_IN, LEAST_IN, NAME_IN = 3.6, 3.0, 0.2
 MOST_TICKS = 4
 BESIDE = 0.3
-"""Methods of one cost take this share of the room between two costs."""
+"""Arms of one cost take this share of the room between two costs."""
 HOW_TO_READ = (
     "Lines and dots: means over seeds; bands and bars: from the lowest to the highest seed."
 )
 
 
 class _Dot(NamedTuple):
-    """A method at one resolution, with what it costs and reaches."""
+    """An arm at one resolution: cost and accuracy."""
 
     name: str
     colour: str
     x: float
-    """Where it is drawn."""
+    """Place on the axis."""
     cost: float
     """Parameters, or images per second."""
     y: float

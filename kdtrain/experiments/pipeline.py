@@ -1,9 +1,8 @@
-"""The whole chain: a preset's recipes as stages with inputs, their keys, and what is
-reused.
+"""The stages of a preset: recipes with inputs, their keys, and the stages that are reused.
 
 A preset is a folder of recipes. A recipe that names a run (config.RUN_SETTINGS) as @NAME takes
 stage NAME as an input; stages run in an order that respects this. Stages run as processes of their
-own (scheduler.py), each in its own run folder below the root.
+own (scheduler.py), each in its own run directory below the root.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class Stage:
     name: str
     config: Config
     seconds: float = 0.0
-    """Estimated training time; 0 where it is not known."""
+    """Estimated training time; 0 where there is none."""
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -95,8 +94,8 @@ def plan(
 
 def make_stage(name: str, flat: Mapping[str, Any], title: str) -> Stage:
     """The stage of dotted keys. With data.split identity, classification is split by image among
-    the training identities (identity:random), as nobody can be classified without a class. Raises
-    ConfigError, which begins with the title.
+    the training identities (identity:random), as an identity without a class cannot be classified.
+    Raises ConfigError, which begins with the title.
     """
     if flat.get("task") == "classification" and flat.get("data.split") == "identity":
         flat = {**flat, "data.split": "identity:random"}
@@ -127,7 +126,7 @@ def stage_files(preset: str) -> list[Path]:
 
 
 def is_there(data: DataConfig) -> bool:
-    """Whether the images can be read on this machine, or are drawn."""
+    """Whether the images can be read on this machine, or are synthetic."""
     return data.kind == "synthetic" or Path(data.root or "").is_dir()
 
 
@@ -143,7 +142,7 @@ def without_landmarks(
     for stage in stages:
         lacking = False
         if TASKS[stage.config.task].needs_landmarks and is_there(stage.config.data):
-            with contextlib.suppress(ValueError):  # which reading them for training says better
+            with contextlib.suppress(ValueError):  # training raises it with more detail
                 lacking = shared_source(stage.config.data, sources).landmarks is None
         if lacking or set(stage.inputs) & set(lost):
             lost.append(stage.name)
@@ -184,7 +183,7 @@ def run(
     interrupted) and what happened.
 
     A finished stage whose key stands is reused, one that diverged under it stays so and those that
-    need it are skipped, an unfinished one continues, one whose key changed is moved to
+    need it are skipped, an unfinished one is resumed, one whose key changed is moved to
     root/previous and trained anew. overwrite: all are trained anew. jobs: stages side by side, each
     with its share of the processors, or OMP_NUM_THREADS where it is set. overview: draws what a
     terminal shows of many stages; with it, reused stages are counted, not listed. sources: as in
@@ -242,7 +241,7 @@ def stage_state(folder: Path, key: str) -> str:
 
 
 def set_aside(folder: Path, place: Path, console: Console) -> None:
-    """Move a run folder that is to be trained anew to `place`, replacing an earlier one."""
+    """Move a run directory that is to be trained anew to `place`, replacing an earlier one."""
     if not folder.exists() or all(f.name.startswith(".") for f in folder.iterdir()):
         return
     with checkpoint.lock(folder):  # a run that was begun by itself may be under way there
@@ -250,7 +249,7 @@ def set_aside(folder: Path, place: Path, console: Console) -> None:
         shutil.rmtree(place, ignore_errors=True)
         os.rename(folder, place)
     console.print(
-        f"{folder.name}: settings, images, sources or inputs changed; earlier run kept in {place}"
+        f"{folder.name}: settings, images, sources or inputs changed; earlier run moved to {place}"
     )
 
 

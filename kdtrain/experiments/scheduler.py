@@ -32,7 +32,7 @@ Overview = Callable[[Mapping[str, str]], RenderableType]
 
 @dataclass(frozen=True)
 class Work:
-    """A stage to be trained: recipe, run folder, works it waits for, and a rough weight."""
+    """A stage to be trained: recipe, run directory, inputs, and a rough weight."""
 
     name: str
     recipe: Path
@@ -45,7 +45,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a stage ended: reused, done, diverged, failed, skipped, stopped; why; its seconds."""
+    """How a stage ended (reused, done, diverged, failed, skipped, stopped), why, its seconds."""
 
     state: str
     note: str
@@ -160,13 +160,15 @@ def run_all(
                 if asked_to_stop or len(running) >= jobs:
                     break
                 if all(n in outcomes for n in work.inputs):
-                    del waiting[work.name]
                     running[work.name] = _start(work, root)
+                    del waiting[work.name]
             if asked_to_stop and not running:
                 break
             runs.update()
             if running:
                 time.sleep(POLL_S)
+    except KeyboardInterrupt:
+        asked_to_stop = True  # the children are ended below; what they saved is resumed
     finally:
         for child in running.values():
             child.process.kill()
@@ -175,6 +177,7 @@ def run_all(
         for number, handler in earlier.items():
             signal.signal(number, handler)
     outcomes |= dict.fromkeys(waiting, Outcome("stopped", "not begun", 0.0))
+    outcomes |= dict.fromkeys(running, Outcome("stopped", "ended at once", 0.0))
     states = {outcome.state for outcome in outcomes.values()}
     if asked_to_stop or "stopped" in states:
         return INTERRUPTED, outcomes
@@ -315,7 +318,7 @@ class _Runs:
         return Group(self._overview(states), table)
 
     def _left_s(self) -> float:
-        """Time left from the cost of what is done; 0 while nothing is known."""
+        """Time left from the cost of what is done; 0 before the first result."""
         costs = {work.name: work.cost for work in self._works}
         shares = {name: p.get("share", 0.0) for name, p in self._progress.items()}
         under_way = sum(costs[n] * share for n, share in shares.items())

@@ -1,4 +1,4 @@
-"""Which of a teacher's targets help a student: a study of each target alone against none.
+"""Choice of a teacher's targets: a study of each target alone against none.
 
     measure each target's individual influence, set to 0 what hurts, keep both where both help
 
@@ -133,7 +133,7 @@ def plan(
     if flat.get("teacher.run") is None:
         raise ConfigError(
             f"{recipe.stem}: no teacher, so there is no target to choose: set --teacher to the "
-            "teacher's run folder (@NAME is the run beside --run-dir)"
+            "teacher's run directory (@NAME is the run beside --run-dir)"
         )
     keys_of = {name: f"target.{row.key}" for name, row in CANDIDATES.items()}
     given = {name: _number(flat.get(key, 0.0), key) for name, key in keys_of.items()}
@@ -297,7 +297,7 @@ def evidence(
 
 
 def _warning(trend: Trend) -> list[str]:
-    """A line where all kept targets together do worse than one of them alone."""
+    """A line where all chosen targets together do worse than one of them alone."""
     if trend.verdict.state not in ("reversed", "diverged"):
         return []
     return [
@@ -333,8 +333,8 @@ def leaks(selection: Selection) -> list[str]:
             continue
         cut_alike = all(getattr(theirs, key) == getattr(ours, key) for key in cut)
         if same_set(theirs, ours) and not cut_alike:
-            asked = setting.startswith("teacher")
-            effect = "favours its targets" if asked else "lifts every arm"
+            is_teacher = setting.startswith("teacher")
+            effect = "favours its targets" if is_teacher else "lifts every arm"
             notes.append(
                 f"{setting} ({folder.name}) was trained on images that judge here, which "
                 f"{effect}; train it with --data.validation_fraction "

@@ -114,10 +114,10 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """What is trained and shown. With `blocks` the table has these cells; else a row per arm."""
+    """Arms, seeds, data and table of a study. Without `blocks` the table has a row per arm."""
 
     name: str
-    """Of its files."""
+    """Name of its files."""
     arms: Mapping[str, Arm]
     recipes: str = ""
     """Folder of the arms' recipes: a packaged preset, or a path."""

@@ -1,7 +1,7 @@
-"""What one step costs: a network's size from its shapes, memory and time from a few real steps on
+"""The cost of a step: a network's size from its shapes, memory and time from a few real steps on
 random images.
 
-The timing of a shape (network, teacher, batch, task, targets, device, threads) is kept for the
+The timing of a shape (network, teacher, batch, task, targets, device, threads) is cached in the
 process, so that a plan of many runs times only those that differ.
 """
 
@@ -45,18 +45,18 @@ EVAL_IMAGES = 256  # the engine's own evaluation batch
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """What shapes alone tell of a network."""
+    """Size of a network, from shapes alone."""
 
     parameters: int
     multiply_adds: int
     """Of its forward pass for one image, convolutions and linear layers."""
     activations: int
-    """Bytes kept for backward by one image in float32, as far as its batch grows them."""
+    """Bytes saved for backward per image in float32, as far as its batch grows them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """What the timed steps of one shape showed."""
+    """Times and memory of the steps of one shape."""
 
     images: int
     """Images of a timed step."""
@@ -69,7 +69,7 @@ class Timing:
     fixed_bytes: int
     """Weights, gradients, optimiser state."""
     batch_bytes: int
-    """What these images need beside."""
+    """Memory of these images on top."""
 
 
 _timings: dict[str, Timing] = {}
@@ -165,7 +165,7 @@ def _measure(
 
 def usual(times: Sequence[Sequence[float]]) -> list[float]:
     """The lower middle of each column of repeated timings: other work on the machine only ever adds
-    to them, so that one disturbed row of two or more is never the answer.
+    to them, so that one disturbed row of two or more is never the result.
     """
     return [statistics.median_low(column) for column in zip(*times, strict=True)]
 
@@ -197,7 +197,7 @@ class _Trial:
     """A task with its optimiser, stepped on random images."""
 
     def __init__(self, config: Config, task: Task, device: torch.device, kept: bool) -> None:
-        """kept: the teacher is not asked, its answers are there (teacher.cache)."""
+        """kept: teacher outputs are read from teacher.cache, without a forward pass."""
         self.config, self.task, self.device = config, task, device
         self.modules: list[nn.Module] = [task.network, task.extra]
         self.modules += [] if task.teacher is None else [task.teacher]
@@ -216,7 +216,7 @@ class _Trial:
         """Seconds of forward and backward, and of the optimiser, on about `most` images."""
         labels = self._labels(most)
         stored, points = self._images(len(labels))
-        guide = self._answers(len(labels)) if self.kept else None
+        guide = self._outputs(len(labels)) if self.kept else None
         self.task.network.train()
         self.task.extra.train()
         started = now(self.device)
@@ -297,8 +297,8 @@ class _Trial:
             return stored, None
         return stored, shape[-1] * (0.2 + 0.6 * torch.rand(count, 5, 2, generator=self.random))
 
-    def _answers(self, count: int) -> Guide:
-        """Random answers of the teacher, of what the targets read."""
+    def _outputs(self, count: int) -> Guide:
+        """Random teacher outputs, of the widths that the targets read."""
         widths = self.task.guide_widths
         drawn = {
             name: torch.randn(count, width, generator=self.random).to(self.device)
@@ -330,7 +330,7 @@ def _fitting(config: Config, classes: int, teachers: Sequence[ModelConfig]) -> i
 
 
 def _saved_bytes(run: Callable[[], T], modules: Sequence[nn.Module]) -> tuple[T, list[int]]:
-    """What `run` returns, and the bytes of each storage kept for backward."""
+    """The result of `run`, and the bytes of each storage saved for backward."""
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def is_interpreted(op: Op, backend: str) -> bool:
 
 
 def samples_for_form(op: Op, backend: str) -> tuple[Sample, ...]:
-    """What promises about form look at: all samples, in Triton's interpreter the smaller ones."""
+    """Samples for promises about form: all, in Triton's interpreter the smaller ones."""
     if is_interpreted(op, backend):
         limit = INTERPRETED_ELEMENTS.get(op.name, CACHED_ELEMENTS)
         return tuple(s for s in op.samples if size_of(s) < limit)
@@ -193,7 +193,7 @@ def compare_form(op: Op, sample: Sample, result: Result, eager: Result) -> None:
 
 
 def compare_bits(op: Op, sample: Sample, first: Result, again: Result, what: str) -> None:
-    """The same bits in every output and gradient."""
+    """Every output and gradient is bitwise identical."""
     pairs = zip(first.outputs + first.gradients, again.outputs + again.gradients, strict=True)
     for was, now in pairs:
         same = torch.equal(was.nan_to_num(), now.nan_to_num())

@@ -1,4 +1,4 @@
-"""What the tests of linear_kd_cross_entropy share."""
+"""Shared by the tests of linear_kd_cross_entropy."""
 
 import importlib
 

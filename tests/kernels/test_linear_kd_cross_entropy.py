@@ -30,7 +30,7 @@ def at_angles(angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, t
 
 
 def label_cosines(angles: torch.Tensor, margin, backend: str) -> torch.Tensor:
-    """What the margin makes of cos(angle), solved from the loss: two classes, the other logit 0."""
+    """The label's cosine with the margin, solved from the loss: two classes, the other logit 0."""
     features, weight = at_angles(angles, dtype_of(backend))
     target = torch.zeros(len(angles), dtype=torch.int64)
     loss = linear_kd_cross_entropy(
@@ -356,7 +356,8 @@ def test_several_chunks_are_as_accurate_as_one(dtype, backend, monkeypatch):
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="TRITON_INTERPRET=1 runs it")
 def test_bfloat16_products_of_the_triton_backend_keep_the_accuracy(monkeypatch):
-    """What a GPU does, but for who multiplies: torch has bfloat16 products into float32 on CUDA."""
+    """The arithmetic of a GPU, with products on the CPU: torch has bfloat16 products into float32
+    on CUDA."""
     kernel = importlib.import_module(f"kdkernels.{NAME}.triton_kernel")
     calls = []
 

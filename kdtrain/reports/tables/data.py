@@ -1,6 +1,6 @@
-"""What a finished or half-finished result table is made of: cells, rows, blocks, trends.
+"""The parts of a result table, finished or not: cells, rows, blocks, trends.
 
-Plain values: kdtrain/experiments fills them from run folders,
+Plain values: kdtrain/experiments fills them from run directories,
 verdicts.py judges the trends, files.py writes them down. Numbers are in
 percent, differences in points (hundredths), as the paper prints them.
 """
@@ -29,14 +29,14 @@ class Verdict:
 
     state: VerdictState
     difference: float | None = None
-    """Mean over seeds and items, in points; positive is what the claim says. None: not run."""
+    """Mean over seeds and items, in points; positive as claimed. None: not run."""
     low: float | None = None
     high: float | None = None
     """Ends of the 95 % interval, in points."""
     seeds: int = 0
     """Seeds that both arms have; with 1 the interval is over test items alone, and no verdict."""
     agreeing: int = 0
-    """Seeds whose own mean difference is as the claim says."""
+    """Seeds whose own mean difference is as claimed."""
     items: int = 0
     """Test items that entered."""
     margin: float | None = None
@@ -53,14 +53,14 @@ class Cell:
     have not what the metric needs) | no difference (a speed-up within the quartiles), or none where
     the table has no such cell (printed as a dash).
     Only a done cell has a value; one that is done with fewer seeds than per_seed has places for
-    says so. Raises ValueError when state and value disagree.
+    shows that. Raises ValueError when state and value disagree.
     """
 
     value: float | None = None
     spread: float | None = None
     """Sample standard deviation over seeds (n - 1); None with one seed."""
     per_seed: tuple[float | None, ...] = ()
-    """One place a seed; None where that seed has no number. Also of cells that are not done."""
+    """One place per seed; None where that seed has no number. Also of cells that are not done."""
     paper: float | None = None
     """The paper's number for this cell, on its own data."""
     state: CellState = "not run"
@@ -84,7 +84,7 @@ class Cell:
     def of(
         cls, per_seed: Sequence[float | None], *, paper: float | None = None, note: str = ""
     ) -> Cell:
-        """A done cell from its numbers in percent, one a seed, None where a seed has none.
+        """A done cell from its numbers in percent, one per seed, None where a seed has none.
 
         Raises ValueError when no seed has a number.
         """
@@ -133,7 +133,7 @@ class Block:
             if len(row.cells) != len(self.columns):
                 raise ValueError(
                     f"Block {self.title!r}: row {row.name!r} must have {len(self.columns)} cells, "
-                    f"one a column, got {len(row.cells)}"
+                    f"one per column, got {len(row.cells)}"
                 )
 
 
@@ -165,6 +165,6 @@ class Table:
     blocks: tuple[Block, ...]
     trends: tuple[Trend, ...] = ()
     notes: tuple[str, ...] = ()
-    """What a reader must know, such as "uninformative: the teacher does not beat raw pixels"."""
+    """Lines for the reader, such as "uninformative: the teacher does not beat raw pixels"."""
     setting: tuple[tuple[str, str], ...] = ()
     """(word, text): data, seeds, machine, time, command."""

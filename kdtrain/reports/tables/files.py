@@ -1,7 +1,7 @@
 """A result table on disk: text, Markdown, CSV, HTML and PNG, each replaced in one step.
 
-Every file depends on the table alone, so a reproduction that was killed and continued leaves the
-same bytes as one that ran through.
+Every file depends on the table alone, so a study that was killed and resumed leaves files that are
+bitwise identical to those of a study that ran through.
 """
 
 from __future__ import annotations

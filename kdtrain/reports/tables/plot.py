@@ -63,7 +63,7 @@ Span = tuple[float, float]
 
 
 class _Lane(NamedTuple):
-    """Where one cell is drawn."""
+    """The place of one cell."""
 
     y: float
     cell: Cell
@@ -270,7 +270,7 @@ def _number(axis: Axes, x: float, lane: _Lane, text: str) -> None:
 
 
 def _floors(block: Block) -> list[_Floor]:
-    """One line for a floor whose columns agree, else one a column in its colour; those far from
+    """One line for a floor whose columns agree, else one per column in its colour; those far from
     every dot have a number in the legend alone.
     """
     floors, span = [], _span(block)
@@ -362,7 +362,7 @@ def draw_trends(figure: FigureBase, grid: GridSpec, number: int, trends: Sequenc
 
 
 def _marks(cell: Cell) -> list[float]:
-    """Where a cell's marks lie: its seeds, and the ends of its band."""
+    """Places of a cell's marks: its seeds, and the ends of its band."""
     if cell.value is None:
         return []
     spread = cell.spread or 0.0

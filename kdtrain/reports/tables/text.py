@@ -106,7 +106,7 @@ def own_text(cell: Cell, digits: int = 1) -> str:
 
 
 def name_text(row: Row) -> str:
-    """A row's name, with its kind behind it unless it is the paper's or the name says so."""
+    """A row's name, with its kind behind it unless it is the paper's or part of the name."""
     if row.kind == "paper" or row.kind in row.name.lower():
         return row.name
     return f"{row.name} ({row.kind})"
@@ -199,7 +199,7 @@ def _text(text: str, style: str = "") -> Text:
 
 
 def plain(table: Table, width: int = TEXT_WIDTH) -> str:
-    """What `show` prints, without colours, in lines of at most `width` characters."""
+    """The text of `show` without colours, in lines of at most `width` characters."""
     buffer = io.StringIO()
     console = Console(file=buffer, width=width, color_system=None, emoji=False)
     show(table, console)
@@ -275,5 +275,5 @@ def _csv(columns: Sequence[str], records: Iterable[Mapping[str, object]]) -> str
 
 
 def _number(value: float | None) -> str:
-    """Six decimals, as a share of 846 images has no more to say; nothing for None."""
+    """Six decimals, enough for a share of 846 images; nothing for None."""
     return "" if value is None else repr(round(value, 6))

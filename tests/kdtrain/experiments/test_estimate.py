@@ -212,7 +212,7 @@ def test_a_teacher_whose_answers_are_kept_is_not_asked(monkeypatch):
         target__alpha=1.0, target__beta=1.0, teacher="@t", teacher__cache="float32"
     )
     monkeypatch.setattr(Task, "guide", lambda *_: calls.append("asked"))
-    _estimate(config, teacher=TEACHER, answers_kept=True)
+    _estimate(config, teacher=TEACHER, outputs_cached=True)
     assert calls == []
     _estimate(config, teacher=TEACHER)
     assert calls

@@ -22,9 +22,11 @@ from rich.console import Console
 from rich.table import Table
 from tiny_runs import TASK_KEYS, TINY, environment, tiny_config
 
+from kdtrain import __main__
 from kdtrain.cli import main
 from kdtrain.config import ConfigError, program, settings
 from kdtrain.experiments import campaign, pipeline, scheduler, timing
+from kdtrain.experiments.study import Run
 from kdtrain.reports import chain_table
 from kdtrain.training import checkpoint, keys
 
@@ -365,6 +367,35 @@ def test_ctrl_c_stops_the_children_cleanly_and_the_same_command_continues(tmp_pa
     assert "resumed in epoch" in (tmp_path / "root" / "logs" / "cls_teacher.txt").read_text()
 
 
+def test_overwrite_is_told_again_until_a_stage_has_begun(tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    preset = _preset(tmp_path / "preset", cls_teacher={}, cls_student={})
+    words = ["pipeline", "--preset", str(preset), "--run-dir", str(tmp_path / "root")]
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "stage_keys", interrupted)
+        assert main([*words, "--overwrite"]) == 130
+    assert capsys.readouterr().err.endswith(" --overwrite\n")
+    monkeypatch.setattr(scheduler, "_start", interrupted)  # the second Ctrl-C
+    assert main([*words, "--overwrite"]) == 130
+    told = capsys.readouterr().err
+    assert "stopped; to continue: python -m kdtrain pipeline" in told
+    assert "--overwrite" not in told
+
+
+def test_a_signal_after_the_command_does_not_change_its_status(monkeypatch):
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr("kdtrain.cli.main", lambda: 0)
+    try:
+        assert __main__.main() == 0
+        for number in before:
+            os.kill(os.getpid(), number)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_a_failure_is_told_from_this_sessions_lines_of_the_log(tmp_path, monkeypatch):
     (tmp_path / "logs").mkdir()
     log = tmp_path / "logs" / "a.txt"
@@ -457,11 +488,10 @@ def test_stages_that_need_landmarks_are_left_out_and_named(
 
 def test_runs_of_tables_and_methods_that_need_landmarks_are_refused(photographs, tmp_path):
     config = tiny_config("alignment", data__kind="folder", data__root=str(photographs))
-    group = campaign.Group("table3", ("a",))
+    run = Run("ali", 1)
+    group, stages = campaign.Group("table3", (run,)), {run: pipeline.Stage("ali_s1", config)}
     with pytest.raises(ConfigError, match="ali_s1: the images have no landmarks"):
-        campaign.make_campaign(
-            [group], {"a": pipeline.Stage("ali_s1", config)}, campaign.Order(tmp_path, 1), print
-        )  # fmt: skip
+        campaign.make_campaign([group], stages, campaign.Order(tmp_path, 1))
 
 
 def test_a_dry_run_ends_as_the_run_would(photographs, tmp_path, monkeypatch, capsys):

@@ -253,7 +253,7 @@ def test_an_estimate_times_each_target_once(name, monkeypatch):
         options = {f"target__{name}": weight, "teacher__cache": "float32"}
         config = tiny_config(teacher="@t", optim__batch_size=8, **options)
         counts = Counts(8, 24, 16)
-        cost = estimate(config, counts, [teacher], threads=1, answers_kept=True)
+        cost = estimate(config, counts, [teacher], threads=1, outputs_cached=True)
         assert cost.training_s > 0
     soft = tiny_config(teacher="@t", optim__batch_size=8, target__alpha=1.0)
     estimate(soft, counts, [teacher], threads=1)

@@ -154,7 +154,7 @@ def test_every_command_hears_a_signal(command, number, monkeypatch, capsys):
 
     monkeypatch.setitem(commands.COMMANDS, command, slow)
     assert main([command, "a b", "--overwrite"]) == 130
-    said = f"stopped; to resume: python -m kdtrain {command} 'a b'\n"
+    said = f"stopped; to resume: python -m kdtrain {command} 'a b' --overwrite\n"
     assert capsys.readouterr().err == said
 
 

@@ -311,16 +311,12 @@ class _Runs:
 
     def _left_s(self) -> float:
         """Time left from the cost of what is done; 0 before the first result."""
-        under_way = done = rest = 0.0
-        for work in self.works:
-            if work.name in self.running:
-                under_way += work.cost * self.running[work.name].progress.get("share", 0.0)
-            if work.name in self.outcomes:
-                done += work.cost * (self.outcomes[work.name].state == "done")
-            else:
-                rest += work.cost
-        done += under_way
-        return (rest - under_way) * (time.monotonic() - self.started) / done if done else 0.0
+        shares = {name: child.progress.get("share", 0.0) for name, child in self.running.items()}
+        shares |= {name: 1.0 for name, one in self.outcomes.items() if one.state == "done"}
+        works = [work for work in self.works if work.name in {*shares, *self.waiting}]
+        done = sum(work.cost * shares.get(work.name, 0.0) for work in works)
+        left = sum(work.cost for work in works) - done
+        return left * (time.monotonic() - self.started) / done if done else 0.0
 
 
 def _note(progress: Mapping[str, Any]) -> str:

@@ -195,13 +195,13 @@ def seconds_of(
     found = {}
     for run in runs:
         config = stages[run].config
-        planned = dryrun.planned(stages[run].name, config, Path(), configs)
+        teachers, _ = dryrun.teachers_of(config, Path(), configs)
         read = (config.teacher.run or "", config.seed)
         cost = estimate(
-            config, count(config), planned.teachers, threads=threads, outputs_cached=read in cached
+            config, count(config), teachers, threads=threads, outputs_cached=read in cached
         )
         cached.add(read)
-        found[planned.name] = START_S + cost.total_s
+        found[stages[run].name] = START_S + cost.total_s
     return found
 
 

@@ -10,7 +10,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,10 +19,9 @@ import torch
 from kdtrain.config import Config
 from kdtrain.config.networks import network_title
 from kdtrain.experiments import dryrun
-from kdtrain.experiments.estimate import batches_of_epoch
+from kdtrain.experiments.estimate import batch_images, batches_of_epoch, now
 from kdtrain.experiments.pipeline import Stage
 from kdtrain.experiments.study import Run, Study, inputs_of
-from kdtrain.experiments.timing import batch_images, now
 from kdtrain.models.network import FaceNetwork, count_parameters, multiply_adds
 from kdtrain.training import checkpoint
 from kdtrain.training.environment import environment
@@ -31,10 +30,8 @@ from kdtrain.training.input_runs import load_network
 BATCHES = (1, 64)
 ROUNDS = 15
 LEAST_ROUNDS = 5
-CALL_S = 0.02
-"""Least time of one network before the next one is timed, seconds."""
-ALL_S = 120.0
-"""Time after which no further round begins, seconds."""
+CALL_S = 0.02  # least time of one network before the next one is timed
+ALL_S = 120.0  # time after which no further round begins
 FILE = "speed.json"
 
 
@@ -42,12 +39,9 @@ class Length(NamedTuple):
     """Length of the training of an arm."""
 
     epochs: int
-    images: int
-    """Seen in training, with repetition."""
-    start_epochs: int
-    """Epochs of the run that it is initialised from, and of that run's own initialisation."""
-    needs: tuple[str, ...]
-    """Every other run that it needs, inputs first."""
+    images: int  # seen in training, with repetition
+    start_epochs: int  # of the run that it is initialised from, and of that run's own start
+    needs: tuple[str, ...]  # every other run that it needs, inputs first
 
 
 class Size(NamedTuple):
@@ -55,14 +49,11 @@ class Size(NamedTuple):
 
     name: str
     side: int
-    backbone: int
-    """Parameters without the heads."""
-    multiply_adds: int
-    """Of the backbone, for one image."""
+    backbone: int  # parameters without the heads
+    multiply_adds: int  # of the backbone, for one image
 
 
-@dataclass(frozen=True)
-class Quartiles:
+class Quartiles(NamedTuple):
     """Images per second over the rounds."""
 
     low: float
@@ -70,8 +61,7 @@ class Quartiles:
     high: float
 
 
-Speeds = Mapping[int, Quartiles]
-"""By images of a call."""
+Speeds = Mapping[int, Quartiles]  # by images of a call
 
 
 def lengths(study: Study, stages: Mapping[Run, Stage]) -> dict[Run, Length]:
@@ -84,13 +74,11 @@ def lengths(study: Study, stages: Mapping[Run, Stage]) -> dict[Run, Length]:
         config = stage.config
         epochs = sum(phase.epochs for phase in config.optim.phases)
         images = epochs * batches_of_epoch(config, count(config)) * batch_images(config)
-        needed = list(study.chain(run))[:-1]
+        *needed, _ = study.chain(run)  # which come before
         first = inputs_of(study.flat[run.arm], ("init_from",))
-        before = 0
-        for theirs in (found[one] for one in needed if one.arm in first):  # which come before
-            before = theirs.epochs + theirs.start_epochs
+        before = [found[one].epochs + found[one].start_epochs for one in needed if one.arm in first]
         needs = tuple(dict.fromkeys(one.arm for one in needed))
-        found[run] = Length(epochs, images, before, needs)
+        found[run] = Length(epochs, images, before[-1] if before else 0, needs)
     return found
 
 
@@ -123,7 +111,7 @@ def size_of(folder: Path, config: Config) -> Size:
 
 def speeds(
     root: Path, runs: Mapping[str, tuple[Path, Config]], say: Callable[[str], None]
-) -> tuple[dict[str, Speeds], str]:
+) -> tuple[Mapping[str, Speeds], str]:
     """Images per second of each network, by its key, and how they were measured.
 
     runs: a finished run directory of each network, with its config. Measured again, all together,
@@ -131,36 +119,34 @@ def speeds(
     """
     if not runs:
         return {}, ""
-    config = next(iter(runs.values()))[1]
-    about = environment(config)
+    _, config = next(iter(runs.values()))
     threads = torch.get_num_threads()
-    where = {name: about[name] for name in sorted(about)} | {"timing threads": threads}
+    where = dict(sorted(environment(config).items())) | {"timing threads": threads}
     kept = checkpoint.read_json(root / FILE) or {}
     if kept.get("where") != where or not set(runs) <= set(kept.get("networks", {})):
         say(f"timing the inference of {len(runs)} networks, {threads} threads")
         loaded = {
             key: (load_network(folder), own.data.input_size) for key, (folder, own) in runs.items()
         }
-        found = measure(loaded, torch.device(config.train.device))
         networks = {
-            key: {str(batch): asdict(one) for batch, one in by.items()} for key, by in found.items()
+            key: {str(batch): one._asdict() for batch, one in by.items()}
+            for key, by in measure(loaded, torch.device(config.train.device)).items()
         }
         kept = {"where": where, "networks": networks}
         checkpoint.write_json(root / FILE, kept)
-    known: dict[str, Speeds] = {
+    known = {
         key: {int(batch): Quartiles(**one) for batch, one in kept["networks"][key].items()}
         for key in runs
     }
-    text = (
+    return known, (
         f"inference on {config.train.device} with {threads} threads, float32, backbone alone, "
         "eval mode; the networks take turns; median of the rounds [quartiles]"
     )
-    return known, text
 
 
 def measure(
     networks: Mapping[str, tuple[FaceNetwork, int]], device: torch.device
-) -> dict[str, Speeds]:
+) -> Mapping[str, Speeds]:
     """Images per second of networks (network, input side), which take turns."""
     calls = {}
     for key, (network, side) in networks.items():
@@ -168,21 +154,20 @@ def measure(
         for batch in BATCHES:
             images = torch.rand(batch, 3, side, side, device=device) * 255
             _timed(network, images, 2)
-            calls[key, batch] = network, images, _timed(network, images, 1)
-    found: dict[tuple[str, int], list[float]] = {place: [] for place in calls}
+            once_s = _timed(network, images, 1)
+            calls[key, batch] = network, images, max(1, round(CALL_S / max(once_s, 1e-6)))
+    rates: dict[tuple[str, int], list[float]] = {place: [] for place in calls}
     began = time.monotonic()
     for number in range(ROUNDS):
         if number >= LEAST_ROUNDS and time.monotonic() - began > ALL_S:
             break
-        for place, (network, images, once_s) in calls.items():
-            count = max(1, round(CALL_S / max(once_s, 1e-6)))
-            seconds = _timed(network, images, count)
-            found[place].append(count * len(images) / seconds)
-    quartiles = {
-        place: Quartiles(*statistics.quantiles(values, n=4, method="inclusive"))
-        for place, values in found.items()
-    }
-    return {key: {batch: quartiles[key, batch] for batch in BATCHES} for key in networks}
+        for place, (network, images, count) in calls.items():
+            rates[place].append(count * len(images) / _timed(network, images, count))
+    found: dict[str, dict[int, Quartiles]] = {}
+    for (key, batch), values in rates.items():
+        quartiles = statistics.quantiles(values, n=4, method="inclusive")
+        found.setdefault(key, {})[batch] = Quartiles(*quartiles)
+    return found
 
 
 def _timed(network: FaceNetwork, images: torch.Tensor, count: int) -> float:

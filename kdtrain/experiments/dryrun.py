@@ -20,10 +20,9 @@ from kdtrain.config.networks import network_title
 from kdtrain.config.program import threads_of
 from kdtrain.data import DataError, FaceSource, balanced_batches
 from kdtrain.data.run_data import parts, shared_source
-from kdtrain.experiments.estimate import Counts, Estimate, estimate
+from kdtrain.experiments.estimate import Counts, Estimate, batch_images, estimate, network_size
 from kdtrain.experiments.pipeline import Stage, is_there
 from kdtrain.experiments.scheduler import wall_time
-from kdtrain.experiments.timing import Size, batch_images, network_size
 from kdtrain.objectives.tasks import TASKS
 from kdtrain.reports import writing
 from kdtrain.training import checkpoint
@@ -33,7 +32,7 @@ from kdtrain.training.journal.journal import duration
 DAY_S = 86400.0
 COLUMNS = ("stage", "after", "network", "input", "parameters", "MACs", "teacher", "batch")
 COLUMNS += ("steps", "memory", "a step", "time")
-LEFT = 3  # columns that are words
+WORDS = ("stage", "after", "network", "teacher")  # columns aligned to the left
 
 
 class Published(NamedTuple):
@@ -54,18 +53,15 @@ PUBLISHED = {
 
 @dataclass
 class Planned:
-    """A run and its estimated cost."""
+    """A run and its estimated cost; None where something is missing, which the notes name."""
 
     name: str
     config: Config
     inputs: tuple[str, ...]
-    teachers: tuple[ModelConfig, ...]
-    """Networks of the runs that it learns from."""
+    teachers: list[ModelConfig]  # of the runs that it learns from
     notes: list[str]
     cost: Estimate | None = None
-    """None where something is missing; the notes name it."""
-    fails: bool = False
-    """The run would end in the error of its notes."""
+    fails: bool = False  # the run would end in the error of its notes
 
 
 def show_run(config: Config, run_dir: Path, recipes: Path, options: Mapping[str, Any]) -> int:
@@ -75,7 +71,7 @@ def show_run(config: Config, run_dir: Path, recipes: Path, options: Mapping[str,
     recipes: folder of the recipe. options: of the command line (classes, images).
     """
     print(settings.to_yaml(config), end="", flush=True)
-    run = planned(run_dir.name, config, run_dir, recipes)
+    run = Planned(run_dir.name, config, (), *teachers_of(config, run_dir, recipes))
     return _show([run], options, torch.get_num_threads(), 1)
 
 
@@ -88,7 +84,8 @@ def show_stages(stages: Sequence[Stage], root: Path, jobs: int, options: Mapping
     for stage in stages:
         needs = f" after {', '.join(stage.inputs)}" if stage.inputs else ""
         print(f"---\n# {stage.name}{needs}\n{settings.to_yaml(stage.config)}", end="", flush=True)
-        runs.append(planned(stage.name, stage.config, root / stage.name, configs, stage.inputs))
+        found = teachers_of(stage.config, root / stage.name, configs)
+        runs.append(Planned(stage.name, stage.config, stage.inputs, *found))
     return _show(runs, options, threads_of(jobs), jobs)
 
 
@@ -113,19 +110,14 @@ def _show(runs: Sequence[Planned], options: Mapping[str, Any], threads: int, job
     return int(bool(lost))
 
 
-def planned(
-    name: str,
-    config: Config,
-    run_dir: Path,
-    recipes: Mapping[str, Config] | Path,
-    inputs: tuple[str, ...] = (),
-) -> Planned:
-    """A run with the networks of its teachers; see network_of."""
-    named = [run for run in (config.teacher.run, *config.teacher.more) if run is not None]
-    found = [network_of(run, config, run_dir, recipes) for run in named]
-    note = "; ".join(note for _, note in found if note)
-    models = tuple(model for model, _ in found)
-    return Planned(name, config, inputs, models, [note] if note else [])
+def teachers_of(
+    config: Config, run_dir: Path, recipes: Mapping[str, Config] | Path
+) -> tuple[list[ModelConfig], list[str]]:
+    """The networks of the teachers, and notes where one had to be guessed; see network_of."""
+    named = (config.teacher.run, *config.teacher.more)
+    found = [network_of(run, config, run_dir, recipes) for run in named if run is not None]
+    notes = [note for _, note in found if note]
+    return [model for model, _ in found], ["; ".join(notes)] if notes else []
 
 
 def network_of(
@@ -137,14 +129,13 @@ def network_of(
     run directory, then in the folder `recipes` under @NAME.
     """
     name = named.removeprefix("@").removesuffix("/best")
-    chained = named.startswith("@")
-    if chained and not isinstance(recipes, Path) and name in recipes:
-        return recipes[name].model, ""
-    folder = run_folder(named, run_dir)
-    files = [checkpoint.run_of(folder) / "config.yaml"]
-    if chained and isinstance(recipes, Path):
-        # recipes/<preset>/tables/ takes its teachers from the preset above it
-        files += [recipes / f"{name}.yaml", recipes.parent / f"{name}.yaml"]
+    files = [checkpoint.run_of(run_folder(named, run_dir)) / "config.yaml"]
+    if named.startswith("@"):
+        if isinstance(recipes, Path):
+            # recipes/<preset>/tables/ takes its teachers from the preset above it
+            files += [recipes / f"{name}.yaml", recipes.parent / f"{name}.yaml"]
+        elif name in recipes:
+            return recipes[name].model, ""
     for file in files:
         if file.is_file():
             return settings.build(settings.read_recipe(file)).model, ""
@@ -152,30 +143,31 @@ def network_of(
     return replace(config.model, divide=1), note
 
 
-def count(
-    config: Config, given: Published | None, sources: dict[DataConfig, FaceSource]
-) -> Counts | str:
-    """Classes and images of the run, or a sentence about what is missing.
+def count(config: Config, given: Published | None, sources: dict[DataConfig, FaceSource]) -> Counts:
+    """Classes and images of the run.
 
     given: counts that the user states. sources: those read before, by their data section. Raises
-    DataError or ValueError where the images are there and cannot serve.
+    DataError or ValueError where the images are there and cannot serve, ConfigError where they are
+    not there and their number is unknown.
     """
     data = config.data
-    if given is not None:
-        return _published(config, given, "")
-    if is_there(data):
+    if given is None and is_there(data):
         return counted(config, sources)
-    known = PUBLISHED.get(re.sub("[^a-z0-9]", "", Path(data.root or "").name.lower()))
-    if known is None and data.kind == "celeba":
-        known = PUBLISHED["celeba"]
-    if known is None:
-        return (
+    name = re.sub("[^a-z0-9]", "", Path(data.root or "").name.lower())
+    size = given or PUBLISHED.get(name) or PUBLISHED.get(data.kind)
+    if size is None:
+        raise ConfigError(
             f"no folder {data.root} (data.root), so nothing can be counted; state the size with "
             "--classes N --images N"
         )
-    size = f"{known.identities:,} identities and {known.images:,} images"
-    note = f"no folder {data.root}: counted as published, {known.name} with {size}"
-    return _published(config, known, note)
+    note = f"no folder {data.root}: counted as published, {size.name} with "
+    note += f"{size.identities:,} identities and {size.images:,} images"
+    test = round(data.test_fraction * size.images)
+    train = size.images - test
+    if data.split == "identity:random":
+        train, test = (round((1 - data.test_fraction) * part) for part in (train, test))
+    validation = round(data.validation_fraction * train)
+    return Counts(size.identities, train - validation, test, validation, note="" if given else note)
 
 
 def counted(config: Config, sources: dict[DataConfig, FaceSource]) -> Counts:
@@ -204,30 +196,16 @@ def counter(sources: dict[DataConfig, FaceSource]) -> Callable[[Config], Counts]
     return count_once
 
 
-def _published(config: Config, size: Published, note: str) -> Counts:
-    """The split of a data set of which only the size is known."""
-    data = config.data
-    test = round(data.test_fraction * size.images)
-    train = size.images - test
-    if data.split == "identity:random":
-        train, test = (round((1 - data.test_fraction) * part) for part in (train, test))
-    validation = round(data.validation_fraction * train)
-    return Counts(size.identities, train - validation, test, validation, note=note)
-
-
 def _estimate(
     run: Planned, threads: int, given: Published | None, sources: dict[DataConfig, FaceSource]
 ) -> None:
-    """Fill in the cost of a run and what is to be said of it."""
+    """Fill in the cost and the notes of a run."""
     config = run.config
     try:
         counts = count(config, given, sources)
     except ValueError as error:
         run.notes.append(str(error))
-        run.fails = True
-        return
-    if isinstance(counts, str):
-        run.notes.append(counts)
+        run.fails = is_there(config.data)
         return
     if counts.note:
         run.notes.append(counts.note)
@@ -239,8 +217,8 @@ def _estimate(
         elsewhere = False
         run.cost = cost = estimate(config, counts, run.teachers, threads=threads)
     except ConfigError as error:
-        # what can be said of a run that cannot be timed here
-        parameters, work = _counts(network_size(config, config.model, counts.classes))
+        size = network_size(config, config.model, counts.classes)
+        parameters, work = map(writing.count, size[:2])
         run.notes.append(f"{error}; {parameters} parameters, {work} multiply-adds")
         run.fails = not elsewhere
         return
@@ -249,7 +227,7 @@ def _estimate(
             "counted with a teacher forward pass in every step; a run that reads teacher.cache "
             "takes less"
         )
-    if cost.scaled:
+    if cost.timed_batch < cost.batch:
         run.notes.append(
             f"timed on {cost.timed_batch} of {cost.batch} images a batch and scaled, as a "
             "whole batch takes too long or too much memory here"
@@ -257,16 +235,13 @@ def _estimate(
 
 
 def _table(runs: Sequence[Planned]) -> list[str]:
-    cells = [COLUMNS, *map(_cells, runs)]
-    kept = [k for k in range(len(COLUMNS)) if any(line[k] not in ("", "-") for line in cells[1:])]
-    widths = {k: max(len(line[k]) for line in cells) for k in kept}
-    return [
-        "  ".join(
-            line[k].ljust(widths[k]) if k < LEFT or k == 6 else line[k].rjust(widths[k])
-            for k in kept
-        )
-        for line in cells
-    ]
+    """Lines of the columns in which a run has something."""
+    columns = []
+    for title, *cells in zip(COLUMNS, *map(_cells, runs), strict=True):
+        if set(cells) - {"", "-"}:
+            width, side = max(map(len, (title, *cells))), "<" if title in WORDS else ">"
+            columns.append([f"{cell:{side}{width}}" for cell in (title, *cells)])
+    return ["  ".join(line) for line in zip(*columns, strict=True)]
 
 
 def _cells(run: Planned) -> tuple[str, ...]:
@@ -279,9 +254,9 @@ def _cells(run: Planned) -> tuple[str, ...]:
         batch = f"{config.optim.accumulate} x {batch}"
     size, work = ("-",) * 2, ("-",) * 4
     if cost is not None:
-        size = _counts(cost.size)
-        work = f"{cost.steps:,}", _bytes(cost.memory_bytes), f"{cost.step_s:.3g} s"
-        work += (long_duration(cost.total_s),)
+        size = map(writing.count, cost.size[:2])
+        step = f"{cost.training_s / cost.steps:.3g} s"
+        work = f"{cost.steps:,}", _bytes(cost.memory_bytes), step, long_duration(cost.total_s)
     network = network_name(config.model), str(config.data.input_size)
     return (run.name, ", ".join(run.inputs), *network, *size, teacher, batch, *work)
 
@@ -308,10 +283,6 @@ def _summary(runs: Sequence[Planned], threads: int, jobs: int) -> list[str]:
             f"{len(costs)} runs{missing}, {long_duration(wall_s)} on the clock with --jobs {jobs}"
         )
     return lines
-
-
-def _counts(size: Size) -> tuple[str, str]:
-    return writing.count(size.parameters), writing.count(size.multiply_adds)
 
 
 def network_name(model: ModelConfig) -> str:

@@ -11,52 +11,32 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from kdtrain.config import RUN_SETTINGS, Config, ConfigError, DataConfig, settings
+from kdtrain.config import RUN_SETTINGS, ConfigError, DataConfig, settings
 from kdtrain.config.program import threads_of
 from kdtrain.data import FaceSource
 from kdtrain.data.run_data import data_key, parts, shared_source
-from kdtrain.experiments.scheduler import Outcome, Overview, Work, longest_chain_first, run_all
+from kdtrain.experiments.scheduler import (
+    RECIPES,
+    Outcome,
+    Overview,
+    Stage,
+    longest_chain_first,
+    result_text,
+    run_all,
+)
 from kdtrain.objectives.tasks import TASKS
 from kdtrain.reports.chain_table import result_table
 from kdtrain.training import checkpoint, keys
 from kdtrain.training.journal import journal
-from kdtrain.training.journal.journal import duration, number
+from kdtrain.training.journal.journal import duration
 
 NO_LANDMARKS = "the images have no landmarks (data.landmark_file names a list of them)"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One run of the chain."""
-
-    name: str
-    config: Config
-    seconds: float = 0.0
-    """Estimated training time; 0 where there is none."""
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """The stages beside it whose networks it reads."""
-        named = [run[1:] for run in self.config.runs().values() if run.startswith("@")]
-        return tuple(dict.fromkeys(named))
-
-    @property
-    def cost(self) -> float:
-        """A weight for the order of stages and the time left: seconds, or a rough guess."""
-        if self.seconds:
-            return self.seconds
-        epochs = sum(phase.epochs for phase in self.config.optim.phases)
-        model = self.config.model
-        kernels = (model.width if model.name == "resnet" else 64) / model.divide
-        # a small network's time per image is half overhead: measured 5.2, 1.2 and 0.9 ms at 32,
-        # 8 and 4 kernels
-        return epochs * (1 + (kernels / 14) ** 2) * (self.config.data.input_size / 32) ** 2
 
 
 def plan(
@@ -68,18 +48,14 @@ def plan(
     """The stages of a preset in an order that can be run.
 
     preset: a packaged one or a folder of recipes. common: dotted keys for every stage; special: by
-    stage name, on top.
-    divide: the students' division of kernels. Raises ConfigError for an unknown preset, stage or
-    key, an input that is not there, or a circle.
+    stage name, on top. divide: the students' division of kernels. Raises ConfigError for an unknown
+    preset or key, an input that is not there, or a circle.
     """
     common = settings.in_full(common)
     for key in ("task", *RUN_SETTINGS.values()):
         if key in common:
             raise ConfigError(f"{key} is each stage's own; set it for one stage: --STAGE.{key}")
     recipes = {f.stem: settings.read_recipe(f) for f in stage_files(preset)}
-    for name in special:
-        if name not in recipes:
-            raise ConfigError(f"no stage {name!r}; {settings.nearest(name, recipes)}")
     stages = {}
     for name, recipe in recipes.items():
         flat = {**recipe, **common, **settings.in_full(special.get(name, {}))}
@@ -192,10 +168,9 @@ def run(
     console = journal.console()
     threads = threads_of(jobs)
     with checkpoint.lock(root, wait_s=2.0):
-        recipes = root / "recipes"
-        recipes.mkdir(exist_ok=True)
+        (root / RECIPES).mkdir(exist_ok=True)
         wanted = stage_keys(stages, root, sources)
-        works: list[Work] = []
+        works: list[Stage] = []
         before: dict[str, Outcome] = {}
         for stage in stages:
             folder, key = root / stage.name, wanted[stage.name]
@@ -205,22 +180,19 @@ def run(
                 before[stage.name] = Outcome("reused", "", results.get("seconds", 0.0))
                 if overview is None:
                     console.print(f"{stage.name}: reused, {headline(results)}")
-                continue
-            if state == "diverged":
+            elif state == "diverged":
                 record = checkpoint.read_json(folder / "diverged.json") or {}
                 note = f"{record['message']} (--overwrite trains it anew)"
                 before[stage.name] = Outcome("diverged", note, record.get("seconds", 0.0))
                 console.print(f"{stage.name}: diverged before: {note}", markup=False)
-                continue
-            if state in ("changed", "new"):
-                set_aside(folder, root / "previous" / stage.name, console)
-            config = stage.config
-            if config.train.threads == 0:
-                config = replace(config, train=replace(config.train, threads=threads))
-            recipe = recipes / f"{stage.name}.yaml"
-            checkpoint.write_text(recipe, settings.to_yaml(config))
-            resume, inputs = state == "resume", stage.inputs
-            works.append(Work(stage.name, recipe, folder, inputs, resume, threads, stage.cost))
+            else:
+                if state != "resume":
+                    set_aside(folder, root / "previous" / stage.name, console)
+                own = stage.config.train
+                config = replace(stage.config, train=replace(own, threads=own.threads or threads))
+                recipe = root / RECIPES / f"{stage.name}.yaml"
+                checkpoint.write_text(recipe, settings.to_yaml(config))
+                works.append(replace(stage, config=config, resume=state == "resume"))
         reused = sum(outcome.state == "reused" for outcome in before.values())
         if overview is not None and reused:
             console.print(f"{reused} of {len(stages)} runs were finished before")
@@ -230,14 +202,11 @@ def run(
 
 def stage_state(folder: Path, key: str) -> str:
     """reused or diverged (ended under this key) | resume (begun under it) | changed | new."""
-    results = checkpoint.read_json(folder / "results.json")
-    diverged = checkpoint.read_json(folder / "diverged.json")
-    begun = results or diverged or checkpoint.read_json(folder / "run.json")
-    if begun is None:
-        return "new"
-    if begun.get("key") != key:
-        return "changed"
-    return "reused" if results else "diverged" if diverged else "resume"
+    for name, state in (("results", "reused"), ("diverged", "diverged"), ("run", "resume")):
+        record = checkpoint.read_json(folder / f"{name}.json")
+        if record is not None:
+            return state if record.get("key") == key else "changed"
+    return "new"
 
 
 def set_aside(folder: Path, place: Path, console: Console) -> None:
@@ -254,10 +223,8 @@ def set_aside(folder: Path, place: Path, console: Console) -> None:
 
 
 def headline(results: Mapping[str, Any]) -> str:
-    """'top1 93.1 % in 1:02' from results.json."""
-    name = results.get("metric", {}).get("name", "")
-    shown = number(name, results.get("metrics", {}).get(name), 1)
-    return f"{name} {shown} after {duration(results.get('seconds', 0.0))} of training"
+    """'top1 93.1 % after 1:02 of training' from results.json."""
+    return f"{result_text(results)} after {duration(results.get('seconds', 0.0))} of training"
 
 
 def finish(root: Path, outcomes: Mapping[str, Outcome]) -> None:
@@ -277,8 +244,5 @@ def ordered(stages: Mapping[str, Stage], first: Collection[str] = ()) -> list[St
     first.
     """
     costs = {name: stage.cost for name, stage in stages.items()}
-    try:
-        names = longest_chain_first(costs, {n: s.inputs for n, s in stages.items()}, first)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    return [stages[name] for name in names]
+    inputs = {name: stage.inputs for name, stage in stages.items()}
+    return [stages[name] for name in longest_chain_first(costs, inputs, first)]

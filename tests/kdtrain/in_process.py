@@ -8,8 +8,7 @@ from typing import Any
 
 from tiny_runs import quiet
 
-from kdtrain.config import settings
-from kdtrain.experiments.scheduler import Outcome, Work
+from kdtrain.experiments.scheduler import Outcome, Stage
 from kdtrain.training import engine
 from kdtrain.training.preparation import TrainingError
 
@@ -18,7 +17,7 @@ def in_process(stop: Callable[[], bool] = lambda: False) -> Callable[..., Any]:
     """A run_all that trains in this process, with the same outcomes. stop: interrupts a run."""
 
     def run_all(
-        works: Sequence[Work],
+        works: Sequence[Stage],
         root: Path,
         jobs: int,
         console: Any,
@@ -33,9 +32,9 @@ def in_process(stop: Callable[[], bool] = lambda: False) -> Callable[..., Any]:
             if any(outcomes[name].state not in ("done", "reused") for name in work.inputs):
                 outcomes[work.name] = Outcome("skipped", "needs a run that is not there", 0.0)
                 continue
-            config = settings.build(settings.read_recipe(work.recipe))
+            config, folder = work.config, root / work.name
             try:
-                engine.train(config, work.folder, resume=work.resume, stop=stop, screen=quiet())
+                engine.train(config, folder, resume=work.resume, stop=stop, screen=quiet())
                 outcomes[work.name] = Outcome("done", "", 0.0)
             except engine.Interrupted:
                 outcomes[work.name] = Outcome("stopped", "checkpoint saved", 0.0)

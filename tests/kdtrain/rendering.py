@@ -41,8 +41,7 @@ from kdtrain.experiments import (
     study,
     study_file,
 )
-from kdtrain.experiments.estimate import Counts, Estimate
-from kdtrain.experiments.timing import network_size
+from kdtrain.experiments.estimate import Counts, Estimate, network_size
 from kdtrain.reports import chain_table
 from kdtrain.reports.report import report
 from kdtrain.reports.tables import files

@@ -25,12 +25,12 @@ from tiny_runs import TASK_KEYS, TINY, environment, tiny_config
 from kdtrain import __main__
 from kdtrain.cli import main
 from kdtrain.config import ConfigError, program, settings
-from kdtrain.experiments import campaign, pipeline, scheduler, timing
+from kdtrain.experiments import campaign, estimate, pipeline, scheduler
 from kdtrain.experiments.study import Run
 from kdtrain.reports import chain_table
 from kdtrain.training import checkpoint, keys
 
-CONSTANT = timing.Timing(
+CONSTANT = estimate.Timing(
     images=4, batch_s=0.5, update_s=0.25, image_s=0.125, fixed_bytes=1000, batch_bytes=40
 )
 FLOOR = chain_table.FLOOR
@@ -380,7 +380,7 @@ def test_overwrite_is_printed_again_until_a_stage_has_begun(tmp_path, monkeypatc
     monkeypatch.setattr(scheduler, "_start", interrupted)  # the second Ctrl-C
     assert main([*words, "--overwrite"]) == 130
     told = capsys.readouterr().err
-    assert "stopped; to continue: python -m kdtrain pipeline" in told
+    assert "stopped; to resume: python -m kdtrain pipeline" in told
     assert "--overwrite" not in told
 
 
@@ -399,11 +399,11 @@ def test_a_signal_after_the_command_does_not_change_its_status(monkeypatch):
 def test_a_failure_is_named_from_this_sessions_lines_of_the_log(tmp_path, monkeypatch):
     (tmp_path / "logs").mkdir()
     log = tmp_path / "logs" / "a.txt"
-    work = scheduler.Work("a", Path("a.yaml"), tmp_path / "a", (), True, 1, 1.0)
+    stage = pipeline.Stage("a", tiny_config(), resume=True)
     monkeypatch.setattr(scheduler.subprocess, "Popen", lambda *_, **__: None)
     notes = []
     for said in ("error: the first cause\n", "", "a: epoch 2\nkilled\n", "error: the next\n"):
-        child = scheduler._start(work, tmp_path)
+        child = scheduler._start(stage, tmp_path, 1)
         child.log.write(said.encode())
         child.log.close()
         notes.append(scheduler._outcome(child, 1).note)
@@ -433,7 +433,7 @@ def test_threads_are_the_users_or_an_equal_share(given, jobs, threads, tmp_path,
     config = tiny_config(train__threads=0)
     with contextlib.suppress(KeyError):  # as nothing has run
         pipeline.run([pipeline.Stage("a", config)], tmp_path / "root", jobs=jobs)
-    assert [work.threads for work in works] == [threads]
+    assert [work.config.train.threads for work in works] == [threads]
     recipe = settings.read_recipe(tmp_path / "root" / "recipes" / "a.yaml")
     assert recipe["train.threads"] == threads
 
@@ -467,7 +467,7 @@ def test_stages_that_need_landmarks_are_left_out_and_named(
         ver_teacher={"task": "verification", "init_from": "@cls_teacher"},
     )
     line = f"omitted, as {pipeline.NO_LANDMARKS}: ali_teacher, ver_after\n"
-    monkeypatch.setattr(timing, "_measure", lambda *_: CONSTANT)
+    monkeypatch.setattr(estimate, "_measure", lambda *_: CONSTANT)
     words = _of(photographs, "--preset", preset, "--run-dir", tmp_path / "root")
     assert main([*words, "--dry-run"]) == 0
     printed = capsys.readouterr().out
@@ -495,7 +495,7 @@ def test_runs_of_tables_and_methods_that_need_landmarks_are_rejected(photographs
 
 
 def test_a_dry_run_ends_as_the_run_would(photographs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(timing, "_measure", lambda *_: CONSTANT)
+    monkeypatch.setattr(estimate, "_measure", lambda *_: CONSTANT)
     preset = _preset(tmp_path / "preset", a={}, b={"optim__batch_size": 5000})
     words = ("--preset", preset, "--run-dir", tmp_path / "root", "--dry-run")
     assert main(_of(photographs, *words)) == 1

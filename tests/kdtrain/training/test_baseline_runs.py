@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from kdtrain.config import ConfigError, ModelConfig
 from kdtrain.config.settings import build, read_recipe, recipe_path
 from kdtrain.data.run_data import RunData
-from kdtrain.experiments import select_targets, timing
+from kdtrain.experiments import estimate as costs
+from kdtrain.experiments import select_targets
 from kdtrain.experiments.estimate import Counts, estimate
 from kdtrain.experiments.select_targets import plan
 from kdtrain.objectives.tasks import build_task
@@ -245,9 +246,9 @@ def test_cached_embeddings_train_bitwise_identical_to_a_forward_pass(place):
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_an_estimate_times_each_target_once(name, monkeypatch):
     asked = []
-    monkeypatch.setattr(timing, "_timings", {})
-    original = timing._measure
-    monkeypatch.setattr(timing, "_measure", lambda *a: asked.append(a[1]) or original(*a))
+    monkeypatch.setattr(costs, "_timings", {})
+    original = costs._measure
+    monkeypatch.setattr(costs, "_measure", lambda *a: asked.append(a[1]) or original(*a))
     teacher = ModelConfig(depth=14, width=16, stem="small")
     for weight in (1.0, 2.0):
         options = {f"target__{name}": weight, "teacher__cache": "float32"}

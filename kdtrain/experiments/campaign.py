@@ -39,7 +39,6 @@ class Order:
     budget_min: float | None = None
     """Minutes on the clock; None: no limit."""
     command: str = ""
-    """The command line."""
     dry_run: bool = False
     """Print the runs of the first seed, their cost and the plan; write nothing."""
     overwrite: bool = False
@@ -142,24 +141,21 @@ def make_campaign(
     if not order.dry_run:
         order.console.print(f"{len(ours)} runs in all, {finished} finished before; timing steps")
     seconds = seconds_of(open_runs, stages, threads_of(order.jobs), sources)
-    by_name = {stage.name: run for run, stage in stages.items()}
-    have = {run for run, state in states.items() if state == "reused"}
+    named = {stage.name for stage in stages.values()}
+    have = {stages[run].name for run, state in states.items() if state == "reused"}
     first = controls(stages.values())
     taken: list[Group] = []
     left: list[tuple[str, float]] = []
     clock = 0.0
     for group in groups:
-        inputs = {
-            by_name[name] for run in group.runs for name in stages[run].inputs if name in by_name
-        }
-        if not inputs <= have | set(group.runs):
-            continue  # it reads runs of a group that was left out
         found = [stages[run] for one in (*taken, group) for run in one.runs]
+        inputs = {name for run in group.runs for name in stages[run].inputs} & named
+        if not inputs <= have.union(stage.name for stage in found):
+            continue  # it reads runs of a group that was left out
         costs = {stage.name: seconds[stage.name] for stage in found if stage.name in seconds}
         needed = wall_time(costs, {stage.name: stage.inputs for stage in found}, order.jobs, first)
         if order.budget_min is None or needed <= 60 * order.budget_min:
             taken.append(group)
-            have |= set(group.runs)
             clock = needed
         else:
             left.append((group.label, needed))

@@ -66,7 +66,7 @@ class Result:
         """The contents of a run directory under this key; failure: why it failed now, if it did."""
         state = STATES.get(stage_state(folder, key), "not run")
         if state == "done":
-            return cls(folder, state, "", read_json(folder / "results.json") or {})
+            return cls(folder, state, results=read_json(folder / "results.json") or {})
         if state == "diverged":
             record = read_json(folder / "diverged.json") or {}
             return cls(folder, state, record.get("message", ""))
@@ -74,12 +74,11 @@ class Result:
 
     def metric(self, name: str, phase: int = -1, split: str = "test") -> float | None:
         """A metric at the end of a phase, as a fraction; on the validation split of the run."""
-        phases = self.results.get("phases", [])
         if split == "validation":
             return (self.results.get("validation") or {}).get(name)
-        if not phases:
+        if not self.results.get("phases"):
             return None
-        found = phases[phase]
+        found = self.results["phases"][phase]
         return found.get("test", found["metrics"]).get(name)
 
     def items(self, name: str, phase: int = -1, split: str = "test") -> np.ndarray | None:
@@ -97,13 +96,10 @@ class Result:
 
 def read_all(campaign: Campaign, outcomes: Mapping[str, Outcome]) -> dict[Run, Result]:
     """The contents of every run directory of a campaign after its training."""
+    root, keys = campaign.order.root, campaign.keys
     failures = {name: one.note for name, one in outcomes.items() if one.state == "failed"}
     return {
-        run: Result.read(
-            campaign.order.root / stage.name,
-            campaign.keys[stage.name],
-            failures.get(stage.name, ""),
-        )
+        run: Result.read(root / stage.name, keys[stage.name], failures.get(stage.name, ""))
         for run, stage in campaign.stages.items()
     }
 
@@ -133,7 +129,6 @@ class Collection:
     lengths: Mapping[Run, Length] = field(default_factory=dict)
     """Of the first seed."""
     sizes: Mapping[str, Size] = field(default_factory=dict)
-    """By network_key."""
     speeds: Mapping[str, Speeds] = field(default_factory=dict)
     """By network_key."""
 
@@ -149,8 +144,8 @@ class Collection:
         """The mean and spread in percent over the seeds, or the worst state of their runs."""
         if at is None:
             return NOT_THERE
-        found, split = self.of(at, second), self.study.split
-        values = [r.metric(metric, at.phase, split) if r.state == "done" else None for r in found]
+        found = self.of(at, second)
+        values = [result.metric(metric, at.phase, self.study.split) for result in found]
         percent = [None if v is None else 100 * v for v in values]
         states = {r.state for r in found}
         if any(v is not None for v in percent):
@@ -178,30 +173,27 @@ class Collection:
 
     def floor(self, places: Iterable[At], kind: str, metric: str, second: bool) -> float | None:
         """The mean floor (kind: floors or untrained) of finished runs, in percent, if any."""
-        found = {run: self.results.get(run) for at in places for run in self.study.of(at, second)}
-        done = [r for r in found.values() if r is not None and r.state == "done"]
-        values = [r.results.get(kind, {}).get(metric) for r in done]
-        known = [v for v in values if v is not None]
+        runs = dict.fromkeys(run for at in places for run in self.study.of(at, second))
+        done = (self.results[run].results for run in runs if run in self.results)
+        known = [v for one in done if (v := one.get(kind, {}).get(metric)) is not None]
         return 100 * float(np.mean(known)) if known else None
 
     def trend(self, claim: Claim, metric: str, side: int | None = None) -> Trend:
         """The verdict on a claim, over the seeds that both arms have and the trained pairs.
         side: the resolution of the arms.
         """
-        pairs = [
-            (replace(a, side=side), replace(b, side=side))
-            for a, b in zip(claim.better, claim.worse, strict=True)
-        ]
+        ours, theirs = ([replace(a, side=side) for a in arm] for arm in (claim.better, claim.worse))
         if claim.kind == "worse":
-            pairs = [(b, a) for a, b in pairs]
-        arms = [[(self.of(at, claim.second), at.phase) for at in pair] for pair in pairs]
-        diverged = any(r.state == "diverged" for pair in arms for found, _ in pair for r in found)
+            ours, theirs = theirs, ours
+        pairs = list(zip(ours, theirs, strict=True))
+        found = {at: self.of(at, claim.second) for at in (*ours, *theirs)}
+        diverged = any(r.state == "diverged" for results in found.values() for r in results)
         split = self.study.split
-        scores = [[[r.items(metric, at, split) for r in of] for of, at in pair] for pair in arms]
+        items = {at: [r.items(metric, at.phase, split) for r in rs] for at, rs in found.items()}
         kept = [
-            place
-            for place, (ours, theirs) in enumerate(scores)
-            if any(a is not None and b is not None for a, b in zip(ours, theirs, strict=True))
+            (a, b)
+            for a, b in pairs
+            if any(x is not None and y is not None for x, y in zip(items[a], items[b], strict=True))
         ]
         higher = not lower_is_better(metric)
         rule: Callable[..., Verdict] = {
@@ -210,8 +202,8 @@ class Collection:
         }.get(claim.kind, partial(verdicts.compare, higher_is_better=higher))
         verdict = Verdict("diverged" if diverged else "not run")
         if kept:
-            sides = [verdicts.pooled([scores[place][arm] for place in kept]) for arm in (0, 1)]
-            verdict = rule(*sides)
+            arms = zip(*kept, strict=True)
+            verdict = rule(*(verdicts.pooled([items[at] for at in arm]) for arm in arms))
         margin = f"{verdicts.MARGIN_POINTS:g} points"
         notes = [f"about neutral: within {margin}"] if claim.kind == "neutral" else []
         if kept and claim.kind == "at_least":
@@ -220,7 +212,7 @@ class Collection:
             notes.append(f"over {len(kept)} of {len(pairs)} pairs")
         if diverged:
             notes.append("an arm diverged" if not kept else "seeds that diverged are left out")
-        counted = [pairs[place] for place in kept] or pairs
+        counted = kept or pairs
         known = [
             (1 if higher else -1) * (a.paper - b.paper)
             for a, b in counted
@@ -233,42 +225,36 @@ class Collection:
 def table(collection: Collection, setting: Sequence[tuple[str, str]]) -> Table:
     """The table of a study; cells without a number state why."""
     study = collection.study
-    blocks: list[Block] = []
+    blocks = [_block(spec, collection) for spec in study.blocks]
     trends: list[Trend] = []
-    lengths: dict[str, str] = {}
-    for spec in study.blocks:
-        blocks.append(_block(spec, collection))
+    lengths: list[str] = []
     for claim in study.claims if study.blocks else ():
         trends.append(collection.trend(claim, claim.metric or study.blocks[0].metric))
     for second in () if study.blocks else study.sources:
         metrics = collection.metrics(second)
+        judged = [metric for metric in ITEMS if metric in metrics]
         sides = list(study.resolutions) or [None]
         if len(sides) > 1:
-            known = [metric for metric in metrics if metric in HEADLINE]
-            cells = [(side, metric) for side in sides for metric in known]
+            cells = [(side, m) for side in sides for m in metrics if m in HEADLINE]
             title = f"resolutions side by side{where(second)}"
-            spec = _spec(study, title, cells, second)
-            names = [f"{side} pixels: {METRICS[metric]}" for side, metric in cells]
-            blocks.append(_block(replace(spec, columns=tuple(names)), collection))
+            blocks += _arms(collection, title, cells, second)
         for side in sides:
             title = f"{pixels(side)}{where(second)}"
             for word, lower in (("accuracy", False), ("error", True)):
                 cells = [(side, m) for m in metrics if lower_is_better(m) == lower]
-                if cells:
-                    spec = _spec(study, f"{word}{title}", cells, second)
-                    blocks.append(_block(spec, collection))
+                blocks += _arms(collection, f"{word}{title}", cells, second)
             if study.costs:
                 blocks.append(_cost(collection, side, second))
             for claim in study.claims:
-                for metric in [claim.metric] if claim.metric else _with_items(metrics):
+                for metric in [claim.metric] if claim.metric else judged:
                     text = f"{claim.text}, {METRICS.get(metric, metric)}{title}"
                     found = replace(claim, text=text, second=second)
                     trends.append(collection.trend(found, metric, side))
-        found = {arm: study.run_of(At(arm, side=next(iter(sides))), study.seeds[0], second)
-                 for arm in study.students}  # fmt: skip
-        known = {arm: collection.lengths.get(run) for arm, run in found.items()}
-        own = {arm: length for arm, length in known.items() if length is not None}
-        lengths |= {f"{arm}: {note}": "" for arm, note in cost.other_lengths(own).items()}
+        runs = {
+            a: study.run_of(At(a, side=sides[0]), study.seeds[0], second) for a in study.students
+        }
+        own = {a: collection.lengths[run] for a, run in runs.items() if run in collection.lengths}
+        lengths += [f"{arm}: {note}" for arm, note in cost.other_lengths(own).items()]
     notes = [*(note for block in blocks for note in _uninformative(block)), *lengths]
     return Table(
         study.name, study.title, study.source or f"kdtrain study, {study.name}", tuple(blocks),
@@ -276,22 +262,22 @@ def table(collection: Collection, setting: Sequence[tuple[str, str]]) -> Table:
     )  # fmt: skip
 
 
-def _with_items(metrics: Sequence[str]) -> list[str]:
-    return [metric for metric in ITEMS if metric in metrics]
-
-
-def _spec(
-    study: Study, title: str, cells: Sequence[tuple[int | None, str]], second: bool
-) -> BlockSpec:
-    """A block with a row per arm and these metrics at these resolutions."""
+def _arms(
+    collection: Collection, title: str, cells: Sequence[tuple[int | None, str]], second: bool
+) -> list[Block]:
+    """A block with a row per arm and these metrics at these resolutions; none without metrics."""
+    if not cells:
+        return []
+    study, several = collection.study, len({side for side, _ in cells}) > 1
     lines = [
         Line(arm, study.kind(arm), tuple(At(arm, side=side) for side, _ in cells))
         for arm in study.rows
     ]
+    sides = [f"{side} pixels: " if several else "" for side, _ in cells]
     metrics = tuple(metric for _, metric in cells)
-    columns = tuple(METRICS.get(metric, metric) for metric in metrics)
+    columns = tuple(f"{s}{METRICS.get(m, m)}" for s, m in zip(sides, metrics, strict=True))
     split = f"{study.split} split"
-    return BlockSpec(title, columns, split, tuple(lines), second, metrics)
+    return [_block(BlockSpec(title, columns, split, tuple(lines), second, metrics), collection)]
 
 
 def _block(spec: BlockSpec, collection: Collection) -> Block:
@@ -306,16 +292,14 @@ def _block(spec: BlockSpec, collection: Collection) -> Block:
         if spec.metrics:  # asymmetric evaluation is some recipes' alone
             cells = [NOT_THERE if cell.state == "not measured" else cell for cell in cells]
         rows.append(Row(line.name, line.kind, tuple(cells)))
-    columns = list(zip(*(line.places for line in spec.lines), strict=True))
-    every = [[at for at in column if at is not None] for column in columns]
-    lines = [line for line in spec.lines if line.kind != "teacher"]
-    below = list(zip(*(line.places for line in lines), strict=True)) or [()] * len(columns)
-    students = [[at for at in column if at is not None] for column in below]
+    numbers = range(len(spec.columns))
+    taught = [line.places for line in spec.lines if line.kind != "teacher"]
+    students = [[at for places in taught if (at := places[k])] for k in numbers]
     raw = students
     if not spec.metrics:  # one metric: one floor
-        raw = [[at for column in every for at in column]]
-        if len({at.width for column in students for at in column}) == 1:
-            students = [[at for column in students for at in column]]
+        raw = [[at for k in numbers for line in spec.lines if (at := line.places[k])]]
+        joined = [at for column in students for at in column]
+        students = [joined] if len({at.width for at in joined}) == 1 else students
     name = "mean shape" if metrics[0] == "nrmse" else "raw pixels"
     for title, kind, places in (
         (name, "floors", raw),
@@ -325,9 +309,9 @@ def _block(spec: BlockSpec, collection: Collection) -> Block:
             collection.floor(column, kind, metric, spec.second)
             for column, metric in zip(places, metrics, strict=False)
         ]
-        values += [None] * (len(columns) - len(values))
         if any(value is not None for value in values):
             cells = [NOT_THERE if v is None else Cell(v, state="done") for v in values]
+            cells += [NOT_THERE] * (len(numbers) - len(cells))
             rows.append(Row(title, "floor", tuple(cells)))
     higher, digits = not lower_is_better(metrics[0]), _digits(metrics[0])
     return Block(spec.title, spec.columns, tuple(rows), spec.metric, higher, digits=digits)
@@ -367,46 +351,36 @@ def _cost(collection: Collection, side: int | None, second: bool) -> Block:
     base = speeds_of(study.teachers[0]) if study.teachers else {}
     rows = []
     for arm in study.rows:
-        at = At(arm, side=side)
+        at, speed = At(arm, side=side), speeds_of(arm)
         size = collection.sizes.get(collection.network(at, second))
-        network: tuple[Cell, ...] = (NOT_THERE,) * 4
+        length = collection.lengths.get(study.run_of(at, study.seeds[0], second))
+        cells = [NOT_THERE] * 4
         if size is not None:
-            network = (
+            cells = [
                 _shown(size.side, lambda side, name=size.name: f"{name}, {side} px"),
                 _shown(size.backbone, count),
                 _shown(_head(collection.of(at, second), size), count),
                 _shown(size.multiply_adds, count),
-            )
-        speed = speeds_of(arm)
-        length = collection.lengths.get(study.run_of(at, study.seeds[0], second))
-        training: tuple[Cell, ...] = (NOT_THERE,) * 3
+            ]
+        cells += [_speed(speed.get(batch)) for batch in cost.BATCHES]
+        cells += [_speed_up(speed.get(batch), base.get(batch)) for batch in cost.BATCHES]
         needs = ""
-        if length is not None:
-            training = (
-                _shown(length.epochs),
-                _shown(length.images, count),
-                _shown(length.start_epochs),
-            )
+        if length is None:
+            cells += [NOT_THERE] * 3
+        else:
+            cells += [_shown(length.epochs), _shown(length.images, count)]
+            cells.append(_shown(length.start_epochs))
             needs = f"needs {', '.join(length.needs)}" if length.needs else ""
-        cells = (
-            *network,
-            *(_speed(speed.get(batch)) for batch in (1, 64)),
-            *(_speed_up(speed.get(batch), base.get(batch)) for batch in (1, 64)),
-            *training,
-        )
-        rows.append(Row(arm, study.kind(arm), cells, needs))
+        rows.append(Row(arm, study.kind(arm), tuple(cells), needs))
     title = f"cost{pixels(side)}{where(second)}"
     return Block(title, COSTS, tuple(rows), "cost", unit="", digits=0)
 
 
 def _head(found: Sequence[Result], size: Size) -> int | None:
     """Parameters of an arm's heads: networks of one backbone may have different ones."""
-    for result in found:
-        if result.state == "done":
-            parameters = result.results["parameters"]
-            total = parameters.get("student", parameters.get("network"))
-            return None if total is None else total - size.backbone
-    return None
+    known = next((r.results["parameters"] for r in found if r.state == "done"), {})
+    total = known.get("student", known.get("network"))
+    return None if total is None else total - size.backbone
 
 
 def _shown(value: float | None, form: Callable[[float], str] = str) -> Cell:

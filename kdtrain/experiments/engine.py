@@ -102,9 +102,12 @@ def make_plan(studies: Sequence[Study], order: Order, beside: Sequence[Study] = 
     directories of the studies are part of it, even where the command does not train them.
     """
     groups = groups_of(studies)
-    everything = [replace(study, widths=_widths(study)) for study in (*studies, *beside)]
-    others = (run for group in groups_of(everything) for run in group.runs)
-    ordered = list(dict.fromkeys([*(run for group in groups for run in group.runs), *others]))
+    everything = []
+    for study in (*studies, *beside):
+        named = (at.width for at, _ in study.cells() if at.width)
+        everything.append(replace(study, widths=tuple(dict.fromkeys([*study.widths, *named]))))
+    both = (*groups, *groups_of(everything))
+    ordered = list(dict.fromkeys(run for group in both for run in group.runs))
     shown = {run.name for group in groups for run in group.runs}
     shown |= {run.name for run in ordered if (order.root / run.name).is_dir()}
     stages: dict[Run, pipeline.Stage] = {}
@@ -119,12 +122,6 @@ def make_plan(studies: Sequence[Study], order: Order, beside: Sequence[Study] = 
             for second in study.sources:
                 order.console.print(lengths_grid(study, lengths, second))
     return make_campaign(groups, stages, order)
-
-
-def _widths(study: Study) -> tuple[int, ...]:
-    """The study's widths, and those that its cells name."""
-    named = (at.width for second in study.sources for at, _ in study.cells(second))
-    return tuple(dict.fromkeys([*study.widths, *(width for width in named if width is not None)]))
 
 
 def lengths_grid(study: Study, lengths: Mapping[Run, cost.Length], second: bool) -> RenderableType:
@@ -159,13 +156,11 @@ def collected(
     if not study.costs:
         return found, setting
     networks: dict[str, tuple[Path, Config]] = {}  # a finished run of each that is compared
-    for second in study.sources:
-        for _, _, at in study.places(second):
-            for run in study.of(at, second):
-                if found.results[run].state == "done":
-                    config = plan.stages[run].config
-                    place = found.results[run].folder, config
-                    networks.setdefault(cost.network_key(config), place)
+    places = [(at, second) for second in study.sources for _, _, at in study.places(second)]
+    for run in (run for place in places for run in study.of(*place)):
+        if found.results[run].state == "done":
+            config = plan.stages[run].config
+            networks.setdefault(cost.network_key(config), (found.results[run].folder, config))
     sizes = {key: cost.size_of(*one) for key, one in networks.items()}
     speeds, how = cost.speeds(order.root, networks, order.console.print) if timed else ({}, "")
     lengths = cost.lengths(study, plan.stages)

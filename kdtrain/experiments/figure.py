@@ -5,8 +5,9 @@ speed, and the claims as intervals.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
@@ -16,8 +17,8 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from kdtrain.experiments.collect import METRICS, Collection, curves
 from kdtrain.experiments.study import At, Study, pixels, where
 from kdtrain.objectives import all_pairs
-from kdtrain.reports.plots import LABEL, LINE, SOFT
-from kdtrain.reports.tables.data import Table
+from kdtrain.reports.plots import LEGEND, LINE, SMALL, SOFT
+from kdtrain.reports.tables.data import Table, Trend
 from kdtrain.reports.tables.plot import (
     WIDTH_RATIOS,
     draw_trends,
@@ -61,30 +62,27 @@ class _Dot(NamedTuple):
 
 def draw(collection: Collection, table: Table) -> bytes:
     """A PNG, 11 inches wide at 150 dots an inch; the same table gives the same bytes."""
-    study = collection.study
-    colours = _colours(study)
-    rows: list[tuple[str, bool, float]] = []
+    study, colours = collection.study, _colours(collection.study)
+    parts: list[tuple[float, Callable[[FigureBase], None]]] = []
+    names = len(study.rows) * len(study.resolutions or (None,))
     for second in study.sources:
         if any(curves(collection, at, second) for arm in study.rows for at in _places(study, arm)):
-            rows.append(("curves", second, CURVES_IN))
-        names = len(study.rows) * len(study.resolutions or (None,))
+            parts.append((CURVES_IN, partial(_draw_curves, collection, second, colours)))
         if collection.sizes:
-            rows.append(("costs", second, max(LEAST_IN, 0.7 + NAME_IN * names)))
+            height = max(LEAST_IN, 0.7 + NAME_IN * names)
+            parts.append((height, partial(_draw_costs, collection, second, colours)))
     if table.trends:
-        rows.append(("trends", False, trends_height(table.trends)))
-    figure = framed(table, HOW_TO_READ, sum(height for _, _, height in rows))
-    heights = [height for _, _, height in rows] or [1.0]
-    grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
-    for number, (kind, second, _) in enumerate(rows):
-        part = figure.add_subfigure(grid[number, 0])
-        if kind == "curves":
-            _draw_curves(part, collection, second, colours)
-        elif kind == "costs":
-            _draw_costs(part, collection, second, colours)
-        else:
-            inner = part.add_gridspec(1, 2, width_ratios=WIDTH_RATIOS)
-            draw_trends(part, inner, 0, table.trends)
+        parts.append((trends_height(table.trends), partial(_draw_trends, table.trends)))
+    heights = [height for height, _ in parts]
+    figure = framed(table, HOW_TO_READ, sum(heights))
+    grid = figure.add_gridspec(max(1, len(parts)), 1, height_ratios=heights or [1.0])
+    for number, (_, draw_part) in enumerate(parts):
+        draw_part(figure.add_subfigure(grid[number, 0]))
     return png_of(figure, 256)
+
+
+def _draw_trends(trends: Sequence[Trend], part: FigureBase) -> None:
+    draw_trends(part, part.add_gridspec(1, 2, width_ratios=WIDTH_RATIOS), 0, trends)
 
 
 def _places(study: Study, arm: str) -> list[At]:
@@ -109,7 +107,7 @@ def _colours(study: Study) -> dict[str, str]:
 
 
 def _draw_curves(
-    part: FigureBase, collection: Collection, second: bool, colours: dict[str, str]
+    collection: Collection, second: bool, colours: dict[str, str], part: FigureBase
 ) -> None:
     """TAR over FAR, a plot for each resolution."""
     study = collection.study
@@ -128,35 +126,32 @@ def _draw_curves(
                 low, high = 100 * tar.min(0), 100 * tar.max(0)
                 axis.fill_between(far, low, high, color=colours[arm], alpha=0.13, linewidth=0)
         places = [At(arm, side=side) for arm in study.students]
-        known = [
-            (f, collection.floor(places, "floors", f"tar_at_far_{f:g}_all", second))
-            for f in all_pairs.FARS
-        ]
-        marks = [(f, value) for f, value in known if value is not None]
+        floors = {
+            far: collection.floor(places, "floors", f"tar_at_far_{far:g}_all", second)
+            for far in all_pairs.FARS
+        }
+        marks = [(far, value) for far, value in floors.items() if value is not None]
         if marks:
             axis.plot(*zip(*marks, strict=True), "x", color=SOFT, markersize=5, label="raw pixels")
         axis.set_xscale("log")
-        axis.set_xlabel("false accept rate, all pairs of the test split", fontsize=8, color=LABEL)
         axis.set_ylim(bottom=0)
-        _frame(axis)
+        _frame(axis, "false accept rate, all pairs of the test split")
         title_axis(axis, f"true accept rate, %{pixels(side)}{where(second)}")
     handles, names = axes[0].get_legend_handles_labels()
-    legend = part.legend(
-        handles, names, loc="outside right upper", fontsize=7.5, frameon=False, labelcolor="#374151"
-    )
+    legend = part.legend(handles, names, loc="outside right upper", fontsize=7.5, **LEGEND)
     legend.set_in_layout(True)
 
 
 def _draw_costs(
-    part: FigureBase, collection: Collection, second: bool, colours: dict[str, str]
+    collection: Collection, second: bool, colours: dict[str, str], part: FigureBase
 ) -> None:
     """Accuracy against the backbone's parameters, and against images per second."""
     metrics = collection.metrics(second)
     metric = next((m for m in ACCURACY if m in metrics), metrics[0])
     titles = ("size", "parameters of the backbone"), ("speed", "images per second, 64 at a time")
     for axis, (word, label) in zip(part.subplots(1, 2), titles, strict=True):
+        _frame(axis, label)
         _draw_dots(axis, _dots(collection, second, metric, colours, speed=word == "speed"))
-        axis.set_xlabel(label, fontsize=8, color=LABEL)
         title_axis(axis, f"{METRICS.get(metric, metric)}, %, against {word}{where(second)}")
 
 
@@ -168,12 +163,10 @@ def _dots(
         for at in _places(collection.study, arm):
             cell = collection.cell(at, metric, second)
             key = collection.network(at, second)
-            size, found = collection.sizes.get(key), collection.speeds.get(key)
-            if cell.value is None or size is None or (speed and found is None):
+            size, speeds = collection.sizes.get(key), collection.speeds.get(key, {})
+            if cell.value is None or size is None or (speed and not speeds):
                 continue
-            x = float(size.backbone)
-            if speed and found is not None:
-                x = found[max(found)].median
+            x = speeds[max(speeds)].median if speed else float(size.backbone)
             seeds = [value for value in cell.per_seed if value is not None]
             name = arm if at.side is None else f"{arm}, {at.side} px"
             dots.append(_Dot(name, colours[arm], x, x, cell.value, min(seeds), max(seeds)))
@@ -182,7 +175,6 @@ def _dots(
 
 def _draw_dots(axis: Axes, dots: Sequence[_Dot]) -> None:
     """Dots with a bar over the seeds, and their names in a column on the right."""
-    _frame(axis)
     if not dots:
         axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color=SOFT)
         return
@@ -212,10 +204,9 @@ def _draw_dots(axis: Axes, dots: Sequence[_Dot]) -> None:
             (dot.x, dot.y),
             xytext=(1.04, spot),
             textcoords="axes fraction",
-            va="center",
-            fontsize=7.5,
             color=dot.colour,
             arrowprops={"arrowstyle": "-", "color": dot.colour, "linewidth": 0.5, "alpha": 0.5},
+            **SMALL,
         )
 
 
@@ -228,24 +219,20 @@ def _side_by_side(dots: Sequence[_Dot]) -> list[_Dot]:
     room = min((math.log(b / a) for a, b in pairwise(costs)), default=1.0)
     found = []
     for cost, mates in alike.items():
+        last = len(mates) - 1
         for number, dot in enumerate(mates):
-            share = (number - (len(mates) - 1) / 2) / max(1, len(mates) - 1)
+            share = (number - last / 2) / max(1, last)
             found.append(dot._replace(x=cost * math.exp(BESIDE * room * share)))
     return found
 
 
 def _spread(places: Sequence[float], step: float) -> list[float]:
     """Rising places in [0, 1], moved apart to at least `step` and back below 1 at the top."""
-    found: list[float] = []
-    for place in places:
-        found.append(max(place, found[-1] + step) if found else max(place, 0.0))
-    top = 1.0
-    for number in range(len(found) - 1, -1, -1):
-        found[number] = min(found[number], top)
-        top = found[number] - step
-    return found
+    up = [*accumulate(places, lambda low, place: max(place, low + step), initial=-step)][1:]
+    down = accumulate(up[::-1], lambda high, place: min(place, high - step), initial=1 + step)
+    return [*down][:0:-1]
 
 
-def _frame(axis: Axes) -> None:
-    plain_axis(axis)
+def _frame(axis: Axes, label: str) -> None:
+    plain_axis(axis, label)
     axis.grid(True, axis="y", color=LINE, linewidth=0.6)

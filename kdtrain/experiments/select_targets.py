@@ -28,11 +28,10 @@ from kdtrain.experiments import engine, pipeline
 from kdtrain.experiments.campaign import Campaign, Order
 from kdtrain.experiments.collect import Collection, table
 from kdtrain.experiments.figure import draw
-from kdtrain.experiments.scheduler import Outcome
 from kdtrain.experiments.study import Arm, At, Claim, Study
 from kdtrain.objectives.tasks import TASKS
 from kdtrain.reports.tables import files
-from kdtrain.reports.tables.data import ONE_SEED, Block, Cell, Row, Table, Trend
+from kdtrain.reports.tables.data import ONE_SEED, Block, Cell, Row, Table
 from kdtrain.reports.tables.text import difference_text, plain, show
 from kdtrain.training import checkpoint, keys
 from kdtrain.training.input_runs import run_config, same_set
@@ -59,7 +58,7 @@ class Selection:
     """The candidates of a recipe, with everything else held fixed."""
 
     root: Path
-    """Folder of the arms' runs; @NAME in the recipe is the run beside it."""
+    """Of the arms' runs; @NAME in the recipe is the run beside it."""
     config: Config
     """The recipe with every candidate's weight, as the arms train it (but for seed and weights)."""
     weights: Mapping[str, float]
@@ -93,14 +92,12 @@ class Selection:
             flat = settings.to_flat(self.weighed(targets))
             arms[name] = Arm("", keys={k: v for k, v in flat.items() if k != "seed"})
         metric = TASKS[self.config.task].metric[0]
+        words = {arm: "check" if "+" in arm else "target" for arm, _ in claims}
+        found = (Claim(words[a], f"{a} > {b}", (At(a),), (At(b),), metric) for a, b in claims)
         return Study(
             name="select-targets", title="targets by their individual influence", arms=arms,
             source="arXiv 1709.02929, section 5.4", seeds=self.seeds, split=self.split,
-            metrics=(metric,),
-            claims=tuple(
-                Claim("check" if "+" in a else "target", f"{a} > {b}", (At(a),), (At(b),), metric)
-                for a, b in claims
-            ),
+            metrics=(metric,), claims=tuple(found),
         )  # fmt: skip
 
     @property
@@ -136,7 +133,7 @@ def plan(
             "teacher's run directory (@NAME is the run beside --run-dir)"
         )
     keys_of = {name: f"target.{row.key}" for name, row in CANDIDATES.items()}
-    given = {name: _number(flat.get(key, 0.0), key) for name, key in keys_of.items()}
+    given = {name: float(flat.get(key, 0.0)) for name, key in keys_of.items()}
     names = [name for name, weight in given.items() if weight > 0] or ["soft", "hidden"]
     if targets is not None:
         names = [name.strip() for name in targets.split(",")]
@@ -156,9 +153,8 @@ def plan(
     try:
         found.weighed(())
     except ConfigError as error:
-        raise ConfigError(
-            f"without {', '.join(weights)} the recipe cannot train: {error}"
-        ) from None
+        problem = f"without {', '.join(weights)} the recipe cannot train: {error}"
+        raise ConfigError(problem) from None
     return found
 
 
@@ -207,30 +203,27 @@ def run(selection: Selection, out: Path, order: Order, *, keep_inconclusive: boo
 
     Raises SelectionError where no baseline is left, CheckpointError for run directories in use.
     """
-    study, wanted = selection.study(), ("held",)
-    if keep_inconclusive:
-        wanted = ("held", "inconclusive", ONE_SEED)
-    last: list[tuple[Campaign, Mapping[str, Outcome]]] = []
+    wanted = ("held", "inconclusive", ONE_SEED) if keep_inconclusive else ("held",)
+    found: list[Collection] = []
 
-    def note(_: Any, plan: Campaign, outcomes: Mapping[str, Outcome], *__: Any, **___: Any) -> None:
-        last.append((plan, outcomes))
+    def note(studies: Sequence[Study], plan: Campaign, outcomes: Any, *_: Any, timed: bool) -> None:
+        found.append(engine.collected(studies[0], plan, outcomes, timed=timed)[0])
 
-    status = engine.run([study], order, write=note)
+    status = engine.run([selection.study()], order, write=note)
     if status:
         return status
-    found, _ = engine.collected(study, *last[-1], timed=False)
-    kept = judge(found, wanted)
+    kept = judge(found[-1], wanted)
     if len(kept) > 1:
         order.console.print(f"a check of {' and '.join(kept)} together")
-        study = selection.study(kept)
-        status = engine.run([study], replace(order, overwrite=False), write=note)
+        again = replace(order, overwrite=False)
+        status = engine.run([selection.study(kept)], again, write=note)
         if status:
             return status
-        found, _ = engine.collected(study, *last[-1], timed=False)
-    setting = [("command", order.command), ("seeds", ", ".join(map(str, study.seeds)))]
-    shown = evidence(selection, found, kept, setting)
+    setting = [("command", order.command), ("seeds", ", ".join(map(str, selection.seeds)))]
+    shown = evidence(selection, found[-1], kept, setting)
     show(shown, order.console)
-    page = files.write(shown, order.root / "tables", draw(found, shown), subject="Targets")["html"]
+    png = draw(found[-1], shown)
+    page = files.write(shown, order.root / "tables", png, subject="Targets")
     checkpoint.write_text(out, recipe_text(selection, kept, shown))
     order.console.print(f"evidence: {page}, and as text, Markdown, CSV and PNG; recipe: {out}")
     return 0
@@ -272,38 +265,31 @@ def judge(found: Collection, wanted: Sequence[str]) -> tuple[str, ...]:
 
 
 def evidence(
-    selection: Selection,
-    found: Collection,
-    kept: Sequence[str],
-    setting: Sequence[tuple[str, str]],
+    selection: Selection, found: Collection, kept: Sequence[str], setting: Sequence[tuple[str, str]]
 ) -> Table:
     """The table of the study, with the weights that follow and remarks as notes."""
     made = table(found, setting)
     chosen = {name: w if name in kept else 0.0 for name, w in selection.weights.items()}
-    rows = [
-        Row(name, "paper", tuple(Cell(w, state="done", shown=f"{w:g}") for w in (weight, value)))
-        for (name, weight), value in zip(selection.weights.items(), chosen.values(), strict=True)
-    ]
+    shown = {
+        name: (Cell(w, state="done", shown=f"{w:g}") for w in (weight, chosen[name]))
+        for name, weight in selection.weights.items()
+    }
+    rows = (Row(name, "paper", tuple(cells)) for name, cells in shown.items())
     block = Block("weights", ("candidate", "chosen"), tuple(rows), "weight", unit="")
     words = (f"target.{CANDIDATES[name].key} {w:g}" for name, w in chosen.items())
     notes = [f"Chosen: {', '.join(words)}."]
     for trend in made.trends:
-        if trend.code == "check" and not trend.claim.startswith(f"{'+'.join(kept)} > {NONE}"):
-            notes += _warning(trend)
+        alone = not trend.claim.startswith(f"{'+'.join(kept)} > {NONE}")
+        if trend.code == "check" and alone and trend.verdict.state in ("reversed", "diverged"):
+            notes.append(
+                f"Warning: {trend.claim}: {trend.verdict.state}, {difference_text(trend)} points. "
+                "The targets stay together, as in the paper; to keep one alone, set the other "
+                "weights to 0."
+            )
     if len(selection.seeds) == 1:
         notes.append("Note: one seed gives no verdict, as it does not show how seeds differ.")
     notes += [*(f"Note: {note}." for note in leaks(selection)), RULE]
     return replace(made, blocks=(*made.blocks, block), notes=tuple([*made.notes, *notes]))
-
-
-def _warning(trend: Trend) -> list[str]:
-    """A line where all chosen targets together do worse than one of them alone."""
-    if trend.verdict.state not in ("reversed", "diverged"):
-        return []
-    return [
-        f"Warning: {trend.claim}: {trend.verdict.state}, {difference_text(trend)} points. The "
-        "targets stay together, as in the paper; to keep one alone, set the other weights to 0."
-    ]
 
 
 def recipe_text(selection: Selection, kept: Sequence[str], shown: Table) -> str:
@@ -338,7 +324,7 @@ def leaks(selection: Selection) -> list[str]:
             notes.append(
                 f"{setting} ({folder.name}) was trained on images that judge here, which "
                 f"{effect}; train it with --data.validation_fraction "
-                f"{selection.config.data.validation_fraction:g} to leave them out"
+                f"{ours.validation_fraction:g} to leave them out"
             )
     return notes
 
@@ -350,10 +336,3 @@ def _problem(folder: Path) -> str | None:
     except checkpoint.CheckpointError as error:
         return str(error)
     return None
-
-
-def _number(value: Any, key: str) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{key}: expected a number, got {value!r}") from None

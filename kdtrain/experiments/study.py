@@ -6,7 +6,7 @@ resolution, seed and data source, each a stage of pipeline.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -23,6 +23,8 @@ CACHE = "float32"  # teacher.cache of students: bitwise identical to online trai
 SIZE, DIVIDE, TEACHER = "data.input_size", "model.divide", "teacher"
 ClaimKind = Literal["better", "worse", "neutral", "at_least"]
 Rank = tuple[bool, int, bool]
+Keys = Mapping[str, Any]
+"""Dotted keys of the schema, or options, with their values."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ class Arm:
     """Name of a recipe in the study's folder, or of a packaged one, or a path; "": keys alone."""
     schedule: str | None = None
     """Phases of the folder's _tables.yaml, as classification.scratch; None: the recipe's."""
-    keys: Mapping[str, Any] = field(default_factory=dict)
-    """Dotted keys on top of the recipe."""
+    keys: Keys = field(default_factory=dict)
+    """On top of the recipe."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,6 @@ class Study:
     """Arms, seeds, data and table of a study. Without `blocks` the table has a row per arm."""
 
     name: str
-    """Name of its files."""
     arms: Mapping[str, Arm]
     recipes: str = ""
     """Folder of the arms' recipes: a packaged preset, or a path."""
@@ -133,12 +134,12 @@ class Study:
     """Divisions of the kernels, in the order in which a budget is spent."""
     resolutions: tuple[int, ...] = ()
     """Sides of the arms' input; empty: each recipe's own."""
-    keys: Mapping[str, Any] = field(default_factory=dict)
-    """Dotted keys of every run."""
-    tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Dotted keys of the runs of one task, on top."""
-    second: Mapping[str, Any] | None = None
-    """Dotted keys of the second data source; None: there is none."""
+    keys: Keys = field(default_factory=dict)
+    """Of every run."""
+    tasks: Mapping[str, Keys] = field(default_factory=dict)
+    """Of the runs of one task, on top."""
+    second: Keys | None = None
+    """Of the second data source; None: there is none."""
     one_teacher: bool = False
     """The teachers of the first seed serve every seed."""
     split: Literal["test", "validation"] = "test"
@@ -151,24 +152,21 @@ class Study:
     claims: tuple[Claim, ...] = ()
 
     @cached_property
-    def flat(self) -> Mapping[str, Mapping[str, Any]]:
+    def flat(self) -> Mapping[str, Keys]:
         """Dotted keys of every arm and of every recipe that an arm takes a run from (@NAME: an arm,
         or a recipe beside it or in the folder above), by name. Raises ConfigError for one that is
         not there, and for two of one name that differ.
         """
-        found: dict[str, dict[str, Any]] = {}
+        found: dict[str, Keys] = {}
         origins: dict[str, Path] = {}
         read = cache(settings.read_recipe)
         waiting = [(name, self._file(arm.recipe), arm.keys) for name, arm in self.arms.items()]
-        while waiting:
-            name, path, keys = waiting.pop(0)
+        for name, path, keys in waiting:  # which grows
             flat = {**(read(path) if path.name else {}), **keys}
+            if found.get(name, flat) != flat:
+                both = f"{origins[name]} and {path}"
+                raise ConfigError(f"{name}: {both} differ and would be one run; rename one")
             if name in found:
-                if flat != found[name]:
-                    raise ConfigError(
-                        f"{name}: {origins[name]} and {path} differ and would be one run; rename "
-                        "one"
-                    )
                 continue
             origins[name], found[name] = path, flat
             for needed in inputs_of(flat):
@@ -260,14 +258,12 @@ class Study:
         """The runs behind a place, one per seed; a shared teacher is one run."""
         return list(dict.fromkeys(self.run_of(at, seed, second) for seed in self.seeds))
 
-    def _own_side(self, arm: str, second: bool) -> int:
-        if (arm, second) not in self._sides:
-            self._sides[arm, second] = self.stage(Run(arm, 0, second=second)).config.data.input_size
-        return self._sides[arm, second]
-
     @cached_property
-    def _sides(self) -> dict[tuple[str, bool], int]:
-        return {}
+    def _own_side(self) -> Callable[[str, bool], int]:
+        def of(arm: str, second: bool) -> int:
+            return self.stage(Run(arm, 0, second=second)).config.data.input_size
+
+        return cache(of)
 
     def stage(self, run: Run) -> pipeline.Stage:
         """A run as a stage. Raises ConfigError where a recipe or key does not fit."""
@@ -325,8 +321,8 @@ class Study:
         found = []
         if self.blocks:
             for at, extra in self.cells(second):
-                if at.width is None or at.width in self.widths:
-                    width = next(iter(self.widths), None) if at.width is None else at.width
+                width = at.width or next(iter(self.widths), None)
+                if width is None or width in self.widths:
                     size = "" if width is None else f", 1/{width}"
                     rank = second, self.widths.index(width) if width else 0, extra
                     label = f"{self.name}{size}{', further rows' if extra else ''}{where(second)}"
@@ -339,18 +335,20 @@ class Study:
         teachers = (((second, 0, False), f"{n}{where(second)}", At(n)) for n in self.teachers)
         return [*found, *teachers]
 
-    def cells(self, second: bool) -> Iterator[tuple[At, bool]]:
-        """The cells of the table and of its claims, and whether they are beyond the paper."""
+    def cells(self, second: bool | None = None) -> Iterator[tuple[At, bool]]:
+        """The cells of the table and of its claims, on one data source or (None) on both, and
+        whether they are beyond the paper.
+        """
         for block in self.blocks:
-            if block.second == second:
+            if second in (None, block.second):
                 for line in block.lines:
                     yield from ((at, line.kind == "extra") for at in line.places if at)
         for claim in self.claims:
-            if claim.second == second:
+            if second in (None, claim.second):
                 yield from ((at, False) for at in (*claim.better, *claim.worse))
 
 
-def inputs_of(flat: Mapping[str, Any], keys: Sequence[str] = ()) -> list[str]:
+def inputs_of(flat: Keys, keys: Sequence[str] = ()) -> list[str]:
     """The names behind @ in the settings that name runs; keys: these settings alone."""
     values = [flat.get(key) for key in keys or RUN_SETTINGS.values()]
     every = [v for value in values for v in (value if isinstance(value, list) else [value])]

@@ -19,10 +19,11 @@ from kdtrain.experiments.study import (
     BlockSpec,
     Claim,
     ClaimKind,
+    Keys,
     Line,
     Study,
 )
-from kdtrain.reports.tables.data import ROW_KINDS
+from kdtrain.reports.tables.data import RowKind
 
 FOLDER = settings.RECIPES / "studies"
 _CELL = re.compile(r"([^\s/@()]+)(?:/(\d+))?(?:@(\d+))?(?: \(([\d.]+)\))?")
@@ -104,17 +105,14 @@ def load(name: str) -> Study:
     check["arms"] = {arm: _arm(path, arm, keys) for arm, keys in check["arms"].items()}
     for key in ("keys", "second"):
         if key in check:
-            check[key] = settings.in_full(settings.flatten(check[key]))
-            _known(f"{path}: {key}", check[key])
-    blocks = enumerate(check.pop("blocks", ()))
+            check[key] = _keys(f"{path}: {key}", check[key])
+    blocks, groups = enumerate(check.get("blocks", ())), enumerate(check.get("claims", ()))
     check["blocks"] = [_block(f"{path}: blocks.{k}.", block) for k, block in blocks]
-    groups = enumerate(check.pop("claims", ()))
     found = [one for k, group in groups for one in _claims(f"{path}: claims.{k}.", group)]
     check["claims"] = sorted(found, key=lambda claim: len(claim.better) == 1)  # over several first
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in check.items()}
     study = Study(**{"name": path.stem, "title": path.stem, **values})
-    cells = [at for second in (False, True) for at, _ in study.cells(second)]
-    for at in cells:
+    for at, _ in study.cells():
         if at.arm not in study.arms:
             known = settings.nearest(at.arm, study.arms)
             raise ConfigError(f"{path}: expected a cell of an arm, got {at.arm!r}; {known}")
@@ -172,38 +170,38 @@ def _arm(path: Path, name: str, tree: Any) -> Arm:
     place = f"{path}: arms.{name}"
     if tree is not None and not isinstance(tree, dict):
         raise ConfigError(f"{place}: expected a mapping of keys, got {reprlib.repr(tree)}")
-    keys = settings.in_full(settings.flatten(tree or {}))
+    keys = dict(tree or {})
     own = {key: keys.pop(key) for key in ("recipe", "schedule") if key in keys}
-    own = _checked(f"{place}.", own, {"recipe": TEXT, "schedule": TEXT})
+    own = {"recipe": name, **_checked(f"{place}.", own, {"recipe": TEXT, "schedule": TEXT})}
     if "task" in keys or "seed" in keys:
         raise ConfigError(f"{place}: task is the recipe's, seed the study's; leave them out")
-    recipe = own.setdefault("recipe", name)
-    beside = path.parent / recipe
+    beside = path.parent / own["recipe"]
     if beside.suffix in (".yaml", ".yml") and beside.is_file():
         own["recipe"] = str(beside)
-    _known(place, keys)
-    return Arm(**own, keys=keys)
+    return Arm(**own, keys=_keys(place, keys))
 
 
-def _known(place: str, keys: Mapping[str, Any]) -> None:
-    known = settings.keys()
+def _keys(place: str, tree: Keys) -> dict[str, Any]:
+    """Dotted keys of the schema."""
+    keys, known = settings.in_full(settings.flatten(tree)), settings.keys()
     for key in keys:
         if key not in known:
             raise ConfigError(f"{place}: unknown key {key!r}; {settings.correction(key, known)}")
+    return keys
 
 
 def _block(place: str, tree: Any) -> BlockSpec:
     check = _checked(place, tree, BLOCK, ("title", "columns", "metric", "lines"))
-    lines = []
+    lines, columns = [], len(check["columns"])
     for number, line in enumerate(check["lines"]):
-        wanted = f"[NAME, KIND] and {len(check['columns'])} cells"
-        if not isinstance(line, list) or len(line) != 2 + len(check["columns"]):
-            raise ConfigError(f"{place}lines.{number}: expected {wanted}, got {reprlib.repr(line)}")
-        name, kind, *cells = line
-        if kind not in ROW_KINDS:
-            known = ", ".join(ROW_KINDS)
-            raise ConfigError(f"{place}lines.{number}: expected a kind of {known}, got {kind!r}")
         at = f"{place}lines.{number}"
+        if not isinstance(line, list) or len(line) != 2 + columns:
+            wanted = f"[NAME, KIND] and {columns} cells"
+            raise ConfigError(f"{at}: expected {wanted}, got {reprlib.repr(line)}")
+        name, kind, *cells = line
+        if kind not in get_args(RowKind):
+            known = ", ".join(get_args(RowKind))
+            raise ConfigError(f"{at}: expected a kind of {known}, got {kind!r}")
         lines.append(Line(str(name), kind, tuple(c if c is None else _at(at, c) for c in cells)))
     return BlockSpec(**{**check, "columns": tuple(check["columns"]), "lines": tuple(lines)})
 
@@ -221,7 +219,7 @@ def _claims(place: str, tree: Any) -> list[Claim]:
             )
         claims.append(Claim(*row[:2], *((_at(at, cell),) for cell in row[2:]), **shared))
     if "over_all" in check:
-        better, worse = (tuple(getattr(c, arm)[0] for c in claims) for arm in ("better", "worse"))
+        better, worse = zip(*((*claim.better, *claim.worse) for claim in claims), strict=True)
         text = f"over all: {check['over_all']}"
         claims.append(Claim(claims[0].code, text, better, worse, **shared))
     return claims
@@ -244,10 +242,7 @@ def _at(place: str, text: Any) -> At:
 
 
 def adjusted(
-    studies: Sequence[Study],
-    options: Mapping[str, Any],
-    common: Mapping[str, Any],
-    special: Mapping[str, Mapping[str, Any]],
+    studies: Sequence[Study], options: Keys, common: Keys, special: Mapping[str, Keys]
 ) -> list[Study]:
     """The studies with the options and keys of a command line; raises ConfigError.
 
@@ -261,42 +256,32 @@ def adjusted(
     return [_adjusted(study, options, common, special) for study in studies]
 
 
-def _adjusted(
-    study: Study,
-    options: Mapping[str, Any],
-    common: Mapping[str, Any],
-    special: Mapping[str, Mapping[str, Any]],
-) -> Study:
-    changes: dict[str, Any] = {}
-    if (scale := options.get("scale")) is not None:
-        changes["recipes"] = scale
-    count, first = options.get("seeds"), options.get("first_seed")
-    if count is not None or first is not None:
-        count = len(study.seeds) if count is None else count
-        first = study.seeds[0] if first is None else first
+def _adjusted(study: Study, options: Keys, common: Keys, special: Mapping[str, Keys]) -> Study:
+    options = {name: value for name, value in options.items() if value is not None}
+    changes: dict[str, Any] = {"recipes": options.get("scale", study.recipes)}
+    if {"seeds", "first_seed"} & options.keys():
+        count = options.get("seeds", len(study.seeds))
+        first = options.get("first_seed", study.seeds[0])
         for option, value, least in (("--seeds", count, 1), ("--first-seed", first, 0)):
             if value < least:
                 raise ConfigError(f"{option}: at least {least}, got {value}")
         changes["seeds"] = tuple(range(first, first + count))
-    if (text := options.get("widths")) is not None:
+    if text := options.get("widths"):
         widths = _listed(text, "--widths", f"some of {list(study.widths)}", study.widths)
-        if not widths.keys() & {
-            at.width for second in (False, True) for at, _ in study.cells(second)
-        }:
+        if not widths.keys() & {at.width for at, _ in study.cells()}:
             raise ConfigError(f"--widths: {study.name} has no cell of {text}; add another width")
         changes["widths"] = tuple(width for width in study.widths if width in widths)
-    if (text := options.get("resolutions")) is not None:
+    if text := options.get("resolutions"):
         if study.blocks:
             raise ConfigError(f"--resolutions: the cells of {study.name} have one resolution")
         sides = _listed(text, "--resolutions", "pixels of 8 and more", range(8, 10_000))
         changes["resolutions"] = tuple(sides)
-    if (teachers := options.get("teachers")) is not None:
+    if teachers := options.get("teachers"):
         if teachers not in ("each", "one"):
             raise ConfigError(f"--teachers: expected each or one, got {teachers!r}")
         changes["one_teacher"] = teachers == "one"
     study = replace(study, **changes)
-    own = {"task", "seed", *RUN_SETTINGS.values()}
-    own |= {key for arm in study.arms.values() for key in arm.keys}
+    own = {"task", "seed", *RUN_SETTINGS.values()}.union(*(a.keys for a in study.arms.values()))
     if any(arm.schedule for arm in study.arms.values()) and study.schedules:
         own.add("optim.phases")  # the schedules are read before anything is timed
     own |= {DIVIDE} if study.widths else set()
@@ -307,15 +292,11 @@ def _adjusted(
             f"--{fixed[0]}: the arms of {study.name} set it; leave it out, or copy the study and "
             "change it there"
         )
+    tasks = dict(special)
     second = study.second
-    if "second" in special:
-        second = {**(second or {}), **special["second"]}
-    study = replace(
-        study,
-        keys={**study.keys, **common},
-        second=second,
-        tasks={name: keys for name, keys in special.items() if name != "second"},
-    )
+    if "second" in tasks:
+        second = {**(second or {}), **tasks.pop("second")}
+    study = replace(study, keys={**study.keys, **common}, second=second, tasks=tasks)
     kept = study.sources
     return replace(
         study,

@@ -119,7 +119,7 @@ def tables(out: Path) -> None:
     found = [collect.Collection(one, results) for one in _studies_of_tables()]
     made = [collect.table(one, setting) for one in found]
     files.write_all([(one, draw(one)) for one in made if one.name in DRAWN], out,
-                    "Distillation transfer")  # fmt: skip
+                    "Distillation transfer", table_text.TEXT_WIDTH)  # fmt: skip
     for one in made:
         if one.name not in DRAWN:
             files.write(one, out, b"", subject="Distillation transfer")

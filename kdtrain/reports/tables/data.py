@@ -10,13 +10,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, get_args
+from typing import Final, Literal
 
 CellState = Literal[
     "done", "not run", "unfinished", "diverged", "failed", "not measured", "no difference", "none"
 ]
 RowKind = Literal["paper", "control", "extra", "floor", "teacher"]
-ROW_KINDS: tuple[RowKind, ...] = get_args(RowKind)
 ONE_SEED: Final = "one seed: no verdict"
 VerdictState = Literal[
     "held", "reversed", "inconclusive", "one seed: no verdict", "diverged", "not run"
@@ -38,7 +37,6 @@ class Verdict:
     agreeing: int = 0
     """Seeds whose own mean difference is as claimed."""
     items: int = 0
-    """Test items that entered."""
     margin: float | None = None
     """Points, where the claim is "about neutral": no difference larger than this. Else None."""
     one_sided: bool = False
@@ -53,7 +51,7 @@ class Cell:
     have not what the metric needs) | no difference (a speed-up within the quartiles), or none where
     the table has no such cell (printed as a dash).
     Only a done cell has a value; one that is done with fewer seeds than per_seed has places for
-    shows that. Raises ValueError when state and value disagree.
+    shows that.
     """
 
     value: float | None = None
@@ -69,11 +67,7 @@ class Cell:
     """The printed form of a value that is no percentage, such as "77.3 k"; "" for percentages."""
 
     def __post_init__(self) -> None:
-        if (self.state == "done") != (self.value is not None):
-            raise ValueError(
-                f"Cell: a value goes with state 'done' and no other; got {self.state!r} with "
-                f"value {self.value}"
-            )
+        assert (self.state == "done") == (self.value is not None), (self.state, self.value)
 
     @property
     def seeds(self) -> int:
@@ -84,16 +78,12 @@ class Cell:
     def of(
         cls, per_seed: Sequence[float | None], *, paper: float | None = None, note: str = ""
     ) -> Cell:
-        """A done cell from its numbers in percent, one per seed, None where a seed has none.
-
-        Raises ValueError when no seed has a number.
+        """A done cell from its numbers in percent, one per seed, None where a seed has none; one
+        has a number.
         """
         known = [value for value in per_seed if value is not None]
-        if not known:
-            raise ValueError("Cell.of: no seed has a number; give a state other than 'done'")
         spread = statistics.stdev(known) if len(known) > 1 else None
-        mean = statistics.fmean(known)
-        return cls(mean, spread, tuple(per_seed), paper, "done", note)
+        return cls(statistics.fmean(known), spread, tuple(per_seed), paper, "done", note)
 
 
 @dataclass(frozen=True)
@@ -108,14 +98,10 @@ class Row:
     note: str = ""
     """Small print below the name, such as the network."""
 
-    def __post_init__(self) -> None:
-        if self.kind not in ROW_KINDS:
-            raise ValueError(f"Row: kind must be one of {', '.join(ROW_KINDS)}; got {self.kind!r}")
-
 
 @dataclass(frozen=True)
 class Block:
-    """Rows that share columns and one metric. Raises ValueError when a row's cells do not fit."""
+    """Rows that share columns and one metric."""
 
     title: str
     columns: tuple[str, ...]
@@ -127,14 +113,6 @@ class Block:
     """"" where columns have units of their own."""
     digits: int = 1
     """Decimals that are printed: 1 for accuracies, 2 for errors of a few percent."""
-
-    def __post_init__(self) -> None:
-        for row in self.rows:
-            if len(row.cells) != len(self.columns):
-                raise ValueError(
-                    f"Block {self.title!r}: row {row.name!r} must have {len(self.columns)} cells, "
-                    f"one per column, got {len(row.cells)}"
-                )
 
 
 @dataclass(frozen=True)
@@ -150,7 +128,6 @@ class Trend:
     """The difference in the paper, in points, positive as claimed."""
     note: str = ""
     digits: int = 1
-    """Decimals that are printed."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +138,6 @@ class Table:
     """table1 to table5: the name of its files."""
     title: str
     source: str
-    """Such as "arXiv 1709.02929, table 1"."""
     blocks: tuple[Block, ...]
     trends: tuple[Trend, ...] = ()
     notes: tuple[str, ...] = ()

@@ -66,8 +66,8 @@ class _Lane(NamedTuple):
     """The place of one cell."""
 
     y: float
-    cell: Cell
     colour: str
+    cell: Cell
 
 
 class _Line(NamedTuple):
@@ -146,8 +146,7 @@ def _lines(block: Block) -> list[_Line]:
         shown = [(KIND_COLOURS[row.kind], cells[0][1])] if alone else cells
         height = ROW_GAP_IN + LANE_IN * max(len(shown), _name(row).count("\n") + 1)
         first = top + (height - LANE_IN * len(shown)) / 2
-        middles = [first + (place + 0.5) * LANE_IN for place in range(len(shown))]
-        lanes = [_Lane(y, cell, colour) for y, (colour, cell) in zip(middles, shown, strict=True)]
+        lanes = [_Lane(first + (k + 0.5) * LANE_IN, *one) for k, one in enumerate(shown)]
         lines.append(_Line(row, top, top + height, lanes))
         top += height
     return lines
@@ -212,13 +211,12 @@ def _frame(axis: Axes, block: Block, lines: Sequence[_Line], limits: Span) -> No
     way = "higher is better \N{RIGHTWARDS ARROW}"
     if not block.higher_is_better:
         way = "\N{LEFTWARDS ARROW} lower is better"
-    words = plots.drawable(f"{block.metric}, {block.unit}   {way}")
-    axis.set_xlabel(words, fontsize=8, color=LABEL)
-    plain_axis(axis)
+    plain_axis(axis, f"{block.metric}, {block.unit}   {way}")
 
 
-def plain_axis(axis: Axes) -> None:
-    """No frame but the axis below, and thin vertical lines."""
+def plain_axis(axis: Axes, label: str) -> None:
+    """No frame but the axis below, with a label, and thin vertical lines."""
+    axis.set_xlabel(plots.drawable(label), fontsize=8, color=LABEL)
     axis.grid(True, axis="x", color=LINE, linewidth=0.6)
     axis.tick_params(which="both", colors=LABEL, labelsize=8, length=0)
     axis.set_axisbelow(True)
@@ -354,9 +352,7 @@ def draw_trends(figure: FigureBase, grid: GridSpec, number: int, trends: Sequenc
             axis.plot(trend.paper, y, "D", color=SOFT, markersize=4.5, mfc="white", zorder=3)
     axis.margins(x=0.06)
     axis.xaxis.set_major_locator(MaxNLocator(nbins=7))
-    words = "difference in points, 95 % interval   as claimed \N{RIGHTWARDS ARROW}"
-    axis.set_xlabel(words, fontsize=8, color=LABEL)
-    plain_axis(axis)
+    plain_axis(axis, "difference in points, 95 % interval   as claimed \N{RIGHTWARDS ARROW}")
     paper = ", diamond the paper's" if has_paper(trends) else ""
     title_axis(axis, f"trends: dot ours{paper}")
 

@@ -12,7 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from kdtrain.config import AugmentConfig
+from kdtrain.config import AugmentConfig, Config
 from kdtrain.data.counter import counter_uniform
 
 _STREAM_AUGMENT = 21
@@ -39,41 +39,39 @@ def augment(
     images: Tensor,
     landmarks: Tensor | None,
     indices: Tensor,
+    config: Config,
     *,
-    seed: int,
     phase: int,
     epoch: int,
-    config: AugmentConfig,
-    input_size: int,
 ) -> Crops:
     """Returns (crops float32 (B, 3, s, s) in [0, 255], landmarks (B, 5, 2) in crop pixels, frame).
 
     images: uint8 (B, 3, S, S). landmarks: (B, 5, 2) store pixels. indices: (B,) int64 in the
-    source. config: crop "random" is an s x s window at a uniform whole-pixel place; "jitter" a
-    square of side S * u, u uniform in [scale_min, scale_max], at a uniform place, resampled
-    bilinearly; flip mirrors half of the images and swaps left and right landmarks. Raises
-    ValueError for wrong shapes, and for "random" with an input_size above S.
+    source. s: data.crop_side. augment.crop "random" is an s x s window at a uniform whole-pixel
+    place; "jitter" a square of side S * u, u uniform in [scale_min, scale_max], at a uniform place,
+    resampled bilinearly; augment.flip mirrors half of the images and swaps left and right
+    landmarks. Raises ValueError for wrong shapes, and for "random" with s above S.
     """
-    _check(images, landmarks, config, input_size, "augment")
+    how, input_size = config.augment, config.data.crop_side
+    _check(images, landmarks, how, input_size, "augment")
     if indices.shape != (len(images),):
         raise ValueError(
             f"augment: indices must be ({len(images)},) like images, got {tuple(indices.shape)}"
         )
     side = images.shape[-1]
-    draw = counter_uniform(
-        seed, _STREAM_AUGMENT, phase, epoch, indices.to(images.device), draws=4
-    )  # (B, 4)
-    flipped = (draw[:, 0] < 0.5) & bool(config.flip)
-    if config.crop == "random":
+    place = indices.to(images.device)
+    draw = counter_uniform(config.seed, _STREAM_AUGMENT, phase, epoch, place, draws=4)  # (B, 4)
+    flipped = (draw[:, 0] < 0.5) & bool(how.flip)
+    if how.crop == "random":
         places = side - input_size + 1
         offset = (draw[:, 2:4] * places).floor_()
         scale = torch.ones_like(draw[:, 0])
     else:
-        width = side * (config.scale_min + (config.scale_max - config.scale_min) * draw[:, 1])
+        width = side * (how.scale_min + (how.scale_max - how.scale_min) * draw[:, 1])
         offset = draw[:, 2:4] * (side - width).unsqueeze(1)
         scale = width / input_size
     frame = Frame(scale=scale, offset=offset, flipped=flipped, input_size=input_size)
-    return _crop(images, landmarks, frame, config.crop == "random")
+    return _crop(images, landmarks, frame, how.crop == "random")
 
 
 def center(

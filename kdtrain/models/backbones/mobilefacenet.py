@@ -81,9 +81,6 @@ class MobileFaceNet(SizedBackbone):
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def _entry(self, images: Tensor) -> Tensor:
-        return self.stem(self._scaled(images))
-
     def _feature(self, maps: Tensor) -> Tensor:
         return self.embedding(self.depthwise(self.separable(self._checked(maps))).flatten(1))
 

@@ -16,6 +16,10 @@ def config(crop="random", flip=True, scale_min=0.75, scale_max=0.95):
     return SimpleNamespace(crop=crop, flip=flip, scale_min=scale_min, scale_max=scale_max)
 
 
+def run_config(how, size, seed=0):
+    return SimpleNamespace(seed=seed, augment=how, data=SimpleNamespace(crop_side=size))
+
+
 def batch(count, seed=0):
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (count, 3, SIDE, SIDE), generator=generator, dtype=torch.uint8)
@@ -24,8 +28,8 @@ def batch(count, seed=0):
 
 
 def run(images, points, indices, settings_, size=32, **keys):
-    keys = {"seed": 0, "phase": 0, "epoch": 0} | keys
-    return augment(images, points, indices, config=settings_, input_size=size, **keys)
+    whole = run_config(settings_, size, keys.pop("seed", 0))
+    return augment(images, points, indices, whole, **{"phase": 0, "epoch": 0} | keys)
 
 
 @settings(deadline=None, max_examples=25)
@@ -165,7 +169,7 @@ def test_center_crop_is_the_middle_and_never_flipped():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"input_size": 37}, "input_size"),
+        ({"config": run_config(config(), 37)}, "input_size"),
         ({"landmarks": torch.zeros(2, 4, 2)}, "landmarks"),
         ({"images": torch.zeros(2, 3, 36, 30, dtype=torch.uint8)}, "images"),
         ({"indices": torch.arange(3)}, "indices"),
@@ -176,10 +180,7 @@ def test_bad_arguments_are_named(change, message):
         "images": torch.zeros(2, 3, 36, 36, dtype=torch.uint8),
         "landmarks": None,
         "indices": torch.arange(2),
-        "config": config(),
-        "input_size": 32,
+        "config": run_config(config(), 32),
     }
-    arguments |= change
-    positional = [arguments.pop(name) for name in ("images", "landmarks", "indices")]
     with pytest.raises(ValueError, match=message):
-        augment(*positional, seed=0, phase=0, epoch=0, **arguments)
+        augment(**(arguments | change), phase=0, epoch=0)

@@ -16,9 +16,7 @@ from torch import Tensor
 
 from kdtrain.config import ModelConfig
 from kdtrain.config.networks import IRESNETS, IRS, MOBILE
-from kdtrain.models.backbones import build_backbone
-from kdtrain.models.backbones.iresnet import BLOCKS
-from kdtrain.models.backbones.mobilefacenet import SHAPES
+from kdtrain.models.backbones import build_backbone, iresnet, mobilefacenet
 
 PREFIXES = {
     "arcface_torch": dict.fromkeys(("module.", ""), (IRESNETS, MOBILE)),
@@ -160,9 +158,9 @@ def _candidates(weights: Mapping[str, Tensor]) -> tuple[str, ...]:
 def _renamed(weights: Mapping[str, Tensor], name: str) -> tuple[dict[str, Tensor], list[str]]:
     """The weights under our names, and a line for each that has none."""
     if name in MOBILE:
-        layers = _mobile(SHAPES[name].blocks)
+        layers = _mobile(mobilefacenet.BLOCKS[name])
     else:
-        counts = BLOCKS[name.lstrip("irenst")]
+        counts = iresnet.BLOCKS[name.lstrip("irenst")]
         blocks = [f"{stage}.{k}" for stage, count in enumerate(counts) for k in range(count)]
         layers = _iresnet(blocks) if name in IRESNETS else _ir(blocks)
     renamed, unknown = {}, []

@@ -68,10 +68,10 @@ def test_the_data_command_shows_names_on_a_terminal_of_any_encoding(folder, enco
     keys += ["--data.on_error", "skip", "--data.store_size", "32"]
     assert main(["data", "--grid", str(folder / "grid.png"), *keys]) == 0
     stream.flush()
-    told = stream.buffer.getvalue()
-    assert f"{SHOWN[GBK]}/\\udcff\\x1b[31m.png: cannot read this image".encode() in told
-    assert SHOWN[LATIN].encode() in told.splitlines()[-1]  # the grid's path
-    assert b"\x1b" not in told
+    shown = stream.buffer.getvalue()
+    assert b"1 skipped: " in shown
+    assert SHOWN[LATIN].encode() in shown.splitlines()[-1]  # the grid's path
+    assert b"\x1b" not in shown
 
 
 def test_a_run_on_such_names_trains_caches_and_reports(folder, tmp_path):

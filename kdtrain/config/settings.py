@@ -277,9 +277,7 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _typed(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by section, converted to the types of the schema. Raises ConfigError for an unknown
-    key and a value of the wrong type.
-    """
+    """Values by section, converted to the types of the schema. Raises ConfigError."""
     for key, value in flat.items():
         if key not in _BY_KEY:
             if any(known.startswith(f"{key}.") for known in _BY_KEY):

@@ -19,7 +19,13 @@ _NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 
 
 def build_source(config: DataConfig) -> FaceSource:
-    """Returns the FaceSource of a data section. Raises DataError or ValueError."""
+    """Returns the FaceSource of a data section. Raises DataError or ValueError.
+
+    celeba: img_align_celeba beside identity_CelebA and list_landmarks_align_celeba, .txt (CelebA's
+    own) or .csv (mirrors); ids need not be contiguous. Without the identity list the landmark list
+    names the images, and all are one identity, which serves task alignment alone. folder: as
+    torchvision's ImageFolder.
+    """
     if config.kind == "synthetic":
         return synthetic_faces(config)
     issues, root = Issues(on_error=config.on_error), Path(config.root or "")
@@ -36,12 +42,7 @@ def build_source(config: DataConfig) -> FaceSource:
 def _celeba(
     root: Path, landmark_file: str | None, issues: Issues
 ) -> tuple[dict[str, Listed], Path | None]:
-    """Returns the images of a folder in CelebA's layout, and its landmark list: img_align_celeba
-    beside identity_CelebA and list_landmarks_align_celeba, .txt (CelebA's own) or .csv (mirrors).
-
-    The identity list names the images; ids need not be contiguous. Without it the landmark list
-    names them, and all images are one identity, which serves task alignment alone.
-    """
+    """The images of CelebA's layout and the landmark list; without identities all are of one."""
     identity_file = list_file(root, "identity_CelebA")
     points = list_file(root, "list_landmarks_align_celeba")
     if landmark_file is not None:
@@ -82,9 +83,7 @@ def list_file(root: Path, stem: str) -> Path | None:
 
 
 def _folder(root: Path, issues: Issues) -> dict[str, Listed]:
-    """Returns the images root/<identity>/<image>, sorted. A folder without an image is an issue, as
-    in torchvision's ImageFolder; other visible files and folders are skipped by name.
-    """
+    """Returns the images root/<identity>/<image>, sorted; other files are skipped by name."""
     if not root.is_dir():
         raise DataError(f"{root}: no such folder (data.root)")
     listed = {}

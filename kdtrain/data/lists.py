@@ -6,7 +6,6 @@ mirrors' (commas, a header). Blank lines and a byte order mark are ignored.
 
 import csv
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,8 +27,7 @@ FLOAT32_MAX = torch.finfo(torch.float32).max  # landmarks are stored in float32
 POINT_COLUMNS = tuple(f"{point}_{axis}" for point in LANDMARKS for axis in "xy")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Table:
+class Table(NamedTuple):
     """A list file: image name -> (line number, the other fields), and the names of these fields."""
 
     columns: list[str]

@@ -68,16 +68,7 @@ def training_batch(
     epoch: int,
 ) -> Batch:
     """Returns augmented crops of stored images (B, 3, S, S) for student and teacher."""
-    crops, points, frame = augment(
-        stored,
-        points,
-        indices,
-        seed=config.seed,
-        phase=phase,
-        epoch=epoch,
-        config=config.augment,
-        input_size=config.data.crop_side,
-    )
+    crops, points, frame = augment(stored, points, indices, config, phase=phase, epoch=epoch)
     images, smaller, _ = shrink(crops, points, frame, config.data.input_size)
     theirs = None
     if config.teacher.run is not None and config.teacher_side != config.data.input_size:

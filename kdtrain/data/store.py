@@ -68,12 +68,6 @@ class ImageStore:
             return None
         return self.source.landmarks * (self.size / self.source.sizes.float()).unsqueeze(1)
 
-    def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            self._pool = None
-            self._ahead.clear()
-
     def _decode(self, indices: Tensor) -> Tensor:
         if self.source.read_batch is not None:
             images = self.source.read_batch(indices)

@@ -5,17 +5,20 @@ Augmentation is a pure function of (seed, phase, epoch, image), without a genera
 workers and a resumed run see the same crops, and teacher outputs can be cached.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from kdtrain.config import AugmentConfig
+from kdtrain.config import AugmentConfig, Config
 from kdtrain.data.counter import counter_uniform
 
 _STREAM_AUGMENT = 21
 _MIRROR = (1, 0, 2, 4, 3)  # landmarks of a mirrored image
+Crops: TypeAlias = "tuple[Tensor, Tensor | None, Frame]"
+"""Crops (B, 3, s, s), landmarks (B, 5, 2) in crop pixels, and the place of the crops."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,41 +39,39 @@ def augment(
     images: Tensor,
     landmarks: Tensor | None,
     indices: Tensor,
+    config: Config,
     *,
-    seed: int,
     phase: int,
     epoch: int,
-    config: AugmentConfig,
-    input_size: int,
-) -> tuple[Tensor, Tensor | None, Frame]:
+) -> Crops:
     """Returns (crops float32 (B, 3, s, s) in [0, 255], landmarks (B, 5, 2) in crop pixels, frame).
 
     images: uint8 (B, 3, S, S). landmarks: (B, 5, 2) store pixels. indices: (B,) int64 in the
-    source. config: crop "random" is an s x s window at a uniform whole-pixel place; "jitter" a
-    square of side S * u, u uniform in [scale_min, scale_max], at a uniform place, resampled
-    bilinearly; flip mirrors half of the images and swaps left and right landmarks. Raises
-    ValueError for wrong shapes, and for "random" with an input_size above S.
+    source. s: data.crop_side. augment.crop "random" is an s x s window at a uniform whole-pixel
+    place; "jitter" a square of side S * u, u uniform in [scale_min, scale_max], at a uniform place,
+    resampled bilinearly; augment.flip mirrors half of the images and swaps left and right
+    landmarks. Raises ValueError for wrong shapes, and for "random" with s above S.
     """
-    _check(images, landmarks, config, input_size, "augment")
+    how, input_size = config.augment, config.data.crop_side
+    _check(images, landmarks, how, input_size, "augment")
     if indices.shape != (len(images),):
         raise ValueError(
             f"augment: indices must be ({len(images)},) like images, got {tuple(indices.shape)}"
         )
     side = images.shape[-1]
-    draw = counter_uniform(
-        seed, _STREAM_AUGMENT, phase, epoch, indices.to(images.device), draws=4
-    )  # (B, 4)
-    flipped = (draw[:, 0] < 0.5) & bool(config.flip)
-    if config.crop == "random":
+    place = indices.to(images.device)
+    draw = counter_uniform(config.seed, _STREAM_AUGMENT, phase, epoch, place, draws=4)  # (B, 4)
+    flipped = (draw[:, 0] < 0.5) & bool(how.flip)
+    if how.crop == "random":
         places = side - input_size + 1
         offset = (draw[:, 2:4] * places).floor_()
         scale = torch.ones_like(draw[:, 0])
     else:
-        width = side * (config.scale_min + (config.scale_max - config.scale_min) * draw[:, 1])
+        width = side * (how.scale_min + (how.scale_max - how.scale_min) * draw[:, 1])
         offset = draw[:, 2:4] * (side - width).unsqueeze(1)
         scale = width / input_size
     frame = Frame(scale=scale, offset=offset, flipped=flipped, input_size=input_size)
-    return _crop(images, landmarks, frame, config.crop == "random")
+    return _crop(images, landmarks, frame, how.crop == "random")
 
 
 def center(
@@ -80,7 +81,7 @@ def center(
     config: AugmentConfig,
     *,
     mirrored: bool = False,
-) -> tuple[Tensor, Tensor | None, Frame]:
+) -> Crops:
     """Returns the same as augment for evaluation: the centre crop, flipped if `mirrored`.
 
     crop "random": the middle s x s window (an odd remainder goes right and down); "jitter": the
@@ -119,18 +120,14 @@ def fixed_views(config: AugmentConfig, store_size: int, crop_size: int) -> int |
     return (1 + bool(config.flip)) if whole else None
 
 
-def shrink(
-    crops: Tensor, landmarks: Tensor | None, frame: Frame, side: int
-) -> tuple[Tensor, Tensor | None, Frame]:
+def shrink(crops: Tensor, landmarks: Tensor | None, frame: Frame, side: int) -> Crops:
     """Returns the same windows and flips at `side` pixels: crops by area_average, landmarks in the
     new pixels. Crops of that side are returned unchanged. Raises ValueError for a larger side.
     """
     if side == frame.input_size:
         return crops, landmarks, frame
     factor = side / frame.input_size
-    smaller = Frame(
-        scale=frame.scale / factor, offset=frame.offset, flipped=frame.flipped, input_size=side
-    )
+    smaller = replace(frame, scale=frame.scale / factor, input_size=side)
     return area_average(crops, side), None if landmarks is None else landmarks * factor, smaller
 
 
@@ -153,16 +150,13 @@ def area_average(images: Tensor, side: int) -> Tensor:
     return rows / (whole * whole)
 
 
-def uncrop(points: Tensor, frame: Frame) -> Tensor:
-    """Returns store-pixel coordinates (B, 5, 2) of crop-pixel points, unflipped. Differentiable."""
-    points = _mirror(points, frame)
-    return points * frame.scale.reshape(-1, 1, 1) + frame.offset.unsqueeze(1)
-
-
 def to_original(points: Tensor, frame: Frame, sizes: Tensor, store_size: int) -> Tensor:
-    """Returns original-pixel coordinates (B, 5, 2) of crop-pixel points; sizes: (B, 2)."""
+    """Returns original-pixel coordinates (B, 5, 2) of crop-pixel points, unflipped; sizes: (B, 2).
+    Differentiable.
+    """
     factor = sizes.to(points.device, points.dtype) / store_size
-    return uncrop(points, frame) * factor.unsqueeze(1)
+    points = _mirror(points, frame) * frame.scale.reshape(-1, 1, 1) + frame.offset.unsqueeze(1)
+    return points * factor.unsqueeze(1)
 
 
 def _check(
@@ -188,20 +182,19 @@ def _mirror(points: Tensor, frame: Frame) -> Tensor:
     return torch.where(frame.flipped.reshape(-1, 1, 1), mirrored, points)
 
 
-def _crop(
-    images: Tensor, landmarks: Tensor | None, frame: Frame, whole_pixels: bool
-) -> tuple[Tensor, Tensor | None, Frame]:
-    size = frame.input_size
-    ticks = torch.arange(size, device=images.device)
-    across = torch.where(frame.flipped.unsqueeze(1), size - 1 - ticks, ticks)  # (B, s)
-    down = ticks.expand(len(images), size)
+def _crop(images: Tensor, landmarks: Tensor | None, frame: Frame, whole_pixels: bool) -> Crops:
+    ticks = torch.arange(frame.input_size, device=images.device)
+    flipped, scale, left, top = (
+        each.reshape(-1, 1, 1, 1) for each in (frame.flipped, frame.scale, *frame.offset.unbind(1))
+    )
+    across = torch.where(flipped, frame.input_size - 1 - ticks, ticks)  # (B, 1, 1, s)
+    down = ticks.unsqueeze(1)  # (s, 1)
     if whole_pixels:
-        columns, rows = across + frame.offset[:, :1].long(), down + frame.offset[:, 1:].long()
-        crops = _take(_take(images, rows, 2), columns, 3).float()
+        rows = images.take_along_dim(down + top.long(), 2)
+        crops = rows.take_along_dim(across + left.long(), 3).float()
     else:
-        scale = frame.scale.unsqueeze(1)
-        crops = _sample(images.float(), (down + 0.5) * scale + frame.offset[:, 1:], 2)
-        crops = _sample(crops, (across + 0.5) * scale + frame.offset[:, :1], 3)
+        crops = _sample(images.float(), (down + 0.5) * scale + top, 2)
+        crops = _sample(crops, (across + 0.5) * scale + left, 3)
     if landmarks is not None:
         landmarks = landmarks.to(images.device)
         landmarks = (landmarks - frame.offset.unsqueeze(1)) / frame.scale.reshape(-1, 1, 1)
@@ -209,46 +202,29 @@ def _crop(
     return crops, landmarks, frame
 
 
-def _take(images: Tensor, places: Tensor, axis: int) -> Tensor:
-    """Rows (axis 2) or columns (axis 3) of each image at the image's places (B, s)."""
-    shape = list(images.shape)
-    shape[axis] = places.shape[1]
-    view = [len(images), 1, 1, 1]
-    view[axis] = places.shape[1]
-    return images.gather(axis, places.reshape(view).expand(shape))
-
-
 def _sample(images: Tensor, places: Tensor, axis: int) -> Tensor:
-    """Linear interpolation along one axis at continuous coordinates (B, s); pixel i has its centre
-    at i + 0.5, edges repeat. Elementwise after two gathers: bits do not depend on the batch.
-    """
+    """Linear interpolation along one axis; pixel i has its centre at i + 0.5, edges repeat."""
+    # elementwise after two gathers: bits do not depend on the batch
     last = images.shape[axis] - 1
     places = (places - 0.5).clamp(0, last)
     low = places.floor().clamp(max=max(last - 1, 0))
-    view = [len(images), 1, 1, 1]
-    view[axis] = places.shape[1]
-    part = (places - low).reshape(view)
+    part = places - low
     low = low.long()
-    first = _take(images, low, axis)
-    return first + (_take(images, (low + 1).clamp(max=last), axis) - first) * part
+    first = images.take_along_dim(low, axis)
+    return first + (images.take_along_dim((low + 1).clamp(max=last), axis) - first) * part
 
 
 def _sums(images: Tensor, side: int, whole: int, part: int, axis: int) -> Tensor:
-    """Weighted sums along an axis: pixel i of the result covers [i * whole, (i + 1) * whole), pixel
-    j of the image [j * part, (j + 1) * part).
-    """
+    """Weighted sums: pixel i covers [i * whole, (i + 1) * whole), one of the image `part`."""
     start = torch.arange(side, device=images.device) * whole
-    first = start // part
     shape = [1] * images.dim()
     shape[axis] = side
-    total = None
+    total = torch.zeros((), device=images.device)
     for step in range((whole + part - 2) // part + 1):  # the most pixels that one covers
-        place = first + step
+        place = start // part + step
         low, high = place * part, (place + 1) * part
         weight = (torch.minimum(high, start + whole) - torch.maximum(low, start)).clamp(min=0)
         # 0 for pixels outside, also beyond the last one
         taken = images.index_select(axis, place.clamp(max=images.shape[axis] - 1))
-        taken = taken * weight.to(images.dtype).reshape(shape)
-        total = taken if total is None else total + taken
-    assert total is not None
+        total = total + taken * weight.to(images.dtype).reshape(shape)
     return total

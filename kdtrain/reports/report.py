@@ -87,9 +87,7 @@ def _facts(stages: Sequence[Stage], command: str | None) -> list[tuple[str, str]
 def _doubts(
     root: Path, stages: Sequence[Stage], columns: Sequence[tuple[str, str, str]]
 ) -> list[tuple[str, str]]:
-    """The columns and students whose teacher does not beat the floor, and that teacher. A teacher
-    is named by a config here, or is one of the chain.
-    """
+    """The columns and students whose teacher does not beat the floor, and that teacher."""
     names = {(root / stage.name).resolve(): stage.name for stage in stages}
     taught: dict[str, list[str]] = {s.name: [] for s in stages if CHAIN.get(s.name) == "teacher"}
     for student in stages:
@@ -129,10 +127,9 @@ def _colors(stages: Sequence[Stage]) -> list[tuple[Stage, str]]:
 def _curves(
     stages: Sequence[Stage], points: Callable[[Stage], Points], *, by_epoch: bool = True
 ) -> list[Curve]:
-    """The curve of each run that has points, with rings where the learning rate changes. The
-    control's is dashed and drawn last, because it may cover the distilled student's.
-    """
+    """The curve of each run that has points, with rings where the learning rate changes."""
     found = []
+    # the control's is dashed and last, because it may cover the distilled student's
     for stage, color in sorted(_colors(stages), key=lambda both: both[0].role == "control"):
         if drawn := [(x, y) for x, y in points(stage) if y is not None]:
             x, y = map(charts.thinned, zip(*drawn, strict=True))
@@ -196,14 +193,12 @@ def _term_panels(stages: Sequence[Stage]) -> list[Panel]:
 
 
 def _logged(stage: Stage, name: str, scale: float = 1) -> Points:
-    """A logged quantity over the epochs of training, None where a line lacks it. The teacher's
-    entropy is subtracted from the soft term, which leaves the KL divergence.
-    """
+    """A logged quantity over the epochs of training, None where a line lacks it."""
     records = stage.lines("train")
     if not records:
         return []
     steps_per_epoch = records[-1]["step"] / max(1, epochs_done(stage, records[-1]))
-    least = "teacher_entropy" if name == "soft" else ""
+    least = "teacher_entropy" if name == "soft" else ""  # which leaves the KL divergence
     return [
         (
             record["step"] / steps_per_epoch,
@@ -214,9 +209,7 @@ def _logged(stage: Stage, name: str, scale: float = 1) -> Points:
 
 
 def _landmarks(samples: Mapping[str, np.ndarray]) -> list[dict[str, object]]:
-    """Each image with its points (x, y, predicted x, predicted y) in pixels of the image, whose
-    centers are at whole numbers + 0.5, and its error.
-    """
+    """Each image with its points (x, y, predicted x, predicted y) in pixels, and its error."""
     points = np.concatenate([samples["true"], samples["predicted"]], axis=2).tolist()
     return [
         {"source": plots.face(image), "size": image.shape[1:], "points": marks, "error": error}
@@ -225,9 +218,7 @@ def _landmarks(samples: Mapping[str, np.ndarray]) -> list[dict[str, object]]:
 
 
 def _neighbours(stages: Sequence[Stage]) -> list[dict[str, Any]]:
-    """For each set of queries: the queries, and the neighbours that each run finds, with whether
-    they have the query's identity.
-    """
+    """Each set of queries, and whether the neighbours of each run have the query's identity."""
     groups: dict[bytes, list[Stage]] = {}
     for stage in stages:
         groups.setdefault(stage.samples["queries"].tobytes(), []).append(stage)

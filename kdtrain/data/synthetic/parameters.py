@@ -105,19 +105,8 @@ IMAGE_UNIFORM = (
     *(f"back{i}_{c}" for i in range(3) for c in "rgb"),
     *(f"cloth_{c}" for c in "rgb"),
     *(f"cover_{c}" for c in "rgb"),
-    "back_angle",
-    "blob_x",
-    "blob_y",
-    "blob_size",
-    "stripes",
-    "wear_glasses",
-    "cover",
-    "cover_angle",
-    "cover_reach",
-    "cover_size",
-    "collar",
-    "blur",
-    "grain",
+    *("back_angle", "blob_x", "blob_y", "blob_size", "stripes", "wear_glasses"),
+    *("cover", "cover_angle", "cover_reach", "cover_size", "collar", "blur", "grain"),
 )
 
 

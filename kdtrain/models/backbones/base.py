@@ -87,6 +87,8 @@ class StagedBackbone(Backbone):
 class SizedBackbone(StagedBackbone):
     """A backbone of one input size: a weight per place of the last maps, side x side."""
 
+    stem: nn.Sequential
+
     def __init__(self, color: str, input_size: int) -> None:
         super().__init__(color)
         self.side = -(-input_size // 16)  # after four layers of stride 2
@@ -94,9 +96,8 @@ class SizedBackbone(StagedBackbone):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, side={self.side}"
 
-    def _scaled(self, images: Tensor) -> Tensor:
-        """[0, 255] -> [-1, 1], the input of published face networks."""
-        return (images - 127.5) / 127.5
+    def _entry(self, images: Tensor) -> Tensor:
+        return self.stem((images - 127.5) / 127.5)  # [-1, 1], as published face networks
 
     def _checked(self, maps: Tensor) -> Tensor:
         """maps, if of the right size, else raises ValueError."""

@@ -81,9 +81,6 @@ class IResNet(SizedBackbone):
                 else:
                     nn.init.normal_(module.weight, std=0.1)
 
-    def _entry(self, images: Tensor) -> Tensor:
-        return self.stem(self._scaled(images))
-
     def _feature(self, maps: Tensor) -> Tensor:
         # flatten is channel by channel in any memory layout
         flat = self.last_norm(self._checked(maps)).flatten(1)

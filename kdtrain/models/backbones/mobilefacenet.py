@@ -4,27 +4,13 @@ ones. A global depthwise convolution on the last maps fixes the input size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor, nn
 
 from kdtrain.models.backbones.base import SizedBackbone, chain, embedding_layer
 
-
-@dataclass(frozen=True)
-class Shape:
-    """The differences of the three networks."""
-
-    scale: int  # Channels of the first layers over 64
-    blocks: tuple[int, int, int, int]
-    """Residual blocks of each stage; 1 in the first is a grouped convolution alone."""
-
-
-SHAPES = {
-    "mobilefacenet": Shape(1, (1, 4, 6, 2)),
-    "mbf": Shape(2, (1, 4, 6, 2)),
-    "mbf_large": Shape(4, (2, 8, 12, 4)),
-}
+SCALES = {"mobilefacenet": 1, "mbf": 2, "mbf_large": 4}  # channels of the first layers over 64
+BLOCKS = {"mobilefacenet": (1, 4, 6, 2), "mbf": (1, 4, 6, 2), "mbf_large": (2, 8, 12, 4)}
+"""Residual blocks of each stage; 1 in the first is a grouped convolution alone."""
 LAST = 512  # channels of the last maps, in every one of them
 
 
@@ -56,19 +42,19 @@ class MobileFaceNet(SizedBackbone):
         self, name: str, divide: int, *, embedding: int, input_size: int, color: str
     ) -> None:
         super().__init__(color, input_size)
-        shape = SHAPES[name]
-        narrow, wide, last = 64 * shape.scale // divide, 128 * shape.scale // divide, LAST // divide
+        scale, blocks = SCALES[name], BLOCKS[name]
+        narrow, wide, last = 64 * scale // divide, 128 * scale // divide, LAST // divide
         inner = [width // divide for width in (128, 256, 512)]  # for any scale
         self.stem = _unit(3, narrow, 3, 2)
-        if shape.blocks[0] == 1:
+        if blocks[0] == 1:
             first: nn.Module = _unit(narrow, narrow, 3, groups=64 // divide)
         else:
-            first = _residuals(narrow, inner[0], shape.blocks[0])
+            first = _residuals(narrow, inner[0], blocks[0])
         self.stages = nn.Sequential(
             nn.Sequential(first),
-            _stage(narrow, inner[0], narrow, inner[0], shape.blocks[1]),
-            _stage(narrow, inner[1], wide, inner[1], shape.blocks[2]),
-            _stage(wide, inner[2], wide, inner[1], shape.blocks[3]),
+            _stage(narrow, inner[0], narrow, inner[0], blocks[1]),
+            _stage(narrow, inner[1], wide, inner[1], blocks[2]),
+            _stage(wide, inner[2], wide, inner[1], blocks[3]),
         )
         self.widths = [narrow, narrow, wide, wide]
         self.separable = _unit(wide, last, 1)
@@ -80,9 +66,6 @@ class MobileFaceNet(SizedBackbone):
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def _entry(self, images: Tensor) -> Tensor:
-        return self.stem(self._scaled(images))
 
     def _feature(self, maps: Tensor) -> Tensor:
         return self.embedding(self.depthwise(self.separable(self._checked(maps))).flatten(1))

@@ -46,13 +46,7 @@ class ResNet(StagedBackbone):
     """
 
     def __init__(
-        self,
-        depth: int,
-        kernels: int,
-        stem: str,
-        *,
-        embedding: int | None = None,
-        color: str = "rgb",
+        self, depth: int, kernels: int, stem: str, *, embedding: int | None, color: str
     ) -> None:
         super().__init__(color)
         self.input_norm = nn.BatchNorm2d(3)

@@ -23,7 +23,10 @@ class TimmNetwork(Backbone):
 
     def __init__(self, name: str, *, embedding: int | None, input_size: int, color: str) -> None:
         super().__init__(color)
-        timm = _timm()
+        try:
+            timm: Any = importlib.import_module("timm")
+        except ImportError as error:
+            raise ValueError(f"FaceNetwork: {NEEDS_TIMM} ({error})") from error
         if not timm.is_model(name):
             known = timm.list_models(f"*{name.split('_')[0]}*")
             raise ValueError(
@@ -70,10 +73,3 @@ class TimmNetwork(Backbone):
     def _scaled(self, images: Tensor) -> Tensor:
         mean, deviation = self.get_buffer("mean"), self.get_buffer("std")
         return (self._ordered(images) - mean) / deviation
-
-
-def _timm() -> Any:
-    try:
-        return importlib.import_module("timm")
-    except ImportError as error:
-        raise ValueError(f"FaceNetwork: {NEEDS_TIMM} ({error})") from error

@@ -8,9 +8,7 @@ the IR network (or arcface_torch's) under `net.` or `model.net.`.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,9 +16,7 @@ from torch import Tensor
 
 from kdtrain.config import ModelConfig
 from kdtrain.config.networks import IRESNETS, IRS, MOBILE
-from kdtrain.models.backbones import build_backbone
-from kdtrain.models.backbones.iresnet import BLOCKS
-from kdtrain.models.backbones.mobilefacenet import SHAPES
+from kdtrain.models.backbones import build_backbone, iresnet, mobilefacenet
 
 PREFIXES = {
     "arcface_torch": dict.fromkeys(("module.", ""), (IRESNETS, MOBILE)),
@@ -45,8 +41,8 @@ FIRST = {
 LAST_CHANNELS = 512  # of the last maps of every network here
 COUNTER = "num_batches_tracked"
 
-_UNIT = {"0": "conv", "1": "norm", "2": "slope"}
-_PARTS = {"0": "expand", "1": "depthwise", "2": "project"}
+_UNIT = ("conv", "norm", "slope")
+_PARTS = ("expand", "depthwise", "project")
 
 
 class Published(NamedTuple):
@@ -116,14 +112,13 @@ def published(weights: Mapping[str, Tensor], name: str | None) -> Published:
         width, side = _sizes(renamed, candidate)
         if not width or not side:
             unfit[candidate].append("the last layers' sizes do not fit")
-        if unfit[candidate]:
             continue
         with torch.device("meta"):
             network = build_backbone(ModelConfig(name=candidate, embedding=width), 16 * side)
         shapes = {f"backbone.{n}": tensor.shape for n, tensor in network.state_dict().items()}
         counters = [n for n in shapes if n.endswith(COUNTER) and n not in renamed]
         renamed |= {n: torch.zeros((), dtype=torch.int64) for n in counters}
-        unfit[candidate] = _differences(renamed, shapes)
+        unfit[candidate] += _differences(renamed, shapes)
         if unfit[candidate]:
             continue
         if name not in (None, candidate):
@@ -163,81 +158,63 @@ def _candidates(weights: Mapping[str, Tensor]) -> tuple[str, ...]:
 def _renamed(weights: Mapping[str, Tensor], name: str) -> tuple[dict[str, Tensor], list[str]]:
     """The weights under our names, and a line for each that has none."""
     if name in MOBILE:
-        rename = partial(_mobile, plain_first=SHAPES[name].blocks[0] == 1)
-    elif name in IRESNETS:
-        rename = _iresnet
+        layers = _mobile(mobilefacenet.BLOCKS[name])
     else:
-        counts = enumerate(BLOCKS[name.removeprefix("ir")])
-        rename = partial(_ir, places=[(stage, i) for stage, count in counts for i in range(count)])
+        counts = iresnet.BLOCKS[name.lstrip("irenst")]
+        blocks = [f"{stage}.{k}" for stage, count in enumerate(counts) for k in range(count)]
+        layers = _iresnet(blocks) if name in IRESNETS else _ir(blocks)
     renamed, unknown = {}, []
     for theirs, tensor in weights.items():
-        ours = rename(theirs)
-        if ours is None:
+        layer, _, tail = theirs.rpartition(".")
+        layer = layer.replace("layers.", "")
+        if layer not in layers:
             unknown.append(f"{theirs}: not in {name}")
         else:  # counters stay whole numbers
             value = tensor.float() if tensor.is_floating_point() else tensor
-            renamed[f"backbone.{ours}"] = value.contiguous()
+            renamed[f"backbone.{layers[layer]}.{tail}"] = value.contiguous()
     return renamed, unknown
 
 
-def _iresnet(theirs: str) -> str | None:
-    """Our name of a weight of arcface_torch's IResNet, or None."""
-    ends = {"conv1": "stem.conv", "bn1": "stem.norm", "prelu": "stem.slope"}
-    ends |= {"bn2": "last_norm", "fc": "embedding", "features": "embedding_norm"}
-    head, _, tail = theirs.partition(".")
-    if head in ends:
-        return f"{ends[head]}.{tail}"
+def _iresnet(blocks: Sequence[str]) -> dict[str, str]:
+    """Our name of each layer of arcface_torch's IResNet, by its name there."""
+    layers = {"conv1": "stem.conv", "bn1": "stem.norm", "prelu": "stem.slope"}
+    layers |= {"bn2": "last_norm", "fc": "embedding", "features": "embedding_norm"}
     inside = {"bn1": "norm1", "conv1": "conv1", "bn2": "norm2", "prelu": "slope"}
     inside |= {"conv2": "conv2", "bn3": "norm3"}
     inside |= {"downsample.0": "shortcut.0", "downsample.1": "shortcut.1"}
-    match = re.fullmatch(r"layer([1-4])\.(\d+)\.(downsample\.[01]|[a-z]+\d?)\.(\w+)", theirs)
-    if match is None or match[3] not in inside:
-        return None
-    return f"stages.{int(match[1]) - 1}.{match[2]}.{inside[match[3]]}.{match[4]}"
+    for block in blocks:
+        there = f"layer{int(block[0]) + 1}{block[1:]}"
+        layers |= {f"{there}.{theirs}": f"stages.{block}.{ours}" for theirs, ours in inside.items()}
+    return layers
 
 
-def _ir(theirs: str, places: list[tuple[int, int]]) -> str | None:
-    """Our name of a weight of AdaFace's and CVLface's IR, with blocks numbered over all stages."""
-    match = re.fullmatch(r"(input_layer|output_layer)\.(\d)\.(\w+)", theirs)
-    if match is not None:
-        last = {"0": "last_norm", "3": "embedding", "4": "embedding_norm"}
-        inside = last if match[1] == "output_layer" else {k: f"stem.{v}" for k, v in _UNIT.items()}
-        return f"{inside[match[2]]}.{match[3]}" if match[2] in inside else None
-    match = re.fullmatch(r"body\.(\d+)\.(res_layer|shortcut_layer)\.(\d)\.(\w+)", theirs)
-    if match is None or int(match[1]) >= len(places):
-        return None
-    layers = ("norm1", "conv1", "norm2", "slope", "conv2", "norm3")
-    if match[2] == "shortcut_layer":
-        layers = ("shortcut.0", "shortcut.1")
-    if int(match[3]) >= len(layers):
-        return None
-    stage, block = places[int(match[1])]
-    return f"stages.{stage}.{block}.{layers[int(match[3])]}.{match[4]}"
+def _ir(blocks: Sequence[str]) -> dict[str, str]:
+    """The same for AdaFace's and CVLface's IR, whose blocks are numbered over all stages."""
+    last = {"0": "last_norm", "3": "embedding", "4": "embedding_norm"}
+    layers = {f"output_layer.{k}": v for k, v in last.items()}
+    layers |= {f"input_layer.{k}": f"stem.{layer}" for k, layer in enumerate(_UNIT)}
+    inside = ("norm1", "conv1", "norm2", "slope", "conv2", "norm3")
+    for n, block in enumerate(blocks):
+        layers |= {f"body.{n}.res_layer.{k}": f"stages.{block}.{v}" for k, v in enumerate(inside)}
+        layers |= {f"body.{n}.shortcut_layer.{k}": f"stages.{block}.shortcut.{k}" for k in range(2)}
+    return layers
 
 
-def _mobile(theirs: str, plain_first: bool) -> str | None:
-    """Our name of a weight of MobileFaceNet. plain_first: the second layer is a convolution."""
-    place, _, tail = theirs.rpartition(".")
-    place = place.replace("layers.", "")  # 3.0.1.2 of layers.3.layers.0.layers.1.layers.2
-    ends = {"features.2": "embedding.linear", "features.3": "embedding.norm"}
-    ends |= {f"features.0.{k}": f"depthwise.{v}" for k, v in _UNIT.items() if v != "slope"}
-    ends |= {f"conv_sep.{k}": f"separable.{v}" for k, v in _UNIT.items()}
-    ends |= {f"0.{k}": f"stem.{v}" for k, v in _UNIT.items()}
-    if plain_first:
-        ends |= {f"1.{k}": f"stages.0.0.{v}" for k, v in _UNIT.items()}
-    if place in ends:
-        return f"{ends[place]}.{tail}"
-    match = re.fullmatch(r"(?:([246])|([1357])\.(\d+))\.([012])\.([012])", place)
-    if match is None:
-        return None
-    down, residual, number, part, layer = match.groups()
-    if down is not None:
-        block = f"stages.{int(down) // 2}.0"
-    elif residual == "1":
-        block = f"stages.0.0.{number}"
-    else:
-        block = f"stages.{int(residual) // 2}.{int(number) + 1}"
-    return f"{block}.{_PARTS[part]}.{_UNIT[layer]}.{tail}"
+def _mobile(blocks: Sequence[int]) -> dict[str, str]:
+    """The same for MobileFaceNet, of so many residual blocks in each stage, without "layers."."""
+    layers = {"features.2": "embedding.linear", "features.3": "embedding.norm"}
+    units = {"0": "stem", "features.0": "depthwise", "conv_sep": "separable"}
+    units |= {"1": "stages.0.0"} if blocks[0] == 1 else {}
+    inverted = {f"{2 * stage}": f"stages.{stage}.0" for stage in (1, 2, 3)}
+    inverted |= {f"1.{k}": f"stages.0.0.{k}" for k in range(blocks[0])}
+    for stage in (1, 2, 3):
+        row = range(blocks[stage])
+        inverted |= {f"{2 * stage + 1}.{k}": f"stages.{stage}.{k + 1}" for k in row}
+    for theirs, ours in inverted.items():
+        units |= {f"{theirs}.{k}": f"{ours}.{part}" for k, part in enumerate(_PARTS)}
+    for theirs, ours in units.items():
+        layers |= {f"{theirs}.{k}": f"{ours}.{layer}" for k, layer in enumerate(_UNIT)}
+    return layers
 
 
 def _sizes(renamed: Mapping[str, Tensor], name: str) -> tuple[int, int]:

@@ -37,7 +37,6 @@ def test_every_mode_gives_pillows_antialiased_resize(folder, cache, workers):
     assert got.dtype == torch.uint8
     assert np.array_equal(got.permute(0, 2, 3, 1).numpy(), np.stack(expected))
     assert (store._images is not None) == (cache != "none")
-    store.close()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -49,7 +48,6 @@ def test_a_batch_of_several_parts_keeps_its_order(folder, workers):
     assert torch.equal(store.get(indices), whole)
     store.prefetch(indices)
     assert torch.equal(store.get(indices), whole)
-    store.close()
 
 
 def test_batches_read_ahead_are_found_in_any_order_and_once(folder):
@@ -74,7 +72,6 @@ def test_batches_read_ahead_are_found_in_any_order_and_once(folder):
     store.prefetch(second)
     store.prefetch(third)  # the batch that nobody fetched makes room
     assert len(store.get(first)) == 2
-    store.close()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -90,7 +87,6 @@ def test_a_corrupt_image_is_named_by_both_modes(folder, workers):
     store.prefetch(torch.tensor([5]))
     with pytest.raises(DataError, match=r"b/1\.png: cannot read"):
         store.get(torch.tensor([5]))
-    store.close()
 
 
 def test_landmarks_are_scaled_by_width_and_height(folder):

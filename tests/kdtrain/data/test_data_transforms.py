@@ -7,13 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdtrain.data.transforms import augment, center, to_original, uncrop
+from kdtrain.data.transforms import augment, center, to_original
 
 SIDE = 36
 
 
 def config(crop="random", flip=True, scale_min=0.75, scale_max=0.95):
     return SimpleNamespace(crop=crop, flip=flip, scale_min=scale_min, scale_max=scale_max)
+
+
+def run_config(how, size, seed=0):
+    return SimpleNamespace(seed=seed, augment=how, data=SimpleNamespace(crop_side=size))
 
 
 def batch(count, seed=0):
@@ -24,8 +28,8 @@ def batch(count, seed=0):
 
 
 def run(images, points, indices, settings_, size=32, **keys):
-    keys = {"seed": 0, "phase": 0, "epoch": 0} | keys
-    return augment(images, points, indices, config=settings_, input_size=size, **keys)
+    whole = run_config(settings_, size, keys.pop("seed", 0))
+    return augment(images, points, indices, whole, **{"phase": 0, "epoch": 0} | keys)
 
 
 @settings(deadline=None, max_examples=25)
@@ -108,13 +112,14 @@ def test_flip_mirrors_the_crop_and_swaps_the_sides():
 @given(
     crop=st.sampled_from(["random", "jitter"]), seed=st.integers(0, 2**32), size=st.integers(8, 36)
 )
-def test_uncrop_inverts_augment(crop, seed, size):
+def test_to_original_inverts_augment(crop, seed, size):
     images, points = batch(16, seed % 1000)
+    stored = torch.full((16, 2), SIDE)
     _, moved, frame = run(images, points, torch.arange(16), config(crop), size, seed=seed)
     # float32 at coordinates up to 36 * 36 / 8
-    assert torch.allclose(uncrop(moved, frame), points, atol=1e-4)
+    assert torch.allclose(to_original(moved, frame, stored, SIDE), points, atol=1e-4)
     _, moved, frame = center(images, points, size, config(crop))
-    assert torch.allclose(uncrop(moved, frame), points, atol=1e-4)
+    assert torch.allclose(to_original(moved, frame, stored, SIDE), points, atol=1e-4)
     sizes = torch.tensor([[178, 218]]).expand(16, 2)
     original = to_original(moved, frame, sizes, SIDE)
     assert torch.allclose(original, points * torch.tensor([178 / 36, 218 / 36]), atol=1e-3)
@@ -164,7 +169,7 @@ def test_center_crop_is_the_middle_and_never_flipped():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"input_size": 37}, "input_size"),
+        ({"config": run_config(config(), 37)}, "input_size"),
         ({"landmarks": torch.zeros(2, 4, 2)}, "landmarks"),
         ({"images": torch.zeros(2, 3, 36, 30, dtype=torch.uint8)}, "images"),
         ({"indices": torch.arange(3)}, "indices"),
@@ -175,10 +180,7 @@ def test_bad_arguments_are_named(change, message):
         "images": torch.zeros(2, 3, 36, 36, dtype=torch.uint8),
         "landmarks": None,
         "indices": torch.arange(2),
-        "config": config(),
-        "input_size": 32,
+        "config": run_config(config(), 32),
     }
-    arguments |= change
-    positional = [arguments.pop(name) for name in ("images", "landmarks", "indices")]
     with pytest.raises(ValueError, match=message):
-        augment(*positional, seed=0, phase=0, epoch=0, **arguments)
+        augment(**(arguments | change), phase=0, epoch=0)

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from kdtrain.config import ConfigError
 from kdtrain.data.run_data import RunData, training_batch
-from kdtrain.data.transforms import area_average, augment, center, shrink, uncrop
-from kdtrain.experiments.estimate import Counts, estimate, network_size
+from kdtrain.data.transforms import area_average, augment, center, shrink, to_original
+from kdtrain.experiments.estimate import Counts, estimate
+from kdtrain.experiments.timing import network_size
 from kdtrain.objectives.task import Task
 from kdtrain.training import checkpoint, keys
 from kdtrain.training.engine import Interrupted
@@ -105,8 +106,7 @@ def test_student_and_teacher_see_the_same_window_and_flip(sides, seed):
     )
     stored, indices = whole_images(8, STORE, seed % 97), torch.arange(50, 58)
     views = training_batch(stored, indices, None, indices, config, phase=1, epoch=2)
-    place = {"seed": seed, "phase": 1, "epoch": 2, "config": config.augment}
-    _, _, draw = augment(stored, None, indices, input_size=crop, **place)
+    _, _, draw = augment(stored, None, indices, config, phase=1, epoch=2)
     rounding = {"rtol": 2**-23, "atol": 0}
     want = window(stored, draw, crop, small)
     torch.testing.assert_close(views.images.double(), want, **rounding)
@@ -121,8 +121,7 @@ def test_student_and_teacher_see_the_same_window_and_flip(sides, seed):
 def test_the_comparison_of_windows_notices_a_mistake(mistake):
     config, stored, indices = student(), whole_images(8, STORE), torch.arange(8)
     views = training_batch(stored, indices, None, indices, config, phase=0, epoch=0)
-    centre = {"seed": 0, "phase": 0, "epoch": 0, "config": config.augment}
-    _, _, draw = augment(stored, None, indices, input_size=16, **centre)
+    _, _, draw = augment(stored, None, indices, config, phase=0, epoch=0)
     assert torch.equal(views.images.double(), window(stored, draw, 16, 8))
     for image, wrong in zip(views.images, window(stored, draw, 16, 8, mistake), strict=True):
         assert (image.double() - wrong).abs().max() > 1
@@ -133,16 +132,17 @@ def test_landmarks_and_frames_follow_the_smaller_image(crop):
     stored, side = whole_images(12, 36), SimpleNamespace(scale_min=0.8, scale_max=0.9)
     how = SimpleNamespace(crop=crop, flip=True, **vars(side))
     points = 4 + 28 * torch.rand(12, 5, 2, generator=torch.Generator().manual_seed(1))
-    place = {"seed": 0, "phase": 0, "epoch": 0, "config": how, "input_size": 32}
+    config = SimpleNamespace(seed=0, augment=how, data=SimpleNamespace(crop_side=32))
     for made in (
-        augment(stored, points, torch.arange(12), **place),
+        augment(stored, points, torch.arange(12), config, phase=0, epoch=0),
         center(stored, points, 32, how),
     ):
         images, moved, frame = shrink(*made, 12)
         assert images.shape[-1] == frame.input_size == 12
         assert moved is not None
         torch.testing.assert_close(moved, made[1] * 0.375)
-        torch.testing.assert_close(uncrop(moved, frame), points, atol=1e-4, rtol=0)
+        back = to_original(moved, frame, torch.full((12, 2), 36), 36)
+        torch.testing.assert_close(back, points, atol=1e-4, rtol=0)
         assert shrink(*made, 32) == made  # nothing is computed where nothing changes
 
 

@@ -273,12 +273,6 @@ def test_a_teacher_of_other_identities_is_refused_unless_only_features_are_compa
     assert build_task(make_config("alignment", beta=1.0), IDENTITIES, make_teacher(9)).teacher
 
 
-def test_an_unknown_task_lists_the_tasks():
-    config = dataclasses.replace(make_config("classification"), task="detection")
-    with pytest.raises(ValueError, match="classification, alignment, verification, got 'detect"):
-        build_task(config, IDENTITIES)
-
-
 def test_alignment_without_landmarks_is_an_error():
     task = make_task("alignment")
     images, labels, _ = make_batch()

@@ -435,7 +435,7 @@ py::capsule pooled(const std::vector<int64_t>& shape, const std::vector<int64_t>
     delete mine;
   };
   DLManagedTensor* managed = &owned.release()->managed;
-  // A capsule that nobody has consumed still owns its tensor; a consumer renames it "used_dltensor".
+  // A capsule that was not consumed still owns its tensor; a consumer renames it "used_dltensor".
   return py::capsule(managed, "dltensor", [](PyObject* capsule) {
     if (PyCapsule_IsValid(capsule, "dltensor")) {
       auto* unused = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));

@@ -24,7 +24,7 @@ def on(tensor: Tensor, op: str) -> contextlib.AbstractContextManager:
     """Makes the tensor's GPU the current one, whose current stream Triton launches on.
 
     Raises ValueError where Triton cannot compile for it. Which backend an op takes is decided at
-    import, without touching a GPU, so this is the first place that can know.
+    import, without touching a GPU, so this is the first place where it is known.
     """
     if not tensor.is_cuda:
         return contextlib.nullcontext()

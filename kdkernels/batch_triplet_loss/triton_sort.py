@@ -36,7 +36,7 @@ def upper_norm(norm, relative, absolute):
 def _shift(
     x_ptr, shift_ptr, stride_x, rows, step, features, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    # the mean of every `step`-th row, without the numbers that would spoil it
+    # the mean of every `step`-th row, without components of 1e18 or more
     column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     at = tl.arange(0, BLOCK) * step
     mask = (at < rows)[:, None] & (column < features)[None, :]

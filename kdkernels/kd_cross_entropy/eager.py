@@ -75,7 +75,7 @@ def kd_cross_entropy(
         if label_smoothing != 0.0:
             smooth = -log_probs.mean(dim=1)
             hard = (1.0 - label_smoothing) * hard + label_smoothing * smooth
-        # Where nobody has checked the labels (on CUDA it would wait), a bad one spoils its row: a
+        # Where labels are not checked (on CUDA it would wait), a bad one makes its row NaN: a
         # factor, for NaN in the other branch of a torch.where would reach every gradient.
         hard = hard * torch.where(counts & ~in_range, torch.nan, 1.0).to(compute)
         hits = (s.detach().argmax(dim=1) == label) & ~log_probs.detach().isnan().any(dim=1)

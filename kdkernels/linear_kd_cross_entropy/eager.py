@@ -157,7 +157,7 @@ def linear_kd_cross_entropy(
             if target is not None:
                 counts = target != ignore_index
             good = names_classes_once(indices, len(weight))
-            # where nobody has checked the indices (on CUDA it would wait), bad ones spoil their row
+            # where indices are not checked (on CUDA it would wait), bad ones make their row NaN
             spoiled = torch.where(counts & ~good, torch.nan, 1.0).to(compute)
             student = student * spoiled[:, None]
             soft_terms = soft_over_bins(

@@ -1,5 +1,5 @@
 """linear_kd_cross_entropy in Triton: the row kernels of kd_cross_entropy on chunks of logits, and
-what scales rows and columns of a chunk.
+the scaling of a chunk's rows and columns.
 
 Products are torch's. bfloat16 features and weight stay bfloat16 and their products are summed and
 stored in float32; other mixtures of 16-bit tensors are multiplied as float32 copies, tile by tile.

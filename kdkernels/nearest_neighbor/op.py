@@ -56,7 +56,7 @@ def nearest_neighbor(
     of the squared distance from the origin; those are fast where rows start at 16-byte addresses.
     It copies matrices whose columns are not adjacent.
 
-    A gallery row at distance NaN is nobody's nearest. A query for which every distance is NaN gets
+    A gallery row at distance NaN is never the nearest. A query for which every distance is NaN gets
     distance NaN and the lowest index that is not its own.
 
     Raises ValueError where shapes, dtypes, devices or the backend are wrong, for an empty gallery,

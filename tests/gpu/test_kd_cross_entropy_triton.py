@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from contract import accuracy, find_op
+from contract import IS_FULL, accuracy, find_op
 from contract_device import paths_of_large_problems
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -46,8 +46,14 @@ def test_every_sample_by_the_paths_of_large_rows(path, monkeypatch):
     take(path, monkeypatch)
     op = find_op("kd_cross_entropy", DEVICE)
     small = [s for s in op.samples if s.tensors["student"].numel() < 20_000]
-    assert len(small) > 30
-    accuracy(replace(op, samples=tuple(small)), "triton", torch.float32)
+    part = PATHS.index(path)  # of the longer rows a third per path, all with PROVE=1
+    some = [
+        s
+        for number, s in enumerate(small)
+        if IS_FULL or s.tensors["student"].numel() < 2_000 or number % 3 == part
+    ]
+    assert len(some) > 15
+    accuracy(replace(op, samples=tuple(some)), "triton", torch.float32)
 
 
 @runs

@@ -1,6 +1,6 @@
 """The promises that every backend of every op keeps, as functions of (Op, backend).
 
-Numbers are those of docs/architecture.md. `Op` is what a promise needs to know; a wrong kernel is
+Numbers are those of docs/architecture.md. `Op` is the subject of a promise; a wrong kernel is
 an Op with another `function`, so that test_contract.py can show that its promise rejects it.
 """
 
@@ -81,7 +81,7 @@ def flatten(value) -> list[Tensor]:
 
 
 def incoming_for(loss: Tensor, kind: str) -> Tensor:
-    """The gradient that arrives: 1, 0.37 (expanded where asked), or another number for each row."""
+    """The gradient that arrives: 1, 0.37 (expanded on request), or another number for each row."""
     if kind == "one":
         return torch.ones_like(loss)
     form = {"dtype": loss.dtype, "device": loss.device}
@@ -324,7 +324,7 @@ def second_backward_raises(op: Op, backend: str) -> None:
                 assert 'backend="eager"' in str(error), f"{op.name}: {error}"
                 continue
             same = all(map(torch.equal, kept, first))
-            raise AssertionError(f"{op.name}: a second backward ran (results kept: {same})")
+            raise AssertionError(f"{op.name}: a second backward ran (results unchanged: {same})")
 
 
 def every_element_written(op: Op, backend: str, dtype: torch.dtype) -> None:
@@ -508,7 +508,7 @@ def unmoved_by_the_default_dtype(op: Op, backend: str) -> None:
 
 def unmoved_by_autocast(op: Op, backend: str) -> None:
     """Under autocast inputs are taken as given: the same numbers. For kernels in backward too;
-    torch differentiates eager's products as autocast says where backward runs."""
+    torch differentiates eager's products by the autocast mode of backward."""
     for sample in small_first(op, 3):
         plain = run(op, backend, sample)
         with torch.autocast(op.device, dtype=torch.bfloat16, enabled=backend != "eager"):

@@ -495,8 +495,10 @@ def linear_op(values: dict[str, Array], options: dict, incoming: Array, u: float
         if np.isnan(value).any():  # a row of zeros has gradient 0 or, with a NaN around, NaN
             judged = judged & np.broadcast_to(norm != 0, value.shape)
         if name == "weight" and classes != every:
+            judged = np.broadcast_to(judged, value.shape)
             value, bound = _scattered(value, bound, chosen, every)
-            judged = np.ones_like(value, dtype=bool) & is_judged
+            of_chosen, judged = judged, np.full(value.shape, is_judged)
+            judged[chosen] = of_chosen
         claims.append(Claim(f"d {name}", value, bound, is_judged=judged, roundings=1))
     value, bound = g.sum(axis=0), dg.sum(axis=0) + (rows + 4) * u * size.sum(axis=0)
     if classes != every:

@@ -1,4 +1,4 @@
-"""Memory that torch leaves uninitialized, filled with what nobody may read by mistake."""
+"""Fills memory that torch leaves uninitialized with NaN, so that reading it is noticed."""
 
 from contextlib import contextmanager
 

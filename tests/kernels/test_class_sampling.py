@@ -155,7 +155,7 @@ def test_a_sample_has_every_positive_and_the_promised_size(labels, fraction, siz
     assert set(labels) - {-100} <= set(found.tolist())
 
 
-def test_a_fraction_that_rounds_up_takes_no_class_more():
+def test_a_fraction_that_rounds_up_takes_no_extra_class():
     assert 0.07 * 100 > 7
     assert len(sample_classes(torch.tensor([4]), 100, 0.07)) == 7
 

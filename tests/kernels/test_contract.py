@@ -98,7 +98,7 @@ def test_accuracy_at_other_incoming_gradients(op, backend, device, incoming):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_strides_change_no_bit_of_the_specification(op):
+def test_the_specification_is_bitwise_independent_of_strides(op):
     strides_change_no_bit(find_op(op))
 
 
@@ -123,7 +123,7 @@ def test_every_output_element_is_written(op, backend, device, level, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @each_compiled
-def test_same_bits_twice(op, backend, device, dtype):
+def test_two_calls_are_bitwise_identical(op, backend, device, dtype):
     same_bits_twice(find_op(op, device), backend, dtype)
 
 

@@ -95,7 +95,7 @@ def test_rows_with_a_margin_are_exact_wherever_the_label_lies(
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="TRITON_INTERPRET=1 runs it")
 @pytest.mark.parametrize("path", ["two sweeps", "split rows"])
-def test_every_way_through_the_triton_common_takes_margins_in_place(path, monkeypatch):
+def test_every_triton_row_kernel_takes_margins_in_place(path, monkeypatch):
     importlib.import_module("test_kd_cross_entropy_triton").take(path, monkeypatch)
     check_rows("triton", 31, 2.5, 0.2)
     head_and_margin = {"normalize": True, "scale": 16.0, "margin": ArcFace(0.4)}

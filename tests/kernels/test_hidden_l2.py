@@ -277,7 +277,7 @@ def test_any_layout_agrees_with_float64(layout, reduction, weight, seed):
 
 
 @each_kernel
-def test_many_pairs_give_the_bits_of_each_alone(backend):
+def test_many_pairs_are_bitwise_identical_to_each_alone(backend):
     # the summation order belongs to a pair, not to its place in the list or to the threads
     students, teachers = pairs_of(make([(3, 70_001), (200,), (2, 5, 7), (65_536,)] * 3, seed=12))
     _, terms = hidden_l2(students, teachers, return_terms=True, backend=backend)
@@ -341,7 +341,7 @@ def test_numbers_that_float32_holds_as_denormals_count(backend, size, weight, ar
 
 
 @each_kernel
-def test_infinite_float16_features_stay_infinite_and_spoil_no_other(backend):
+def test_infinite_float16_features_stay_infinite_and_change_no_other(backend):
     student = torch.tensor([[1.0, torch.inf, 2.0]], dtype=torch.float16, requires_grad=True)
     (got,) = gradients([student], [torch.zeros(1, 3)], reduction="sum", backend=backend)
     assert got.tolist() == [[2.0, torch.inf, 4.0]]
@@ -482,7 +482,7 @@ def test_indices_of_64_bits(monkeypatch):
 
 
 @triton
-def test_rows_with_a_pitch_are_read_where_they_lie(launches):
+def test_rows_with_a_pitch_are_read_without_a_copy(launches):
     # 16-byte accesses where rows start on 16 bytes, single ones elsewhere
     for first in (0, 8, 3):
         student = torch.randn(40, 96).bfloat16()[:, first : first + 64].requires_grad_()

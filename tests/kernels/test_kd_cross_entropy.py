@@ -85,7 +85,7 @@ def test_terms_add_up_to_the_loss_and_to_the_divergence(backend):
 
 
 @both
-def test_tied_maxima_hit_only_where_the_label_is_the_first(backend):
+def test_a_label_among_tied_maxima_is_a_hit_only_if_it_is_the_first(backend):
     s = torch.zeros(3, 5)
     _, terms = kd_cross_entropy(
         s, None, torch.tensor([0, 1, 4]), return_terms=True, backend=backend
@@ -103,7 +103,7 @@ def test_no_counted_row_gives_zero_loss_and_zero_gradient(backend):
 
 
 @both
-def test_a_row_of_only_minus_infinity_is_nan_and_leaves_its_neighbors_alone(backend):
+def test_a_row_of_only_minus_infinity_is_nan_and_changes_no_other_row(backend):
     sample = make(3, 40)
     s, t, y = sample.tensors.values()
     s[1] = -math.inf
@@ -153,7 +153,7 @@ def test_eager_passes_gradcheck_and_gradgradcheck():
     assert torch.autograd.gradgradcheck(loss, s)
 
 
-def test_float64_takes_eager_by_itself_and_stays_float64():
+def test_float64_selects_eager_and_returns_float64():
     s = torch.randn(2, 5, dtype=torch.float64)
     assert kd_cross_entropy(s, s, torch.tensor([0, 1])).dtype == torch.float64
 
@@ -268,7 +268,7 @@ def test_networks_of_different_dtypes(backend):
     assert float(got) == pytest.approx(float(want), rel=1e-6)
 
 
-def test_an_unchecked_bad_label_spoils_its_row_alone():
+def test_an_unchecked_bad_label_makes_only_its_row_nan():
     # what eager does off the CPU, where the functional does not look at the labels
     s = torch.randn(3, 8, requires_grad=True)
     options = {"temperature": 3.0, "alpha": 1.0, "tau_squared": False, "ignore_index": -100}
@@ -287,7 +287,7 @@ def test_an_unchecked_bad_label_spoils_its_row_alone():
     assert s.grad[2].eq(0).all()
 
 
-def test_validate_switches_the_check():
+def test_validate_turns_the_label_check_on():
     assert not validates()
     kdkernels.validate(True)
     try:
@@ -369,7 +369,7 @@ class TestDropIn:
 
 
 @both
-def test_float16_gradients_do_not_shrink_by_a_term_that_is_not_computed(backend):
+def test_a_term_that_is_not_computed_does_not_scale_float16_gradients(backend):
     s = torch.tensor([[0.0, -9.0, -11.0]], dtype=torch.float16, requires_grad=True)
     options = {"temperature": 1000.0, "alpha": 1000.0, "tau_squared": True, "backend": backend}
     kd_cross_entropy(s, None, torch.tensor([0]), **options).backward(torch.tensor(1024.0))

@@ -33,7 +33,7 @@ def test_every_op_has_the_same_files(op):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_the_specification_and_the_samples_know_torch_only(op):
+def test_the_specification_and_the_samples_import_torch_only(op):
     allowed = (
         "torch",
         "kdkernels.sample",
@@ -48,7 +48,7 @@ def test_the_specification_and_the_samples_know_torch_only(op):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_native_knows_the_extension_and_its_own_op_only(op):
+def test_native_imports_the_extension_and_its_own_op_only(op):
     allowed = (
         "torch",
         "kdkernels.native",
@@ -71,7 +71,7 @@ def test_an_op_imports_no_other_op(op):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_triton_kernels_know_torch_triton_and_their_shared_code_only(op):
+def test_triton_kernels_import_torch_triton_and_their_shared_code_only(op):
     own = [path.stem for path in (PACKAGE / op).glob("triton_*.py")]
     allowed = (
         "torch",
@@ -87,7 +87,7 @@ def test_triton_kernels_know_torch_triton_and_their_shared_code_only(op):
 
 
 @pytest.mark.parametrize(("op", "name"), [(op, n) for op, names in SHARED.items() for n in names])
-def test_what_both_kernel_backends_share_knows_torch_only(op, name):
+def test_code_shared_by_both_kernel_backends_imports_torch_only(op, name):
     known = ("torch", *(f"kdkernels.{op}.{other}" for other in SHARED[op]))
     for module in imports(PACKAGE / op / f"{name}.py"):
         assert not is_outside(module, known), f"{op}/{name}.py imports {module}"
@@ -105,13 +105,13 @@ def test_what_both_kernel_backends_share_knows_torch_only(op, name):
         ("registration", ("torch", "kdkernels.native")),
     ],
 )
-def test_what_the_ops_share_knows_no_op(name, allowed):
+def test_code_shared_by_the_ops_imports_no_op(name, allowed):
     for module in imports(PACKAGE / f"{name}.py"):
         assert not is_outside(module, allowed), f"{name} imports {module}"
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_an_op_names_its_triton_kernels_and_imports_them_at_the_first_call(op):
+def test_an_op_imports_its_triton_kernels_at_the_first_call(op):
     for path in (PACKAGE / op).glob("*.py"):
         if not path.name.startswith("triton_"):
             for module in imports(path):

@@ -78,7 +78,7 @@ def test_the_chord_near_angle_0_is_as_close_as_promised(backend):
 
 
 @each
-def test_the_label_falls_all_the_way_beyond_pi(backend):
+def test_the_label_logit_keeps_falling_beyond_pi(backend):
     angles = torch.linspace(2.7, 3.14, 30, dtype=torch.float64)
     cosines = label_cosines(angles, ArcFace(0.5), backend)
     assert (cosines.diff() < 0).all()
@@ -106,7 +106,7 @@ def test_the_slope_of_a_margin_is_that_of_its_formula_or_1(margin_grad, backend)
 
 
 @each
-def test_a_margin_a_row_is_that_of_each_row_alone(backend):
+def test_a_margin_per_row_equals_each_row_alone(backend):
     sample = make(6, 23, 9, normalize=True, scale=8.0, seed=3)
     amounts = torch.linspace(-0.3, 0.8, 6)
     options = {**sample.options, "backend": backend, "reduction": "none"}
@@ -127,7 +127,7 @@ def test_a_margin_a_row_is_that_of_each_row_alone(backend):
         torch.testing.assert_close(got[row : row + 1], want, rtol=1e-5, atol=1e-6)
 
 
-def test_adaface_by_hand():
+def test_adaface_margin_worked_by_hand():
     features = torch.diag(torch.tensor([1.0, 2.0, 3.0]))
     got = adaface_margin(features, m=0.4, h=0.5, mean=2.0, std=0.25 - 1e-3)
     torch.testing.assert_close(got.m2, torch.tensor([0.4, 0.0, -0.4]))
@@ -181,7 +181,7 @@ def test_equals_the_unfused_composition(margin, smoothing, backend):
 
 
 @each
-def test_lengths_of_features_and_weights_do_not_matter_to_a_cosine_head(backend):
+def test_a_cosine_head_ignores_norms_of_features_and_weights(backend):
     sample = make(5, 40, 8, normalize=True, scale=8.0, margin=ArcFace(0.3), backend=backend)
     x, w = (sample.tensors[k].clone().requires_grad_() for k in ("features", "weight"))
     rest = {k: v for k, v in sample.tensors.items() if k not in ("features", "weight")}
@@ -318,7 +318,7 @@ def test_rows_that_count_for_nothing_may_hold_anything(backend):
 
 
 @each
-def test_a_teachers_head_is_its_logits(backend):
+def test_a_teacher_head_equals_its_logits(backend):
     sample = make(7, 45, 10, teacher="biased")
     tx, tw, tb = sample.tensors["teacher"]
     rest = {k: v for k, v in sample.tensors.items() if k != "teacher"}
@@ -383,7 +383,7 @@ def test_bfloat16_products_of_the_triton_backend_keep_the_accuracy(monkeypatch):
 
 
 @each_kernel
-def test_products_that_nobody_asked_for_are_not_computed(backend, monkeypatch):
+def test_products_of_frozen_tensors_are_not_computed(backend, monkeypatch):
     counts = []
     product = products.float32_product
 
@@ -428,7 +428,7 @@ def test_no_tensor_of_all_rows_and_classes_is_made(reduction):
     ("rows", "classes", "networks"),
     [(256, 10_575, 2), (1024, 93_431, 2), (256, 360_232, 1), (1, 5, 1), (97, 360_232, 2)],
 )
-def test_chunks_cover_all_rows_and_are_not_small(rows, classes, networks):
+def test_chunks_cover_all_rows_and_have_at_least_the_least_rows(rows, classes, networks):
     how = native.arithmetic(rows)
     found = list(chunks(rows, classes, networks, how))
     assert [begin for begin, _ in found] == [0, *(end for _, end in found[:-1])]
@@ -469,7 +469,7 @@ def test_labels_out_of_range_and_wrong_arguments_name_what_is_wrong(backend):
             linear_kd_cross_entropy(*arguments, **options, backend=backend)
 
 
-def test_a_margin_that_is_called_names_the_op_that_takes_it():
+def test_calling_a_margin_names_the_op_that_takes_it():
     for margin in (ArcFace(0.5), CosFace(), CombinedMargin(0.3, 0.2)):
         with pytest.raises(TypeError, match=r"is a margin, not a loss: .*scale=64.0, margin="):
             margin(torch.randn(3, 4), torch.tensor([0, 1, 2]))

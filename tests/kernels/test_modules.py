@@ -61,7 +61,7 @@ def test_pickle_deepcopy_and_state_dict_keep_the_loss(name):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_a_module_says_its_options(name):
+def test_a_module_shows_its_options(name):
     text = repr(getattr(kdkernels, name)(**MODULES[name]))
     assert any(str(value) in text for value in MODULES[name].values()) or name in (
         "CrossEntropyLoss",  # torch's own repr shows nothing

@@ -113,7 +113,7 @@ def test_nothing_carries_a_gradient(backend):
 
 
 @both
-def test_a_row_with_nan_is_nobodys_nearest(backend):
+def test_a_row_with_nan_is_never_the_nearest(backend):
     gallery = normal(9, 4, seed=4)
     queries = normal(7, 4, seed=5)
     queries[3] = gallery[2]
@@ -170,7 +170,7 @@ def test_far_from_the_origin_the_true_nearest_is_found(offset, columns):
 
 
 @native
-def test_two_clusters_far_apart_where_the_products_say_nothing():
+def test_two_clusters_far_apart_where_the_products_decide_nothing():
     # centered they are still 1e6 from the center: every row is within the rounding of the products
     side = torch.where(torch.arange(400) % 2 == 0, 1e6, -1e6)[:, None]
     assert_right(normal(50, 16, seed=11) + side[:50], normal(400, 16, seed=12) + side)
@@ -198,7 +198,7 @@ def test_rows_in_descending_order_of_distance():
 
 
 @native
-def test_one_outlier_spoils_no_other():
+def test_one_outlier_changes_no_other_query():
     gallery = normal(3000, 20, seed=15)
     gallery[1234] = 1e15
     assert_right(normal(40, 20, seed=16), gallery)
@@ -234,7 +234,7 @@ def test_tiles_do_not_change_the_result(monkeypatch):
 
 @native
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
-def test_torchs_reduced_precision_does_not_reach_the_result(precision, monkeypatch):
+def test_torchs_reduced_precision_does_not_change_the_result(precision, monkeypatch):
     # what oneDNN may do with these settings, on every machine: factors rounded to bfloat16
     product = torch.mm
 

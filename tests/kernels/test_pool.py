@@ -46,7 +46,7 @@ def test_a_large_gradient_reuses_the_memory_of_the_last_one(dtype):
     torch.testing.assert_close(second.float(), want, rtol=2e-2, atol=1e-6)
 
 
-def test_a_gradient_that_is_still_held_is_not_given_out_again():
+def test_memory_of_a_gradient_in_use_is_not_reused():
     sample = make(60, 10575)
     held = gradient_of(sample)
     copy = held.clone()
@@ -75,14 +75,14 @@ def test_small_gradients_stay_out_of_the_pool():
     assert extension.idle_pool() == 0
 
 
-def test_a_capsule_that_nobody_takes_gives_its_buffer_back():
+def test_an_unused_capsule_returns_its_buffer():
     capsule = extension.pooled([MEGABYTE], [1], 0)
     del capsule
     gc.collect()
     assert extension.idle_pool() >= MEGABYTE
 
 
-def test_threads_may_take_and_give_back_at_once():
+def test_threads_may_allocate_and_free_concurrently():
     sample = make(40, 10575)
     want = gradient_of(sample)
     wrong = []

@@ -80,7 +80,7 @@ def test_equals_the_composition_by_hand(margin, smoothing, backend):
 
 @each
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_all_classes_named_is_the_dense_teacher(temperature, backend):
+def test_naming_all_classes_equals_the_dense_teacher(temperature, backend):
     sample = make(6, 23, 9, teacher="logits", bias=True)
     logits = sample.tensors.pop("teacher")
     log_probs, indices = torch.log_softmax(logits / temperature, dim=1).topk(23)
@@ -119,7 +119,7 @@ def test_a_student_that_is_its_teacher_has_divergence_and_gradient_0(backend):
 
 @each
 @pytest.mark.parametrize("label", [0, 1, 5])
-def test_nothing_cancels_in_a_tail_that_the_student_thinks_impossible(label, backend):
+def test_nothing_cancels_in_a_tail_of_student_probability_near_zero(label, backend):
     """The top k have all but e^-88 of the student's probability: 1 minus it would be 0."""
     s = torch.tensor([[90.0, 60.0, 0.0, 1.0, -1.0, 2.0]])
     log_probs = torch.tensor([[0.5, 0.25]]).log()

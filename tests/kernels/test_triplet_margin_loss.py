@@ -144,7 +144,7 @@ def test_float16_gradients_keep_their_digits_at_any_size(backend, size, squared)
 
 
 @each_kernel
-def test_infinite_float16_features_spoil_no_other_row(backend):
+def test_infinite_float16_features_change_no_other_row(backend):
     triplet = [t.half() for t in make(5, 12, seed=6).tensors.values()]
     triplet[1][2, 3] = torch.inf
     leaves = [t.requires_grad_() for t in triplet]

@@ -85,9 +85,9 @@ def test_a_method_brings_the_runs_that_it_needs_once_a_seed(folder):
     assert by_name["sh_kd_s2"].config.init_from == "@student_s2"
     assert by_name["soft_s1"].config.seed == 1
     assert by_name["soft_s1"].config.teacher.cache == "float32"
-    # a teacher is whoever is asked, or searched among, or so named
+    # a teacher: named by teacher.run or eval.gallery, or an input of that name
     assert asked(folder, "sh_teacher").teachers == ("teacher",)
-    # whoever comes first brings the inputs; what a group before has is not in it again
+    # the first arm brings the inputs; a run is in the first group that has it
     assert [len(group.runs) for group in groups(request)] == [2, 4, 4]
 
 
@@ -122,7 +122,7 @@ def test_a_second_data_source_trains_everything_on_it_too(folder):
     assert found["soft_s1"].config.data.identities == TINY["data.identities"]
 
 
-def test_a_recipe_elsewhere_is_a_method_and_two_of_one_name_are_refused(folder, tmp_path):
+def test_a_recipe_elsewhere_is_a_method_and_two_of_one_name_are_rejected(folder, tmp_path):
     own = tmp_path / "mine.yaml"
     write_recipe(own, {"base": str(folder / "soft.yaml"), "teacher.run": "@teacher"})
     with pytest.raises(
@@ -161,7 +161,7 @@ def test_wrong_usage_names_the_option(arguments, words, folder, capsys, monkeypa
     assert words in capsys.readouterr().err
 
 
-# How many of 200 test images and 100 pairs each method tells right, and what its curve adds.
+# Right predictions of each method, of 200 test images and 100 pairs.
 RIGHT = {"teacher": 150, "student": 90, "soft": 130, "hidden": 60, "sh_kd": 130, "sh_teacher": 150}
 
 
@@ -262,7 +262,7 @@ def test_the_table_has_every_method_with_what_it_reaches_and_costs(folder, fake,
     assert float(table["cost", "teacher", "speed-up, 64"]["mean"]) == 1
     assert float(table["cost", "hidden", "epochs"]["mean"]) == 2
     assert float(table["cost", "sh_kd", "start epochs"]["mean"]) == 1
-    # th_kd and the others were not asked for, so nothing is said of them
+    # th_kd and the others are not compared, so they have no claim
     assert verdicts_of(root) == {
         "sh_kd > soft, NN top-1": "inconclusive",
         "sh_kd > soft, pairs": "inconclusive",

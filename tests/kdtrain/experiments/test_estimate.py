@@ -81,9 +81,9 @@ def test_a_timed_step_gives_positive_times_and_holds_its_weights(task):
     assert cost.memory_bytes > 4 * (3 * cost.size.parameters + teacher)
 
 
-@pytest.mark.parametrize("kept", ["none", "float32"])
-def test_a_head_that_asks_a_teacher_is_timed_with_one(kept):
-    head = {"head__kind": "cosine", "head__margin": "distillation", "teacher__cache": kept}
+@pytest.mark.parametrize("cache", ["none", "float32"])
+def test_a_head_that_needs_a_teacher_is_timed_with_one(cache):
+    head = {"head__kind": "cosine", "head__margin": "distillation", "teacher__cache": cache}
     config = tiny_config(**head, teacher__run="@t")
     cost = _estimate(config, teacher=TEACHER)
     assert cost.memory_bytes > 4 * network_size(config, TEACHER, 8).parameters

@@ -117,7 +117,7 @@ def test_identity_split_keeps_classification_among_the_training_identities():
         ({"a": {"optim__batch_size": 0}}, "stage a: optim.batch_size"),
     ],
 )
-def test_a_preset_that_cannot_be_run_is_refused(stages, message, tmp_path):
+def test_a_preset_that_cannot_be_run_is_rejected(stages, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         pipeline.plan(str(_preset(tmp_path / "p", **stages)), {}, {})
 
@@ -367,7 +367,7 @@ def test_ctrl_c_stops_the_children_cleanly_and_the_same_command_continues(tmp_pa
     assert "resumed in epoch" in (tmp_path / "root" / "logs" / "cls_teacher.txt").read_text()
 
 
-def test_overwrite_is_told_again_until_a_stage_has_begun(tmp_path, monkeypatch, capsys):
+def test_overwrite_is_printed_again_until_a_stage_has_begun(tmp_path, monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
@@ -396,7 +396,7 @@ def test_a_signal_after_the_command_does_not_change_its_status(monkeypatch):
             signal.signal(number, handler)
 
 
-def test_a_failure_is_told_from_this_sessions_lines_of_the_log(tmp_path, monkeypatch):
+def test_a_failure_is_named_from_this_sessions_lines_of_the_log(tmp_path, monkeypatch):
     (tmp_path / "logs").mkdir()
     log = tmp_path / "logs" / "a.txt"
     work = scheduler.Work("a", Path("a.yaml"), tmp_path / "a", (), True, 1, 1.0)
@@ -486,7 +486,7 @@ def test_stages_that_need_landmarks_are_left_out_and_named(
     assert f"every stage is omitted, as {pipeline.NO_LANDMARKS}" in capsys.readouterr().err
 
 
-def test_runs_of_tables_and_methods_that_need_landmarks_are_refused(photographs, tmp_path):
+def test_runs_of_tables_and_methods_that_need_landmarks_are_rejected(photographs, tmp_path):
     config = tiny_config("alignment", data__kind="folder", data__root=str(photographs))
     run = Run("ali", 1)
     group, stages = campaign.Group("table3", (run,)), {run: pipeline.Stage("ali_s1", config)}

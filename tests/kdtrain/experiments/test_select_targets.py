@@ -216,7 +216,7 @@ def test_helpful_targets_are_trained_together_and_all_kept(inside, monkeypatch):
     assert "check    soft+hidden > soft, top-1" in Path("both.yaml").read_text()
 
 
-def test_a_target_that_diverges_is_set_to_zero_and_told(inside):
+def test_a_target_that_diverges_gets_weight_zero_and_a_row(inside):
     command = ["select-targets", "student.yaml", "--run-dir", "runs/wild", "--seeds", "1"]
     assert main([*command, "--targets", "hidden", "--target.beta", "1e30"]) == 0
     lines = Path("runs/wild/tables/select-targets.txt").read_text().splitlines()
@@ -274,7 +274,7 @@ def test_the_decision_follows_from_the_verdict(inside, tmp_path):
     assert kept == ("soft", "logits")
 
 
-def test_arms_that_were_judged_on_other_images_are_refused(inside, tmp_path):
+def test_arms_that_were_judged_on_other_images_are_rejected(inside, tmp_path):
     recipe = write_recipe(Path("all.yaml"), teacher="@teacher")
     selection = plan(recipe, {}, Path("runs/chosen"), targets=",".join(CASES))
     judged(selection, tmp_path, "held")
@@ -374,7 +374,7 @@ def test_an_input_that_stopped_halfway_is_to_be_resumed(inside):
         ),
     ],
 )
-def test_wrong_usage_is_refused_before_anything_trains(arguments, message, inside, capsys):
+def test_wrong_usage_is_rejected_before_anything_trains(arguments, message, inside, capsys):
     write_recipe(Path("plain.yaml"))
     assert main(["select-targets", *arguments, "--run-dir", "runs/refused"]) == 2
     assert message in capsys.readouterr().err

@@ -1,5 +1,5 @@
 """The tables of the paper as data: every cell has a run, runs come after their inputs, the paper's
-numbers and differences are the paper's, and run folders become the right cells.
+numbers and differences are the paper's, and run directories become the right cells.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def test_an_unknown_scale_names_the_known_ones():
 
 
 def finished(folder: Path, key: str, metrics: dict[str, list[float]], **items: np.ndarray) -> None:
-    """A run folder as the engine leaves it, with these metrics at the ends of its phases."""
+    """A run directory as the engine leaves it, with these metrics at the ends of its phases."""
     count = len(next(iter(metrics.values())))
     phases = [{"metrics": {n: v[i] for n, v in metrics.items()}} for i in range(count)]
     results = {"key": key, "phases": phases, "floors": {"top1": 0.5}, "untrained": {"top1": 0.1}}
@@ -403,7 +403,7 @@ def test_a_bad_study_names_file_key_and_what_was_expected(change, words, tmp_pat
     assert not (tmp_path / "runs").exists()
 
 
-def test_an_arm_whose_keys_do_not_fit_is_refused_before_anything_is_timed(tmp_path, capsys):
+def test_an_arm_whose_keys_do_not_fit_is_rejected_before_anything_is_timed(tmp_path, capsys):
     arms = {**STUDY["arms"], "soft": {"recipe": "student", "target": {"alpha": 1.0}}}
     path = written(tmp_path, {**STUDY, "arms": arms})
     assert main(["study", path, "--run-dir", str(tmp_path / "runs")]) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def test_select_targets_has_every_target_that_stands_beside_others():
 def test_a_report_names_every_target_that_has_a_weight(key):
     gamma = 0.0 if TARGETS[key].alone else 1.0
     config = make_config("classification", **{key: 0.5, "gamma": gamma})
-    stage = runs.Stage("run", ROOT, dataclasses.asdict(config), {}, [], {})
+    stage = runs.Stage("run", Path(), dataclasses.asdict(config), {}, [], {})
     words = TARGETS[key].words.format_map(vars(config.target))
     assert f"0.5 {words}" in runs.loss_text(stage)
 

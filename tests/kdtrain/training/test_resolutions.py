@@ -224,7 +224,7 @@ def test_a_teacher_at_another_size_than_its_own_is_logged_once(root):
         ({"teacher__input_size": 4}, r"teacher.input_size: expected from 8"),
         (
             {"target__alpha": 0.0, "target__beta": 0.0, "target__gamma": 0.0, "target__hint": 1.0},
-            "target.hint compares maps of one input",
+            "target.hint needs one input size",
         ),
         ({"teacher__input_size": 12, "target__attention": 1.0}, "differ by a power of two"),
     ],

@@ -115,11 +115,8 @@ def metrics(scores: Scores) -> dict[str, float]:
     if not measured or not len(scores.genuine):
         return {}
     rates = {f"tar_at_far_{far:g}_all": tar(scores, k) for far, k in measured.items()}
-    return {
-        **rates,
-        "pairs_genuine_all": len(scores.genuine),
-        "pairs_impostor_all": scores.num_impostors,
-    }
+    pairs = {"genuine": len(scores.genuine), "impostor": scores.num_impostors}
+    return rates | {f"pairs_{kind}_all": count for kind, count in pairs.items()}
 
 
 def curve(scores: Scores) -> tuple[Tensor, Tensor]:

@@ -47,11 +47,6 @@ def normalizer(true: Tensor, sizes: Tensor, kind: str = "interocular") -> Tensor
 
 def per_point_error(predicted: Tensor, true: Tensor) -> Tensor:
     """Returns (N, 5) Euclidean distances of predicted and true landmarks, both (N, 5, 2)."""
-    if predicted.shape != true.shape or true.dim() != 3 or true.shape[2] != 2:
-        raise ValueError(
-            "per_point_error: predicted and true must both be (N, points, 2), "
-            f"got {tuple(predicted.shape)} and {tuple(true.shape)}"
-        )
     return (predicted.double() - true.double()).norm(dim=2)
 
 
@@ -94,16 +89,11 @@ def nn_hits(
     queries (N, D) features, labels (N,). With groups (N,), the images' videos, also
     "nn_top1_other_video", where images of the query's own video are no neighbours. gallery (N, D):
     another network's features of the same images, which are searched in place of the queries.
-    Raises ValueError for fewer than two rows, or shapes that differ.
+    Raises ValueError for fewer than two rows.
     """
     if gallery is None:
         gallery = queries
         nearest = nearest_neighbor(queries, backend=backend)[1]
-    elif queries.shape != gallery.shape:
-        raise ValueError(
-            "nn_hits: queries and gallery must be features of the same images and of one "
-            f"width, got {tuple(queries.shape)} and {tuple(gallery.shape)}"
-        )
     else:
         own = torch.arange(len(queries), device=queries.device)
         nearest = _nearest_other_group(queries, gallery, own, backend)
@@ -257,40 +247,33 @@ def pair_hits(features_a: Tensor, features_b: Tensor, same: Tensor, folds: int =
     """Returns (P,) bool on the CPU: a pair's cosine is on the right side of the threshold.
 
     features_a, features_b (P, D); same (P,) bool, in contiguous folds (the first P % folds get one
-    more). Each fold takes the `best_threshold` of the other folds. Raises ValueError for fewer than
-    two folds, fewer pairs than folds, or a feature that is not finite.
+    more). Each fold takes the `best_threshold` of the other folds. Raises ValueError for a feature
+    that is not finite.
     """
-    count = len(same)
-    if not 2 <= folds <= count:
-        raise ValueError(f"pair_hits: folds must be between 2 and the {count} pairs, got {folds}")
     scores, same = cosine(features_a, features_b).cpu(), same.bool().cpu()
     if not bool(scores.isfinite().all()):
         raise ValueError("pair_hits: features must be finite, got nan or inf in them")
-    hits = torch.empty(count, dtype=torch.bool)
-    for fold in torch.arange(count).tensor_split(folds):
-        others = torch.ones(count, dtype=torch.bool)
+    hits = torch.empty_like(same)
+    for fold in torch.arange(len(same)).tensor_split(folds):
+        others = torch.ones_like(same)
         others[fold] = False
         threshold = best_threshold(scores[others], same[others])
         hits[fold] = (scores[fold] >= threshold) == same[fold]
     return hits
 
 
-def roc(scores: Tensor, same: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns false accept rate, true accept rate and threshold at every distinct score, thresholds
-    falling from +inf; "score >= threshold" accepts. Raises ValueError without pairs of both kinds.
+def roc(scores: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns false and true accept rates of pairs of both kinds at thresholds that fall from +inf
+    through every distinct score; "score >= threshold" accepts.
     """
     scores, same = scores.double().cpu(), same.bool().cpu()
     genuine = int(same.sum())
-    if genuine in (0, len(same)):
-        raise ValueError(
-            f"roc: same and different pairs are both needed, got {genuine} same of {len(same)}"
-        )
     scores, order = scores.sort(descending=True)
     same = same[order]
     last = torch.cat([scores[1:] != scores[:-1], torch.ones(1, dtype=torch.bool)])
     tar = torch.cat([torch.zeros(1), same.double().cumsum(0)[last] / genuine]).double()
     far = torch.cat([torch.zeros(1), (~same).double().cumsum(0)[last] / (len(same) - genuine)])
-    return far.double(), tar, torch.cat([scores.new_full((1,), float("inf")), scores[last]])
+    return far.double(), tar
 
 
 def raw_pixels(images: Tensor, side: int = 32) -> Tensor:

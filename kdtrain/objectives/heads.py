@@ -27,7 +27,6 @@ from kdtrain.models.network import CosineClassifier, FaceNetwork
 from kdtrain.objectives.targets import Guide, Objective
 
 Margin = ArcFace | CosFace | CombinedMargin
-NORM_MEAN, NORM_STD, NORM_RATE = 20.0, 100.0, 0.01  # initial averages of AdaFace and their rate
 
 
 class AdaFaceNorms(nn.Module):
@@ -40,8 +39,8 @@ class AdaFaceNorms(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.tensor(NORM_MEAN))
-        self.register_buffer("std", torch.tensor(NORM_STD))
+        self.register_buffer("mean", torch.tensor(20.0))
+        self.register_buffer("std", torch.tensor(100.0))
 
     @torch.no_grad()
     def update(self, features: Tensor) -> None:
@@ -49,8 +48,8 @@ class AdaFaceNorms(nn.Module):
         if len(features) < 2:
             return
         norms = features.float().norm(dim=1).clamp(0.001, 100.0)
-        self.mean.lerp_(norms.mean(), NORM_RATE)
-        self.std.lerp_(norms.std(), NORM_RATE)
+        self.mean.lerp_(norms.mean(), 0.01)
+        self.std.lerp_(norms.std(), 0.01)
 
 
 def scores_op(network: FaceNetwork, hidden: Tensor) -> Callable[..., Any]:
@@ -108,7 +107,7 @@ def margin_of(
     hidden: Tensor,
     labels: Tensor,
     teacher: FaceNetwork | None,
-    guide: Guide | None,
+    guide: Guide,
     norms: AdaFaceNorms | None,
 ) -> Margin | None:
     """Returns the margin of a batch by head.margin, or None."""
@@ -124,7 +123,6 @@ def margin_of(
         return adaface_margin(hidden, m=head.size, h=head.h, mean=norms.mean, std=norms.std)
     if head.margin == "distillation":
         assert teacher is not None
-        assert guide is not None
         assert guide.hidden is not None
         weight = teacher.classifier.weight
         return distillation_margin(guide.hidden, weight, labels, head.size, head.m_min)

@@ -115,7 +115,7 @@ def pairs(rows: Tensor, labels: Tensor, gallery: Tensor | None = None) -> Measur
     ours, theirs = rows[a], (rows if gallery is None else gallery)[b]
     hits = evaluate.pair_hits(ours, theirs, same, PAIR_FOLDS)
     mean, spread = evaluate.over_folds(hits, PAIR_FOLDS)
-    far, tar, _ = evaluate.roc(evaluate.cosine(ours, theirs), same)
+    far, tar = evaluate.roc(evaluate.cosine(ours, theirs), same)
     shown = evenly(len(far), 400)
     metrics = {
         "pair_accuracy": mean,
@@ -127,16 +127,6 @@ def pairs(rows: Tensor, labels: Tensor, gallery: Tensor | None = None) -> Measur
     return Measured(metrics, {"pair_accuracy": hits.float()}, samples)
 
 
-def every_pair(
-    rows: Tensor, labels: Tensor, groups: Tensor | None, gallery: Tensor | None = None
-) -> Measured:
-    """Returns TAR at low FAR of features (N, D) over all pairs, and its curve (all_pairs.py)."""
-    scores = all_pairs.pair_scores(rows, labels, groups, gallery=gallery)
-    far, tar = all_pairs.curve(scores)
-    samples = {"all_far": far.numpy(), "all_tar": tar.numpy()} if len(far) else {}
-    return Measured(all_pairs.metrics(scores), {}, samples)
-
-
 def verified(
     rows: Tensor,
     labels: Tensor,
@@ -146,7 +136,7 @@ def verified(
     gallery: Tensor | None = None,
     backend: str | None = None,
 ) -> Measured:
-    """Returns verification's metrics of features (N, D): nearest neighbours, `pairs`, `every_pair`.
+    """Returns verification's metrics of features (N, D): nearest neighbours, `pairs`, all_pairs.
 
     normalize: scale to unit length before distances. gallery (N, D): another network's features of
     the same images, which are searched.
@@ -156,9 +146,12 @@ def verified(
         queries = F.normalize(rows, dim=1)
         others = None if gallery is None else F.normalize(gallery, dim=1)
     hits = evaluate.nn_hits(queries, labels, groups, gallery=others, backend=backend)
-    drawn, every = pairs(rows, labels, gallery), every_pair(rows, labels, groups, gallery)
-    shares = evaluate.nn_shares(hits) | drawn.metrics | every.metrics
-    return Measured(shares, hits | drawn.items, drawn.samples | every.samples)
+    found = pairs(rows, labels, gallery)
+    scores = all_pairs.pair_scores(rows, labels, groups, gallery=gallery)
+    far, tar = all_pairs.curve(scores)
+    curve = {"all_far": far.numpy(), "all_tar": tar.numpy()} if len(far) else {}
+    shares = evaluate.nn_shares(hits) | found.metrics | all_pairs.metrics(scores)
+    return Measured(shares, hits | found.items, found.samples | curve)
 
 
 def asymmetric(found: Measured) -> Measured:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdtrain.config import TARGETS, TargetConfig
+from kdtrain.config import TargetConfig
 from kdtrain.models.network import Outputs
 from kdtrain.objectives.relations import (
     attention_pairs,
@@ -88,22 +88,17 @@ MAPS: Mapping[str, tuple[str, ...]] = {
 """The targets of each targets.WidthMap."""
 
 
-def pairs_of(step: Step | None) -> list[Pair]:
+def pairs_of(step: Step) -> list[Pair]:
     """Returns the squared distances of the weighted targets, in the order of TARGETS."""
-    if step is None:
-        return []
     keys = [row.key for row in step.target.weighed if row.key in PAIRS]
     return [pair for key in keys for pair in PAIRS[key](step)]
 
 
-def losses_of(step: Step | None) -> Objective | None:
+def losses_of(step: Step) -> Objective | None:
     """Returns the weighted sum of the other targets' losses, or None."""
-    if step is None:
+    rows = [row for row in step.target.weighed if row.key in LOSSES]
+    if not rows:
         return None
-    keys = [row.key for row in step.target.weighed if row.key in LOSSES]
-    if not keys:
-        return None
-    terms = {TARGETS[key].name: LOSSES[key](step) for key in keys}
-    weights = [getattr(step.target, key) for key in keys]
-    parts = [weight * loss for weight, loss in zip(weights, terms.values(), strict=True)]
+    terms = {row.name: LOSSES[row.key](step) for row in rows}
+    parts = [getattr(step.target, row.key) * terms[row.name] for row in rows]
     return Objective(torch.stack(parts).sum(), terms)

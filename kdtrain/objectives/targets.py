@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,8 +26,8 @@ class Objective(NamedTuple):
 class Guide(NamedTuple):
     """Teacher outputs of N images, without gradient; those that no target reads may be None."""
 
-    logits: Tensor | None  # (N, C)
-    hidden: Tensor | None  # (N, K) pooled features
+    logits: Tensor | None = None  # (N, C)
+    hidden: Tensor | None = None  # (N, K) pooled features
     attention: tuple[Tensor, ...] = ()
     """(N, h, w) of each residual stage; see backbones.base.attention_map."""
 
@@ -172,10 +171,6 @@ def total(parts: Sequence[Objective | None]) -> Objective:
     present = [part for part in parts if part is not None]
     if not present:
         raise ValueError("total: every term of the loss has weight 0, so there is nothing to train")
-    loss = present[0].loss
-    for part in present[1:]:
-        loss = loss + part.loss
-    terms: dict[str, Tensor] = {}
-    for part in present:
-        terms |= part.terms
-    return Objective(loss, {name: term.detach().to(torch.float32) for name, term in terms.items()})
+    loss = sum((part.loss for part in present[1:]), present[0].loss)
+    terms = {name: t.detach().float() for part in present for name, t in part.terms.items()}
+    return Objective(loss, terms)

@@ -48,6 +48,7 @@ class Task(ABC):
     network: trained and saved. extra: modules that are trained and dropped afterwards. teacher: in
     eval mode, in neither state nor optimiser; None if no target needs it. gallery: another
     network's features by index in the source, for asymmetric evaluation (input_runs.py), or None.
+    samples: small arrays of the last `evaluate` for the report.
     """
 
     metric: tuple[str, int]  # The judging metric, and +1 where more is better, -1 where less is
@@ -57,10 +58,6 @@ class Task(ABC):
         self, config: Config, num_classes: int, teacher: FaceNetwork | None = None
     ) -> None:
         target = config.target
-        if config.needs_teacher and teacher is None:
-            raise ValueError(
-                "build_task: a target or the head of this config needs a teacher network"
-            )
         by_class = any(row.by_class for row in target.weighed)
         by_class = by_class or config.head.margin == "distillation"
         if teacher is not None and by_class and teacher.num_classes != num_classes:
@@ -76,31 +73,30 @@ class Task(ABC):
         self.backend = None if config.fused else "eager"
         self.network = self._fresh(num_classes)
         self.teacher = teacher if config.needs_teacher else None
+        assert not config.needs_teacher or self.teacher is not None, "no teacher given"
+        self._run = Passes(config.train)
+        self.extra = nn.ModuleDict()
+        self.network.arrange(channels_last=config.train.channels_last)
         if self.teacher is not None:
             self.teacher.eval().requires_grad_(False)
-        self._run = Passes(config.train)
-        for network in filter(None, (self.network, self.teacher)):
-            network.arrange(channels_last=config.train.channels_last)
-        self.extra = nn.ModuleDict()
-        for name, keys in MAPS.items():
-            if self.teacher is not None and any(getattr(target, key) for key in keys):
-                widths = self.network.width, self.teacher.width
-                with seeded(config.seed + 1):
-                    self.extra[name] = WidthMap(name, keys, *widths, target)
+            self.teacher.arrange(channels_last=config.train.channels_last)
+            widths = self.network.width, self.teacher.width
+            for name, keys in MAPS.items():
+                if any(getattr(target, key) for key in keys):
+                    with seeded(config.seed + 1):
+                        self.extra[name] = WidthMap(name, keys, *widths, target)
+            if config.head.update == "adaptive" and widths[0] != widths[1]:
+                raise ConfigError(
+                    "head.update adaptive compares the two networks' features, and the student has "
+                    f"{widths[0]}, the teacher {widths[1]}; give both the same model.embedding"
+                )
         self.gallery: Callable[[Tensor], Tensor] | None = None
         self._norms = AdaFaceNorms() if config.head.margin == "adaface" else None
         if self._norms is not None:
             self.extra["adaface"] = self._norms
         if config.head.update != "gradient":
             self.network.classifier.requires_grad_(False)
-        if config.head.update == "adaptive" and self.teacher is not None:
-            ours, theirs = self.network.width, self.teacher.width
-            if ours != theirs:
-                raise ConfigError(
-                    "head.update adaptive compares the two networks' features, and the student has "
-                    f"{ours}, the teacher {theirs}; give both the same model.embedding"
-                )
-        self._samples: dict[str, np.ndarray] = {}
+        self.samples: dict[str, np.ndarray] = {}
         self._items: dict[str, Tensor] = {}
 
     @property
@@ -133,9 +129,7 @@ class Task(ABC):
 
     @property
     def _needs_teacher_logits(self) -> bool:
-        """True if the op needs logits in place of the teacher's feature and classifier: for stored
-        student logits, a head of another kind, several teachers, or the logits target.
-        """
+        """True if the op needs logits in place of the teacher's feature and classifier."""
         assert self.teacher is not None
         kinds = {type(n.classifier) for n in (self.network, self.teacher)}
         alone = not isinstance(self.teacher, TeacherMixture)
@@ -148,10 +142,10 @@ class Task(ABC):
         teacher = self.config.teacher
         return teacher.cache != "none" and teacher.cache_what == "features"
 
-    def guide(self, images: Tensor) -> Guide | None:
-        """Runs the teacher on a training batch (N, 3, t, t) without gradient; None without one."""
+    def guide(self, images: Tensor) -> Guide:
+        """Runs the teacher on a training batch (N, 3, t, t) without gradient; empty without one."""
         if self.teacher is None:
-            return None
+            return Guide()
         scores = self._needs_teacher_logits and not self._caches_features
         with torch.no_grad():
             outputs = self._outputs(self.teacher, images, scores=scores)
@@ -176,61 +170,50 @@ class Task(ABC):
         if guide is None:
             guide = self.guide(images if teacher_images is None else teacher_images)
         guide = self._scored(guide)
-        softmax = self._softmax(outputs, labels, guide)
-        second = None
-        if guide is not None and "teacher_head" in self.extra:
+        softmax, second = self._softmax(outputs, labels, guide), None
+        if "teacher_head" in self.extra:
             assert self.teacher is not None
             mapped = self.extra["teacher_head"](outputs.hidden)
             second = teacher_head_objective(mapped, self.teacher, guide, self.target, self.backend)
-        step = None if guide is None else compared(outputs, guide, self.extra, self.target)
+        step = compared(outputs, guide, self.extra, self.target)
         pairs = [*pairs_of(step), *self._regression(outputs, images, points)]
         squared, losses = squared_objective(pairs, self.backend), losses_of(step)
         metric = self._metric_loss(outputs, labels)
         return total([metric, softmax, second, squared, losses])
 
-    def _scored(self, guide: Guide | None) -> Guide | None:
-        """The teacher outputs with logits formed from the feature, if needed and not cached.
-        Bitwise identical to the forward pass, which runs the classifier on the same feature.
-        """
-        needed = guide is not None and guide.logits is None and self._needs_teacher_logits
-        if guide is None or guide.hidden is None or not needed:
+    def _scored(self, guide: Guide) -> Guide:
+        """The teacher outputs with logits, formed as in its forward pass if needed and missing."""
+        if guide.hidden is None or guide.logits is not None or not self._needs_teacher_logits:
             return guide
         assert self.teacher is not None
         with torch.no_grad():
             return guide._replace(logits=self._run(self.teacher.classifier, guide.hidden))
 
-    def _softmax(self, outputs: Outputs, labels: Tensor, guide: Guide | None) -> Objective | None:
-        """The classifier's hard and soft terms, with its margin and after a step of its centres.
-
-        A streamed head forms its logits inside the op. head.sample: share of the classes in both
-        softmaxes, from torch's random state (PartialFC, arXiv 2203.15565).
-        """
+    def _softmax(self, outputs: Outputs, labels: Tensor, guide: Guide) -> Objective | None:
+        """The classifier's hard and soft terms, with its margin and after a step of its centres."""
         head, target, teacher = self.config.head, self.target, self.teacher
         classifier = self.network.classifier
         if head.update == "adaptive":
-            assert guide is not None
             assert guide.hidden is not None
             move_centres(classifier.weight, outputs.hidden, guide.hidden, labels)
         if not head.streams:
             assert outputs.logits is not None
             op = partial(kd_cross_entropy, outputs.logits, backend=self.backend)
-            theirs = None if guide is None else guide.logits
-            return softmax_objective(op, labels, theirs, target)
+            return softmax_objective(op, labels, guide.logits, target)
         margin = margin_of(head, outputs.hidden, labels, teacher, guide, self._norms)
         options: dict[str, Any] = {"margin_grad": head.margin_grad, "backend": self.backend}
         if target.gamma:
             options["margin"] = margin
         if head.sample < 1 and (target.gamma or target.alpha):
+            # of both softmaxes, from torch's random state (PartialFC, arXiv 2203.15565)
             options["classes"] = sample_classes(labels, len(classifier.weight), head.sample)
-        if target.alpha and guide is not None and teacher is not None:
+        if target.alpha and teacher is not None:
             options |= soft_source(guide, teacher)
         op = scores_op(self.network, outputs.hidden)
         return softmax_objective(op, labels, options.pop("teacher", None), target, **options)
 
     def _outputs(self, network: FaceNetwork, images: Tensor, *, scores: bool) -> Outputs:
-        """A training pass under train.precision, with the feature in float32 for projections and
-        norms outside of it. scores: with logits. Attention maps are added if they are compared.
-        """
+        """A training pass; the feature in float32, for projections and norms outside of it."""
         run = network if scores else network.embed
         run = network.attend if self.target.attention else run
         outputs: Outputs = self._run(run, images)
@@ -264,19 +247,11 @@ class Task(ABC):
         """
         return {}
 
-    def artifacts(self) -> dict[str, np.ndarray]:
-        """Returns small arrays of the last `evaluate` for the report."""
-        return dict(self._samples)
-
     def _fresh(self, num_classes: int) -> FaceNetwork:
-        with seeded(self.config.seed):
-            config = self.config
+        config, side = self.config, self.config.data.input_size
+        with seeded(config.seed):
             return FaceNetwork(
-                config.model,
-                num_classes,
-                self.needs_landmarks,
-                head=config.head,
-                input_size=config.data.input_size,
+                config.model, num_classes, self.needs_landmarks, head=config.head, input_size=side
             )
 
     def _untrained(self, test: Iterable[EvalBatch]) -> Seen:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from kdtrain.data.run_data import EvalBatch
 from kdtrain.models.network import FaceNetwork, Outputs, evaluating, seeded
 from kdtrain.objectives import evaluate, observe
 from kdtrain.objectives.observe import Measured, Seen
-from kdtrain.objectives.targets import Guide, HintTarget, Objective, Pair, squared_objective, total
+from kdtrain.objectives.targets import HintTarget, Objective, Pair, squared_objective, total
 from kdtrain.objectives.task import Task
 
 FLOOR_QUERIES = 5000
@@ -29,7 +31,7 @@ class Classification(Task):
     metric = ("top1", +1)
 
     def _evaluate(self, seen: Seen) -> dict[str, float]:
-        self._samples = observe.neighbour_samples(seen.hidden, seen, self.backend)
+        self.samples = observe.neighbour_samples(seen.hidden, seen, self.backend)
         self._items = {"top1": seen.hits}
         return {
             "top1": seen.hits.double().mean().item(),
@@ -71,14 +73,7 @@ class Hint(Classification):
             )
         self.extra["hint"] = self._hint
 
-    def step(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        points: Tensor | None = None,
-        guide: Guide | None = None,
-        teacher_images: Tensor | None = None,
-    ) -> Objective:
+    def step(self, images: Tensor, *_: Any, **__: Any) -> Objective:
         """target.hint r |r(student's maps) - teacher's maps|^2; see Task.step. The teacher always
         runs, on the same images, as a Guide has no maps.
         """
@@ -111,12 +106,9 @@ class Hint(Classification):
         """{}, as the error depends on the regressor."""
         return {}
 
-    def _maps(
-        self, images: Tensor, run: Callable[..., Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """run: of a training pass; None calls the networks directly."""
+    def _maps(self, images: Tensor, run: Callable[..., Any]) -> tuple[Tensor, Tensor]:
+        """The two maps to compare. run: calls a module on inputs."""
         assert self.teacher is not None
-        run = run or (lambda tap, *inputs: tap(*inputs))
         stage = self.target.hint_stage
         with torch.no_grad():
             theirs = run(self.teacher.tap, images, stage).float()
@@ -126,7 +118,7 @@ class Hint(Classification):
         """Each batch with the two maps to compare, in eval mode without gradient."""
         for batch in batches:
             with evaluating(self.network, self._hint):
-                ours, theirs = self._maps(batch.images.to(self.device))
+                ours, theirs = self._maps(batch.images.to(self.device), operator.call)
             yield batch, ours.float(), theirs.float()
 
 
@@ -151,15 +143,15 @@ class Alignment(Task):
 
     def _evaluate(self, seen: Seen) -> dict[str, float]:
         assert seen.landmarks is not None
-        kind = self.config.eval.normalizer
         true, predicted, *_, sizes = seen.landmarks
+        kind = self.config.eval.normalizer
         errors = evaluate.nrmse_per_image(predicted, true, sizes, kind)
         lengths = evaluate.normalizer(true, sizes, kind)
         per_point = (evaluate.per_point_error(predicted, true) / lengths[:, None]).mean(0)
         thresholds, below, _ = evaluate.ced(errors, CURVE_LIMIT)
         self._items = {"nrmse": errors}
-        self._samples = observe.landmark_samples(seen, errors)
-        self._samples |= {"ced_threshold": thresholds.numpy(), "ced_share": below.numpy()}
+        self.samples = observe.landmark_samples(seen, errors)
+        self.samples |= {"ced_threshold": thresholds.numpy(), "ced_share": below.numpy()}
         return {
             "nrmse": errors.mean().item(),
             "nme": per_point.mean().item(),
@@ -211,19 +203,15 @@ class Verification(Task):
         return F.normalize(hidden, dim=1) if self.config.triplet.normalize else hidden
 
     def _evaluate(self, seen: Seen) -> dict[str, float]:
-        found = [self._verified(seen)]
+        found = self._verified(seen)
         if self.gallery is not None:
-            across = self._verified(seen, self.gallery(seen.indices))
-            found.append(observe.asymmetric(across))
-        rows = self._embedding(seen.hidden)
-        self._samples = observe.neighbour_samples(rows, seen, self.backend)
-        self._items = {}
-        metrics: dict[str, float] = {}
-        for one in found:
-            metrics |= one.metrics
-            self._items |= one.items
-            self._samples |= one.samples
-        return _measurable(metrics)
+            across = observe.asymmetric(self._verified(seen, self.gallery(seen.indices)))
+            found.metrics.update(across.metrics)
+            found.items.update(across.items)
+            found.samples.update(across.samples)
+        rows, self._items = self._embedding(seen.hidden), found.items
+        self.samples = observe.neighbour_samples(rows, seen, self.backend) | found.samples
+        return _measurable(found.metrics)
 
     def floors(self, train: Iterable[EvalBatch], test: Iterable[EvalBatch]) -> dict[str, float]:
         """The same metrics on raw pixels instead of features."""
@@ -255,10 +243,7 @@ def build_task(config: Config, num_classes: int, teacher: FaceNetwork | None = N
     """Returns the task of `config.task`, or the hint stage if target.hint has a weight, with a new
     network from `config.seed`.
 
-    teacher: the network of weighted targets. Raises ValueError for an unknown task, a missing
-    teacher, or a teacher of other classes.
+    teacher: the network of weighted targets. Raises ValueError for a teacher of other classes.
     """
-    if config.task not in TASKS:
-        raise ValueError(f"build_task: task must be one of {', '.join(TASKS)}, got {config.task!r}")
     kind = Hint if config.target.hint else TASKS[config.task]
     return kind(config, num_classes, teacher)

@@ -41,18 +41,15 @@ UNREADABLE = (
 )
 """Errors of reading damaged weights or state."""
 
-RUN_FILES: list[str] = []  # Names that a run writes in its directory, and that --overwrite removes
+# Names that a run writes in its directory, and that --overwrite removes: siblings of a checkpoint
+# first, or it would be recovered
+RUN_FILES = [f"{name}{suffix}" for name in (LAST, BEST) for suffix in (".new", ".previous", "")]
 
 
 def run_file(name: str) -> str:
     """Declares a name of RUN_FILES; returns it."""
     RUN_FILES.append(name)
     return name
-
-
-for _name in (LAST, BEST):
-    for _suffix in (".new", ".previous", ""):  # siblings first, or it would be recovered
-        run_file(f"{_name}{_suffix}")
 
 
 class CheckpointError(RuntimeError):
@@ -285,17 +282,12 @@ def _held(path: Path) -> IO[bytes]:
     while True:
         # truncated below, once locked
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
             # its last owner may have moved or removed it before unlocking
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 file.truncate()
                 return file
-        except FileNotFoundError:
-            pass
-        except BaseException:
-            file.close()
-            raise
         file.close()
 
 

@@ -22,7 +22,6 @@ from torch import Tensor
 from kdtrain.config import Config, program, settings
 from kdtrain.data.run_data import RunData
 from kdtrain.models.network import count_parameters, inherit, multiply_adds, network_from_state
-from kdtrain.objectives.task import Task
 from kdtrain.objectives.tasks import build_task
 from kdtrain.training import checkpoint, keys, outcome
 from kdtrain.training.checkpoint import BEST, LAST, run_file
@@ -57,7 +56,7 @@ from kdtrain.training.preparation import (
 from kdtrain.training.run_directory import CONFIG, opened
 
 RUN, RESULTS, PROGRESS = map(run_file, ("run.json", "results.json", "progress.json"))
-SAMPLES, ITEMS = run_file("samples.npz"), run_file("items")
+SAMPLES, ITEMS, DIVERGED = map(run_file, ("samples.npz", "items", "diverged.json"))
 PROGRESS_EVERY_S = 0.5
 CLASSIFIER_METRICS = ("top1", "cross_entropy")
 
@@ -95,10 +94,7 @@ def train(
     with opened(config, run_dir, resume=resume, overwrite=overwrite) as finished, computing(config):
         if finished is not None:
             return {**finished, "status": "reused"}
-        data = RunData(config)
-        task = prepare_task(config, data, run_dir, screen)
-        key = keys.run_key(config, check_inputs(config, run_dir), data.key)
-        run = Run(config, run_dir, data, task, key, stop, screen)
+        run = Run(config, run_dir, stop, screen)
         if not (resume and run.resume()):
             run.begin()
         try:
@@ -150,17 +146,12 @@ class Run:
     """A run in progress: network, optimiser, position and journal."""
 
     def __init__(
-        self,
-        config: Config,
-        folder: Path,
-        data: RunData,
-        task: Task,
-        key: str,
-        stop: Callable[[], bool],
-        screen: Screen,
+        self, config: Config, folder: Path, stop: Callable[[], bool], screen: Screen
     ) -> None:
-        self.config, self.folder, self.data, self.task = config, folder, data, task
-        self.key, self.stop, self.screen = key, stop, screen
+        self.config, self.folder, self.stop, self.screen = config, folder, stop, screen
+        self.data = data = RunData(config)
+        self.task = task = prepare_task(config, data, folder, screen)
+        self.key = keys.run_key(config, check_inputs(config, folder), data.key)
         self.scaled = config.train.precision == "float16"
         device, phases = data.device.type, config.optim.phases
         self.optimisation = Optimisation(
@@ -246,7 +237,12 @@ class Run:
         if more is not None:
             self.terms.add(self.at.steps, {**terms, **more})
         elif self.optimisation.skipped_in_a_row >= outcome.MAX_SKIPPED:
-            raise self._diverged(self.at.steps, outcome.by_overflow())
+            raise self._diverged(
+                self.at.steps,
+                f"the gradients of {outcome.MAX_SKIPPED} steps in a row overflowed float16 at "
+                "every loss scale",
+                "Set train.precision to bfloat16 or float32, or lower optim.phases' lr.",
+            )
         return rate
 
     def save(self) -> None:
@@ -255,7 +251,11 @@ class Run:
         network, extra = self.task.network.state_dict(), self.task.extra.state_dict()
         name = outcome.not_finite({**network, **extra, **self.optimisation.momenta()})
         if name is not None:
-            raise self._diverged(self.at.steps, outcome.by_weight(name, self._names(0)))
+            cause = (
+                f"{name} is no longer finite though the loss was; the batch was {self._names(0)}"
+            )
+            advice = "Lower optim.phases' lr, or set optim.clip_norm."
+            raise self._diverged(self.at.steps, cause, advice)
         state = {
             "at": self.at._asdict(),
             **self.optimisation.state(),
@@ -323,7 +323,7 @@ class Run:
             "metrics": metrics,
             "validation": self.history.latest if len(data.validation) else None,
             "best": self.history.best(),
-            "phases": self.history.phases(),
+            "phases": [r for r in self.history.records if r["phase_ends"]],
             "ended": ended,
             "floors": floors,
             "untrained": task.untrained(data.evaluation(data.test)),
@@ -337,7 +337,7 @@ class Run:
             **self.clock.summary(),
             "environment": environment(config),
         }
-        checkpoint.write_arrays(self.folder / SAMPLES, task.artifacts())
+        checkpoint.write_arrays(self.folder / SAMPLES, task.samples)
         checkpoint.write_json(self.folder / RESULTS, plain(results))
         if self.cache is not None:
             self.screen.say(self.cache.summary())
@@ -364,7 +364,6 @@ class Run:
         self.screen.update(share, note)
 
     def close(self) -> None:
-        """Closes the journal and the teacher cache."""
         if self.cache is not None:
             self.cache.close()
         self.journal.close()
@@ -417,12 +416,10 @@ class Run:
         return metrics
 
     def _write_items(self, name: str) -> None:
-        """Writes the results per image at the end of a phase, or where training stopped."""
         checkpoint.write_arrays(self.folder / ITEMS / f"{name}.npz", self.task.items())
 
     def _epoch(self) -> int:
-        """The present epoch, counted from 1."""
-        return min(self.at.epoch + 1, len(self.schedule))
+        return min(self.at.epoch + 1, len(self.schedule))  # from 1
 
     def _measure(self, indices: Tensor) -> dict[str, Any]:
         """Metrics of the saved weights on the images `indices`."""
@@ -436,7 +433,9 @@ class Run:
         found = self.terms.read()
         if found is not None:
             names = self._names(self.at.steps - found.step)
-            raise self._diverged(found.step, outcome.by_term(found, names))
+            cause = f"loss term '{found.term}' is {found.value}; the batch was {names}"
+            advice = "Lower optim.phases' lr, set optim.clip_norm, or give that term less weight."
+            raise self._diverged(found.step, cause, advice)
 
     def _names(self, back: int) -> str:
         """Names of the images `back` steps before this epoch's last step."""
@@ -444,7 +443,14 @@ class Run:
         first = (-(-self.at.batch // size) - 1 - back) * size
         return self.data.names(torch.cat(self._batches[first : first + size]))
 
-    def _diverged(self, step: int, why: tuple[str, str]) -> TrainingError:
+    def _diverged(self, step: int, cause: str, advice: str) -> TrainingError:
+        """Writes diverged.json, which ends the run for good; returns the error to raise."""
         phase, epoch = self.schedule[self.at.epoch]
-        place = {"key": self.key, "phase": phase, "epoch": epoch}
-        return outcome.diverged(self.folder, step, why, {**place, **self.clock.summary()})
+        place = {"step": step, "key": self.key, "phase": phase, "epoch": epoch}
+        standing = "No checkpoint had been saved yet."
+        if (self.folder / LAST).exists():
+            standing = f"{self.folder / LAST} holds the finite weights of an earlier step."
+        message = f"diverged at step {step}: {cause}. {standing} {advice}"
+        record = {**place, **self.clock.summary(), "message": message}
+        checkpoint.write_json(self.folder / DIVERGED, record)
+        return TrainingError(message)

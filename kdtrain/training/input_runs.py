@@ -101,24 +101,19 @@ def check_lineage(folders: Mapping[str, Path], data: RunData, screen: Screen) ->
     """Raises ConfigError where classes of other identities are compared; see seen_in_training."""
     by_class = any(row.by_class for row in data.config.target.weighed)
     by_class |= data.config.head.margin == "distillation"
+    ours = identities_key(data.source.class_names, data.config.data)
     for name, run in folders.items():
         setting = RUN_SETTINGS.get(name) or RUN_SETTINGS[name.rpartition("_")[0]]
-        if name == "head" or (name.startswith("teacher") and by_class):
-            _check_identities(setting, run, data)
+        # imported runs, whose identities are unknown, pass
+        alike = _trained_on(run).get("identities_key") in (None, ours)
+        if not alike and (name == "head" or (name.startswith("teacher") and by_class)):
+            raise ConfigError(
+                f"{setting} {run}: its classes are other identities than those of "
+                f"{data.source.name}, or in another order, so they cannot be compared class by "
+                "class; name a run on the same identities"
+            )
         if seen := seen_in_training(run, data):
             screen.say(f"warning: {setting} {run.name} {seen}")
-
-
-def _check_identities(name: str, run: Path, data: RunData) -> None:
-    """Imported runs, whose identities are unknown, pass."""
-    theirs = _trained_on(run).get("identities_key")
-    ours = identities_key(data.source.class_names, data.config.data)
-    if theirs is not None and theirs != ours:
-        raise ConfigError(
-            f"{name} {run}: its classes are other identities than those of {data.source.name}, or "
-            "in another order, so they cannot be compared class by class; name a run on the same "
-            "identities"
-        )
 
 
 def seen_in_training(run: Path, data: RunData) -> str | None:

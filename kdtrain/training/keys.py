@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import kdkernels
+import kdtrain
 from kdtrain.config import SETTINGS, Config, run_folder
 from kdtrain.config.settings import to_flat
 from kdtrain.data import fixed_views
@@ -45,12 +48,10 @@ def input_key(folder: Path) -> str:
         return hashlib.sha256((weights / WEIGHTS).read_bytes()).hexdigest()[:16]
     results = read_json(folder / "results.json")
     if results is None:
-        if read_json(folder / "diverged.json") is not None:
-            raise CheckpointError(
-                f"{folder}: that run diverged; train it again with --overwrite and other settings"
-            )
         raise CheckpointError(
-            f"{folder}: that run is not finished; finish it with --resume, "
+            f"{folder}: that run diverged; train it again with --overwrite and other settings"
+            if (folder / "diverged.json").exists()
+            else f"{folder}: that run is not finished; finish it with --resume, "
             f"or name its checkpoint {folder}/best"
         )
     return results["key"]
@@ -92,19 +93,13 @@ def _counted(config: Config) -> dict[str, Any]:
 @cache
 def source_hash() -> str:
     """Returns a hash of torch's version and all sources of HASHED_ROOMS and kdkernels."""
-    import torch
-
     digest = hashlib.sha256(torch.__version__.encode())
-    for package, parts in (("kdtrain", HASHED_ROOMS), ("kdkernels", ("",))):
-        spec = importlib.util.find_spec(package)
-        assert spec is not None
-        assert spec.origin is not None
-        root = Path(spec.origin).parent
+    for package, parts in ((kdtrain.__file__, HASHED_ROOMS), (kdkernels.__file__, ("",))):
+        root = Path(package).parent
         files = [f for part in parts for f in (root / part).rglob("*")]
         for file in sorted(f for f in files if f.suffix in (".py", ".so", ".pyd")):
             place = file.relative_to(root).as_posix()
-            if package == "kdtrain" and place.startswith(NOT_HASHED):
-                continue
-            digest.update(place.encode())
-            digest.update(file.read_bytes())
+            if not place.startswith(NOT_HASHED):
+                digest.update(place.encode())
+                digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -3,58 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdtrain.training import checkpoint
-from kdtrain.training.journal.journal import NonFinite
-from kdtrain.training.preparation import TrainingError
-
 MAX_SKIPPED = 30  # halvings: from the scaler's initial 65536 to 6e-5
-DIVERGED = checkpoint.run_file("diverged.json")
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """Returns the name of the first tensor with NaN or infinity, by one device transfer."""
     finite = torch.stack([t.isfinite().all() for t in tensors.values()]).tolist()
     return next((name for name, good in zip(tensors, finite, strict=True) if not good), None)
-
-
-def by_term(found: NonFinite, images: str) -> tuple[str, str]:
-    """Returns cause and advice for a loss term that is not finite. images: names of the batch."""
-    cause = f"loss term '{found.term}' is {found.value}; the batch was {images}"
-    return cause, "Lower optim.phases' lr, set optim.clip_norm, or give that term less weight."
-
-
-def by_weight(name: str, images: str) -> tuple[str, str]:
-    """Returns cause and advice for a weight, statistic or momentum that is not finite."""
-    cause = f"{name} is no longer finite though the loss was; the batch was {images}"
-    return cause, "Lower optim.phases' lr, or set optim.clip_norm."
-
-
-def by_overflow() -> tuple[str, str]:
-    """Returns cause and advice after MAX_SKIPPED skipped steps in a row."""
-    cause = f"the gradients of {MAX_SKIPPED} steps in a row overflowed float16 at every loss scale"
-    return cause, "Set train.precision to bfloat16 or float32, or lower optim.phases' lr."
-
-
-def diverged(
-    folder: Path, step: int, why: tuple[str, str], record: Mapping[str, Any]
-) -> TrainingError:
-    """Writes diverged.json, which ends the run for good; returns the error to raise.
-
-    why: cause and advice. record: further entries of the file.
-    """
-    cause, advice = why
-    standing = "No checkpoint had been saved yet."
-    if (folder / "last").exists():
-        standing = f"{folder / 'last'} holds the finite weights of an earlier step."
-    message = f"diverged at step {step}: {cause}. {standing} {advice}"
-    checkpoint.write_json(folder / DIVERGED, {"step": step, **record, "message": message})
-    return TrainingError(message)
 
 
 class History:
@@ -82,10 +42,6 @@ class History:
         """Returns the first record with the best metric; None if none has the metric."""
         rated = [r for r in self.records if r["metrics"].get(self.metric) is not None]
         return max(rated, key=lambda r: self._sign * r["metrics"][self.metric], default=None)
-
-    def phases(self) -> list[dict[str, Any]]:
-        """Returns the records at the ends of phases."""
-        return [record for record in self.records if record["phase_ends"]]
 
     def is_stale(self) -> bool:
         """True after `patience` evaluations without a better metric. Raises ValueError."""

@@ -28,7 +28,7 @@ from kdtrain.training.input_runs import (
 )
 from kdtrain.training.journal.journal import Screen
 from kdtrain.training.teacher_cache import OwnedFiles, TeacherCache, owner_of
-from kdtrain.training.view_cache import ViewCache, view_owner
+from kdtrain.training.view_cache import GROUP, VIEWS, ViewCache
 
 
 class TrainingError(RuntimeError):
@@ -126,12 +126,11 @@ def prepare_cache(
     if teacher.cache_what == "features":
         views = fixed_views(config.augment, config.data.store_size, config.data.crop_side)
     if views is not None:
-        owner = view_owner(owner, config, views)
+        del owner["seed"], owner["augment"]  # which do not change a view
+        owner |= {"views": VIEWS[:views], "crop": config.augment.crop, "group": GROUP}
     files = OwnedFiles(Path(folder), owner, teacher.cache, data.device, screen.say)
     if views is not None:
-        features = ViewCache(files, data, task, views)
-        features.reserve()
-        return features
+        return ViewCache(files, data, task, views)
     cache = TeacherCache(files, task.guide_widths)
     images = sum(map(len, data.epoch(0)))
     cache.reserve(images, [phase.epochs for phase in config.optim.phases])

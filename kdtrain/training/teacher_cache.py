@@ -111,11 +111,10 @@ class OwnedFiles:
         """Logs the size of the files of these patterns, given their numbers of values; files of
         another student need no more room. Raises CacheError where the disk is too small.
         """
-        total = missing = 0
-        for pattern, count in values.items():
-            size = count * STORED[self.dtype].itemsize
-            total += size
-            missing += 0 if any(self.folder.glob(f"{pattern}.{self.dtype}")) else size
+        sizes = {p: count * STORED[self.dtype].itemsize for p, count in values.items()}
+        total = sum(sizes.values())
+        there = [p for p in sizes if any(self.folder.glob(f"{p}.{self.dtype}"))]
+        missing = total - sum(sizes[p] for p in there)
         with using(self.folder, missing):
             self.folder.mkdir(parents=True, exist_ok=True)
             checkpoint.sweep(self.folder.parent, "*/.*.tmp")
@@ -126,8 +125,8 @@ class OwnedFiles:
                 f"and {amount(free)} are free; set teacher.cache none, or teacher.cache_dir to a "
                 "folder on a larger disk"
             )
-        there = f", {amount(total - missing)} of it cached already" if missing < total else ""
-        self.say(f"teacher cache: {amount(total)} in {self.folder}{there}")
+        cached = f", {amount(total - missing)} of it cached already" if there else ""
+        self.say(f"teacher cache: {amount(total)} in {self.folder}{cached}")
 
 
 class TeacherCache:
@@ -160,7 +159,7 @@ class TeacherCache:
             self._open[part] = CacheFile(self.files, name, belongs, sizes, width)
 
     def guide(
-        self, batch: int, compute: Callable[[], Guide | None], flipped: Tensor | None = None
+        self, batch: int, compute: Callable[[], Guide], flipped: Tensor | None = None
     ) -> Guide:
         """Returns the cached outputs of batch number `batch`, else computes and caches them,
         rounded in float16 like cached ones. flipped: only for ViewCache.
@@ -172,7 +171,6 @@ class TeacherCache:
         else:
             self.computed += 1
             fresh = compute()
-            assert fresh is not None
             found = {part: f.put(batch, getattr(fresh, part)) for part, f in self._open.items()}
         return Guide(found.get("logits"), found.get("hidden"))
 

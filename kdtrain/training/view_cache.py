@@ -13,14 +13,12 @@ file has the format of teacher_cache.py, with a group in place of a batch.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kdtrain.config import Config
 from kdtrain.data.run_data import RunData
 from kdtrain.objectives.targets import Guide
 from kdtrain.objectives.task import Task
@@ -30,19 +28,11 @@ GROUP = 256  # Images computed together
 VIEWS, NAME = ("as stored", "mirrored"), "views.hidden"
 
 
-def view_owner(owner: Mapping[str, Any], config: Config, count: int) -> dict[str, Any]:
-    """Returns the owner of `count` views, from that of teacher_cache.owner_of: without the seed and
-    the augmentation, which do not change a view.
-    """
-    views = {"views": VIEWS[:count], "crop": config.augment.crop, "group": GROUP}
-    return {k: v for k, v in owner.items() if k not in ("seed", "augment")} | views
-
-
 class ViewCache:
     """The features of one teacher for the training images of one data set."""
 
     def __init__(self, files: OwnedFiles, data: RunData, task: Task, count: int) -> None:
-        """files: of `view_owner`. task: with the teacher. count: views per image."""
+        """Checks the room for the features. task: with the teacher. count: views per image."""
         self.files, self.read, self.computed = files, 0, 0
         self.data, self.task, self.width = data, task, task.guide_widths["hidden"]
         self.train = data.train.sort().values
@@ -50,9 +40,6 @@ class ViewCache:
         self.groups = [(part, bool(view)) for view in range(count) for part in parts]
         self._rows: np.ndarray | None = None
         self._batches: Sequence[Tensor] = ()
-
-    def reserve(self) -> None:
-        """Logs and checks the room for the features; see OwnedFiles.check_room."""
         self.files.check_room({NAME: sum(len(part) for part, _ in self.groups) * self.width})
 
     def open(self, phase: int, epoch: int, batches: Sequence[Tensor]) -> None:
@@ -61,7 +48,7 @@ class ViewCache:
         if self._rows is None:
             self._fill()
 
-    def guide(self, batch: int, compute: Callable[[], Guide | None], flipped: Tensor) -> Guide:
+    def guide(self, batch: int, compute: Callable[[], Guide], flipped: Tensor) -> Guide:
         """Returns the features of batch number `batch`, mirrored where `flipped` (B,) is set."""
         assert self._rows is not None, "open comes first"
         indices = self._batches[batch]
@@ -90,7 +77,6 @@ class ViewCache:
                     left = f"{len(self.groups) - number} groups of {GROUP}"
                     self.files.say(f"teacher features: at most {left} are missing")
                 guide = self.task.guide(self.data.teacher_view(part, mirrored))
-                assert guide is not None
                 assert guide.hidden is not None
                 file.put(number, guide.hidden)
                 self.computed += 1

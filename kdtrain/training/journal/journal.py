@@ -100,8 +100,7 @@ class Lines:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one line; a number that is not finite becomes null."""
-        text = json.dumps({key: plain(value) for key, value in record.items()}, allow_nan=False)
-        content = text.encode() + b"\n"
+        content = json.dumps(plain(record), allow_nan=False).encode() + b"\n"
         with writing(self._path, len(content)):
             while content:
                 content = content[self._file.write(content) :]
@@ -129,31 +128,6 @@ def check_board(config: Config) -> None:
         ) from None
 
 
-class Board:
-    """TensorBoard events: every number of a journal's record under KIND/NAME at its step.
-
-    Earlier events are removed and written again from the journal: SummaryWriter's purge_step would
-    show an evaluation at the checkpoint's step twice, or drop a line there.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        shutil.rmtree(folder, ignore_errors=True)
-        self._writer, self._folder = SummaryWriter(str(folder)), folder
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Adds a record with `step` and, unless of timing, `kind`."""
-        kind = record.get("kind", "timing")
-        for name, value in record.items():
-            if name not in PLACE and isinstance(value, (int, float)):
-                with writing(self._folder, 100):
-                    self._writer.add_scalar(f"{kind}/{name}", value, record["step"])
-
-    def close(self) -> None:
-        self._writer.close()
-
-
 class Journal:
     """metrics.jsonl and timing.jsonl of a run directory and, by train.tensorboard, tensorboard/."""
 
@@ -161,17 +135,29 @@ class Journal:
         """lengths: of `sync` at the checkpoint to resume from; empty for a new run."""
         paths = {name: folder / file for name, file in LINES.items()}
         self._lines = {name: Lines(path, lengths.get(name, 0)) for name, path in paths.items()}
-        self._board = Board(folder / TENSORBOARD) if board else None
-        if self._board is not None:
-            for path in paths.values():
-                for record in read_lines(path):
-                    self._board.write(record)
+        self._folder, self._board = folder / TENSORBOARD, None
+        if board:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # written again from the journal: SummaryWriter's purge_step would show an evaluation at
+            # the checkpoint's step twice, or drop a line there
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._board = SummaryWriter(str(self._folder))
+            for record in (r for path in paths.values() for r in read_lines(path)):
+                self._show(record)
 
     def write(self, name: str, record: Mapping[str, Any]) -> None:
         """Appends a record to metrics or timing."""
         self._lines[name].write(record)
-        if self._board is not None:
-            self._board.write(record)
+        self._show(record)
+
+    def _show(self, record: Mapping[str, Any]) -> None:
+        """Writes a record's numbers to TensorBoard, if used, under KIND/NAME at its step."""
+        for name, value in record.items():
+            if self._board and name not in PLACE and isinstance(value, (int, float)):
+                with writing(self._folder, 100):
+                    tag = f"{record.get('kind', 'timing')}/{name}"
+                    self._board.add_scalar(tag, value, record["step"])
 
     def sync(self) -> dict[str, int]:
         """Forces the lines to disk; returns the length of each file in bytes."""

@@ -225,11 +225,9 @@ def shards(path: Path) -> list[Path]:
     if match is None:
         return [path]
     before, after = path.name[: match.start(2)], path.name[match.end(2) :]
-    found = {}
-    for file in path.parent.glob("*"):
-        rank = file.name.removeprefix(before).removesuffix(after)
-        if file.name == f"{before}{rank}{after}" and rank.isdigit():
-            found[int(rank)] = file
+    pattern = re.compile(f"{re.escape(before)}([0-9]+){re.escape(after)}")
+    named = [(pattern.fullmatch(file.name), file) for file in path.parent.glob("*")]
+    found = {int(match[1]): file for match, file in named if match}
     missing = sorted(set(range(max(found, default=0) + 1)) - set(found))
     if missing:
         name = f"{before}{missing[0]}{after}"

@@ -79,5 +79,3 @@ def test_hidden_and_logit_pairs_carry_their_weights():
     assert pairs[0].student is student.hidden
     assert pairs[1].teacher is teacher.logits
     assert losses_of(step) is None
-    assert pairs_of(None) == []
-    assert losses_of(None) is None

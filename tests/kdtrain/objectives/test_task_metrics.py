@@ -147,7 +147,7 @@ def test_pair_accuracy_appears_once_ten_folds_have_identities_enough():
     metrics = task.evaluate([batch])
     assert metrics["pairs"] == 2 * 10 * 4
     assert 0 <= metrics["pair_accuracy"] <= 1
-    assert {"roc_far", "roc_tar"} <= set(task.artifacts())
+    assert {"roc_far", "roc_tar"} <= set(task.samples)
     assert task.untrained([batch]) == metrics
     features = build_task(make_config("classification"), 40).untrained([batch])
     pairs = {n for n in metrics if not n.startswith("nn_") and not n.endswith("_all")}
@@ -158,9 +158,9 @@ def test_pair_accuracy_appears_once_ten_folds_have_identities_enough():
 def test_samples_of_identity_tasks_are_queries_with_their_nearest_neighbours():
     for name in ("classification", "verification"):
         task = make_task(name)
-        assert task.artifacts() == {}
+        assert task.samples == {}
         task.evaluate(eval_batches())
-        samples = task.artifacts()
+        samples = task.samples
         assert samples["queries"].shape == samples["neighbours"].shape == (12, 3, 16, 16)
         assert samples["queries"].dtype == np.uint8
         assert int(samples["gallery"]) == 48
@@ -172,7 +172,7 @@ def test_samples_of_identity_tasks_are_queries_with_their_nearest_neighbours():
 def test_samples_of_alignment_are_in_the_pixels_of_the_image_shown():
     task = make_task("alignment")
     task.evaluate(eval_batches())
-    samples = task.artifacts()
+    samples = task.samples
     images, _, points = make_batch(1, 48)
     chosen = torch.linspace(0, 47, 12, dtype=torch.float64).round().long()
     np.testing.assert_allclose(samples["true"], points[chosen], atol=1e-4)
@@ -185,7 +185,7 @@ def test_large_images_are_shrunk_for_the_report_and_their_points_with_them():
     batch = eval_batches(4)[0]
     large = F.interpolate(batch.images, size=(192, 192))
     task.evaluate([dataclasses.replace(batch, images=large)])
-    samples = task.artifacts()
+    samples = task.samples
     assert samples["images"].shape == (4, 3, 96, 96)
     # the frame maps crop pixels to the original by 4, whatever the crop's size
     expected = (batch.points_original[:, :, 0] - 4.0) / 4.0 / 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,7 +133,6 @@ def test_a_cached_output_teaches_as_the_teacher_does():
         assert set(task.guide_widths) == {"hidden"}
         images, labels, _ = make_batch()
         guide = task.guide(images)
-        assert guide is not None
         kept = guide._replace(logits=None)
         state = {n: t.clone() for n, t in task.network.state_dict().items()}
         online = task.step(images, labels).loss
@@ -184,7 +184,7 @@ def test_a_weight_makes_another_run_and_is_named(name):
     assert ours != theirs
     bare = without_teacher(config)
     assert not bare.target.needs_teacher
-    stage = runs.Stage("run", dataclasses.asdict(config), {}, [], {})
+    stage = runs.Stage("run", Path(), dataclasses.asdict(config), {}, [], {})
     assert "7 " + {"r": "RKD", "e": "embedding", "a": "attention"}[name[0]] in runs.loss_text(stage)
     assert select_targets.CANDIDATES[name].key == name
 

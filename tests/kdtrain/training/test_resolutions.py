@@ -16,8 +16,7 @@ from torch.nn import functional as F
 from kdtrain.config import ConfigError
 from kdtrain.data.run_data import RunData, training_batch
 from kdtrain.data.transforms import area_average, augment, center, shrink, to_original
-from kdtrain.experiments.estimate import Counts, estimate
-from kdtrain.experiments.timing import network_size
+from kdtrain.experiments.estimate import Counts, estimate, network_size
 from kdtrain.objectives.task import Task
 from kdtrain.training import checkpoint, keys
 from kdtrain.training.engine import Interrupted

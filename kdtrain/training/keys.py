@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Mapping
 from functools import cache
@@ -11,8 +12,6 @@ from typing import Any
 
 import torch
 
-import kdkernels
-import kdtrain
 from kdtrain.config import SETTINGS, Config, run_folder
 from kdtrain.config.settings import to_flat
 from kdtrain.data import fixed_views
@@ -94,8 +93,11 @@ def _counted(config: Config) -> dict[str, Any]:
 def source_hash() -> str:
     """Returns a hash of torch's version and all sources of HASHED_ROOMS and kdkernels."""
     digest = hashlib.sha256(torch.__version__.encode())
-    for package, parts in ((kdtrain.__file__, HASHED_ROOMS), (kdkernels.__file__, ("",))):
-        root = Path(package).parent
+    for package, parts in (("kdtrain", HASHED_ROOMS), ("kdkernels", ("",))):
+        spec = importlib.util.find_spec(package)
+        assert spec is not None
+        assert spec.origin is not None
+        root = Path(spec.origin).parent
         files = [f for part in parts for f in (root / part).rglob("*")]
         for file in sorted(f for f in files if f.suffix in (".py", ".so", ".pyd")):
             place = file.relative_to(root).as_posix()

@@ -39,6 +39,23 @@ def test_before_and_after_in_the_readme_have_the_same_gradients():
     assert max(before.count("\n"), after.count("\n")) <= 6
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        "kd_cross_entropy(s, t, y, temperature=T, alpha=1, tau_squared=True)",
+        'BatchTripletLoss(margin=m, mining="hard", squared=False)',
+        "linear_kd_cross_entropy(x, weight, y, normalize=True, scale=64, margin=ArcFace(0.5))",
+        "sample_classes(y, C, 0.1)",
+        "CombinedMargin(m2, m3)",
+    ],
+)
+def test_calls_of_the_readmes_table_run(call):
+    assert f"`{call}`" in README or f"={call}" in README
+    values = {"s": torch.randn(4, 40), "t": torch.randn(4, 40), "y": torch.arange(4), "T": 3.0}
+    values |= {"x": torch.randn(4, 8), "weight": torch.randn(40, 8), "C": 40}
+    eval(call, {**vars(kdkernels), **values, "m": 0.2, "m2": 0.5, "m3": 0.0})
+
+
 def test_the_readme_fits_150_lines():
     assert README.count("\n") <= 150
 

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if isinstance(end.__context__, BrokenPipeError):
                 raise end.__context__ from None
             status = int(end.code or 0)
-        sys.stdout.flush()
+        print(end="", flush=True)
     except BrokenPipeError:  # the exit status of SIGPIPE
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE

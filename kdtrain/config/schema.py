@@ -81,6 +81,8 @@ class DataConfig:
         require(self.store_size >= crop, "data.store_size", least, self.store_size)
         if self.kind != "synthetic":
             require(bool(self.root), "data.root", f"a directory for {self.kind}", self.root)
+        else:
+            require(self.root is None, "data.root", "data.kind folder or celeba beside", self.root)
 
     @property
     def crop_side(self) -> int:

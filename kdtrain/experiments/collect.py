@@ -15,7 +15,18 @@ from kdtrain.experiments.campaign import Campaign
 from kdtrain.experiments.cost import Length, Quartiles, Size, Speeds
 from kdtrain.experiments.pipeline import Stage, stage_state
 from kdtrain.experiments.scheduler import Outcome
-from kdtrain.experiments.study import At, BlockSpec, Claim, Line, Run, Study, pixels, where
+from kdtrain.experiments.study import (
+    ITEMS,
+    METRICS,
+    At,
+    BlockSpec,
+    Claim,
+    Line,
+    Run,
+    Study,
+    pixels,
+    where,
+)
 from kdtrain.objectives.tasks import TASKS
 from kdtrain.reports.tables import verdicts
 from kdtrain.reports.tables.data import Block, Cell, CellState, Row, Table, Trend, Verdict
@@ -27,25 +38,8 @@ State = Literal["done", "not run", "unfinished", "diverged", "failed"]
 STATES: Mapping[str, State] = {"reused": "done", "diverged": "diverged", "resume": "unfinished"}
 """By the value of pipeline.stage_state after the training."""
 NOT_THERE = Cell(state="none")
-METRICS = {
-    "top1": "top-1",
-    "nn_top1": "NN top-1",
-    "nn_top1_other_video": "NN, other videos",
-    "pair_accuracy": "pairs",
-    "tar_at_far_0.01_all": "TAR@1e-2",
-    "tar_at_far_0.001_all": "TAR@1e-3",
-    "tar_at_far_0.0001_all": "TAR@1e-4",
-    "asym_nn_top1": "asym. NN",
-    "asym_nn_top1_other_video": "asym. NN, other videos",
-    "asym_pair_accuracy": "asym. pairs",
-    "asym_tar_at_far_0.001_all": "asym. TAR@1e-3",
-    "nrmse": "NRMSE",
-}
-"""Columns of a table with a row per arm, where any run has them."""
 HEADLINE = ("top1", "nn_top1", "nn_top1_other_video", "pair_accuracy", "tar_at_far_0.001_all")
 """Those that stand side by side for every resolution."""
-ITEMS = ("top1", "nn_top1", "nn_top1_other_video", "pair_accuracy", "nrmse")
-"""Metrics by which a claim is judged: a number per image, or per pair."""
 COSTS = (
     *("network", "backbone", "head, dropped", "multiply-adds", "images/s, 1"),
     *("images/s, 64", "speed-up, 1", "speed-up, 64", "epochs", "images", "start epochs"),

@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import FigureBase
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from kdtrain.experiments.collect import METRICS, Collection, curves
-from kdtrain.experiments.study import At, Study, pixels, where
+from kdtrain.experiments.collect import Collection, curves
+from kdtrain.experiments.study import METRICS, At, Study, pixels, where
 from kdtrain.objectives import all_pairs
 from kdtrain.reports.plots import LEGEND, LINE, SMALL, SOFT
 from kdtrain.reports.tables.data import Table, Trend

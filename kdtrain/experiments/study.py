@@ -17,6 +17,23 @@ from kdtrain.experiments import pipeline
 from kdtrain.reports.tables.data import RowKind
 
 SCHEDULES = "_tables.yaml"
+METRICS = {
+    "top1": "top-1",
+    "nn_top1": "NN top-1",
+    "nn_top1_other_video": "NN, other videos",
+    "pair_accuracy": "pairs",
+    "tar_at_far_0.01_all": "TAR@1e-2",
+    "tar_at_far_0.001_all": "TAR@1e-3",
+    "tar_at_far_0.0001_all": "TAR@1e-4",
+    "asym_nn_top1": "asym. NN",
+    "asym_nn_top1_other_video": "asym. NN, other videos",
+    "asym_pair_accuracy": "asym. pairs",
+    "asym_tar_at_far_0.001_all": "asym. TAR@1e-3",
+    "nrmse": "NRMSE",
+}
+"""Columns of a table with a row per arm, where any run has them."""
+ITEMS = ("top1", "nn_top1", "nn_top1_other_video", "pair_accuracy", "nrmse", "hint")
+"""Metrics by which a claim is judged: a number per image, or per pair."""
 LAST = -1  # the end of a run; 0 is the end of its first phase
 AT_PHASE_ENDS = 10_000  # epochs between evaluations; the end of a phase is always evaluated
 CACHE = "float32"  # teacher.cache of students: bitwise identical to online training
@@ -269,7 +286,10 @@ class Study:
         """A run as a stage. Raises ConfigError where a recipe or key does not fit."""
         arm, flat = self.arms.get(run.arm, Arm("")), dict(self.flat[run.arm])
         task = self.tasks.get(flat.get("task", "classification"), {})
-        own = {**arm.keys, **self.keys, **task, **((self.second or {}) if run.second else {})}
+        second = dict(self.second or {}) if run.second else {}
+        if second.get("data.kind") == "synthetic":
+            second["data.root"] = None  # that of the first source
+        own = {**arm.keys, **self.keys, **task, **second}
         if {**flat, **own}.get("train.early_stop") is None:
             flat["train.eval_every"] = AT_PHASE_ENDS
         if flat.get("teacher.run") is not None:

@@ -12,7 +12,9 @@ from typing import Any, get_args
 from kdtrain.config import RUN_SETTINGS, ConfigError, settings
 from kdtrain.experiments.study import (
     DIVIDE,
+    ITEMS,
     LAST,
+    METRICS,
     SIZE,
     Arm,
     At,
@@ -49,8 +51,8 @@ def path_of(name: str) -> Path:
 Check = tuple[Callable[[Any], bool], str]
 TEXT: Check = lambda v: isinstance(v, str) and v != "", "text"
 FLAG: Check = lambda v: isinstance(v, bool), "true or false"
-ITEMS: Check = lambda v: isinstance(v, list) and bool(v), "a list that is not empty"
-TEXTS: Check = lambda v: ITEMS[0](v) and all(TEXT[0](one) for one in v), "a list of texts"
+FILLED: Check = lambda v: isinstance(v, list) and bool(v), "a list that is not empty"
+TEXTS: Check = lambda v: FILLED[0](v) and all(TEXT[0](one) for one in v), "a list of texts"
 KEYS: Check = lambda v: isinstance(v, dict), "a mapping of keys"
 ARMS: Check = lambda v: KEYS[0](v) or TEXTS[0](v), "a mapping of arms, or a list of recipes' names"
 
@@ -62,7 +64,7 @@ def _number(least: int) -> Check:
 def _numbers(least: int) -> Check:
     one = _number(least)[0]
     return (
-        lambda v: ITEMS[0](v) and all(map(one, v)) and len(set(v)) == len(v),
+        lambda v: FILLED[0](v) and all(map(one, v)) and len(set(v)) == len(v),
         f"a list of different whole numbers of at least {least}",
     )
 
@@ -71,21 +73,36 @@ def _one_of(values: Sequence[str]) -> Check:
     return lambda v: v in values, f"one of {', '.join(values)}"
 
 
+NAME: Check = (
+    lambda v: isinstance(v, str) and re.fullmatch(r"\w[\w.+-]*", v) is not None,
+    "a name of letters, digits, _, ., + and -",
+)
+MEASURED = (*METRICS, "failure_rate", "hint")
 STUDY: Mapping[str, Check] = {
-    **dict.fromkeys(("title", "source", "subject", "runs", "recipes"), TEXT),
+    **dict.fromkeys(("title", "source", "subject", "recipes"), TEXT),
+    "runs": NAME,
     "seeds": (lambda v: _number(1)[0](v) or _numbers(0)[0](v), "a number, or a list of seeds"),
     "widths": _numbers(1),
     "resolutions": _numbers(8),
     **dict.fromkeys(("keys", "second"), KEYS),
     "split": _one_of(("test", "validation")),
-    "metrics": TEXTS,
+    "metrics": (
+        lambda v: TEXTS[0](v) and set(v) <= set(MEASURED),
+        f"a list of {', '.join(MEASURED)}",
+    ),
     "costs": FLAG,
     "arms": ARMS,
-    **dict.fromkeys(("blocks", "claims"), ITEMS),
+    **dict.fromkeys(("blocks", "claims"), FILLED),
 }
-BLOCK = {"title": TEXT, "columns": TEXTS, "metric": TEXT, "lines": ITEMS, "second": FLAG}
-CLAIMS = {"metric": TEXT, "kind": _one_of(get_args(ClaimKind)), "second": FLAG}
-CLAIMS |= {"over_all": TEXT, "rows": ITEMS}
+BLOCK = {
+    "title": TEXT,
+    "columns": TEXTS,
+    "metric": _one_of(MEASURED),
+    "lines": FILLED,
+    "second": FLAG,
+}
+CLAIMS = {"metric": _one_of(ITEMS), "kind": _one_of(get_args(ClaimKind)), "second": FLAG}
+CLAIMS |= {"over_all": TEXT, "rows": FILLED}
 
 
 def load(name: str) -> Study:
@@ -168,6 +185,8 @@ def _checked(
 
 def _arm(path: Path, name: str, tree: Any) -> Arm:
     place = f"{path}: arms.{name}"
+    if not NAME[0](name):
+        raise ConfigError(f"{place}: expected {NAME[1]}, got {name!r}")
     if tree is not None and not isinstance(tree, dict):
         raise ConfigError(f"{place}: expected a mapping of keys, got {reprlib.repr(tree)}")
     keys = dict(tree or {})
@@ -217,7 +236,11 @@ def _claims(place: str, tree: Any) -> list[Claim]:
             raise ConfigError(
                 f"{at}: expected [CODE, CLAIM, CELL, CELL], all text, got {reprlib.repr(row)}"
             )
-        claims.append(Claim(*row[:2], *((_at(at, cell),) for cell in row[2:]), **shared))
+        better, worse = (_at(at, cell) for cell in row[2:])
+        if better == worse:
+            raise ConfigError(f"{at}: expected two different cells, got {row[2]!r} twice")
+        code, text = row[:2]
+        claims.append(Claim(code, text, (better,), (worse,), **shared))
     if "over_all" in check:
         better, worse = zip(*((*claim.better, *claim.worse) for claim in claims), strict=True)
         text = f"over all: {check['over_all']}"

@@ -290,3 +290,9 @@ def test_stage_keys_are_removed_from_the_command_line():
 def test_an_empty_value_of_an_option_is_a_usage_error(capsys):
     assert main(["train", "demo/cls_student", "--run-dir", ""]) == 2
     assert "--run-dir: expected a value; got an empty one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "data"])
+def test_a_directory_of_images_needs_a_kind_that_reads_it(command, tmp_path, capsys):
+    assert main([command, "demo/cls_student", "--data.root", str(tmp_path)]) == 2
+    assert "data.root: expected data.kind folder or celeba beside" in capsys.readouterr().err

@@ -391,6 +391,11 @@ def test_a_users_study_trains_and_ends_in_its_table(tmp_path, monkeypatch, capsy
             "blocks.0.lines.0: expected [NAME, KIND] and 1 cells, got ['soft']",
         ),
         ({"base": 3}, "base: expected a study file, got 3"),
+        ({"metrics": ["top2"]}, "metrics: expected a list of top1, nn_top1,"),
+        ({"claims": [{"metric": "top2", "rows": []}]}, "claims.0.metric: expected one of top1,"),
+        ({"claims": [{"rows": [["E", "x", "soft", "soft"]]}]}, "two different cells, got 'soft'"),
+        ({"runs": "../out"}, "runs: expected a name of letters, digits"),
+        ({"arms": {"../x": {}}}, "arms.../x: expected a name of letters, digits"),
         ({"base": "mine.yaml"}, "base studies form a circle"),
     ],
 )
@@ -425,7 +430,8 @@ def test_an_unknown_study_names_the_nearest(capsys):
 
 def test_arms_of_one_name_in_two_studies_must_be_the_same(tmp_path, capsys):
     one, other = written(tmp_path, STUDY), tmp_path / "other.yaml"
-    other.write_text(yaml.safe_dump({**STUDY, "arms": {"soft": {"recipe": "student"}}, "claims": [
-        {"rows": [["E", "x", "soft", "soft"]]}]}))  # fmt: skip
+    arms = {name: {"recipe": "student"} for name in ("soft", "b")}
+    claims = [{"rows": [["E", "x", "soft", "b"]]}]
+    other.write_text(yaml.safe_dump({**STUDY, "arms": arms, "claims": claims}))
     assert main(["study", one, str(other), "--run-dir", str(tmp_path / "runs")]) == 2
     assert "mine and other have different arms soft; run one alone" in capsys.readouterr().err

@@ -204,12 +204,13 @@ def test_a_shape_is_timed_once(measured):
     assert len(measured) == 8
 
 
-def test_a_teacher_whose_answers_are_kept_is_not_asked(monkeypatch):
+def test_a_teacher_whose_outputs_are_cached_does_not_run(monkeypatch):
     calls = []
     config = tiny_config(
         target__alpha=1.0, target__beta=1.0, teacher="@t", teacher__cache="float32"
     )
-    monkeypatch.setattr(Task, "guide", lambda *_: calls.append("asked"))
+    guide = Task.guide
+    monkeypatch.setattr(Task, "guide", lambda *given: calls.append("run") or guide(*given))
     _estimate(config, teacher=TEACHER, outputs_cached=True)
     assert calls == []
     _estimate(config, teacher=TEACHER)

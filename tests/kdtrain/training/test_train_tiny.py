@@ -237,7 +237,7 @@ def test_eval_and_data_say_what_they_measured(tmp_path, capsys):
     recipe = tmp_path / "run" / "config.yaml"
     assert main(["data", str(recipe), "--grid", str(tmp_path / "grid.png")]) == 0
     shown = capsys.readouterr().out
-    assert "images    40 of 8 identities" in shown
+    assert "40 of 8 identities" in shown
     assert "random: 24 training, 16 test" in shown
     assert (tmp_path / "grid.png").stat().st_size > 1000
 

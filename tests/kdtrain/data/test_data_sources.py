@@ -313,6 +313,7 @@ def test_identity_split_has_disjoint_identities():
 def test_label_noise_reaches_a_share_of_the_training_labels_only():
     config = settings(
         kind="synthetic",
+        root=None,
         identities=100,
         images_per_identity=20,
         synthetic_seed=0,
@@ -339,7 +340,7 @@ def test_label_noise_reaches_a_share_of_the_training_labels_only():
         ({"kind": "mxnet"}, r"data\.kind: expected one of synthetic, celeba, folder"),
         ({"kind": "folder", "root": None}, r"data\.root"),
         ({"kind": "folder", "root": ""}, r"data\.root: expected a directory for folder"),
-        ({"kind": "synthetic", "split": "file:a.csv:b"}, "no split file"),
+        ({"kind": "synthetic", "root": None, "split": "file:a.csv:b"}, "no split file"),
     ],
 )
 def test_build_source_names_the_bad_setting(change, message):

@@ -123,7 +123,7 @@ def test_a_preset_that_cannot_be_run_is_rejected(stages, message, tmp_path):
 
 
 def test_the_key_changes_with_what_counts_and_with_nothing_else():
-    config = tiny_config()
+    config = tiny_config(data__kind="folder", data__root="here")
     key = keys.run_key(config, {"teacher": "x"}, "data")
     train = dataclasses.replace(config.train, threads=4, log_every=1, save_every=1)
     data = dataclasses.replace(config.data, root="elsewhere", workers=3, cache="none")

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if isinstance(end.__context__, BrokenPipeError):
                 raise end.__context__ from None
             status = int(end.code or 0)
-        print(end="", flush=True)
+        print(end="", flush=True)  # nothing to flush where stdout was closed at the start
     except BrokenPipeError:  # the exit status of SIGPIPE
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE

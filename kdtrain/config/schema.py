@@ -82,7 +82,8 @@ class DataConfig:
         if self.kind != "synthetic":
             require(bool(self.root), "data.root", f"a directory for {self.kind}", self.root)
         else:
-            require(self.root is None, "data.root", "data.kind folder or celeba beside", self.root)
+            wanted = "null with data.kind synthetic (folder and celeba read a directory)"
+            require(self.root is None, "data.root", wanted, self.root)
 
     @property
     def crop_side(self) -> int:

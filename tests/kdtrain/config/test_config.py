@@ -295,4 +295,7 @@ def test_an_empty_value_of_an_option_is_a_usage_error(capsys):
 @pytest.mark.parametrize("command", ["train", "data"])
 def test_a_directory_of_images_needs_a_kind_that_reads_it(command, tmp_path, capsys):
     assert main([command, "demo/cls_student", "--data.root", str(tmp_path)]) == 2
-    assert "data.root: expected data.kind folder or celeba beside" in capsys.readouterr().err
+    assert (
+        "data.root: expected null with data.kind synthetic (folder and celeba"
+        in capsys.readouterr().err
+    )
